@@ -1,0 +1,64 @@
+"""How fast a plan is: the whole command from cold beside bare Python, and plan() once everything is loaded.
+
+    python benchmarks/speed.py [--runs N]
+
+"Cold" is a new process with files in the page cache and bytecode compiled: what a user waits for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+COMMAND_BUDGET = 0.200
+WARM_BUDGETS = {"llama-3.2-1b": 0.005, "llama-3.3-70b": 0.010}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Times memplan.")
+    parser.add_argument("--runs", type=int, default=20, help="runs of each (default: %(default)s)")
+    runs = parser.parse_args().runs
+
+    script = Path(sys.executable).with_name("memplan")
+    memplan = [str(script)] if script.exists() else [sys.executable, "-m", "memplan"]
+    question = ["llama-70b", "--mode", "qlora", "--r", "8"]
+    print(f"{os.cpu_count()} cores, Python {sys.version.split()[0]}, best and median of {runs} runs")
+    report("cold: python -c pass", timed(lambda: process([sys.executable, "-c", "pass"]), runs))
+    times = timed(lambda: process([*memplan, *question]), runs)
+    report(f"cold: memplan {' '.join(question)}", times, COMMAND_BUDGET)
+
+    from memplan import Recipe, plan
+
+    for model, budget in WARM_BUDGETS.items():
+        for mode in ("qlora", "lora", "full"):
+            recipe = Recipe(mode=mode)
+            report(f"warm: plan({model!r}, {mode})", timed(lambda: plan(model, recipe), runs), budget)  # noqa: B023
+
+
+def process(command: list[str]) -> None:
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def timed(run: Callable[[], object], runs: int) -> list[float]:
+    run()  # compiles bytecode, fills caches
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def report(label: str, times: list[float], budget: float | None = None) -> None:
+    allowed = f"  (budget {budget * 1000:.0f} ms)" if budget else ""
+    print(f"{label:45} {min(times) * 1000:8.1f} ms {median(times) * 1000:8.1f} ms{allowed}")
+
+
+if __name__ == "__main__":
+    main()

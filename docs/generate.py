@@ -1,0 +1,76 @@
+"""Writes the docs that are made from code: docs/cli.md and docs/plan.schema.json.
+
+Run it after a change of options or of the plan's records; tests/test_docs.py fails while they are behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from importlib import import_module
+from pathlib import Path
+
+from memplan.cli import COMMANDS, HELP
+from memplan.commands.arguments import Parser
+from memplan.planner import Plan
+
+DOCS = Path(__file__).parent
+
+HEAD = """\
+# Command line
+
+Made by `python docs/generate.py` from the parsers; do not edit.
+
+Exit statuses: 0 the question is answered (for `fit`: it fits), 1 it does not fit (`fit` only), 2 a bad
+question, with one sentence on standard error. `MODEL` is an alias, a Hub id, or a path to a `config.json`
+or its folder; a folder that is called like a command is written `./models`. Output has no colour when it is
+piped or `NO_COLOR` is set.
+"""
+
+
+def command_line() -> str:
+    """docs/cli.md."""
+    parts = [HEAD, "## memplan\n", f"```text\n{HELP}```\n"]
+    parts += [_command(import_module(f"memplan.commands.{name}").parser()) for name in COMMANDS]
+    return "\n".join(parts)
+
+
+def plan_schema() -> str:
+    """docs/plan.schema.json: what `memplan MODEL --json` prints."""
+    return json.dumps(Plan.model_json_schema(mode="serialization"), indent=2) + "\n"
+
+
+PAGES = {"cli.md": command_line, "plan.schema.json": plan_schema}
+
+
+def _command(parser: Parser) -> str:
+    lines = [f"## {parser.prog}", "", parser.description or "", "", f"    {parser.usage}"]
+    for group in parser._action_groups:
+        if group._group_actions:
+            lines += ["", f"**{group.title}**", "", "| argument | meaning |", "| --- | --- |"]
+            lines += [f"| {_names(action)} | {_meaning(action)} |" for action in group._group_actions]
+    if parser.epilog:
+        lines += ["", "```text", parser.epilog.rstrip(), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _names(action: argparse.Action) -> str:
+    value = "" if action.nargs == 0 or not action.option_strings else f" {_metavar(action)}"
+    names = action.option_strings or [_metavar(action)]
+    return ", ".join(f"`{name}{value}`" for name in names)
+
+
+def _metavar(action: argparse.Action) -> str:
+    if action.metavar:
+        return str(action.metavar)
+    return "{" + ",".join(str(choice) for choice in action.choices) + "}" if action.choices else ""
+
+
+def _meaning(action: argparse.Action) -> str:
+    return (action.help or "").replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    for page, text in PAGES.items():
+        (DOCS / page).write_text(text(), encoding="utf-8")
+        print(f"wrote {DOCS / page}")

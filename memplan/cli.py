@@ -1,0 +1,120 @@
+"""The command ``memplan``: finds the subcommand, runs it, and turns what goes wrong into exit statuses.
+
+Each subcommand is a module of memplan.commands with ``parser()`` and ``run(arguments) -> status``. Only the
+one asked for is imported: a plan has 0.2 s from a cold start, and every import is part of it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from memplan import __version__
+from memplan.errors import MemplanError, UnknownName
+
+COMMANDS = ("plan", "fit", "compare", "models", "gpus", "completion")
+
+STATUS_BAD_QUESTION = 2
+STATUS_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+STATUS_BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+LONGEST_COMPLAINT = 400  # characters
+
+HELP = """\
+Usage: memplan MODEL [options]
+       memplan COMMAND ...
+
+Will this fine-tuning run fit on my GPU, and where does every byte go?
+MODEL is an alias (llama-70b), a Hub id, or a path to a config.json or folder.
+
+Commands:
+  plan MODEL          memory of one training step; the same as memplan MODEL
+  fit MODEL --gpu G   exit status 0: fits on G; 1: does not fit; 2: bad question
+  compare MODEL       the modes full, lora and qlora side by side
+  models [FILTER]     the models that have an alias
+  gpus [FILTER]       the cards that --gpu knows
+  completion SHELL    completion script for bash, zsh or fish
+
+Options that most questions need (all of them: memplan plan --help):
+  --mode MODE         full, lora or qlora (the default)
+  --r N               rank of the adapters (8)
+  --batch-size N      sequences a step (1)
+  --seq-len N         tokens a sequence (2048)
+  --optimizer NAME    as the Hugging Face Trainer names it (adamw_torch_fused)
+  --gradient-checkpointing, --no-gradient-checkpointing
+  --gpu NAME          a card to judge; may be given several times
+  --json              the answer as JSON; every command takes it
+
+Examples:
+  memplan llama-70b --mode qlora --r 8
+  memplan fit meta-llama/Llama-3.1-8B --mode lora --seq-len 4096 --gpu 4090
+  memplan compare qwen2.5-7b --modes lora,qlora --gpu a6000
+  memplan ./my-model/config.json --mode full --optimizer adamw_bnb_8bit --json
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = _run(arguments)
+        sys.stdout.flush()
+        return status
+    except MemplanError as error:
+        return _complain(str(error))
+    except BrokenPipeError:
+        # Whoever read our output has closed it (`| head`). Python would complain once more when it
+        # flushes at exit, so give it another place to flush to (docs.python.org, signal, "Note on SIGPIPE").
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return STATUS_BROKEN_PIPE
+    except OSError as error:
+        return _complain(str(error))
+    except KeyboardInterrupt:
+        return STATUS_INTERRUPTED
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments:
+        sys.stderr.write(HELP)
+        return STATUS_BAD_QUESTION
+    first, *rest = arguments
+    if first in ("-h", "--help"):
+        sys.stdout.write(HELP)
+        return 0
+    if first in ("-V", "--version"):
+        sys.stdout.write(f"memplan {__version__}\n")
+        return 0
+    if first in COMMANDS:
+        return _run_command(first, rest)
+    try:
+        return _run_command("plan", arguments)
+    except UnknownName as error:
+        raise _misspelt_command(first, error) or error from None
+
+
+def _run_command(name: str, arguments: list[str]) -> int:
+    from memplan.commands.arguments import parse
+
+    command = import_module(f"memplan.commands.{name}")
+    status: int = command.run(parse(command.parser(), arguments))
+    return status
+
+
+def _misspelt_command(word: str, error: UnknownName) -> MemplanError | None:
+    """The error for `memplan modles`, which is more likely a command than a model."""
+    from difflib import get_close_matches
+
+    matches = get_close_matches(word, COMMANDS, n=1, cutoff=0.7)
+    if error.kind != "model" or not matches:
+        return None
+    return MemplanError(f"no command or model is called {word!r}; did you mean `memplan {matches[0]}`?")
+
+
+def _complain(sentence: str) -> int:
+    line = " ".join(sentence.split())
+    if len(line) > LONGEST_COMPLAINT:  # it quotes something long that was typed or read
+        line = line[: LONGEST_COMPLAINT - 1] + "…"
+    sys.stderr.write(f"memplan: {line}\n")
+    return STATUS_BAD_QUESTION

@@ -1,0 +1,78 @@
+"""``memplan compare MODEL``: the modes side by side."""
+
+from __future__ import annotations
+
+import argparse
+
+from memplan.commands.arguments import (
+    Parser,
+    add_gpus,
+    add_json,
+    add_model,
+    add_recipe,
+    applicable,
+    recipe_options,
+)
+
+ALL_MODES = "full,lora,qlora"
+
+EXAMPLES = """\
+An option that a mode has no use for (--r in full, --kbit-prep in lora) is left out there.
+
+examples:
+  memplan compare llama-70b
+  memplan compare qwen2.5-7b --modes lora,qlora --seq-len 8192 --gpu a6000
+"""
+
+
+def parser() -> Parser:
+    """The arguments that ``memplan compare`` takes."""
+    result = Parser("compare", "Plans of several modes side by side.", "MODEL [options]", EXAMPLES)
+    add_model(result)
+    result.add_argument(
+        "--modes",
+        metavar="M,M",
+        default=ALL_MODES,
+        help=f"which modes, with commas between them (default: {ALL_MODES})",
+    )
+    add_gpus(result)
+    add_json(result)
+    add_recipe(result, mode=False)
+    return result
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the plans side by side; 0."""
+    from memplan.planner import plan
+    from memplan.recipe import make_recipe
+
+    options = recipe_options(arguments)
+    plans = [
+        plan(arguments.model, make_recipe(mode=mode, **applicable(options, mode)), gpus=arguments.gpu)
+        for mode in _modes(arguments.modes)
+    ]
+    if arguments.json:
+        from memplan.report.machine import print_list
+
+        print_list("plans", [one.model_dump(mode="json") for one in plans])
+    else:
+        from memplan.report.compare import show_comparison
+        from memplan.report.console import terminal
+
+        show_comparison(plans, terminal())
+    return 0
+
+
+def _modes(text: str) -> list[str]:
+    from memplan.commands.arguments import UsageError
+    from memplan.errors import UnknownName
+    from memplan.recipe import Mode
+
+    known = [mode.value for mode in Mode]
+    modes = list(dict.fromkeys(mode.strip() for mode in text.split(",") if mode.strip()))
+    if not modes:
+        raise UsageError(f"--modes names no mode; take some of {ALL_MODES}")
+    for mode in modes:
+        if mode not in known:
+            raise UnknownName("mode", mode, known, f"The modes are {', '.join(known)}.")
+    return modes

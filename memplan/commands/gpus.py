@@ -1,0 +1,57 @@
+"""``memplan gpus``: the cards that ``--gpu`` knows."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from memplan.commands.arguments import Parser, UsageError, add_json
+
+if TYPE_CHECKING:
+    from memplan.gpu import Gpu
+
+EXAMPLES = """\
+examples:
+  memplan gpus
+  memplan gpus h100
+"""
+
+
+def parser() -> Parser:
+    """The arguments that ``memplan gpus`` takes."""
+    result = Parser("gpus", "The cards that --gpu knows, with their memory.", "[FILTER] [--json]", EXAMPLES)
+    result.add_argument(
+        "filter",
+        metavar="FILTER",
+        nargs="?",
+        default="",
+        help="part of a name, alias, vendor or kind (consumer, workstation, datacenter)",
+    )
+    add_json(result)
+    return result
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the cards; 0."""
+    from memplan.gpu import load_gpus
+
+    wanted = arguments.filter.lower()
+
+    def matches(gpu: Gpu) -> bool:
+        return any(wanted in text.lower() for text in (gpu.name, *gpu.aliases, gpu.vendor, gpu.kind))
+
+    cards = [gpu for gpu in load_gpus() if matches(gpu)]
+    if not cards:
+        raise UsageError(f"no card has {arguments.filter!r} in its name; `memplan gpus` lists all")
+    if arguments.json:
+        from memplan.report.machine import print_list
+
+        print_list(
+            "gpus", [card.model_dump(mode="json") | {"usable_bytes": card.visible_bytes} for card in cards]
+        )
+    else:
+        from memplan.report.console import terminal
+        from memplan.report.gpus import show_gpus
+
+        show_gpus(cards, terminal())
+    return 0

@@ -1,0 +1,1 @@
+"""Readers of other projects' files: Hugging Face configurations and trainers' recipes."""

@@ -1,0 +1,120 @@
+"""Modules from a blueprint and a recipe: what is quantised, upcast, frozen, adapted, trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from memplan.models import blueprint
+from memplan.models.decoder import NORM_STYLE
+from memplan.models.modules import Embedding, Linear, Linear4bit, Lora, RMSNorm, parameter
+from memplan.models.targets import is_target
+from memplan.recipe import Mode, Recipe
+from memplan.shadow.tensor import DTYPES, DType, Tensor, float32, state
+from memplan.spec import ModelSpec
+from memplan.tape import Category, Phase
+
+
+@dataclass(slots=True)
+class Model:
+    """A played model: the modules of the played layers, and its trainable parameters in the order of
+    ``model.parameters()``, grouped by where they are (None, a layer, None ...)."""
+
+    spec: ModelSpec
+    recipe: Recipe
+    layers: list[dict[str, Any]]
+    embedding: Embedding
+    norm: RMSNorm
+    head: Any
+    buffers: list[Tensor]
+    trainable: list[tuple[int | None, list[Tensor]]] = field(default_factory=list)
+
+
+class Builder:
+    """Builds one model; ``dtype`` is the load dtype, ``rest_dtype`` that of what is not quantised."""
+
+    def __init__(self, spec: ModelSpec, recipe: Recipe) -> None:
+        self.spec, self.recipe = spec, recipe
+        self.dtype: DType = DTYPES[recipe.dtype.value]
+        # prepare_model_for_kbit_training casts every parameter that is not 4-bit to fp32.
+        self.rest_dtype = float32 if recipe.kbit_prep else self.dtype
+        self.adapter_dtype = DTYPES[recipe.adapter_dtype.value]
+        self.full = recipe.mode is Mode.FULL
+        self.trainable: list[Tensor] = []
+        self.buffers: list[Tensor] = []
+
+    def rotary(self) -> None:
+        """``inv_freq`` and ``original_inv_freq``; Gemma 3 has a pair for each type of layer."""
+        spec = self.spec
+        width = int(spec.head_dim * spec.partial_rotary_factor) // 2
+        pairs = len(set(spec.layer_types)) if spec.model_type == "gemma3_text" else 1
+        for _ in range(2 * pairs):
+            self.buffers.append(parameter((width,), float32, "model.rotary_emb", Category.WEIGHTS, False))
+
+    def weight(self, shape: tuple[int, ...], name: str, *, trainable: bool | None = None) -> Tensor:
+        tensor = parameter(
+            shape, self.rest_dtype, name, Category.WEIGHTS, self.full if trainable is None else trainable
+        )
+        if tensor.requires_grad:
+            self.trainable.append(tensor)
+        return tensor
+
+    def module(self, name: str, definition: blueprint.Module, full_name: str) -> Any:
+        shapes = definition.parameters
+        if definition.kind == "norm":
+            style = NORM_STYLE.get(self.spec.model_type, "llama")
+            return RMSNorm(name, self.weight(shapes["weight"], name), style)
+        if definition.kind == "raw":
+            return {attribute: self.weight(shape, f"{name}.{attribute}") for attribute, shape in shapes.items()}
+        return self.linear(name, shapes, full_name)
+
+    def linear(self, name: str, shapes: dict[str, tuple[int, ...]], full_name: str) -> Any:
+        recipe = self.recipe
+        base: Linear | Linear4bit
+        if recipe.mode is Mode.QLORA and not full_name.endswith("lm_head"):
+            base = Linear4bit(name, shapes["weight"], "bias" in shapes, self.dtype, nested=recipe.double_quant)
+        else:
+            weight = self.weight(shapes["weight"], name)
+            base = Linear(name, weight, self.weight(shapes["bias"], name) if "bias" in shapes else None)
+        if recipe.mode is not Mode.FULL and is_target(recipe, full_name):
+            lora = Lora(base, recipe.r, self.adapter_dtype, recipe.lora_dropout)
+            self.trainable += [lora.down, lora.up]
+            return lora
+        return base
+
+    def build(self, played: list[int]) -> Model:
+        """Write the static part of the tape and return the model."""
+        spec, recipe, tape = self.spec, self.recipe, state.tape
+        outside = blueprint.outside(spec)
+        groups: list[tuple[int | None, list[Tensor]]] = []
+
+        def close(layer: int | None) -> None:
+            if self.trainable:
+                groups.append((layer, self.trainable))
+                self.trainable = []
+
+        tape.begin(Phase.SETUP, "weights")
+        table = self.weight(outside["model.embed_tokens"].parameters["weight"], "model.embed_tokens")
+        scale = None
+        if NORM_STYLE.get(spec.model_type) == "gemma":
+            scale = parameter((), float32, "model.embed_tokens.embed_scale", Category.WEIGHTS, False)
+        hook = recipe.mode is not Mode.FULL and bool(recipe.gradient_checkpointing)
+        embedding = Embedding(table, scale, hook)
+        close(None)
+        layers = []
+        for index in played:
+            tape.begin(Phase.SETUP, "layer weights", index)
+            prefix = f"model.layers.{index}."
+            definition = blueprint.layer(spec, blueprint.is_sparse(spec, index))
+            layers.append({name: self.module(name, module, prefix + name) for name, module in definition.items()})
+            close(index)
+        tape.begin(Phase.SETUP, "weights")
+        self.rotary()
+        norm = self.module("model.norm", outside["model.norm"], "model.norm")
+        head: Any
+        if spec.tie_word_embeddings:
+            head = Linear("lm_head", table, None)
+        else:
+            head = self.module("lm_head", outside["lm_head"], "lm_head")
+        close(None)
+        return Model(spec, recipe, layers, embedding, norm, head, self.buffers, groups)

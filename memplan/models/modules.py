@@ -1,0 +1,235 @@
+"""Leaf modules: parameters on the tape, and forwards that read like the library's.
+
+Sources: torch.nn, peft/tuners/lora/layer.py and bnb.py (0.21), bitsandbytes/nn/modules.py,
+autograd/_functions.py and backends/cuda/ops.py (0.50).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Protocol
+
+from memplan.shadow import ops
+from memplan.shadow.autograd import AccumulateGrad, Node, attach
+from memplan.shadow.matmul import linear
+from memplan.shadow.tensor import DType, Shape, Storage, Tensor, category, empty, float32, state, uint8
+from memplan.tape import Category
+
+NF4_BLOCK = 64  # weights that share a scale (bitsandbytes/functional.py, quantize_4bit)
+NESTED_BLOCK = 256  # scales that share a second-order scale under double quantisation
+
+
+class Callable1(Protocol):
+    """A module of one input."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+def parameter(shape: Shape, dtype: DType, name: str, kind: Category, trainable: bool) -> Tensor:
+    """A leaf tensor."""
+    state.tape.module = name
+    with category(kind):
+        tensor = empty(shape, dtype, "parameter")
+    if trainable:
+        tensor.requires_grad = True
+        tensor.node = AccumulateGrad(shape, dtype)
+    return tensor
+
+
+def buffer(shape: Shape, dtype: DType, name: str, kind: Category) -> Tensor:
+    """A tensor that is only kept."""
+    return parameter(shape, dtype, name, kind, False)
+
+
+class Linear:
+    """``nn.Linear``."""
+
+    __slots__ = ("bias", "name", "weight")
+
+    def __init__(self, name: str, weight: Tensor, bias: Tensor | None) -> None:
+        self.name, self.weight, self.bias = name, weight, bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        state.tape.module = self.name
+        return linear(x, self.weight, self.bias)
+
+
+class Linear4bit:
+    """``bnb.nn.Linear4bit``: half a byte a weight, scales, and a dequantised copy when it runs."""
+
+    __slots__ = ("bias", "compute_dtype", "name", "nested", "quantized", "shape", "state_dtype", "tensors")
+
+    def __init__(
+        self, name: str, shape: Shape, bias: bool, compute_dtype: DType, *, nested: bool, blocks: int = NF4_BLOCK
+    ) -> None:
+        self.name, self.shape, self.compute_dtype, self.nested = name, shape, compute_dtype, nested
+        self.state_dtype = compute_dtype  # QuantState.dtype: that of the weight it was made from
+        count = prod(shape)
+        scales = -(-count // blocks)
+        self.quantized = buffer(((count + 1) // 2, 1), uint8, name + ".weight", Category.WEIGHTS)
+        # Biases end in the compute dtype whatever they were: Linear4bit.forward rewrites bias.data.
+        self.bias = buffer((shape[0],), compute_dtype, name + ".bias", Category.WEIGHTS) if bias else None
+        kind = Category.QUANTIZATION_STATE
+        self.tensors = [buffer((scales,), uint8 if nested else float32, name + ".absmax", kind)]
+        self.tensors.append(buffer((16,), float32, name + ".quant_map", kind))
+        if nested:
+            self.tensors += [
+                buffer((), float32, name + ".offset", kind),
+                buffer((-(-scales // NESTED_BLOCK),), float32, name + ".nested_absmax", kind),
+                buffer((256,), float32, name + ".nested_quant_map", kind),
+            ]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        state.tape.module = self.name
+        dtype = x.dtype
+        x = ops.to(x, self.compute_dtype)
+        return ops.to(self._matmul(x), dtype)
+
+    def _matmul(self, x: Tensor) -> Tensor:
+        """MatMul4Bit.forward -> gemm_4bit -> _dequant_linear_fallback."""
+        node = Node(_matmul_4bit_backward, (x,)) if ops.tracked(x) else None
+        out = self._product(x)
+        if node is not None:
+            node.context = self, x.shape
+            attach(node, out)
+        return out
+
+    def _product(self, x: Tensor) -> Tensor:
+        shape = (*x.shape[:-1], self.shape[0])
+        operation = "mm" if self.bias is None else "addmm"
+        if prod(x.shape[:-1]) <= _FUSED_ROWS and self.shape[1] % NF4_BLOCK == 0:
+            return empty(shape, x.dtype, "gemm_4bit")
+        scales = self._forward_scales()
+        weight = empty(self.shape, x.dtype, "dequantize_4bit")
+        out = empty(shape, x.dtype, operation)
+        del scales, weight
+        return out
+
+    def _forward_scales(self) -> list[Tensor]:
+        if not self.nested:
+            return []
+        scales = self.tensors[0].shape
+        return [empty(scales, float32, "dequantize_blockwise"), empty(scales, float32, "add")]
+
+    def dequantized(self, dtype: DType) -> Tensor:
+        """``F.dequantize_4bit(B, state).to(dtype)``."""
+        scales = empty(self.tensors[0].shape, float32, "dequantize_blockwise") if self.nested else None
+        weight = empty(self.shape, self.state_dtype, "dequantize_4bit")
+        del scales
+        return ops.to(weight, dtype)
+
+
+# gemm_4bit runs its fused kernel up to this many rows on every card (_GEMM_4BIT_CUSTOM_FLOOR_M); above
+# it the choice depends on the card and on the shape, and training has more rows than any threshold.
+_FUSED_ROWS = 4
+
+
+def _matmul_4bit_backward(node: Node, grad: Tensor) -> Any:
+    module, shape = node.context
+    weight = module.dequantized(grad.dtype)
+    if grad.strides is not None:
+        grad = ops.contiguous(grad)
+    out = empty(shape, grad.dtype, "mm")
+    del weight
+    return (out,)  # torch.matmul folds and unfolds: _unsafe_view is no view to autograd
+
+
+class Lora:
+    """``lora.Linear`` around :class:`Linear`, ``lora.Linear4bit`` around :class:`Linear4bit`."""
+
+    __slots__ = ("base", "down", "dropout", "name", "up")
+
+    def __init__(self, base: Linear | Linear4bit, r: int, dtype: DType, dropout: float) -> None:
+        self.base, self.dropout, self.name = base, dropout, base.name
+        outputs, inputs = base.weight.shape if isinstance(base, Linear) else base.shape
+        name = base.name
+        self.down = parameter((r, inputs), dtype, name + ".lora_A", Category.ADAPTERS, True)
+        self.up = parameter((outputs, r), dtype, name + ".lora_B", Category.ADAPTERS, True)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        result = self.base(x)
+        dtype = result.dtype
+        if isinstance(self.base, Linear4bit):
+            result = ops.clone(result, preserve=True)
+            if state.autocast is None:
+                x = ops.to(x, self.down.dtype)
+            output = ops.scale(linear(linear(ops.dropout(x, self.dropout), self.down), self.up))
+            if state.autocast is None:
+                output = ops.to(output, dtype)
+            result = ops.add(result, output)
+            return result
+        x = ops.to(x, self.down.dtype)
+        result = ops.add(result, ops.scale(linear(linear(ops.dropout(x, self.dropout), self.down), self.up)))
+        return ops.to(result, dtype)
+
+
+class RMSNorm:
+    """The RMS norms of the families: they differ in where they cast back and in the weight.
+
+    ``style``: ``llama`` casts before the weight, ``olmo2`` after it, ``gemma`` multiplies by 1 + weight
+    in fp32 and casts last.
+    """
+
+    __slots__ = ("name", "style", "weight")
+
+    def __init__(self, name: str, weight: Tensor, style: str) -> None:
+        self.name, self.weight, self.style = name, weight, style
+
+    def __call__(self, x: Tensor) -> Tensor:
+        state.tape.module = self.name
+        if self.style == "gemma":
+            return self._gemma(x)
+        dtype = x.dtype
+        x = ops.to(x, float32)
+        variance = ops.mean_last(ops.square(x))
+        x = ops.mul(x, ops.rsqrt(ops.shift(variance)))
+        if self.style == "olmo2":
+            return ops.to(ops.mul(self.weight, x), dtype)
+        return ops.mul(self.weight, ops.to(x, dtype))
+
+    def _gemma(self, x: Tensor) -> Tensor:
+        output = self._normalize(ops.to(x, float32))
+        output = ops.mul(output, ops.shift(ops.to(self.weight, float32)))
+        return ops.to(output, x.dtype)
+
+    def _normalize(self, x: Tensor) -> Tensor:
+        return ops.mul(x, ops.rsqrt(ops.shift(ops.mean_last(ops.square(x)))))
+
+
+class Embedding:
+    """``nn.Embedding``; Gemma's multiplies by a scalar buffer."""
+
+    __slots__ = ("name", "requires_grad_hook", "scale", "weight")
+
+    def __init__(self, weight: Tensor, scale: Tensor | None, requires_grad_hook: bool) -> None:
+        self.name = "model.embed_tokens"
+        self.weight, self.scale, self.requires_grad_hook = weight, scale, requires_grad_hook
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        state.tape.module = self.name
+        weight = self.weight
+        shape = (*ids.shape, weight.shape[1])
+        out = empty(shape, weight.dtype, "embedding")
+        if ops.tracked(weight):
+            node = Node(_embedding_backward, (weight,))
+            node.saved = ids
+            node.context = weight.shape
+            attach(node, out)
+        if self.scale is not None:
+            scale = ops.to(self.scale, weight.dtype)
+            out = ops.mul(out, scale) if out.requires_grad else ops.pointwise("mul", out)
+        if self.requires_grad_hook:
+            out.requires_grad = True
+        return out
+
+
+def _embedding_backward(node: Node, grad: Tensor) -> Any:
+    return (empty(node.context, grad.dtype, "embedding_dense_backward"),)
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Storages that only have to exist, such as optimizer states."""
+
+    storages: list[Storage]

@@ -1,0 +1,185 @@
+"""The predicted writer: plays one steady-state training step and returns its tape.
+
+The step is the one that transformers' Trainer takes with a full batch: forward, loss, backward,
+clipping, optimizer, ``zero_grad``. Before it begins, weights, adapters, optimizer states, the batch
+and cuBLAS's workspaces are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from memplan.models import blueprint, fold, masks, optimizers
+from memplan.models.build import Builder, Model
+from memplan.models.checkpoint import checkpoint
+from memplan.models.decoder import FAMILIES, Context
+from memplan.models.loss import causal_lm_loss
+from memplan.recipe import Attention, DTypeName, Recipe
+from memplan.shadow import autograd, ops
+from memplan.shadow.autograd import AccumulateGrad
+from memplan.shadow.matmul import autocast
+from memplan.shadow.tensor import (
+    DTYPES,
+    Tensor,
+    bfloat16,
+    bool_,
+    category,
+    empty,
+    float32,
+    int64,
+    no_grad,
+    state,
+)
+from memplan.spec import ModelSpec
+from memplan.tape import Category, Phase, Tape
+
+# CUDABlas.cpp, parseChosenWorkspaceSize: ":4096:2:16:8", and 32 MiB on Hopper; one for each handle,
+# and autograd's thread has its own.
+_CUBLAS_WORKSPACE = 8_519_680
+_CUBLAS_WORKSPACE_HOPPER = 33_554_432
+
+
+def write_tape(
+    spec: ModelSpec, recipe: Recipe, *, capability: tuple[int, int] = (8, 0), folded: bool = True
+) -> Tape:
+    """Play a step of ``recipe`` (resolved) on ``spec``.
+
+    ``capability`` is the card's compute capability. ``folded=False`` plays every layer.
+    Raises RecipeError if the recipe does not suit the model.
+    """
+    played = fold.layers_to_play(kinds(spec, recipe)) if folded else fold.all_layers(spec.num_hidden_layers)
+    while True:
+        tape = _play(spec, recipe, capability, played.indices)
+        if played.complete:
+            return tape
+        if fold.fold(tape, played):
+            return tape
+        played = played.longer()
+
+
+def kinds(spec: ModelSpec, recipe: Recipe) -> list[Any]:
+    """What tells layers apart: experts or not, a mask or not."""
+    wanted = masks.needed(spec, recipe)
+    return [
+        (blueprint.is_sparse(spec, index), wanted[masks.layer_type(spec, index)])
+        for index in range(spec.num_hidden_layers)
+    ]
+
+
+def _play(spec: ModelSpec, recipe: Recipe, capability: tuple[int, int], played: Sequence[int]) -> Tape:
+    state.__init__()  # type: ignore[misc]
+    tape = state.tape
+    model = Builder(spec, recipe).build(played if isinstance(played, list) else list(played))
+    states = optimizers.states(model.trainable, recipe)
+    tape.begin(Phase.SETUP, "workspaces")
+    tape.module = ""
+    workspace = _CUBLAS_WORKSPACE_HOPPER if capability[0] == 9 else _CUBLAS_WORKSPACE
+    kept: list[Tensor] = [empty((workspace,), DTYPES["uint8"], "cublas_workspace") for _ in range(2)]
+    tape.begin(Phase.SETUP, "batch")
+    shape = (recipe.batch_size, recipe.seq_len)
+    with category(Category.ACTIVATIONS):
+        ids, attention_mask, labels = (empty(shape, int64, "batch") for _ in range(3))
+    for _ in range(recipe.gradient_accumulation_steps):
+        loss = _forward(model, ids, attention_mask, labels, list(played))
+        if recipe.gradient_accumulation_steps > 1:
+            loss = ops.scale(loss, "div")
+        tape.begin(Phase.BACKWARD, "backward")
+        tape.module = "loss"
+        grad = empty((), loss.dtype, "ones_like")  # torch.autograd.backward holds it to the end
+        autograd.backward(loss, grad)
+        tape.begin(Phase.BACKWARD, "graph freed")
+        del grad
+        loss = loss.detach()
+    if recipe.max_grad_norm:
+        optimizers.clip(model.trainable)
+    tape.begin(Phase.OPTIMIZER, "step")
+    optimizers.step(model.trainable, recipe)
+    optimizers.zero_grad(model.trainable)
+    tape.begin(Phase.OPTIMIZER, "end")
+    del loss
+    tape.finish()
+    size = len(tape.events)
+    del model, states, kept, ids, attention_mask, labels
+    del tape.events[size:], tape.deltas[size:]
+    return tape
+
+
+def _forward(model: Model, ids: Tensor, attention_mask: Tensor, labels: Tensor, played: list[int]) -> Tensor:
+    """``model(**batch).loss``."""
+    recipe, tape = model.recipe, state.tape
+    tape.begin(Phase.FORWARD, "embed")
+    if recipe.autocast:
+        state.autocast = bfloat16 if recipe.dtype is DTypeName.FLOAT32 else DTYPES[recipe.dtype.value]
+    hidden, cache = _decoder(model, ids, attention_mask, played)
+    tape.begin(Phase.FORWARD, "head")
+    state.category = Category.LOGITS_AND_LOSS
+    logits = model.head(hidden)
+    if model.spec.final_logit_softcapping is not None:
+        logits = ops.scale(logits, "div")
+        logits = ops.result_activation("tanh", logits)
+        logits = ops.scale(logits)
+    tape.module = "loss"
+    loss = causal_lm_loss(logits, labels)
+    state.category = Category.TEMPORARIES
+    state.autocast = None
+    state.autocast_cache.clear()
+    del cache
+    return loss
+
+
+def _decoder(model: Model, ids: Tensor, attention_mask: Tensor, played: list[int]) -> tuple[Tensor, Any]:
+    spec, recipe, tape = model.spec, model.recipe, state.tape
+    embeds = model.embedding(ids)
+    tape.module = "model"
+    cache: list[Tensor] | None = [] if spec.use_cache and not recipe.gradient_checkpointing else None
+    positions = _positions(recipe.seq_len)
+    attention_masks = masks.make(spec, recipe, attention_mask.shape, embeds.dtype)  # type: ignore[arg-type]
+    hidden = embeds
+    tape.module = "model.rotary_emb"
+    with no_grad():
+        rotary = _rotary_tables(spec, recipe.seq_len, hidden)
+    layer = FAMILIES[spec.model_type]
+    for modules, index in zip(model.layers, played, strict=True):
+        tape.begin(Phase.FORWARD, "layer", index)
+        state.scope = index
+        kind = masks.layer_type(spec, index)
+        cos, sin = rotary[kind if len(rotary) > 1 else next(iter(rotary))]
+        context = Context(spec, recipe.attn or Attention.SDPA, cos, sin, attention_masks[kind], positions, cache)
+        if recipe.gradient_checkpointing:
+            hidden = checkpoint(layer, modules, hidden, context, reentrant=bool(recipe.use_reentrant))
+        else:
+            hidden = layer(modules, hidden, context)
+        del cos, sin, context
+    state.scope = None
+    tape.begin(Phase.FORWARD, "final norm")
+    hidden = model.norm(hidden)
+    del positions
+    return hidden, cache
+
+
+def _positions(length: int) -> Tensor:
+    arange = empty((length,), int64, "arange")
+    return ops.pointwise("add", arange)
+
+
+def _rotary_tables(spec: ModelSpec, length: int, hidden: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    kinds = sorted(set(spec.layer_types)) if spec.model_type == "gemma3_text" else ["full_attention"]
+    return {kind: _cos_sin(spec, length, hidden) for kind in kinds}
+
+
+def _cos_sin(spec: ModelSpec, length: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """The rotary embedding's forward."""
+    width = int(spec.head_dim * spec.partial_rotary_factor)
+    position = empty((1, length, 1), float32, "_to_copy")
+    freqs = empty((1, length, width // 2), float32, "mul")
+    del position
+    emb = empty((1, length, width), float32, "cat")
+    cos = ops.scale(ops.pointwise("cos", emb))
+    sin = ops.scale(ops.pointwise("sin", emb))
+    if spec.model_type == "olmo2":
+        return cos, sin
+    cos_out = ops.to(cos, hidden.dtype)
+    sin_out = ops.to(sin, hidden.dtype)
+    del freqs, emb
+    return cos_out, sin_out

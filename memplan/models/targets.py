@@ -1,0 +1,52 @@
+"""Which modules get an adapter: PEFT's ``target_modules`` (peft/tuners/tuners_utils.py, 0.21)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from memplan.errors import RecipeError
+from memplan.recipe import Recipe
+
+# Attention and the q,v default by family: PEFT's TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+# names the fused projection where a family has one.
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj")
+_QUERY_VALUE = ("q_proj", "v_proj", "qkv_proj")
+
+
+def is_target(recipe: Recipe, full_name: str) -> bool:
+    """Whether the linear module ``full_name`` (``model.layers.3.mlp.up_proj``) is adapted."""
+    wanted = recipe.target_modules
+    if wanted == "all-linear":
+        # every linear layer but the output embedding
+        return not full_name.endswith("lm_head")
+    if wanted == "attention":
+        wanted = _ATTENTION
+    elif wanted in ("q,v", "qv"):
+        wanted = _QUERY_VALUE
+    if isinstance(wanted, str):
+        try:
+            return re.fullmatch(wanted, full_name) is not None
+        except re.error as error:
+            raise RecipeError(f"target_modules {wanted!r} is no valid regular expression: {error}") from None
+    return any(full_name == name or full_name.endswith("." + name) for name in wanted)
+
+
+def check(recipe: Recipe, linear_shapes: dict[str, tuple[int, ...]], all_names: Iterable[str]) -> None:
+    """Refuse targets that match nothing and ranks that exceed a matrix. Raises RecipeError."""
+    targets = {name: shape for name, shape in linear_shapes.items() if is_target(recipe, name)}
+    if not targets:
+        known = sorted({name.rsplit(".", 1)[-1] for name in linear_shapes})
+        raise RecipeError(
+            f"target_modules {recipe.target_modules!r} matches no linear module of this model; it has {', '.join(known)}"
+        )
+    name, shape = min(targets.items(), key=lambda item: min(item[1]))
+    if recipe.r > min(shape):
+        raise RecipeError(
+            f"r={recipe.r} is larger than the smallest matrix it adapts ({name}, {shape[0]}×{shape[1]}); "
+            f"use r of at most {min(shape)}"
+        )
+    names = set(all_names)
+    for module in recipe.modules_to_save:
+        if not any(known == module or known.endswith("." + module) for known in names):
+            raise RecipeError(f"modules_to_save {module!r} matches no module of this model")

@@ -1,0 +1,170 @@
+"""How a model is trained: a frozen, fully explicit record. Defaults and their sources: docs/recipe.md."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from memplan.errors import RecipeError, UnknownName
+
+
+class Mode(str, Enum):
+    FULL = "full"
+    LORA = "lora"
+    QLORA = "qlora"
+
+
+class DTypeName(str, Enum):
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+class QuantType(str, Enum):
+    NF4 = "nf4"
+    FP4 = "fp4"
+
+
+class Attention(str, Enum):
+    SDPA = "sdpa"
+    FLASH = "flash_attention_2"
+    EAGER = "eager"
+
+
+class Loss(str, Enum):
+    """How logits become a loss.
+
+    ``standard``: transformers' ``ForCausalLMLoss``. ``chunked``: TRL's ``chunked_nll``.
+    ``liger``: Liger-Kernel's fused linear cross entropy.
+    """
+
+    STANDARD = "standard"
+    CHUNKED = "chunked"
+    LIGER = "liger"
+
+
+class Optimizer(str, Enum):
+    """Names of the Hugging Face Trainer's ``optim`` (transformers ``OptimizerNames``)."""
+
+    ADAMW_TORCH = "adamw_torch"
+    ADAMW_TORCH_FUSED = "adamw_torch_fused"
+    ADAMW_BNB_8BIT = "adamw_bnb_8bit"
+    PAGED_ADAMW_8BIT = "paged_adamw_8bit"
+    PAGED_ADAMW_32BIT = "paged_adamw_32bit"
+    LION_8BIT = "lion_8bit"
+    PAGED_LION_8BIT = "paged_lion_8bit"
+    ADAFACTOR = "adafactor"
+    SGD = "sgd"
+
+
+OPTIMIZER_ALIASES = {"adamw_8bit": "adamw_bnb_8bit", "paged_adamw": "paged_adamw_32bit"}
+
+TARGET_PRESETS = ("all-linear", "attention", "q,v")
+
+_MAX_TOKENS = 1 << 32
+
+
+class Recipe(BaseModel):
+    """A training recipe. Frozen; anything left as None is resolved by :meth:`resolved`.
+
+    Raises RecipeError through :func:`make_recipe`; pydantic's ValidationError when built directly.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mode: Mode = Mode.QLORA
+    r: int = Field(8, ge=1)
+    lora_alpha: float | None = Field(None, gt=0, allow_inf_nan=False)
+    lora_dropout: float = Field(0.0, ge=0.0, lt=1.0, allow_inf_nan=False)
+    target_modules: str | tuple[str, ...] = "all-linear"
+    modules_to_save: tuple[str, ...] = ()
+    use_rslora: bool = False
+    use_dora: bool = False
+    adapter_dtype: DTypeName = DTypeName.FLOAT32
+
+    dtype: DTypeName = DTypeName.BFLOAT16
+    autocast: bool = False
+    quant_type: QuantType = QuantType.NF4
+    double_quant: bool = True
+    kbit_prep: bool | None = None
+
+    optimizer: Optimizer = Optimizer.ADAMW_TORCH_FUSED
+    momentum: float = Field(0.0, ge=0.0, lt=1.0, allow_inf_nan=False)
+    max_grad_norm: float = Field(1.0, ge=0.0, allow_inf_nan=False)
+    gradient_accumulation_steps: int = Field(1, ge=1)
+
+    gradient_checkpointing: bool | None = None
+    use_reentrant: bool | None = None
+    attn: Attention | None = None
+    loss: Loss = Loss.STANDARD
+    batch_size: int = Field(1, ge=1, le=1 << 20)
+    seq_len: int = Field(2048, ge=1, le=1 << 24)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.mode is Mode.FULL:
+            adapter_options = [
+                name
+                for name in ("modules_to_save", "use_dora", "use_rslora", "kbit_prep")
+                if getattr(self, name)
+            ]
+            if adapter_options:
+                raise ValueError(
+                    f"{adapter_options[0]} belongs to lora and qlora; mode full trains every weight "
+                    "and has no adapter or 4-bit base (4-bit weights can't be trained in full: use --mode qlora)"
+                )
+        if self.mode is Mode.LORA and self.kbit_prep:
+            raise ValueError("kbit_prep prepares a 4-bit base, which mode lora does not have: use --mode qlora")
+        if self.autocast and self.dtype is DTypeName.FLOAT16 and self.mode is Mode.FULL:
+            raise ValueError(
+                "full fine-tuning under autocast needs fp32 weights: use --dtype float32 --autocast"
+            )
+        if self.momentum and self.optimizer is not Optimizer.SGD:
+            raise ValueError(f"momentum belongs to the optimizer sgd, not to {self.optimizer.value}")
+        if self.use_reentrant is not None and self.gradient_checkpointing is False:
+            raise ValueError("use_reentrant says how to checkpoint, but gradient checkpointing is off")
+        if self.batch_size * self.seq_len > _MAX_TOKENS:
+            raise ValueError(
+                f"{self.batch_size} × {self.seq_len} tokens a step is more than any GPU can hold; "
+                "lower the batch size or the sequence length"
+            )
+        return self
+
+    def resolved(self) -> Recipe:
+        """The same recipe with every None replaced by what the stack does (docs/recipe.md)."""
+        kbit_prep = self.mode is Mode.QLORA if self.kbit_prep is None else self.kbit_prep
+        # prepare_model_for_kbit_training(use_gradient_checkpointing=True) is PEFT's default
+        # (peft/utils/other.py, 0.21); TrainingArguments leaves checkpointing off.
+        checkpointing = kbit_prep if self.gradient_checkpointing is None else self.gradient_checkpointing
+        return self.model_copy(
+            update={
+                "lora_alpha": 2.0 * self.r if self.lora_alpha is None else self.lora_alpha,
+                "kbit_prep": kbit_prep,
+                "gradient_checkpointing": checkpointing,
+                # transformers 5 checkpoints without reentrance unless told otherwise.
+                "use_reentrant": bool(self.use_reentrant) if checkpointing else None,
+                "attn": self.attn or Attention.SDPA,
+            }
+        )
+
+
+def make_recipe(**options: Any) -> Recipe:
+    """A Recipe from loose options, with errors fit for a user.
+
+    Raises RecipeError with one sentence, or UnknownName for an optimizer that does not exist.
+    """
+    if isinstance(options.get("optimizer"), str):
+        name = options["optimizer"]
+        options["optimizer"] = name = OPTIMIZER_ALIASES.get(name, name)
+        known = [optimizer.value for optimizer in Optimizer]
+        if name not in known:
+            raise UnknownName("optimizer", name, known)
+    try:
+        return Recipe(**options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"][:1])
+        message = first["msg"].removeprefix("Value error, ")
+        raise RecipeError(f"{where}: {message}, got {first['input']!r}" if where else message) from None

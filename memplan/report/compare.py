@@ -1,0 +1,60 @@
+"""Plans side by side on the terminal, one column a mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from memplan.report.console import HEADING, QUIET, Cell, note, paragraph, table
+from memplan.report.plan import ESTIMATE, FOOTNOTE, SUMMARY, VERDICT_STYLES, short_card, show_model
+from memplan.report.units import count, gib, ratio
+from memplan.report.wording import common_and_own
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from memplan.planner import Plan
+
+_WORDS = {"fits": "fits", "tight": "tight", "does not fit": "no"}
+
+
+def show_comparison(plans: Sequence[Plan], console: Console) -> None:
+    """Print the plans of one model, each with a recipe of another mode."""
+    show_model(plans[0].model, console)
+    common, own = common_and_own([plan.recipe for plan in plans])
+    paragraph(console, common, "all  ", QUIET)
+    for plan, phrases in zip(plans, own, strict=True):
+        paragraph(console, phrases, f"{plan.recipe.mode.value:5}", QUIET)
+    console.print()
+
+    def row(label: Cell, cell: Callable[[Plan], str], style: str = "") -> list[Cell]:
+        return [label, *(Text(cell(plan), style) for plan in plans)]
+
+    rows = [
+        row(Text("GiB", QUIET), lambda plan: plan.recipe.mode.value, HEADING),
+        *(row(label, _summary_cell(field)) for field, label in SUMMARY.items()),
+        row(Text("peak allocated", HEADING), lambda plan: gib(plan.peak.allocated_bytes), HEADING),
+        row("  reached in", lambda plan: plan.peak.phase),
+        row("", lambda plan: ""),
+        row("trainable", lambda plan: count(plan.parameters.trainable)),
+        row(
+            f"  of {count(plans[0].parameters.total)}",
+            lambda plan: ratio(plan.parameters.trainable, plan.parameters.total),
+        ),
+    ]
+    if plans[0].fits:
+        rows.append(row("", lambda plan: ""))
+        rows.append(row("needed", lambda plan: gib(max(fit.needed_bytes for fit in plan.fits))))
+    for number, fit in enumerate(plans[0].fits):
+        verdicts = [plan.fits[number].verdict for plan in plans]
+        name = f"  {short_card(fit.gpu)}, {gib(fit.total_bytes)}"
+        rows.append([name, *(Text(_WORDS[verdict], VERDICT_STYLES[verdict]) for verdict in verdicts)])
+    table(console, rows, "<" + ">" * len(plans))
+    note(console, FOOTNOTE)
+    note(console, ESTIMATE)
+
+
+def _summary_cell(field: str) -> Callable[[Plan], str]:
+    return lambda plan: gib(getattr(plan.summary, field))

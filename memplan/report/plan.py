@@ -1,0 +1,126 @@
+"""A plan on the terminal: what was asked, where the peak's bytes are, when it happens, what it fits on."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from memplan.report.console import QUIET, Cell, heading, note, paragraph, speaks_unicode, table
+from memplan.report.units import count, gib, ratio, share
+from memplan.report.wording import asked_and_default
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from memplan.planner import Fit, ModelInfo, PeakInfo, Plan, Summary
+
+# What each category is called, and its colour.
+CATEGORIES = {
+    "weights": ("weights", "blue"),
+    "quantization_state": ("quantisation state", "cyan"),
+    "adapters": ("adapters", "green"),
+    "gradients": ("gradients", "yellow"),
+    "optimizer_state": ("optimizer state", "magenta"),
+    "activations": ("activations", "red"),
+    "logits_and_loss": ("logits and loss", "bright_red"),
+    "temporaries": ("temporaries", "bright_black"),
+}
+SUMMARY = {
+    "weights": "weights",
+    "lora_parameters": "LoRA parameters",
+    "optimizer_state": "optimizer state",
+    "activations": "activations",
+}
+FOOTNOTE = (
+    "Quantisation state counts as weights, gradients as optimizer state, "
+    "logits and temporaries as activations."
+)
+ESTIMATE = "Needed is an estimate until the allocator is simulated: peak, allocator slack and CUDA context."
+VERDICT_STYLES = {"fits": "bold green", "tight": "bold yellow", "does not fit": "red"}
+
+_LABEL_WIDTH = 18  # of the longest category, so that the tables of a report line up
+_BAR_MARGIN = 2 + _LABEL_WIDTH + 2 + len("1,000.00 GiB") + 2 + len("100.0 %") + 2
+
+
+def show_plan(plan: Plan, console: Console, given: Collection[str] = ()) -> None:
+    """Print a plan. ``given`` are the recipe's fields that were asked for; the rest are shown as defaults."""
+    show_model(plan.model, console)
+    total, trainable = plan.parameters.total, plan.parameters.trainable
+    console.print(
+        f"{count(total)} parameters, {count(trainable)} of them trainable ({ratio(trainable, total)})"
+    )
+    asked, default = asked_and_default(plan.recipe, given)
+    paragraph(console, asked, "asked   ")
+    paragraph(console, default, "defaults", QUIET)
+    console.print()
+    _show_peak(plan, console)
+    console.print()
+    _show_summary(plan.summary, plan.peak.allocated_bytes, console)
+    if plan.fits:
+        console.print()
+        heading(console, "Cards")
+        show_fits(plan.fits, console)
+
+
+def show_model(model: ModelInfo, console: Console) -> None:
+    """Print which model it is about."""
+    hub_id = f"  {model.hub_id}" if model.hub_id and model.hub_id != model.name else ""
+    console.print(Text.assemble((model.name, "bold"), hub_id, (f"  {model.architecture}", QUIET)))
+    if model.note:
+        note(console, model.note)
+
+
+def show_fits(fits: Sequence[Fit], console: Console) -> None:
+    """Print the cards and what the plan leaves of each, in GiB."""
+    rows = [[Text(cell, QUIET) for cell in ("GiB", "usable", "needed", "headroom", "")]]
+    for fit in fits:
+        sizes = (Text(gib(size)) for size in (fit.total_bytes, fit.needed_bytes, fit.headroom_bytes))
+        rows.append([Text(short_card(fit.gpu)), *sizes, Text(fit.verdict, VERDICT_STYLES[fit.verdict])])
+    table(console, rows, "<>>><", _LABEL_WIDTH)
+    note(console, ESTIMATE)
+
+
+def short_card(gpu: str) -> str:
+    """A card's name without the vendor's, which most of them share."""
+    return gpu.removeprefix("NVIDIA ").removeprefix("GeForce ")
+
+
+def moment(peak: PeakInfo) -> str:
+    """When the peak happens: phase, layer, operation and module."""
+    layer = "" if peak.layer is None else f" of layer {peak.layer}"
+    module = f" in {peak.module}" if peak.module else ""
+    return f"{peak.phase}{layer}, at {peak.operation}{module}"
+
+
+def bar(part: int, whole: int, width: int, *, unicode: bool = True) -> str:
+    """A bar as long as the part of the whole, which is ``width`` columns; never quite nothing."""
+    if not unicode:
+        return "#" * max(1, round(width * part / whole))
+    eighths = max(1, round(8 * width * part / whole))
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+
+
+def _show_peak(plan: Plan, console: Console) -> None:
+    peak = plan.peak
+    heading(console, "Peak", f"{gib(peak.allocated_bytes)} GiB allocated ({plan.provenance})")
+    console.print(Text(f"  in {moment(peak)}"))
+    whole, width = peak.allocated_bytes, max(console.width - _BAR_MARGIN, 8)
+    rows: list[list[Cell]] = []
+    for field, (label, colour) in CATEGORIES.items():
+        part = getattr(peak.by_category, field)
+        if part:
+            drawn = bar(part, whole, width, unicode=speaks_unicode(console))
+            rows.append([label, f"{gib(part)} GiB", share(part, whole), Text(drawn, colour)])
+    table(console, rows, "<>><", _LABEL_WIDTH)
+
+
+def _show_summary(summary: Summary, whole: int, console: Console) -> None:
+    heading(console, "The same in the four categories that people know")
+    rows = [
+        [label, f"{gib(getattr(summary, field))} GiB", share(getattr(summary, field), whole)]
+        for field, label in SUMMARY.items()
+    ]
+    table(console, rows, "<>>", _LABEL_WIDTH)
+    note(console, FOOTNOTE)

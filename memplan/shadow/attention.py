@@ -1,0 +1,193 @@
+"""Scaled dot product attention as CUDA runs it: which kernel, what it allocates, what it saves.
+
+Sources: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp (choice of kernel),
+cuda/flash_attn/flash_api.cpp (mha_fwd, mha_bwd), cuda/attention.cu and attention_backward.cu
+(memory-efficient), attention.cpp (math), torch 2.13. Queries, keys and values are [B, H, S, D].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from memplan.shadow import ops
+from memplan.shadow.autograd import Node, attach, save, save_output, unpack
+from memplan.shadow.matmul import matmul
+from memplan.shadow.tensor import Tensor, bool_, empty, float32, int64, state, strides_of
+
+_FLASH_MAX_HEAD_DIM = 256
+
+
+def scaled_dot_product_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, causal: bool, gqa: bool, dropout: float = 0.0
+) -> Tensor:
+    """``F.scaled_dot_product_attention``; ``mask`` is a bool [B, 1, S, S] or None."""
+    if state.autocast is not None:
+        query, key, value = (ops.to(x, state.autocast) for x in (query, key, value))
+    head_dim = query.shape[-1]
+    if mask is None and query.dtype.itemsize == 2 and head_dim <= _FLASH_MAX_HEAD_DIM:
+        return _flash(query, key, value)
+    # The memory-efficient kernel wants 16-byte aligned rows and as many key heads as query heads.
+    if head_dim % (16 // query.dtype.itemsize) == 0 and not (gqa and query.shape[1] != key.shape[1]):
+        return _efficient(query, key, value, mask)
+    return _math(query, key, value, mask, causal=causal, gqa=gqa)
+
+
+# -- flash -------------------------------------------------------------------------------------------
+
+
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    batch, heads, length, head_dim = query.shape
+    operation = "_scaled_dot_product_flash_attention"
+    node = Node(_flash_backward, (query, key, value)) if ops.tracked(query, key, value) else None
+    padded = head_dim % 8 != 0
+    if padded:
+        width = _up(head_dim, 8)
+        query, key, value = (empty((*x.shape[:-1], width), x.dtype, "constant_pad_nd") for x in (query, key, value))
+    saved = None if node is None else [save(query), save(key), save(value)]
+    out = ops.pointwise(operation, query)
+    logsumexp = empty((batch, heads, length), float32, operation)
+    seed = empty((2,), int64, operation)
+    offset = empty((), int64, operation)
+    if padded:
+        out = Tensor((batch, heads, length, head_dim), out.dtype, out.storage, strides_of(out))
+    if node is not None and saved is not None:
+        saved += [save_output(out), save_output(logsumexp), save_output(seed), save_output(offset)]
+        node.saved = saved
+        attach(node, out)
+    return out
+
+
+def _flash_backward(node: Node, grad: Tensor) -> Any:
+    operation = "_scaled_dot_product_flash_attention_backward"
+    query, key, value, out, logsumexp, seed, offset = (unpack(saved) for saved in node.saved)
+    grad = ops.contiguous(ops.transpose(grad, 1, 2))  # [B, S, H, D]
+    batch, heads, length, head_dim = query.shape
+    for_query = ops.pointwise(operation, query)
+    for_key = ops.pointwise(operation, key)
+    for_value = ops.pointwise(operation, value)
+    rows = _up(length, 128)
+    softmax_d = empty((batch, heads, rows), float32, operation)
+    width = _up(head_dim, 32 if head_dim <= 128 else 64)
+    accumulator = empty((batch, rows, heads, width), float32, operation)
+    if key.shape[1] != heads:
+        expanded = [empty((batch, length, heads, head_dim), key.dtype, operation) for _ in range(2)]
+        del expanded
+    del softmax_d, accumulator
+    return for_query, for_key, for_value
+
+
+# -- memory-efficient ------------------------------------------------------------------------------
+
+
+def _efficient(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    batch, heads, length, head_dim = query.shape
+    operation = "_scaled_dot_product_efficient_attention"
+    bias = None
+    if mask is not None:
+        # convert_boolean_attn_mask, then pad_bias: the last axis is padded to a multiple of 16.
+        bias = empty(mask.shape, query.dtype, "where")
+        if mask.shape[-1] % 16:
+            bias = empty((*mask.shape[:-1], _up(mask.shape[-1], 16)), query.dtype, "constant_pad_nd")
+    node = Node(_efficient_backward, (query, key, value)) if ops.tracked(query, key, value) else None
+    saved = None
+    if node is not None:
+        saved = [save(query), save(key), save(value)] + ([save(bias)] if bias is not None else [])
+    out = empty((batch, length, heads, head_dim), query.dtype, operation)
+    out = ops.transpose(out, 1, 2)
+    logsumexp = empty((batch, heads, _up(length, 32) if node is not None else 0), float32, operation)
+    if node is not None and saved is not None:
+        saved += [save_output(out), save_output(logsumexp)]
+        node.saved = saved
+        attach(node, out)
+    return out
+
+
+def _efficient_backward(node: Node, grad: Tensor) -> Any:
+    operation = "_scaled_dot_product_efficient_attention_backward"
+    query, key, value, *rest = [unpack(saved) for saved in node.saved]
+    grad = ops.contiguous(ops.transpose(grad, 1, 2))
+    batch, heads, length, head_dim = query.shape
+    gradients = []
+    for tensor in (query, key, value):
+        b, h, s, d = tensor.shape
+        gradients.append(ops.transpose(empty((b, s, h, d), tensor.dtype, operation), 1, 2))
+    delta = empty((batch, heads, length), float32, operation)
+    if query.dtype is not float32:
+        # gQ is accumulated in fp32 (kNeedsAccumGradQ, mem_eff_attention/kernel_backward.h)
+        workspace = empty((batch, heads, _up(length, 64), _up(head_dim, 64)), float32, operation)
+        del workspace
+    del delta
+    return gradients
+
+
+# -- math --------------------------------------------------------------------------------------------
+
+
+def _math(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, causal: bool, gqa: bool) -> Tensor:
+    dtype = query.dtype
+    if dtype.itemsize == 2:
+        query, key, value = (ops.to(x, float32) for x in (query, key, value))
+    scaled = ops.scale(query)
+    del query
+    length, keys = scaled.shape[-2], key.shape[-2]
+    bias = None
+    if causal:
+        allowed = empty((length, keys), bool_, "ones")
+        lower = empty((length, keys), bool_, "tril")
+        del allowed
+        bias = _additive(lower)
+        del lower
+    elif mask is not None:
+        bias = _additive(mask)
+    if gqa:
+        groups = scaled.shape[1] // key.shape[1]
+        key, value = _repeat_heads(key, groups), _repeat_heads(value, groups)
+    transposed = ops.scale(ops.transpose(key, -2, -1))
+    scores = matmul(scaled, transposed)
+    del transposed
+    if bias is not None:
+        # attn.add_(mask): in place
+        if scores.node is not None:
+            node = Node(ops._pass_backward, (scores,))
+            scores = scores.detach()
+            attach(node, scores)
+            del node
+    weights = _safe_softmax(scores)
+    del scores
+    out = matmul(weights, value)
+    return ops.to(out, dtype)
+
+
+def _additive(mask: Tensor) -> Tensor:
+    zero = empty((), float32, "scalar_tensor")
+    infinity = empty((), float32, "scalar_tensor")
+    bias = empty(mask.shape, float32, "where")
+    del zero, infinity
+    return bias
+
+
+def _repeat_heads(x: Tensor, groups: int) -> Tensor:
+    batch, heads, length, width = x.shape
+    wide = ops.expand(ops.view(x, (batch, heads, 1, length, width)), (batch, heads, groups, length, width))
+    return ops.reshape(wide, (batch, heads * groups, length, width))
+
+
+def _safe_softmax(x: Tensor) -> Tensor:
+    """at::_safe_softmax: softmax, then rows that are all -inf become zero."""
+    node = Node(ops._softmax_backward, (x,)) if ops.tracked(x) else None
+    soft = empty(x.shape, x.dtype, "_safe_softmax")
+    infinity = empty((), x.dtype, "_safe_softmax")
+    masked = empty(x.shape, bool_, "_safe_softmax")
+    rows = empty((*x.shape[:-1], 1), bool_, "_safe_softmax")
+    zero = empty((), x.dtype, "_safe_softmax")
+    out = empty(x.shape, x.dtype, "_safe_softmax")
+    del soft, infinity, masked, rows, zero
+    if node is not None:
+        node.context = x.dtype
+        node.saved = save_output(out)
+        attach(node, out)
+    return out

@@ -1,0 +1,310 @@
+"""Autograd: what is saved for backward, and the engine's order of running it.
+
+Source of the order and of the in-place rules: torch/csrc/autograd/engine.cpp (ready queue by highest
+sequence number), input_buffer.cpp (``accumulate``), functions/accumulate_grad.h (stealing), 2.13.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from heapq import heappop, heappush
+from sys import getrefcount
+from typing import Any
+
+from memplan.shadow.tensor import DType, Shape, Tensor, empty, iterator_strides, state
+from memplan.tape import Category, Phase
+
+Grads = Sequence["Tensor | None"]
+Backward = Callable[["Node", Any], Grads]
+
+_LAST = 1 << 60  # AccumulateGrad's sequence number: it runs as soon as its gradient is complete
+
+
+class Node:
+    """A step of the backward pass.
+
+    ``edges`` lead to the nodes that made the inputs (None where no gradient is wanted), ``meta`` has
+    shape and dtype of each output, ``saved`` what backward needs, ``context`` numbers that are not memory.
+    """
+
+    __slots__ = (
+        "backward", "category", "context", "edges", "grads", "meta", "module", "needs", "saved", "scope", "sequence",
+    )  # fmt: skip
+
+    def __init__(self, backward: Backward, inputs: Sequence[Tensor | None]) -> None:
+        self.backward = backward
+        self.edges = [edge(tensor) for tensor in inputs]
+        self.needs = tuple(e is not None for e in self.edges)
+        self.meta: list[tuple[Shape, DType]] = []
+        self.saved: Any = ()
+        self.context: Any = None
+        self.grads: list[Tensor | None] = []
+        self.scope = state.scope
+        self.module = state.tape.module
+        self.category = state.category
+        state.sequence = self.sequence = state.sequence + 1
+
+
+class AccumulateGrad(Node):
+    """The end of the graph at a parameter; holds the parameter's gradient."""
+
+    __slots__ = ("grad", "parameter", "variable")
+
+    def __init__(self, shape: Shape, dtype: DType, parameter: bool = True) -> None:
+        super().__init__(_no_backward, ())
+        self.parameter = parameter
+        self.meta = [(shape, dtype)]
+        self.sequence = _LAST
+        self.grad: Tensor | None = None
+        self.variable: Any = None  # the storage of a leaf that only the graph keeps alive
+
+
+def _no_backward(node: Node, grads: Any) -> Grads:
+    return ()
+
+
+def edge(tensor: Tensor | None) -> tuple[Node, int] | None:
+    """Where the gradient of ``tensor`` goes."""
+    if tensor is None or not tensor.requires_grad:
+        return None
+    node = tensor.node
+    if node is None:  # a leaf that is not a parameter (enable_input_require_grads)
+        leaf = AccumulateGrad(tensor.shape, tensor.dtype, parameter=False)
+        leaf.variable = tensor.storage
+        node = tensor.node = leaf
+    return node, tensor.output
+
+
+def attach(node: Node, *outputs: Tensor) -> None:
+    """Make ``outputs`` the differentiable outputs of ``node``."""
+    for tensor in outputs:
+        tensor.node, tensor.output, tensor.requires_grad = node, len(node.meta), True
+        node.meta.append((tensor.shape, tensor.dtype))
+
+
+# -- saving, plain and under checkpointing --------------------------------------------------------
+
+
+class Holder:
+    """What a checkpointed region keeps instead of a saved tensor, until it is recomputed."""
+
+    __slots__ = ("frame", "tensor")
+
+    def __init__(self, frame: Frame) -> None:
+        self.frame = frame
+        self.tensor: Tensor | None = None
+
+
+class StopRecomputation(Exception):
+    """Everything that was saved has been recomputed; the rest of the region need not run."""
+
+
+class Frame:
+    """One region under non-reentrant checkpointing (torch/utils/checkpoint.py, _CheckpointFrame)."""
+
+    __slots__ = ("holders", "packed", "recompute", "recomputing")
+
+    def __init__(self, recompute: Callable[[], Any]) -> None:
+        self.recompute = recompute  # holds the region's arguments as long as the frame lives
+        self.holders: list[Holder | None] = []
+        self.packed = 0
+        self.recomputing = False
+
+
+def save(tensor: Tensor) -> Any:
+    """Keep an input for backward."""
+    frame = state.frame
+    if frame is None:
+        keep(tensor)
+        return tensor
+    return _pack(frame, tensor)
+
+
+def save_output(tensor: Tensor) -> Any:
+    """Keep an output for backward: an alias, for the output will point to the node itself."""
+    return save(tensor.detach())
+
+
+def keep(tensor: Tensor) -> None:
+    """Count a storage as an activation."""
+    storage = tensor.storage
+    if storage is not None:
+        categories = storage.tape.categories
+        if categories[storage.index] is Category.TEMPORARIES:
+            categories[storage.index] = Category.ACTIVATIONS
+
+
+def _pack(frame: Frame, tensor: Tensor) -> Any:
+    if not frame.recomputing:
+        holder = Holder(frame)
+        frame.holders.append(holder)
+        return holder
+    holder_ = frame.holders[frame.packed]
+    frame.holders[frame.packed] = None
+    frame.packed += 1
+    alias = tensor.detach()
+    keep(alias)
+    if holder_ is not None:
+        holder_.tensor = alias
+    if frame.packed == len(frame.holders):
+        raise StopRecomputation
+    return alias
+
+
+def unpack(saved: Any) -> Tensor:
+    """The tensor that :func:`save` kept; recomputes its checkpointed region if that is still due.
+
+    A recomputed tensor is handed out once and then lives as long as the caller's name for it.
+    """
+    if type(saved) is Tensor:
+        return saved
+    if saved.tensor is None:
+        _recompute(saved.frame)
+    tensor = saved.tensor
+    saved.tensor = None
+    return tensor  # type: ignore[no-any-return]
+
+
+def _recompute(frame: Frame) -> None:
+    frame.recomputing = True
+    before = state.frame, state.grad, state.tape.module, state.category, state.sequence
+    state.frame, state.grad, state.category = frame, True, Category.TEMPORARIES
+    try:
+        frame.recompute()
+    except StopRecomputation:
+        pass
+    finally:
+        state.frame, state.grad, state.tape.module, state.category, state.sequence = before
+
+
+@contextmanager
+def frame(value: Frame) -> Iterator[None]:
+    """Save into ``value`` instead of keeping tensors."""
+    before, state.frame = state.frame, value
+    try:
+        yield
+    finally:
+        state.frame = before
+
+
+# -- the engine ------------------------------------------------------------------------------------
+
+
+def backward(root: Tensor, grad: Tensor) -> None:
+    """Run the graph behind ``root`` from ``grad``; parameters' gradients end in their AccumulateGrad."""
+    start = root.node
+    assert start is not None, "the loss has no history: nothing is trainable"
+    dependencies: dict[Node, int] = {start: 0}
+    stack = [start]
+    while stack:
+        for target in stack.pop().edges:
+            if target is not None:
+                node = target[0]
+                if node in dependencies:
+                    dependencies[node] += 1
+                else:
+                    dependencies[node] = 1
+                    stack.append(node)
+    start.grads = [None] * len(start.meta)
+    start.grads[root.output] = grad
+    del grad, root
+    ready = [(-start.sequence, 0, start)]
+    del start
+    tape = state.tape
+    grad_mode, state.grad = state.grad, False
+    ticket = 0
+    scope = state.scope
+    outer = scope, tape.module, state.category
+    while ready:
+        node = heappop(ready)[2]
+        if node.scope != scope and node.sequence != _LAST:
+            scope = state.scope = node.scope
+            tape.begin(Phase.BACKWARD, "backward", scope)
+        tape.module, state.category = node.module, node.category
+        targets = _evaluate(node, dependencies)
+        for target in targets:
+            ticket += 1
+            heappush(ready, (-target.sequence, ticket, target))
+        del node, targets
+    state.scope, tape.module, state.category = outer
+    state.grad = grad_mode
+
+
+def _evaluate(node: Node, dependencies: dict[Node, int]) -> list[Node]:
+    """Run one node, hand its gradients on, and return the nodes that became ready."""
+    if type(node) is AccumulateGrad:
+        _accumulate_grad(node)
+        return []
+    incoming = node.grads
+    node.grads = []
+    outgoing = list(node.backward(node, incoming[0] if len(incoming) == 1 else incoming))
+    for position, target in enumerate(node.edges):
+        grad = outgoing[position]
+        if target is not None and grad is not None:
+            shape, dtype = target[0].meta[target[1]]
+            if grad.shape != shape:
+                grad = outgoing[position] = _sum_to(grad, shape)
+            if grad.dtype is not dtype:
+                outgoing[position] = _cast(grad, dtype)
+    grad = None
+    incoming = []
+    node.saved = None
+    ready = []
+    outgoing.reverse()
+    for target in node.edges:
+        grad = outgoing.pop()
+        if target is None:
+            continue
+        consumer, output = target
+        if grad is not None:
+            if not consumer.grads:
+                consumer.grads = [None] * len(consumer.meta)
+            old = consumer.grads[output]
+            if old is None:
+                consumer.grads[output] = grad
+            else:
+                consumer.grads[output] = None
+                consumer.grads[output] = _add_gradients(old, grad)
+            old = grad = None
+        dependencies[consumer] -= 1
+        if not dependencies[consumer]:
+            ready.append(consumer)
+    return [consumer for consumer in ready if consumer.grads]
+
+
+# References that CPython itself holds to a gradient while _add_gradients looks at it: the caller's
+# local, the parameter, and getrefcount's argument; and to its storage: the tensor and the argument.
+_OWN_TENSOR_REFERENCES = 3
+_OWN_STORAGE_REFERENCES = 2
+
+
+def _add_gradients(old: Tensor, new: Tensor) -> Tensor:
+    """InputBuffer::accumulate: in place when nobody else looks at the older gradient."""
+    if getrefcount(old) <= _OWN_TENSOR_REFERENCES and getrefcount(old.storage) <= _OWN_STORAGE_REFERENCES:
+        return old
+    return empty(old.shape, old.dtype, "add", iterator_strides(old.shape, [old, new]))
+
+
+def _accumulate_grad(node: AccumulateGrad) -> None:
+    grad = node.grads[0]
+    node.grads = []
+    if node.grad is None and grad is not None:
+        node.grad = grad
+        if grad.storage is not None and node.parameter:
+            grad.storage.tape.categories[grad.storage.index] = Category.GRADIENTS
+
+
+def _cast(grad: Tensor, dtype: DType) -> Tensor:
+    return empty(grad.shape, dtype, "_to_copy", iterator_strides(grad.shape, [grad]))
+
+
+def _sum_to(grad: Tensor, shape: Shape) -> Tensor:
+    """A gradient summed over the axes along which its tensor was broadcast (at::sum_to)."""
+    lead = len(grad.shape) - len(shape)
+    kept = tuple(
+        1 if axis < lead or (shape[axis - lead] == 1 and size != 1) else size
+        for axis, size in enumerate(grad.shape)
+    )
+    summed = empty(kept, grad.dtype, "sum")
+    return summed.viewed(shape)

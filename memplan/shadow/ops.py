@@ -1,0 +1,472 @@
+"""Pointwise operations, reductions, casts and views: what each allocates, and what it saves.
+
+Names on the tape are ATen's. The backward of each is that of tools/autograd/derivatives.yaml
+(torch 2.13), spelled out with its intermediates: a C++ temporary lives until the end of its full
+expression, so it is a named local here. Gradients are computed in alphabetical order of argument
+names, as the code generator sorts them.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+from memplan.shadow.autograd import Node, attach, save, save_output, unpack
+from memplan.shadow.tensor import (
+    DType,
+    Shape,
+    Tensor,
+    contiguous_strides,
+    empty,
+    float16,
+    float32,
+    iterator_strides,
+    normalized,
+    state,
+    strides_of,
+    view_strides,
+)
+
+
+def tracked(*inputs: Tensor | None) -> bool:
+    """Whether an operation on ``inputs`` is recorded for backward."""
+    return state.grad and any(tensor is not None and tensor.requires_grad for tensor in inputs)
+
+
+def broadcast(one: Shape, two: Shape) -> Shape:
+    """Numpy's broadcasting of two shapes."""
+    if one == two:
+        return one
+    if len(one) < len(two):
+        one, two = two, one
+    lead = len(one) - len(two)
+    return one[:lead] + tuple(a if b == 1 else b for a, b in zip(one[lead:], two, strict=True))
+
+
+def promote(one: Tensor, two: Tensor) -> DType:
+    """torch.result_type of two tensors with at least one axis each."""
+    a, b = one.dtype, two.dtype
+    if a is b:
+        return a
+    if not a.floating:
+        return b
+    if not b.floating:
+        return a
+    return float32
+
+
+def pointwise(operation: str, *inputs: Tensor, dtype: DType | None = None) -> Tensor:
+    """A fresh result of a pointwise kernel on one or two tensors."""
+    first = inputs[0]
+    if len(inputs) == 1:
+        strides = first.strides
+        if strides is not None:
+            strides = iterator_strides(first.shape, [first])
+        return empty(first.shape, dtype or first.dtype, operation, strides)
+    second = inputs[1]
+    shape = broadcast(first.shape, second.shape)
+    strides = None
+    if first.strides is not None or second.strides is not None:
+        strides = iterator_strides(shape, [first, second])
+    return empty(shape, dtype or promote(first, second), operation, strides)
+
+
+# -- casts -------------------------------------------------------------------------------------------
+
+
+def to(x: Tensor, dtype: DType) -> Tensor:
+    """``x.to(dtype)``: itself if it has that dtype already."""
+    if x.dtype is dtype:
+        return x
+    if tracked(x):
+        node = Node(_to_backward, (x,))
+        out = pointwise("_to_copy", x, dtype=dtype)
+        attach(node, out)
+        return out
+    return pointwise("_to_copy", x, dtype=dtype)
+
+
+def _to_backward(node: Node, grad: Tensor) -> Any:
+    edge = node.edges[0]
+    dtype = edge[0].meta[edge[1]][1] if edge else grad.dtype
+    return (pointwise("_to_copy", grad, dtype=dtype),)
+
+
+# -- arithmetic --------------------------------------------------------------------------------------
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """``x + y``. Saves nothing."""
+    if tracked(x, y):
+        node = Node(_add_backward, (x, y))
+        out = pointwise("add", x, y)
+        attach(node, out)
+        return out
+    return pointwise("add", x, y)
+
+
+def _add_backward(node: Node, grad: Tensor) -> Any:
+    needs_x, needs_y = node.needs
+    return grad if needs_x else None, grad if needs_y else None
+
+
+def mul(x: Tensor, y: Tensor) -> Tensor:
+    """``x * y``."""
+    if tracked(x, y):
+        node = Node(_mul_backward, (x, y))
+        needs_x, needs_y = node.needs
+        node.saved = (save(y) if needs_x else None, save(x) if needs_y else None)
+        out = pointwise("mul", x, y)
+        attach(node, out)
+        return out
+    return pointwise("mul", x, y)
+
+
+def _mul_backward(node: Node, grad: Tensor) -> Any:
+    other, this = (None if saved is None else unpack(saved) for saved in node.saved)
+    for_y = pointwise("mul", grad, this) if this is not None else None
+    for_x = pointwise("mul", grad, other) if other is not None else None
+    return for_x, for_y
+
+
+def scale(x: Tensor, operation: str = "mul") -> Tensor:
+    """``x * number`` or ``x / number``. A Python number is no tensor on the device: nothing is saved."""
+    if tracked(x):
+        node = Node(_scale_backward, (x,))
+        node.context = operation
+        out = pointwise(operation, x)
+        attach(node, out)
+        return out
+    return pointwise(operation, x)
+
+
+def _scale_backward(node: Node, grad: Tensor) -> Any:
+    return (pointwise(node.context, grad),)
+
+
+def shift(x: Tensor) -> Tensor:
+    """``x + number``."""
+    if tracked(x):
+        node = Node(_pass_backward, (x,))
+        out = pointwise("add", x)
+        attach(node, out)
+        return out
+    return pointwise("add", x)
+
+
+def _pass_backward(node: Node, grad: Tensor) -> Any:
+    return (grad,)
+
+
+def neg(x: Tensor) -> Tensor:
+    """``-x``."""
+    if tracked(x):
+        node = Node(_neg_backward, (x,))
+        out = pointwise("neg", x)
+        attach(node, out)
+        return out
+    return pointwise("neg", x)
+
+
+def _neg_backward(node: Node, grad: Tensor) -> Any:
+    return (pointwise("neg", grad),)
+
+
+def square(x: Tensor) -> Tensor:
+    """``x.pow(2)``."""
+    if tracked(x):
+        node = Node(_square_backward, (x,))
+        node.saved = save(x)
+        out = pointwise("pow", x)
+        attach(node, out)
+        return out
+    return pointwise("pow", x)
+
+
+def _square_backward(node: Node, grad: Tensor) -> Any:
+    x = unpack(node.saved)
+    power = pointwise("pow", x)
+    scaled = pointwise("mul", power)
+    return (pointwise("mul", grad, scaled),)
+
+
+def rsqrt(x: Tensor) -> Tensor:
+    """``torch.rsqrt``; saves its result."""
+    if tracked(x):
+        node = Node(_rsqrt_backward, (x,))
+        out = pointwise("rsqrt", x)
+        node.saved = save_output(out)
+        attach(node, out)
+        return out
+    return pointwise("rsqrt", x)
+
+
+def _rsqrt_backward(node: Node, grad: Tensor) -> Any:
+    result = unpack(node.saved)
+    cubed = pointwise("pow", result)
+    scaled = pointwise("mul", grad)
+    return (pointwise("mul", scaled, cubed),)
+
+
+def activation(name: str, x: Tensor) -> Tensor:
+    """silu, gelu: one kernel that saves its input."""
+    if tracked(x):
+        node = Node(_activation_backward, (x,))
+        node.context = name
+        node.saved = save(x)
+        out = pointwise(name, x)
+        attach(node, out)
+        return out
+    return pointwise(name, x)
+
+
+def _activation_backward(node: Node, grad: Tensor) -> Any:
+    return (pointwise(node.context + "_backward", grad, unpack(node.saved)),)
+
+
+def result_activation(name: str, x: Tensor) -> Tensor:
+    """tanh, sigmoid: one kernel that saves its result."""
+    if tracked(x):
+        node = Node(_activation_backward, (x,))
+        node.context = name
+        out = pointwise(name, x)
+        node.saved = save_output(out)
+        attach(node, out)
+        return out
+    return pointwise(name, x)
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """``nn.functional.dropout`` in training on CUDA: native_dropout, which saves a bool mask."""
+    if not p:
+        return x
+    from memplan.shadow.tensor import bool_
+
+    needs = tracked(x)
+    node = Node(_dropout_backward, (x,)) if needs else None
+    out = pointwise("native_dropout", x)
+    mask = pointwise("native_dropout", x, dtype=bool_)
+    if node is not None:
+        node.saved = save_output(mask)
+        attach(node, out)
+    return out
+
+
+def _dropout_backward(node: Node, grad: Tensor) -> Any:
+    return (pointwise("native_dropout_backward", grad, unpack(node.saved), dtype=grad.dtype),)
+
+
+# -- reductions and softmax ------------------------------------------------------------------------
+
+
+def mean_last(x: Tensor) -> Tensor:
+    """``x.mean(-1, keepdim=True)``."""
+    shape = (*x.shape[:-1], 1)
+    if tracked(x):
+        node = Node(_mean_backward, (x,))
+        out = empty(shape, x.dtype, "mean")
+        attach(node, out)
+        return out
+    return empty(shape, x.dtype, "mean")
+
+
+def _mean_backward(node: Node, grad: Tensor) -> Any:
+    edge = node.edges[0]
+    assert edge is not None
+    return (empty(edge[0].meta[edge[1]][0], grad.dtype, "div"),)
+
+
+def sum_last(x: Tensor) -> Tensor:
+    """``x.sum(dim=-1, keepdim=True)``."""
+    shape = (*x.shape[:-1], 1)
+    if tracked(x):
+        node = Node(_expand_backward, (x,))
+        out = empty(shape, x.dtype, "sum")
+        attach(node, out)
+        return out
+    return empty(shape, x.dtype, "sum")
+
+
+def _expand_backward(node: Node, grad: Tensor) -> Any:
+    edge = node.edges[0]
+    assert edge is not None
+    return (expanded(grad, edge[0].meta[edge[1]][0]),)
+
+
+def softmax(x: Tensor, dtype: DType) -> Tensor:
+    """``softmax(x, dim=-1, dtype=dtype)``: on CUDA fp16 to fp32 is one kernel, the rest casts first
+    (aten/src/ATen/native/SoftMax.cpp)."""
+    fused = x.dtype is float16 and dtype is float32
+    if not fused:
+        x = to(x, dtype)
+    if tracked(x):
+        node = Node(_softmax_backward, (x,))
+        node.context = x.dtype
+        out = empty(x.shape, dtype, "_softmax")
+        node.saved = save_output(out)
+        attach(node, out)
+        return out
+    return empty(x.shape, dtype, "_softmax")
+
+
+def _softmax_backward(node: Node, grad: Tensor) -> Any:
+    result = unpack(node.saved)
+    return (empty(result.shape, node.context, "_softmax_backward_data"),)
+
+
+# -- views -------------------------------------------------------------------------------------------
+
+
+def _view_of(x: Tensor, shape: Shape, strides: Shape | None, backward: Any, context: Any = None) -> Tensor:
+    out = x.viewed(shape, strides)
+    if state.grad and x.requires_grad:
+        node = Node(backward, (x,))
+        node.context = context
+        attach(node, out)
+    return out
+
+
+def view(x: Tensor, shape: Shape) -> Tensor:
+    """``x.view(shape)``; the tensor must allow it."""
+    strides = None
+    if x.strides is not None:
+        found = view_strides(x.shape, x.strides, shape)
+        assert found is not None, f"view of {x.shape} with strides {x.strides} as {shape} needs a copy"
+        strides = normalized(shape, found)
+    return _view_of(x, shape, strides, _view_backward, x.shape)
+
+
+def _view_backward(node: Node, grad: Tensor) -> Any:
+    return (reshape(grad, node.context),)
+
+
+def reshape(x: Tensor, shape: Shape) -> Tensor:
+    """``x.reshape(shape)``: a view where strides allow it, else a copy."""
+    if x.strides is not None and view_strides(x.shape, x.strides, shape) is None:
+        x = clone(x)
+    return view(x, shape)
+
+
+def clone(x: Tensor, *, preserve: bool = False) -> Tensor:
+    """``x.clone()``: contiguous, or with the strides of a dense ``x`` if ``preserve``."""
+    strides = iterator_strides(x.shape, [x]) if preserve and x.strides is not None else None
+    if tracked(x):
+        node = Node(_pass_backward, (x,))
+        out = empty(x.shape, x.dtype, "clone", strides)
+        attach(node, out)
+        return out
+    return empty(x.shape, x.dtype, "clone", strides)
+
+
+def contiguous(x: Tensor) -> Tensor:
+    """``x.contiguous()``."""
+    return x if x.strides is None else clone(x)
+
+
+def transpose(x: Tensor, one: int, two: int) -> Tensor:
+    """``x.transpose(one, two)``."""
+    rank = len(x.shape)
+    one, two = one % rank, two % rank
+    shape, strides = list(x.shape), list(strides_of(x))
+    shape[one], shape[two] = shape[two], shape[one]
+    strides[one], strides[two] = strides[two], strides[one]
+    new = tuple(shape)
+    return _view_of(x, new, normalized(new, tuple(strides)), _transpose_backward, (one, two))
+
+
+def _transpose_backward(node: Node, grad: Tensor) -> Any:
+    return (transpose(grad, *node.context),)
+
+
+def expanded(x: Tensor, shape: Shape) -> Tensor:
+    """``x.expand(shape)`` without history."""
+    lead = len(shape) - len(x.shape)
+    strides = [0] * lead + [
+        0 if size == 1 and wanted != 1 else stride
+        for size, wanted, stride in zip(x.shape, shape[lead:], strides_of(x), strict=True)
+    ]
+    return x.viewed(shape, normalized(shape, tuple(strides)))
+
+
+def expand(x: Tensor, shape: Shape) -> Tensor:
+    """``x.expand(shape)``."""
+    out = expanded(x, shape)
+    if tracked(x):
+        attach(Node(_pass_backward, (x,)), out)  # the engine sums it back (at::sum_to)
+    return out
+
+
+def narrow_last(x: Tensor, start: int, stop: int) -> Tensor:
+    """``x[..., start:stop]``; its backward fills a tensor of the full shape."""
+    shape = (*x.shape[:-1], stop - start)
+    out = _view_of(x, shape, normalized(shape, strides_of(x)), _narrow_backward, x.shape)
+    return out
+
+
+def _narrow_backward(node: Node, grad: Tensor) -> Any:
+    return (empty(node.context, grad.dtype, "slice_backward"),)
+
+
+def cat_last(*parts: Tensor) -> Tensor:
+    """``torch.cat(parts, dim=-1)``; its backward hands out views."""
+    shape = (*parts[0].shape[:-1], sum(part.shape[-1] for part in parts))
+    if tracked(*parts):
+        node = Node(_cat_backward, parts)
+        node.context = tuple(part.shape[-1] for part in parts)
+        out = empty(shape, parts[0].dtype, "cat")
+        attach(node, out)
+        return out
+    return empty(shape, parts[0].dtype, "cat")
+
+
+def _cat_backward(node: Node, grad: Tensor) -> Any:
+    result, start = [], 0
+    for size, need in zip(node.context, node.needs, strict=True):
+        shape = (*grad.shape[:-1], size)
+        part = grad.viewed(shape, normalized(shape, strides_of(grad))) if need else None
+        result.append(part)
+        start += size
+    return result
+
+
+def copy_into_cache(x: Tensor) -> Tensor:
+    """``torch.cat([empty, x], dim=-2)``: what transformers' DynamicCache does with keys and values
+    (transformers/cache_utils.py, DynamicLayer.update, 5.23). Backward narrows: a view."""
+    if tracked(x):
+        node = Node(_narrowed_backward, (x,))
+        out = empty(x.shape, x.dtype, "cat")
+        attach(node, out)
+        return out
+    return empty(x.shape, x.dtype, "cat")
+
+
+def _narrowed_backward(node: Node, grad: Tensor) -> Any:
+    return (grad.viewed(grad.shape, grad.strides),)
+
+
+def numel(x: Tensor) -> int:
+    """Number of elements."""
+    return prod(x.shape)
+
+
+def row_major(shape: Shape) -> Shape:
+    """Alias for readers of model code: contiguous strides."""
+    return contiguous_strides(shape)
+
+
+def chunk_last(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``x.chunk(2, dim=-1)``: two views whose gradients are joined by one cat (SplitBackward)."""
+    half = x.shape[-1] // 2
+    shape = (*x.shape[:-1], half)
+    strides = normalized(shape, strides_of(x))
+    one, two = x.viewed(shape, strides), x.viewed(shape, strides)
+    if tracked(x):
+        node = Node(_chunk_backward, (x,))
+        node.context = x.shape
+        attach(node, one, two)
+    return one, two
+
+
+def _chunk_backward(node: Node, grads: Any) -> Any:
+    dtype = next(grad.dtype for grad in grads if grad is not None)
+    return (empty(node.context, dtype, "cat"),)

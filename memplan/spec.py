@@ -1,0 +1,73 @@
+"""The architecture: what a Hugging Face ``config.json`` says, in one flat frozen record."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+LayerKind = Literal["full_attention", "sliding_attention"]
+
+
+class ModelSpec(BaseModel):
+    """A decoder-only language model. Names are those of transformers' configurations.
+
+    ``layer_types`` and ``sparse_layers`` have one entry a layer. Sizes are counts of elements.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    hub_id: str | None = None
+    architecture: str
+    model_type: str
+    published_parameters: int | None = None
+
+    vocab_size: int = Field(gt=0)
+    hidden_size: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0)
+    num_hidden_layers: int = Field(gt=0)
+    num_attention_heads: int = Field(gt=0)
+    num_key_value_heads: int = Field(gt=0)
+    head_dim: int = Field(gt=0)
+    max_position_embeddings: int | None = None
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    hidden_act: str = "silu"
+    partial_rotary_factor: float = 1.0
+    rope_scaled: bool = False  # cos and sin are scaled by a factor that is not 1 (longrope, yarn)
+    attention_dropout: float = 0.0
+    resid_dropout: float = 0.0
+    use_cache: bool = True
+
+    sliding_window: int | None = None
+    layer_types: tuple[LayerKind, ...] = ()
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = False
+    sparse_layers: tuple[bool, ...] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelSpec:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) is no multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+        if self.num_experts and not 0 < self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok ({self.num_experts_per_tok}) must lie between 1 and "
+                f"the number of experts ({self.num_experts})"
+            )
+        for name in ("layer_types", "sparse_layers"):
+            length = len(getattr(self, name))
+            if length not in (0, self.num_hidden_layers):
+                raise ValueError(f"{name} has {length} entries for {self.num_hidden_layers} layers")
+        return self
+
+

@@ -1,0 +1,215 @@
+"""The real model under fake tensors: transformers' class, bitsandbytes' 4-bit layers, PEFT's adapters."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+
+from memplan.errors import TraceError
+from memplan.recipe import Attention, DTypeName, Mode, Recipe
+
+DTYPES = {
+    DTypeName.BFLOAT16: torch.bfloat16,
+    DTypeName.FLOAT16: torch.float16,
+    DTypeName.FLOAT32: torch.float32,
+}
+
+
+def build(config: dict[str, Any], recipe: Recipe) -> nn.Module:
+    """The model as a Trainer would get it. Call inside ``FakeTensorMode``."""
+    model = base_model(config, recipe)
+    if recipe.mode is Mode.QLORA:
+        quantize(model, recipe)
+    model = prepare(model, recipe)
+    model.train()
+    return model
+
+
+def base_model(config: dict[str, Any], recipe: Recipe) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = dict(config)
+    model_type = settings.pop("model_type", None)
+    if model_type is None:
+        raise TraceError("the configuration has no model_type, so transformers can't tell which model it is")
+    hf = AutoConfig.for_model(model_type, **settings)
+    implementation = {
+        Attention.SDPA: "sdpa",
+        Attention.EAGER: "eager",
+        Attention.FLASH: "flash_attention_2",
+    }[recipe.attn or Attention.SDPA]
+    from transformers import initialization
+
+    with initialization.no_init_weights():
+        model = AutoModelForCausalLM.from_config(
+            hf, dtype=DTYPES[recipe.dtype], attn_implementation=implementation
+        )
+    model.tie_weights()
+    return model
+
+
+# -- 4-bit ---------------------------------------------------------------------------------------------
+
+
+def quantize(model: nn.Module, recipe: Recipe) -> None:
+    """Replace the layers that transformers' 4-bit quantizer replaces (transformers 5
+    integrations/bitsandbytes.py ``replace_with_bnb_linear``)."""
+    from transformers.quantizers.base import get_keys_to_not_convert
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    skipped = get_keys_to_not_convert(model)
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and should_convert_module(name, skipped):
+            model.set_submodule(name, linear_4bit(module, recipe))
+    model.is_loaded_in_4bit = True
+    model.is_quantized = True
+
+
+def linear_4bit(source: nn.Linear, recipe: Recipe) -> nn.Module:
+    """A quantised ``Linear4bit``. ``Params4bit`` refuses fake tensors, so its weight is a plain parameter
+    with the attributes that bitsandbytes and PEFT read."""
+    import bitsandbytes as bnb
+
+    layer = bnb.nn.Linear4bit.__new__(bnb.nn.Linear4bit)
+    nn.Module.__init__(layer)
+    layer.in_features, layer.out_features = source.in_features, source.out_features
+    elements = source.in_features * source.out_features
+    weight = nn.Parameter(torch.empty(((elements + 1) // 2, 1), dtype=torch.uint8), requires_grad=False)
+    state = quant_state(source, recipe)
+    for key, value in {
+        "quant_state": state,
+        "blocksize": state.blocksize,
+        "compress_statistics": recipe.double_quant,
+        "quant_type": recipe.quant_type.value,
+        "quant_storage": torch.uint8,
+        "bnb_quantized": True,
+        "module": None,
+    }.items():
+        setattr(weight, key, value)
+    layer.weight = weight
+    layer.bias = source.bias
+    if layer.bias is not None:
+        layer.bias.requires_grad_(False)
+    layer.compute_dtype = DTYPES[recipe.dtype]
+    layer.compute_type_is_set = True
+    layer.quant_state = state
+    layer.quant_storage = torch.uint8
+    layer.support_avx512bf16_for_cpu = False
+    return layer
+
+
+def quant_state(source: nn.Linear, recipe: Recipe) -> Any:
+    """The state that ``quantize_4bit`` leaves (bitsandbytes 0.50 functional.py): the codes are copies of
+    each layer (``code.to(A.device, copy=True)``, ``get_4bit_type``), nothing is shared."""
+    from bitsandbytes.functional import QuantState
+
+    elements = source.in_features * source.out_features
+    blocks = -(-elements // 64)
+    common = {
+        "shape": source.weight.shape,
+        "dtype": source.weight.dtype,
+        "blocksize": 64,
+        "code": torch.empty(16, dtype=torch.float32),
+        "quant_type": recipe.quant_type.value,
+    }
+    if not recipe.double_quant:
+        return QuantState(absmax=torch.empty(blocks, dtype=torch.float32), **common)
+    nested = QuantState(
+        absmax=torch.empty(-(-blocks // 256), dtype=torch.float32),
+        code=torch.empty(256, dtype=torch.float32),
+        blocksize=256,
+        dtype=torch.float32,
+    )
+    return QuantState(
+        absmax=torch.empty(blocks, dtype=torch.uint8),
+        offset=torch.empty((), dtype=torch.float32),
+        state2=nested,
+        **common,
+    )
+
+
+# -- adapters and checkpointing ------------------------------------------------------------------------
+
+
+def prepare(model: nn.Module, recipe: Recipe) -> nn.Module:
+    """Freezing, upcasts, checkpointing and adapters, in the order of a training script."""
+    checkpointing = {"use_reentrant": bool(recipe.use_reentrant)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # gradient_checkpointing_enable, which PEFT calls
+        if recipe.kbit_prep:
+            from peft import prepare_model_for_kbit_training
+
+            model = prepare_model_for_kbit_training(
+                model,
+                use_gradient_checkpointing=bool(recipe.gradient_checkpointing),
+                gradient_checkpointing_kwargs=checkpointing,
+            )
+        else:
+            if recipe.mode is not Mode.FULL:
+                model.requires_grad_(False)
+            if recipe.gradient_checkpointing:
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
+                if recipe.mode is not Mode.FULL:
+                    model.enable_input_require_grads()
+        if recipe.mode is not Mode.FULL:
+            model = with_adapters(model, recipe)
+    return model
+
+
+def with_adapters(model: nn.Module, recipe: Recipe) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=recipe.r,
+        lora_alpha=recipe.lora_alpha,
+        lora_dropout=recipe.lora_dropout,
+        target_modules=target_modules(model, recipe),
+        modules_to_save=list(recipe.modules_to_save) or None,
+        use_rslora=recipe.use_rslora,
+        use_dora=recipe.use_dora,
+        task_type="CAUSAL_LM",
+        init_lora_weights=False,
+    )
+    return get_peft_model(
+        model, config, autocast_adapter_dtype=recipe.adapter_dtype is DTypeName.FLOAT32
+    )
+
+
+def target_modules(model: nn.Module, recipe: Recipe) -> str | list[str]:
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if recipe.target_modules == "all-linear":
+        return "all-linear"
+    if recipe.target_modules == "attention":
+        return sorted(names & {"q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"})
+    if recipe.target_modules == "q,v":
+        return sorted(names & {"q_proj", "v_proj"}) or sorted(names & {"qkv_proj"})
+    if isinstance(recipe.target_modules, str):
+        return recipe.target_modules
+    return list(recipe.target_modules)
+
+
+def _apply(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
+    """``nn.Module._apply`` for fake tensors, which the real one insists on swapping and which can't be:
+    a tensor that ``fn`` converts is put in the old one's place, any other stays."""
+    if recurse:
+        for module in self.children():
+            _apply(module, fn)
+    for key, parameter in self._parameters.items():
+        if parameter is not None:
+            with torch.no_grad():
+                converted = fn(parameter)
+            if converted is not parameter:
+                self._parameters[key] = nn.Parameter(converted, parameter.requires_grad)
+    for key, buffer in self._buffers.items():
+        if buffer is not None:
+            self._buffers[key] = fn(buffer)
+    return self
+
+
+def without_swapping() -> Any:
+    """``_apply`` instead of ``nn.Module._apply`` while the context lasts."""
+    return mock.patch.object(nn.Module, "_apply", _apply)

@@ -1,0 +1,116 @@
+"""Docs that cannot drift: the README's blocks are run, generated pages are current, tables match the code."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from conftest import Outcome
+
+from memplan.recipe import Attention, Optimizer, Recipe
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+BLOCK = re.compile(r"^```(console|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(language: str) -> list[str]:
+    return [text for kind, text in BLOCK.findall(README.read_text(encoding="utf-8")) if kind == language]
+
+
+def commands() -> list[tuple[str, str]]:
+    """Each `$ command` of the README with the output shown below it."""
+    return [
+        (command, shown)
+        for block in blocks("console")
+        for command, shown in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE)
+    ]
+
+
+def test_the_readme_opens_with_two_commands() -> None:
+    (setup, _), (tests, _), *_ = commands()
+    assert README.read_text(encoding="utf-8").index(tests) < 700
+    assert setup.startswith("python3 -m venv .venv && .venv/bin/pip install ")
+    assert setup.endswith(" && .venv/bin/memplan llama-70b --mode qlora --r 8")
+    assert tests.startswith("python3 -m venv .venv && .venv/bin/pip install -c constraints.txt ")
+    assert tests.endswith(" && .venv/bin/pytest")
+
+
+def test_ci_runs_the_readmes_second_command() -> None:
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    lines = [shlex.split(line, comments=True) for line in script.splitlines() if "$venv" in line]
+    run = [[word.replace("$venv", ".venv") for word in line if word != "--quiet"] for line in lines]
+    for part in commands()[1][0].split(" && "):
+        assert any(line[: len(shlex.split(part))] == shlex.split(part) for line in run), part
+
+
+@pytest.mark.parametrize("command", [command for command, _ in commands() if command.startswith("memplan ")])
+def test_the_readmes_commands_print_what_it_shows(
+    command: str, memplan: Callable[..., Outcome], update_golden: bool
+) -> None:
+    arguments = shlex.split(command.partition(" >> ")[0])[1:]
+    outcome = memplan(*arguments)
+    assert outcome.err == ""
+    assert outcome.status in (0, 1)
+    if ">>" in command:
+        return
+    if update_golden:
+        before, after = (f"$ {command}\n{text}" for text in (dict(commands())[command], outcome.out))
+        README.write_text(README.read_text(encoding="utf-8").replace(before, after), encoding="utf-8")
+    assert dict(commands())[command] == outcome.out, "renew: pytest --update-golden"
+
+
+@pytest.mark.parametrize("number", range(len(blocks("python"))))
+def test_the_readmes_python_runs(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(blocks("python")[number], "README.md", "exec"), {})
+    assert capsys.readouterr().out
+
+
+def generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("page", ["cli.md", "plan.schema.json"])
+def test_generated_pages_are_current(page: str) -> None:
+    written = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    assert written == generator().PAGES[page](), "renew: python docs/generate.py"
+
+
+def test_the_table_of_defaults_is_the_codes() -> None:
+    text = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
+    told = dict(re.findall(r"^\| `(\w+)` \| `([^`]*)` \| .+ \|$", text, re.MULTILINE))
+    recipe = Recipe().resolved()
+    values = {field: getattr(recipe, field) for field in Recipe.model_fields}
+    assert told == {field: str(getattr(value, "value", value)) for field, value in values.items()}
+
+
+def test_every_optimizer_and_attention_is_documented() -> None:
+    text = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
+    reference = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert all(f"`{optimizer.value}`" in text for optimizer in Optimizer)
+    assert all(attention.value in reference for attention in Attention)
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in ROOT.glob("*.md")))
+def test_links_between_pages_lead_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text(encoding="utf-8")):
+        assert (ROOT / target).exists(), target
+
+
+def test_every_dependency_says_why() -> None:
+    text = (ROOT / "docs" / "dependencies.md").read_text(encoding="utf-8")
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    lists = re.findall(r"^(?:dependencies|verify|hub|dev) = \[(.*?)\]", project, re.MULTILINE | re.DOTALL)
+    names = set(re.findall(r'"([a-z_]+)', "".join(lists)))
+    assert {"pydantic", "rich", "torch", "huggingface_hub", "pytest"} <= names
+    assert all(f"| {name} |" in text for name in names)

@@ -1,0 +1,499 @@
+"""A config.json means to memplan what it means to transformers; what makes no sense is one clear sentence."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from memplan.errors import MemplanError, SpecError, UnsupportedArchitecture
+from memplan.importers.hf import SUPPORTED_ARCHITECTURES, spec_from_config
+from memplan.resources import data_file
+from memplan.spec import ModelSpec
+
+ENTRIES = json.loads(data_file("model_specs.json").read_bytes())["models"]
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+MODEL_TYPES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Gemma2ForCausalLM": "gemma2",
+    "Gemma3ForCausalLM": "gemma3_text",
+    "Phi3ForCausalLM": "phi3",
+    "Olmo2ForCausalLM": "olmo2",
+    "MixtralForCausalLM": "mixtral",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+}
+SIZES = {
+    "vocab_size": 1000,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 7,
+    "num_attention_heads": 32,
+}
+
+
+def family(architecture: str, **fields: object) -> dict[str, Any]:
+    """The smallest configuration of a family: sizes only, everything else left to the defaults."""
+    return {"architectures": [architecture], "model_type": MODEL_TYPES[architecture], **SIZES, **fields}
+
+
+def read(config: object) -> ModelSpec:
+    return spec_from_config(config, "a model")  # type: ignore[arg-type]
+
+
+# -- published models ------------------------------------------------------------------------------------
+
+
+def parameters(spec: ModelSpec) -> int:
+    """Parameters by the shapes of transformers' modules, tied weights counted once."""
+    h, q, kv = (
+        spec.hidden_size,
+        spec.num_attention_heads * spec.head_dim,
+        spec.num_key_value_heads * spec.head_dim,
+    )
+    attention = 2 * h * q + 2 * h * kv
+    if spec.attention_bias:
+        attention += q + 2 * kv + (0 if spec.model_type == "qwen2" else h)
+    if spec.model_type in ("qwen3", "qwen3_moe", "gemma3_text"):
+        attention += 2 * spec.head_dim  # q and k norms
+    if spec.model_type == "olmo2":
+        attention += q + kv
+    norms = (4 if spec.model_type.startswith("gemma") else 2) * h
+    dense = 3 * h * spec.intermediate_size + spec.mlp_bias * (2 * spec.intermediate_size + h)
+    sparse = spec.num_experts * (h + 3 * h * spec.moe_intermediate_size)
+    experts = sum(spec.sparse_layers)
+    return (
+        (1 if spec.tie_word_embeddings else 2) * spec.vocab_size * h
+        + spec.num_hidden_layers * (attention + norms)
+        + experts * sparse
+        + (spec.num_hidden_layers - experts) * dense
+        + h
+    )
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry["alias"])
+def test_shapes_add_up_to_the_published_parameter_count(entry: dict[str, Any]) -> None:
+    spec = spec_from_config(entry["config"], entry["alias"], entry["hub_id"], entry["parameters"])
+    assert parameters(spec) == entry["parameters"] == spec.published_parameters
+    assert (spec.name, spec.hub_id) == (entry["alias"], entry["hub_id"])
+
+
+# -- against transformers --------------------------------------------------------------------------------
+
+
+def transformers_facts(config: dict[str, Any]) -> dict[str, Any]:
+    """What transformers' own configuration object and modelling code make of a config.json."""
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    fields = {
+        key: value for key, value in config.items() if key not in ("torch_dtype", "dtype", "model_type")
+    }
+    theirs = transformers.AutoConfig.for_model(config["model_type"], **json.loads(json.dumps(fields)))
+    model_type, layers = theirs.model_type, theirs.num_hidden_layers
+    window = getattr(theirs, "sliding_window", None)
+    if model_type in ("qwen2", "qwen3", "gemma2", "gemma3_text"):
+        kinds = theirs.layer_types
+    else:  # one mask for all layers; llama and olmo2 have no windows at all
+        window = None if model_type in ("llama", "olmo2") else window
+        kinds = ["full_attention" if window is None else "sliding_attention"] * layers
+    derived = theirs.hidden_size // theirs.num_attention_heads
+
+    rope = theirs.rope_parameters
+    per_kind = [kind for kind in sorted(set(kinds)) if model_type == "gemma3_text"] or [None]
+    scaling = 1.0
+    for kind in per_kind:
+        rope_type = (rope if kind is None else rope[kind])["rope_type"]
+        if rope_type != "default":
+            scaling = max(scaling, ROPE_INIT_FUNCTIONS[rope_type](theirs, layer_type=kind)[1])
+
+    facts = {
+        "vocab_size": theirs.vocab_size,
+        "hidden_size": theirs.hidden_size,
+        "intermediate_size": theirs.intermediate_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": theirs.num_attention_heads,
+        "num_key_value_heads": theirs.num_key_value_heads,
+        "head_dim": getattr(theirs, "head_dim", None) or derived,
+        "max_position_embeddings": theirs.max_position_embeddings,
+        "tie_word_embeddings": theirs.tie_word_embeddings,
+        "hidden_act": theirs.hidden_activation if model_type.startswith("gemma") else theirs.hidden_act,
+        "attention_dropout": theirs.attention_dropout,
+        "use_cache": theirs.use_cache,
+        "sliding_window": window,
+        "layer_types": tuple(kinds),
+        "rope_scaled": scaling != 1.0,
+        "attention_bias": {"qwen2": True, "mistral": False, "mixtral": False, "phi3": False}.get(
+            model_type, getattr(theirs, "attention_bias", None)
+        ),
+    }
+    if model_type == "llama":
+        facts["mlp_bias"] = theirs.mlp_bias
+    if model_type == "phi3":
+        facts["resid_dropout"] = theirs.resid_pdrop
+        facts["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    if model_type.startswith("gemma"):
+        facts["attn_logit_softcapping"] = theirs.attn_logit_softcapping
+        facts["final_logit_softcapping"] = theirs.final_logit_softcapping
+    if model_type in ("mixtral", "qwen3_moe"):
+        facts["num_experts"] = theirs.num_experts
+        facts["num_experts_per_tok"] = theirs.num_experts_per_tok
+    if model_type == "qwen3_moe":
+        facts["moe_intermediate_size"] = theirs.moe_intermediate_size
+        facts["norm_topk_prob"] = theirs.norm_topk_prob
+        facts["sparse_layers"] = tuple(  # Qwen3MoeDecoderLayer.__init__
+            layer not in theirs.mlp_only_layers
+            and theirs.num_experts > 0
+            and (layer + 1) % theirs.decoder_sparse_step == 0
+            for layer in range(layers)
+        )
+    return facts
+
+
+def ours(spec: ModelSpec, names: dict[str, Any]) -> dict[str, Any]:
+    return {name: getattr(spec, name) for name in names}
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry["alias"])
+def test_a_published_configuration_means_what_it_means_to_transformers(entry: dict[str, Any]) -> None:
+    theirs = transformers_facts(entry["config"])
+    assert ours(read(entry["config"]), theirs) == theirs
+
+
+@pytest.mark.parametrize("architecture", MODEL_TYPES)
+def test_defaults_are_those_of_transformers(architecture: str) -> None:
+    config = family(architecture)
+    theirs = transformers_facts(config)
+    assert ours(read(config), theirs) == theirs
+
+
+@pytest.mark.parametrize("architecture", MODEL_TYPES)
+def test_attention_bias_is_what_the_q_projection_has(architecture: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    for asked in (False, True):
+        sizes = {"num_key_value_heads": 4, "num_hidden_layers": 1, "pad_token_id": None}
+        config = family(architecture, attention_bias=asked, **sizes)
+        theirs = transformers.AutoConfig.for_model(**config)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(theirs)
+        attention = model.model.layers[0].self_attn
+        projection = attention.qkv_proj if architecture == "Phi3ForCausalLM" else attention.q_proj
+        assert read(config).attention_bias == (projection.bias is not None)
+
+
+OPTIONS: dict[str, list[Any]] = {
+    "num_key_value_heads": [1, 4, 8, 32, None],
+    "head_dim": [8, 64, 256, None],
+    "max_position_embeddings": [4096, 1 << 20],
+    "tie_word_embeddings": [True, False],
+    "attention_dropout": [0.0, 0.1, 0],
+    "use_cache": [True, False],
+    "attention_bias": [True, False],
+    "mlp_bias": [True, False],
+    "resid_pdrop": [0.0, 0.1],
+    "sliding_window": [16, 4096, None],
+    "use_sliding_window": [True, False],
+    "max_window_layers": [0, 3, 28],
+    "sliding_window_pattern": [1, 2, 6],
+    "layer_types": [
+        None,
+        ["full_attention"] * 7,
+        ["sliding_attention", "full_attention", "attention"] * 2 + ["full_attention"],
+    ],
+    "attn_logit_softcapping": [None, 20.0],
+    "final_logit_softcapping": [None, 20.0],
+    "num_experts": [2, 4],
+    "num_local_experts": [2, 4],
+    "num_experts_per_tok": [1, 2],
+    "moe_intermediate_size": [64],
+    "norm_topk_prob": [True, False],
+    "decoder_sparse_step": [1, 2, 3],
+    "mlp_only_layers": [None, [], [0, 5]],
+    "partial_rotary_factor": [0.5, 0.75, 1.0],
+    "original_max_position_embeddings": [2048, 4096],
+    "rope_theta": [10000.0, 1e6],
+    "rope_scaling": [
+        None,
+        {"rope_type": "linear", "factor": 8.0},
+        {"type": "dynamic", "factor": 2.0},
+        {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024},
+        {"rope_type": "yarn", "factor": 1.0},
+        {"rope_type": "yarn", "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 1.0},
+        {"rope_type": "yarn", "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 0.5},
+        {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.0},
+        {"type": "longrope", "long_factor": [1.0] * 4, "short_factor": [1.0] * 4},
+        {"type": "su", "long_factor": [1.0] * 4, "short_factor": [1.0] * 4},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 2048,
+        },
+    ],
+    "rope_parameters": [
+        None,
+        {"full_attention": {"rope_type": "yarn", "factor": 4.0}, "sliding_attention": None},
+        {"rope_type": "default", "rope_theta": 1e6},
+        {"rope_type": "yarn", "factor": 4.0},
+    ],
+}
+
+
+@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(
+    architecture=st.sampled_from(list(MODEL_TYPES)),
+    changes=st.dictionaries(st.sampled_from(list(OPTIONS)), st.integers(0, 10), max_size=6),
+)
+def test_whatever_both_accept_means_the_same_to_both(architecture: str, changes: dict[str, int]) -> None:
+    config = family(architecture)
+    config.update({key: OPTIONS[key][choice % len(OPTIONS[key])] for key, choice in changes.items()})
+    try:
+        spec = read(config)
+    except MemplanError:
+        return
+    logging.disable(logging.WARNING)
+    try:
+        theirs = transformers_facts(config)
+    except pytest.skip.Exception:
+        raise
+    except Exception:  # transformers refuses it, or its model would fail when built: nothing to plan
+        return
+    finally:
+        logging.disable(logging.NOTSET)
+    assert ours(spec, theirs) == theirs
+
+
+# -- what published files look like ----------------------------------------------------------------------
+
+
+def test_both_spellings_of_rope_are_read() -> None:
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    assert read({**LLAMA, "rope_scaling": scaling, "rope_theta": 1e6}).rope_scaled
+    assert read({**LLAMA, "rope_parameters": {**scaling, "rope_theta": 1e6}}).rope_scaled
+    assert not read({**LLAMA, "rope_scaling": None}).rope_scaled
+
+
+def test_phi_3_mini_128k_scales_its_rope_by_root_of_one_and_a_third() -> None:
+    # sqrt(1 + ln(131072/4096)/ln(4096)): type "su" in the first published file, "longrope" since
+    for kind in ("su", "longrope"):
+        config = family(
+            "Phi3ForCausalLM",
+            max_position_embeddings=131072,
+            rope_scaling={"type": kind, "long_factor": [1.0] * 4, "short_factor": [1.0] * 4},
+        )
+        assert read(config).rope_scaled
+    assert math.isclose(math.sqrt(1 + math.log(32) / math.log(4096)), 1.1902380714)
+
+
+def test_gemma_3_with_images_is_read_as_its_language_model() -> None:
+    # google/gemma-3-4b-it as published: everything else is left to the defaults of the class
+    config = {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "model_type": "gemma3",
+        "text_config": {
+            "hidden_size": 2560,
+            "intermediate_size": 10240,
+            "model_type": "gemma3_text",
+            "num_hidden_layers": 34,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            "sliding_window": 1024,
+        },
+        "vision_config": {"hidden_size": 1152},
+    }
+    spec = read(config)
+    assert spec.architecture == "Gemma3ForCausalLM"
+    assert (spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim) == (8, 4, 256)
+    assert (spec.vocab_size, spec.tie_word_embeddings) == (262208, True)
+    assert spec.layer_types[4:6] == ("sliding_attention", "full_attention")
+    assert parameters(spec) == 3_880_263_168
+    del config["architectures"]
+    assert read(config) == spec
+
+
+def test_a_quantised_checkpoint_has_the_shapes_of_the_original() -> None:
+    quantised = {**LLAMA, "quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}}
+    assert read(quantised) == read(LLAMA)
+
+
+def test_an_architecture_may_be_known_by_its_model_type_alone() -> None:
+    assert read({**LLAMA, "architectures": None}) == read(LLAMA)
+    assert read({key: value for key, value in LLAMA.items() if key != "model_type"}) == read(LLAMA)
+
+
+# -- what makes no sense ---------------------------------------------------------------------------------
+
+BAD = {
+    "missing size": ({"hidden_size": None}, "hidden_size is null"),
+    "zero": ({"num_hidden_layers": 0}, "whole number from 1"),
+    "negative": ({"vocab_size": -1}, "vocab_size is -1"),
+    "a fraction": ({"intermediate_size": 14336.5}, "intermediate_size is 14336.5"),
+    "a float": ({"hidden_size": 4096.0}, "hidden_size is 4096.0, but it must be a whole number"),
+    "a bool": ({"num_attention_heads": True}, "num_attention_heads is true"),
+    "a string": ({"hidden_size": "4096"}, "hidden_size is '4096'"),
+    "NaN": ({"hidden_size": math.nan}, "hidden_size is nan"),
+    "infinite": ({"attention_dropout": math.inf}, "attention_dropout is inf"),
+    "huge": ({"hidden_size": 10**30}, "more than 19 digits"),
+    "absurd": ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+    "a list": ({"vocab_size": [1]}, "vocab_size is a list"),
+    "indivisible": ({"num_attention_heads": 33}, "must be a multiple of num_attention_heads (33)"),
+    "uneven groups": ({"num_key_value_heads": 5}, "no multiple of num_key_value_heads (5)"),
+    "odd heads": ({"head_dim": 65}, "need an even one"),
+    "certain dropout": ({"attention_dropout": 1}, "from 0 to below 1"),
+    "a word for a bool": ({"tie_word_embeddings": "yes"}, "must be true or false"),
+    "no object": ({"rope_scaling": [1]}, "rope_scaling is a list, but it must be an object"),
+    "unknown rope": ({"rope_scaling": {"type": "spiral"}}, "rope_type is 'spiral'"),
+    "empty rope range": (
+        {"rope_scaling": {"type": "yarn", "original_max_position_embeddings": 0}},
+        "original_max_position_embeddings is 0",
+    ),
+    "no architecture": ({"architectures": [], "model_type": None}, "neither architectures nor model_type"),
+    "two answers": ({"model_type": "mistral"}, "the two agree when model_type is 'llama'"),
+    "wrong model type": ({"model_type": 3}, "model_type is 3"),
+    "wrong architectures": ({"architectures": "LlamaForCausalLM"}, "must be a list of strings"),
+    "wrong activation": ({"hidden_act": 1}, "hidden_act is 1"),
+}
+
+
+@pytest.mark.parametrize(("changes", "said"), BAD.values(), ids=BAD)
+def test_a_bad_configuration_is_one_clear_sentence(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        read({**LLAMA, **changes})
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 250
+
+
+@pytest.mark.parametrize("key", SIZES)
+def test_a_size_that_every_published_file_states_is_never_guessed(key: str) -> None:
+    config = {name: value for name, value in LLAMA.items() if name != key}
+    with pytest.raises(SpecError, match=f"{key} is missing"):
+        read(config)
+
+
+@pytest.mark.parametrize("config", [[LLAMA], "llama", 7, None, True, 1.5])
+def test_only_an_object_is_a_configuration(config: object) -> None:
+    with pytest.raises(SpecError, match="must be a JSON object"):
+        read(config)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"architectures": ["T5ForConditionalGeneration"], "model_type": "t5"},
+        {"architectures": ["LlamaForSequenceClassification"]},
+        {"architectures": None, "model_type": "mamba"},
+        {"is_encoder_decoder": True},
+        {"use_bidirectional_attention": True},
+        {"output_router_logits": True},
+        {"per_layer_config": {"0": {"head_dim": 64}}},
+        {"hidden_act": "relu2"},
+    ],
+    ids=lambda changes: "-".join(changes),
+)
+def test_what_is_not_supported_says_what_is(changes: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedArchitecture) as caught:
+        read({**LLAMA, **changes})
+    assert any(word in str(caught.value) for word in (*SUPPORTED_ARCHITECTURES, "supports", "predicts only"))
+
+
+def test_sliding_layers_need_a_window_and_one_entry_a_layer() -> None:
+    with pytest.raises(SpecError, match="no sliding_window"):
+        read(family("Gemma2ForCausalLM", sliding_window=None))
+    with pytest.raises(SpecError, match="layer_types has 2 entries, but num_hidden_layers is 7"):
+        read(family("Qwen3ForCausalLM", layer_types=["full_attention"] * 2))
+    with pytest.raises(UnsupportedArchitecture, match="linear_attention"):
+        read(family("Qwen3ForCausalLM", layer_types=["linear_attention"] * 7))
+
+
+def test_a_router_cannot_choose_more_experts_than_there_are() -> None:
+    with pytest.raises(SpecError, match=r"num_experts_per_tok \(9\) must lie between 1 and"):
+        read(family("MixtralForCausalLM", num_experts_per_tok=9))
+
+
+# -- anything at all -------------------------------------------------------------------------------------
+
+KEYS = sorted(
+    {
+        *LLAMA,
+        *OPTIONS,
+        "hidden_act",
+        "hidden_activation",
+        "text_config",
+        "is_encoder_decoder",
+        "factor",
+        "type",
+    }
+)
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(-(10**30), 10**30)
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from([*MODEL_TYPES, *MODEL_TYPES.values(), "yarn", "longrope", "sliding_attention", "gelu"])
+)
+JSON = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=5), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+
+
+def never_anything_else(config: object) -> None:
+    try:
+        spec = read(config)
+    except MemplanError as error:
+        sentence = str(error)
+    else:
+        sentence = spec.name
+        assert len(spec.layer_types) == spec.num_hidden_layers
+        assert ModelSpec.model_validate_json(spec.model_dump_json()) == spec
+    assert sentence
+    assert "\n" not in sentence
+    sentence.encode()  # no lone surrogate reaches a terminal
+
+
+@settings(max_examples=300, deadline=None)
+@given(JSON)
+def test_any_json_is_a_spec_or_a_memplan_error(value: object) -> None:
+    never_anything_else(value)
+
+
+@settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    architecture=st.sampled_from(list(SUPPORTED_ARCHITECTURES)),
+    changes=st.dictionaries(st.sampled_from(KEYS), JSON | st.integers(0, 40), max_size=3),
+    dropped=st.sets(st.sampled_from(KEYS), max_size=1),
+)
+def test_any_mutation_is_a_spec_or_a_memplan_error(
+    architecture: str, changes: dict[str, Any], dropped: set[str]
+) -> None:
+    if architecture in MODEL_TYPES:
+        config: dict[str, Any] = family(architecture)
+    else:
+        config = {"architectures": [architecture], "text_config": {**SIZES, **changes}}
+    config.update(changes)
+    never_anything_else({key: value for key, value in config.items() if key not in dropped})
