@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from threading import Lock
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
+from memplan.fit import Fit, judge
 from memplan.recipe import Recipe
 from memplan.spec import ModelSpec
 from memplan.tape import Category, Peak, Point, Tape, replay, static_bytes, timeline
@@ -78,17 +80,6 @@ class Summary(_Record):
     activations: int
 
 
-class Fit(_Record):
-    """One card. ``needed_bytes`` is allocated peak + allocator slack + context, an estimate;
-    ``total_bytes`` is what PyTorch can see of the card; ``headroom_bytes`` is their difference."""
-
-    gpu: str
-    total_bytes: int
-    needed_bytes: int
-    headroom_bytes: int
-    verdict: Literal["fits", "tight", "does not fit"]
-
-
 class Plan(_Record):
     """The answer. All byte fields are bytes of device memory."""
 
@@ -123,4 +114,63 @@ def plan(
     ``gpus`` are names of cards to judge (default: a representative set).
     Raises MemplanError (UnknownName, SpecError, RecipeError, UnsupportedArchitecture).
     """
-    raise NotImplementedError
+    from memplan import __version__
+    from memplan.gpu import DEFAULT_GPUS, find_gpu
+    from memplan.models import parameters
+    from memplan.models.step import write_tape
+    from memplan.resolve import resolve
+
+    cards = [find_gpu(name) for name in (DEFAULT_GPUS if gpus is None else gpus)]
+    found = resolve(model)
+    spec = found.spec
+    resolved = parameters.resolve_recipe(spec, recipe or Recipe())
+    with _one_at_a_time:
+        tape = write_tape(spec, resolved)
+    peak = replay(tape)
+    static = static_bytes(tape)
+    base, adapters, trainable = parameters.count(spec, resolved)
+    result = Plan(
+        memplan_version=__version__,
+        model=ModelInfo(
+            name=spec.name, hub_id=spec.hub_id, architecture=spec.architecture, note=found.note
+        ),
+        parameters=ParameterCounts(total=base + adapters, trainable=trainable),
+        recipe=resolved,
+        static_bytes=StaticBytes(
+            weights=static[Category.WEIGHTS],
+            quantization_state=static[Category.QUANTIZATION_STATE],
+            adapters=static[Category.ADAPTERS],
+            optimizer_state=static[Category.OPTIMIZER_STATE],
+        ),
+        peak=_peak_info(peak),
+        summary=_summary(peak.by_category),
+        fits=tuple(judge(card, peak.allocated_bytes, sum(static.values())) for card in cards),
+    )
+    result._tape = tape
+    return result
+
+
+# The shadow records into one place, as eager PyTorch does on one stream.
+_one_at_a_time = Lock()
+
+
+def _peak_info(peak: Peak) -> PeakInfo:
+    return PeakInfo(
+        allocated_bytes=peak.allocated_bytes,
+        phase=peak.phase.value,  # type: ignore[arg-type]  # a peak in SETUP would be a step without work
+        operation=peak.operation,
+        module=peak.module,
+        layer=peak.layer,
+        by_category=CategoryBytes(**{category.value: size for category, size in peak.by_category.items()}),
+    )
+
+
+def _summary(size: dict[Category, int]) -> Summary:
+    return Summary(
+        weights=size[Category.WEIGHTS] + size[Category.QUANTIZATION_STATE],
+        lora_parameters=size[Category.ADAPTERS],
+        optimizer_state=size[Category.OPTIMIZER_STATE] + size[Category.GRADIENTS],
+        activations=size[Category.ACTIVATIONS]
+        + size[Category.LOGITS_AND_LOSS]
+        + size[Category.TEMPORARIES],
+    )

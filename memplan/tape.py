@@ -79,7 +79,8 @@ class Tape:
     """Events and the storages they are about, in columns.
 
     ``events[i]`` is a storage's index when it is allocated and its complement (``~index``) when it is
-    released; ``deltas[i]`` is the change in live bytes that it makes. The other lists are per storage.
+    released; ``deltas[i]``, filled in by :meth:`finish`, is the change in live bytes that it makes. The
+    other lists are per storage.
     """
 
     provenance: str = "predicted"
@@ -102,26 +103,26 @@ class Tape:
         self.segments.append(Segment(phase, name, layer, here))
 
     def finish(self) -> None:
-        """Close the last segment."""
+        """Close the last segment; what is written after it does not count."""
+        self.events = self.events[:]
         if self.segments:
             self.segments[-1].stop = len(self.events)
+        sizes = self.sizes
+        self.deltas = [sizes[event] if event >= 0 else -sizes[~event] for event in self.events]
 
     def alloc(self, nbytes: int, operation: str, category: Category) -> int:
         """Write the birth of a storage of ``nbytes`` (not yet rounded) bytes; its index."""
         index = len(self.sizes)
-        size = (nbytes + 511) // 512 * 512
-        self.sizes.append(size)
+        self.sizes.append(rounded(nbytes))
         self.categories.append(category)
         self.operations.append(operation)
         self.modules.append(self.module)
         self.events.append(index)
-        self.deltas.append(size)
         return index
 
     def free(self, index: int) -> None:
         """Write the death of a storage."""
         self.events.append(~index)
-        self.deltas.append(-self.sizes[index])
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from memplan.fit import Fit
 from memplan.planner import (
     CategoryBytes,
-    Fit,
     ModelInfo,
     ParameterCounts,
     PeakInfo,

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import pydantic
 import pytest
 from conftest import Outcome
 
@@ -82,6 +83,9 @@ def generator() -> ModuleType:
 
 @pytest.mark.parametrize("page", ["cli.md", "plan.schema.json"])
 def test_generated_pages_are_current(page: str) -> None:
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    if page.endswith(".json") and f"pydantic=={pydantic.VERSION}" not in pins:
+        pytest.skip("other releases of pydantic word the schema in other ways")
     written = (ROOT / "docs" / page).read_text(encoding="utf-8")
     assert written == generator().PAGES[page](), "renew: python docs/generate.py"
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from memplan.models import blueprint
 from memplan.models.decoder import NORM_STYLE
+from memplan.models.fold import Played
 from memplan.models.modules import Embedding, Linear, Linear4bit, Lora, RMSNorm, parameter
+from memplan.models.optimizers import Group
 from memplan.models.targets import is_target
 from memplan.recipe import Mode, Recipe
 from memplan.shadow.tensor import DTYPES, DType, Tensor, float32, state
@@ -18,7 +20,7 @@ from memplan.tape import Category, Phase
 @dataclass(slots=True)
 class Model:
     """A played model: the modules of the played layers, and its trainable parameters in the order of
-    ``model.parameters()``, grouped by where they are (None, a layer, None ...)."""
+    ``model.parameters()``, grouped by where they are."""
 
     spec: ModelSpec
     recipe: Recipe
@@ -27,7 +29,7 @@ class Model:
     norm: RMSNorm
     head: Any
     buffers: list[Tensor]
-    trainable: list[tuple[int | None, list[Tensor]]] = field(default_factory=list)
+    trainable: list[Group]
 
 
 class Builder:
@@ -76,40 +78,44 @@ class Builder:
         else:
             weight = self.weight(shapes["weight"], name)
             base = Linear(name, weight, self.weight(shapes["bias"], name) if "bias" in shapes else None)
-        if recipe.mode is not Mode.FULL and is_target(recipe, full_name):
+        if recipe.mode is not Mode.FULL and is_target(recipe.target_modules, full_name):
             lora = Lora(base, recipe.r, self.adapter_dtype, recipe.lora_dropout)
             self.trainable += [lora.down, lora.up]
             return lora
         return base
 
-    def build(self, played: list[int]) -> Model:
+    def build(self, played: Played) -> Model:
         """Write the static part of the tape and return the model."""
         spec, recipe, tape = self.spec, self.recipe, state.tape
         outside = blueprint.outside(spec)
-        groups: list[tuple[int | None, list[Tensor]]] = []
+        groups: list[Group] = []
 
-        def close(layer: int | None) -> None:
+        def close(layer: int | None, repeat: int = 1) -> None:
             if self.trainable:
-                groups.append((layer, self.trainable))
+                groups.append(Group(layer, repeat, self.trainable))
                 self.trainable = []
 
         tape.begin(Phase.SETUP, "weights")
         table = self.weight(outside["model.embed_tokens"].parameters["weight"], "model.embed_tokens")
         scale = None
         if NORM_STYLE.get(spec.model_type) == "gemma":
-            scale = parameter((), float32, "model.embed_tokens.embed_scale", Category.WEIGHTS, False)
+            scale = parameter((), self.dtype, "model.embed_tokens.embed_scale", Category.WEIGHTS, False)
         hook = recipe.mode is not Mode.FULL and bool(recipe.gradient_checkpointing)
         embedding = Embedding(table, scale, hook)
         close(None)
         layers = []
-        for index in played:
+        for index, repeat in played.repeats:
             tape.begin(Phase.SETUP, "layer weights", index)
             prefix = f"model.layers.{index}."
             definition = blueprint.layer(spec, blueprint.is_sparse(spec, index))
             layers.append({name: self.module(name, module, prefix + name) for name, module in definition.items()})
-            close(index)
+            close(index, repeat)
         tape.begin(Phase.SETUP, "weights")
         self.rotary()
+        if recipe.mode is Mode.QLORA and recipe.double_quant:
+            # bitsandbytes.functional.name2qmap["dynamic"]: made on the device once; each layer copies it
+            kind = Category.QUANTIZATION_STATE
+            self.buffers.append(parameter((256,), float32, "bitsandbytes", kind, False))
         norm = self.module("model.norm", outside["model.norm"], "model.norm")
         head: Any
         if spec.tie_word_embeddings:

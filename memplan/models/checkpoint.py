@@ -6,7 +6,7 @@ from typing import Any
 
 from memplan.models.decoder import Context, Layer, Modules
 from memplan.shadow import autograd
-from memplan.shadow.autograd import AccumulateGrad, Frame, Node, attach, save
+from memplan.shadow.autograd import AccumulateGrad, Frame, Node, attach, require_grad, save
 from memplan.shadow.tensor import DType, Tensor, no_grad, state
 
 
@@ -42,7 +42,7 @@ class _autocast:
 
 def _reentrant(layer: Layer, modules: Modules, hidden: Tensor, context: Context) -> Tensor:
     """CheckpointFunction: forward without history; backward runs forward and a nested backward."""
-    node = Node(_reentrant_backward, (hidden,)) if hidden.requires_grad else None
+    node = Node(_reentrant_backward, hidden) if hidden.requires_grad else None
     if node is not None:
         node.saved = save(hidden)
         node.context = layer, modules, context, state.autocast
@@ -57,8 +57,9 @@ def _reentrant(layer: Layer, modules: Modules, hidden: Tensor, context: Context)
 def _reentrant_backward(node: Node, grad: Tensor) -> Any:
     layer, modules, context, autocast = node.context
     again = node.saved.detach()
-    again.requires_grad = True
-    leaf = again.node = AccumulateGrad(again.shape, again.dtype, parameter=False)
+    require_grad(again, parameter=False)
+    leaf = again.node
+    assert isinstance(leaf, AccumulateGrad)
     scope = state.scope
     state.grad = True
     with _autocast(autocast):

@@ -169,7 +169,7 @@ def _attention(m: Modules, x: Tensor, context: Context, project: Projection) -> 
     state.tape.module = "self_attn"
     q, k = _rotary(q, k, context)
     if context.cache is not None:
-        k, v = ops.copy_into_cache(k), ops.copy_into_cache(v)
+        k, v = ops.copy_into_cache(k, k.dtype), ops.copy_into_cache(v, k.dtype)
         context.cache.extend((k, v))
     out, weights = _attend(q, k, v, context)
     out = ops.view(out, (*out.shape[:2], out.shape[2] * out.shape[3]))
@@ -183,13 +183,14 @@ def _phi3_attention(m: Modules, x: Tensor, context: Context) -> tuple[Tensor, Te
     qkv = m["self_attn.qkv_proj"](x)
     query_pos = spec.num_attention_heads * spec.head_dim
     key_pos = query_pos + spec.num_key_value_heads * spec.head_dim
-    q = _heads(ops.narrow_last(qkv, 0, query_pos), spec.head_dim)
-    k = _heads(ops.narrow_last(qkv, query_pos, key_pos), spec.head_dim)
-    v = _heads(ops.narrow_last(qkv, key_pos, qkv.shape[-1]), spec.head_dim)
+    q = ops.narrow_last(qkv, 0, query_pos)
+    k = ops.narrow_last(qkv, query_pos, key_pos)
+    v = ops.narrow_last(qkv, key_pos, qkv.shape[-1])
+    q, k, v = _heads(q, spec.head_dim), _heads(k, spec.head_dim), _heads(v, spec.head_dim)
     state.tape.module = "self_attn"
     q, k = _rotary(q, k, context)
     if context.cache is not None:
-        k, v = ops.copy_into_cache(k), ops.copy_into_cache(v)
+        k, v = ops.copy_into_cache(k, k.dtype), ops.copy_into_cache(v, k.dtype)
         context.cache.extend((k, v))
     out, weights = _attend(q, k, v, context)
     out = ops.view(out, (*out.shape[:2], out.shape[2] * out.shape[3]))

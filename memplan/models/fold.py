@@ -44,6 +44,15 @@ class Played:
         """How many units the repeated one stands for."""
         return self.layers // self.period - self.units + 1
 
+    @property
+    def repeats(self) -> list[tuple[int, int]]:
+        """The played indices, each with how many layers it stands for."""
+        if self.complete:
+            return [(index, 1) for index in range(self.layers)]
+        first = (self.units - 2) * self.period
+        repeated = range(first, first + self.period)
+        return [(index, self.repeat if index in repeated else 1) for index in self.indices]
+
     def longer(self) -> Played:
         """One unit more."""
         return Played(self.layers, self.period, self.units + 1)

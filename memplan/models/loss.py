@@ -26,7 +26,7 @@ def _cross_entropy(source: Tensor, target: Tensor) -> Tensor:
 
 
 def _log_softmax(x: Tensor) -> Tensor:
-    node = Node(_log_softmax_backward, (x,)) if ops.tracked(x) else None
+    node = Node(_log_softmax_backward, x) if ops.tracked(x) else None
     out = empty(x.shape, x.dtype, "_log_softmax")
     if node is not None:
         node.saved = save_output(out)
@@ -40,7 +40,7 @@ def _log_softmax_backward(node: Node, grad: Tensor) -> Any:
 
 
 def _nll(x: Tensor, target: Tensor) -> Tensor:
-    node = Node(_nll_backward, (x,)) if ops.tracked(x) else None
+    node = Node(_nll_backward, x) if ops.tracked(x) else None
     saved = [save(x), save(target)] if node is not None else []
     out = empty((), x.dtype, "nll_loss_forward")
     total_weight = empty((), x.dtype, "nll_loss_forward")

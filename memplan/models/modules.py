@@ -6,14 +6,14 @@ autograd/_functions.py and backends/cuda/ops.py (0.50).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import prod
 from typing import Any, Protocol
 
+from memplan.models.gemm_4bit import fused
 from memplan.shadow import ops
-from memplan.shadow.autograd import AccumulateGrad, Node, attach
+from memplan.shadow.autograd import Node, attach, require_grad
 from memplan.shadow.matmul import linear
-from memplan.shadow.tensor import DType, Shape, Storage, Tensor, category, empty, float32, state, uint8
+from memplan.shadow.tensor import DType, Shape, Tensor, category, empty, float32, int64, state, uint8
 from memplan.tape import Category
 
 NF4_BLOCK = 64  # weights that share a scale (bitsandbytes/functional.py, quantize_4bit)
@@ -32,8 +32,7 @@ def parameter(shape: Shape, dtype: DType, name: str, kind: Category, trainable: 
     with category(kind):
         tensor = empty(shape, dtype, "parameter")
     if trainable:
-        tensor.requires_grad = True
-        tensor.node = AccumulateGrad(shape, dtype)
+        require_grad(tensor, parameter=True)
     return tensor
 
 
@@ -88,7 +87,7 @@ class Linear4bit:
 
     def _matmul(self, x: Tensor) -> Tensor:
         """MatMul4Bit.forward -> gemm_4bit -> _dequant_linear_fallback."""
-        node = Node(_matmul_4bit_backward, (x,)) if ops.tracked(x) else None
+        node = Node(_matmul_4bit_backward, x) if ops.tracked(x) else None
         out = self._product(x)
         if node is not None:
             node.context = self, x.shape
@@ -98,7 +97,7 @@ class Linear4bit:
     def _product(self, x: Tensor) -> Tensor:
         shape = (*x.shape[:-1], self.shape[0])
         operation = "mm" if self.bias is None else "addmm"
-        if prod(x.shape[:-1]) <= _FUSED_ROWS and self.shape[1] % NF4_BLOCK == 0:
+        if fused(prod(x.shape[:-1]), *self.shape, x.dtype):
             return empty(shape, x.dtype, "gemm_4bit")
         scales = self._forward_scales()
         weight = empty(self.shape, x.dtype, "dequantize_4bit")
@@ -118,11 +117,6 @@ class Linear4bit:
         weight = empty(self.shape, self.state_dtype, "dequantize_4bit")
         del scales
         return ops.to(weight, dtype)
-
-
-# gemm_4bit runs its fused kernel up to this many rows on every card (_GEMM_4BIT_CUSTOM_FLOOR_M); above
-# it the choice depends on the card and on the shape, and training has more rows than any threshold.
-_FUSED_ROWS = 4
 
 
 def _matmul_4bit_backward(node: Node, grad: Tensor) -> Any:
@@ -212,24 +206,35 @@ class Embedding:
         shape = (*ids.shape, weight.shape[1])
         out = empty(shape, weight.dtype, "embedding")
         if ops.tracked(weight):
-            node = Node(_embedding_backward, (weight,))
+            node = Node(_embedding_backward, weight)
             node.saved = ids
             node.context = weight.shape
             attach(node, out)
         if self.scale is not None:
             scale = ops.to(self.scale, weight.dtype)
             out = ops.mul(out, scale) if out.requires_grad else ops.pointwise("mul", out)
-        if self.requires_grad_hook:
-            out.requires_grad = True
+        if self.requires_grad_hook and out.node is None:
+            require_grad(out, parameter=False)
         return out
 
 
+_SORTED_FROM = 3072  # indices; up to here one kernel does without sorting
+
+
 def _embedding_backward(node: Node, grad: Tensor) -> Any:
-    return (empty(node.context, grad.dtype, "embedding_dense_backward"),)
-
-
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """Storages that only have to exist, such as optimizer states."""
-
-    storages: list[Storage]
+    """embedding_dense_backward_cuda (ATen/native/cuda/Embedding.cu): more indices are sorted and summed in
+    fp32 parts of 10 rows (EmbeddingBackwardKernel.cu), sized for the case that all of them differ. cub's own
+    scratch for the sort, some bytes an index, is left out."""
+    operation = "embedding_dense_backward"
+    entries, width = node.context
+    rows = prod(grad.shape[:-1])
+    if rows <= _SORTED_FROM:
+        return (empty(node.context, grad.dtype, operation),)
+    scratch = [empty((rows,), int64, operation) for _ in range(2)]
+    out = empty(node.context, grad.dtype, operation)
+    segments = min(rows, entries)
+    parts = rows // 10 + segments
+    for count in (rows, 1, segments, segments, 1, parts):
+        scratch.append(empty((count,), int64, operation))
+    scratch.append(empty((parts, width), float32, operation))
+    return (out,)

@@ -7,23 +7,21 @@ and cuBLAS's workspaces are there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
+from memplan.card import Card
 from memplan.models import blueprint, fold, masks, optimizers
 from memplan.models.build import Builder, Model
 from memplan.models.checkpoint import checkpoint
 from memplan.models.decoder import FAMILIES, Context
+from memplan.models.fold import Played
 from memplan.models.loss import causal_lm_loss
 from memplan.recipe import Attention, DTypeName, Recipe
 from memplan.shadow import autograd, ops
-from memplan.shadow.autograd import AccumulateGrad
-from memplan.shadow.matmul import autocast
 from memplan.shadow.tensor import (
     DTYPES,
     Tensor,
     bfloat16,
-    bool_,
     category,
     empty,
     float32,
@@ -34,23 +32,17 @@ from memplan.shadow.tensor import (
 from memplan.spec import ModelSpec
 from memplan.tape import Category, Phase, Tape
 
-# CUDABlas.cpp, parseChosenWorkspaceSize: ":4096:2:16:8", and 32 MiB on Hopper; one for each handle,
-# and autograd's thread has its own.
-_CUBLAS_WORKSPACE = 8_519_680
-_CUBLAS_WORKSPACE_HOPPER = 33_554_432
-
-
 def write_tape(
-    spec: ModelSpec, recipe: Recipe, *, capability: tuple[int, int] = (8, 0), folded: bool = True
+    spec: ModelSpec, recipe: Recipe, *, card: Card | None = None, folded: bool = True
 ) -> Tape:
     """Play a step of ``recipe`` (resolved) on ``spec``.
 
-    ``capability`` is the card's compute capability. ``folded=False`` plays every layer.
+    ``card`` is the reference card unless given. ``folded=False`` plays every layer.
     Raises RecipeError if the recipe does not suit the model.
     """
     played = fold.layers_to_play(kinds(spec, recipe)) if folded else fold.all_layers(spec.num_hidden_layers)
     while True:
-        tape = _play(spec, recipe, capability, played.indices)
+        tape = _play(spec, recipe, card, played)
         if played.complete:
             return tape
         if fold.fold(tape, played):
@@ -67,21 +59,21 @@ def kinds(spec: ModelSpec, recipe: Recipe) -> list[Any]:
     ]
 
 
-def _play(spec: ModelSpec, recipe: Recipe, capability: tuple[int, int], played: Sequence[int]) -> Tape:
-    state.__init__()  # type: ignore[misc]
+def _play(spec: ModelSpec, recipe: Recipe, card: Card | None, played: Played) -> Tape:
+    state.__init__(card)  # type: ignore[misc]
     tape = state.tape
-    model = Builder(spec, recipe).build(played if isinstance(played, list) else list(played))
-    states = optimizers.states(model.trainable, recipe)
+    model = Builder(spec, recipe).build(played)
+    states = optimizers.states(model.trainable, recipe, model.embedding.weight)
     tape.begin(Phase.SETUP, "workspaces")
     tape.module = ""
-    workspace = _CUBLAS_WORKSPACE_HOPPER if capability[0] == 9 else _CUBLAS_WORKSPACE
-    kept: list[Tensor] = [empty((workspace,), DTYPES["uint8"], "cublas_workspace") for _ in range(2)]
+    # one for each cuBLAS handle, and autograd's thread has its own
+    _workspaces = [empty((state.card.cublas_workspace,), DTYPES["uint8"], "cublas_workspace") for _ in range(2)]
     tape.begin(Phase.SETUP, "batch")
     shape = (recipe.batch_size, recipe.seq_len)
     with category(Category.ACTIVATIONS):
         ids, attention_mask, labels = (empty(shape, int64, "batch") for _ in range(3))
     for _ in range(recipe.gradient_accumulation_steps):
-        loss = _forward(model, ids, attention_mask, labels, list(played))
+        loss = _forward(model, ids, attention_mask, labels, played.indices)
         if recipe.gradient_accumulation_steps > 1:
             loss = ops.scale(loss, "div")
         tape.begin(Phase.BACKWARD, "backward")
@@ -94,23 +86,37 @@ def _play(spec: ModelSpec, recipe: Recipe, capability: tuple[int, int], played: 
     if recipe.max_grad_norm:
         optimizers.clip(model.trainable)
     tape.begin(Phase.OPTIMIZER, "step")
-    optimizers.step(model.trainable, recipe)
+    optimizers.step(model.trainable, recipe, states)
     optimizers.zero_grad(model.trainable)
     tape.begin(Phase.OPTIMIZER, "end")
     del loss
-    tape.finish()
-    size = len(tape.events)
-    del model, states, kept, ids, attention_mask, labels
-    del tape.events[size:], tape.deltas[size:]
+    tape.finish()  # what dies with these names is no part of the step
     return tape
 
 
 def _forward(model: Model, ids: Tensor, attention_mask: Tensor, labels: Tensor, played: list[int]) -> Tensor:
-    """``model(**batch).loss``."""
-    recipe, tape = model.recipe, state.tape
-    tape.begin(Phase.FORWARD, "embed")
+    """``model(**batch).loss``, under autocast as accelerate wraps it."""
+    recipe = model.recipe
     if recipe.autocast:
         state.autocast = bfloat16 if recipe.dtype is DTypeName.FLOAT32 else DTYPES[recipe.dtype.value]
+    loss, logits, cache = _causal_lm(model, ids, attention_mask, labels, played)
+    if recipe.autocast:
+        state.autocast = None
+        state.autocast_cache.clear()
+        # convert_outputs_to_fp32 (accelerate/utils/operations.py): all 16-bit outputs, logits too
+        converted = ops.to(logits, float32)
+        del logits, converted
+    state.category = Category.TEMPORARIES
+    del cache
+    return loss
+
+
+def _causal_lm(
+    model: Model, ids: Tensor, attention_mask: Tensor, labels: Tensor, played: list[int]
+) -> tuple[Tensor, Tensor, Any]:
+    """``ForCausalLM.forward``: the loss, and the outputs that live until the caller drops them."""
+    tape = state.tape
+    tape.begin(Phase.FORWARD, "embed")
     hidden, cache = _decoder(model, ids, attention_mask, played)
     tape.begin(Phase.FORWARD, "head")
     state.category = Category.LOGITS_AND_LOSS
@@ -121,11 +127,7 @@ def _forward(model: Model, ids: Tensor, attention_mask: Tensor, labels: Tensor, 
         logits = ops.scale(logits)
     tape.module = "loss"
     loss = causal_lm_loss(logits, labels)
-    state.category = Category.TEMPORARIES
-    state.autocast = None
-    state.autocast_cache.clear()
-    del cache
-    return loss
+    return loss, logits, cache
 
 
 def _decoder(model: Model, ids: Tensor, attention_mask: Tensor, played: list[int]) -> tuple[Tensor, Any]:

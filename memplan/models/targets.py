@@ -14,9 +14,8 @@ _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj")
 _QUERY_VALUE = ("q_proj", "v_proj", "qkv_proj")
 
 
-def is_target(recipe: Recipe, full_name: str) -> bool:
+def is_target(wanted: str | tuple[str, ...], full_name: str) -> bool:
     """Whether the linear module ``full_name`` (``model.layers.3.mlp.up_proj``) is adapted."""
-    wanted = recipe.target_modules
     if wanted == "all-linear":
         # every linear layer but the output embedding
         return not full_name.endswith("lm_head")
@@ -32,21 +31,29 @@ def is_target(recipe: Recipe, full_name: str) -> bool:
     return any(full_name == name or full_name.endswith("." + name) for name in wanted)
 
 
-def check(recipe: Recipe, linear_shapes: dict[str, tuple[int, ...]], all_names: Iterable[str]) -> None:
-    """Refuse targets that match nothing and ranks that exceed a matrix. Raises RecipeError."""
-    targets = {name: shape for name, shape in linear_shapes.items() if is_target(recipe, name)}
-    if not targets:
-        known = sorted({name.rsplit(".", 1)[-1] for name in linear_shapes})
+def check(
+    recipe: Recipe,
+    adapted: dict[str, tuple[int, ...]],
+    linear: Iterable[str],
+    names: Iterable[str],
+) -> None:
+    """Refuse targets that match nothing, ranks that exceed a matrix, and modules that are not there.
+
+    ``adapted`` are the matching modules' shapes, ``linear`` all linear modules, ``names`` all modules.
+    Raises RecipeError.
+    """
+    if not adapted:
+        known = sorted({name.rsplit(".", 1)[-1] for name in linear})
         raise RecipeError(
-            f"target_modules {recipe.target_modules!r} matches no linear module of this model; it has {', '.join(known)}"
+            f"target_modules {recipe.target_modules!r} matches no linear module of this model; "
+            f"it has {', '.join(known)}"
         )
-    name, shape = min(targets.items(), key=lambda item: min(item[1]))
+    name, shape = min(adapted.items(), key=lambda item: min(item[1]))
     if recipe.r > min(shape):
         raise RecipeError(
             f"r={recipe.r} is larger than the smallest matrix it adapts ({name}, {shape[0]}×{shape[1]}); "
             f"use r of at most {min(shape)}"
         )
-    names = set(all_names)
     for module in recipe.modules_to_save:
         if not any(known == module or known.endswith("." + module) for known in names):
             raise RecipeError(f"modules_to_save {module!r} matches no module of this model")

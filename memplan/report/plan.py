@@ -14,7 +14,8 @@ from memplan.report.wording import asked_and_default
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from memplan.planner import Fit, ModelInfo, PeakInfo, Plan, Summary
+    from memplan.fit import Fit
+    from memplan.planner import ModelInfo, PeakInfo, Plan, Summary
 
 # What each category is called, and its colour.
 CATEGORIES = {
@@ -37,7 +38,10 @@ FOOTNOTE = (
     "Quantisation state counts as weights, gradients as optimizer state, "
     "logits and temporaries as activations."
 )
-ESTIMATE = "Needed is an estimate until the allocator is simulated: peak, allocator slack and CUDA context."
+ESTIMATE = (
+    "Needed is an estimate until the allocator is simulated: peak, CUDA context and allocator slack "
+    "(tight: it fits without the slack only)."
+)
 VERDICT_STYLES = {"fits": "bold green", "tight": "bold yellow", "does not fit": "red"}
 
 _LABEL_WIDTH = 18  # of the longest category, so that the tables of a report line up

@@ -12,7 +12,7 @@ from typing import Any
 from memplan.shadow import ops
 from memplan.shadow.autograd import Node, attach, save, save_output, unpack
 from memplan.shadow.matmul import matmul
-from memplan.shadow.tensor import Tensor, bool_, empty, float32, int64, state, strides_of
+from memplan.shadow.tensor import DType, Tensor, bool_, empty, float32, int64, state, strides_of, uint8
 
 _FLASH_MAX_HEAD_DIM = 256
 
@@ -22,7 +22,7 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """``F.scaled_dot_product_attention``; ``mask`` is a bool [B, 1, S, S] or None."""
     if state.autocast is not None:
-        query, key, value = (ops.to(x, state.autocast) for x in (query, key, value))
+        value, key, query = (ops.to(x, state.autocast) for x in (value, key, query))
     head_dim = query.shape[-1]
     if mask is None and query.dtype.itemsize == 2 and head_dim <= _FLASH_MAX_HEAD_DIM:
         return _flash(query, key, value)
@@ -42,7 +42,7 @@ def _up(size: int, multiple: int) -> int:
 def _flash(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     batch, heads, length, head_dim = query.shape
     operation = "_scaled_dot_product_flash_attention"
-    node = Node(_flash_backward, (query, key, value)) if ops.tracked(query, key, value) else None
+    node = Node(_flash_backward, query, key, value) if ops.tracked(query, key, value) else None
     padded = head_dim % 8 != 0
     if padded:
         width = _up(head_dim, 8)
@@ -50,8 +50,17 @@ def _flash(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     saved = None if node is None else [save(query), save(key), save(value)]
     out = ops.pointwise(operation, query)
     logsumexp = empty((batch, heads, length), float32, operation)
+    splits = _splits(batch * heads, length, head_dim)
+    accumulators = None
+    if splits > 1:
+        shape = (splits, batch, heads, length)
+        accumulators = (
+            empty(shape, float32, operation),
+            empty((*shape, _rounded_head(head_dim)), float32, operation),
+        )
     seed = empty((2,), int64, operation)
     offset = empty((), int64, operation)
+    del accumulators
     if padded:
         out = Tensor((batch, heads, length, head_dim), out.dtype, out.storage, strides_of(out))
     if node is not None and saved is not None:
@@ -59,6 +68,30 @@ def _flash(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         node.saved = saved
         attach(node, out)
     return out
+
+
+def _rounded_head(head_dim: int) -> int:
+    return _up(head_dim, 32 if head_dim <= 128 else 64)
+
+
+def _splits(rows: int, length: int, head_dim: int) -> int:
+    """flash_api.cpp, num_splits_heuristic: into how many parts keys are split to fill the card.
+
+    ``rows`` are batch times heads. The fewest splits within 85 % of the best use of the card; more than
+    enough blocks need none.
+    """
+    processors = 2 * state.card.multiprocessors
+    blocks = rows * -(-length // 64)
+    if blocks >= 0.8 * processors:
+        return 1
+    keys = -(-length // (256 if head_dim <= 64 else 128 if head_dim <= 128 else 64))
+    used = {}
+    for splits in range(1, min(128, processors, keys) + 1):
+        if splits == 1 or -(-keys // splits) != -(-keys // (splits - 1)):
+            waves = blocks * splits / processors
+            used[splits] = waves / -(-blocks * splits // processors)
+    best = max(used.values())
+    return next(splits for splits, share in used.items() if share >= 0.85 * best)
 
 
 def _flash_backward(node: Node, grad: Tensor) -> Any:
@@ -71,8 +104,7 @@ def _flash_backward(node: Node, grad: Tensor) -> Any:
     for_value = ops.pointwise(operation, value)
     rows = _up(length, 128)
     softmax_d = empty((batch, heads, rows), float32, operation)
-    width = _up(head_dim, 32 if head_dim <= 128 else 64)
-    accumulator = empty((batch, rows, heads, width), float32, operation)
+    accumulator = empty((batch, rows, heads, _rounded_head(head_dim)), float32, operation)
     if key.shape[1] != heads:
         expanded = [empty((batch, length, heads, head_dim), key.dtype, operation) for _ in range(2)]
         del expanded
@@ -88,17 +120,19 @@ def _efficient(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -
     operation = "_scaled_dot_product_efficient_attention"
     bias = None
     if mask is not None:
-        # convert_boolean_attn_mask, then pad_bias: the last axis is padded to a multiple of 16.
-        bias = empty(mask.shape, query.dtype, "where")
-        if mask.shape[-1] % 16:
-            bias = empty((*mask.shape[:-1], _up(mask.shape[-1], 16)), query.dtype, "constant_pad_nd")
-    node = Node(_efficient_backward, (query, key, value)) if ops.tracked(query, key, value) else None
+        bias = _additive(mask, query.dtype)
+        if mask.shape[-1] % 8:  # preprocess_mask: rows are padded until they are aligned
+            bias = empty((*mask.shape[:-1], _up(mask.shape[-1], 8)), query.dtype, "constant_pad_nd")
+    node = Node(_efficient_backward, query, key, value) if ops.tracked(query, key, value) else None
     saved = None
     if node is not None:
         saved = [save(query), save(key), save(value)] + ([save(bias)] if bias is not None else [])
     out = empty((batch, length, heads, head_dim), query.dtype, operation)
     out = ops.transpose(out, 1, 2)
     logsumexp = empty((batch, heads, _up(length, 32) if node is not None else 0), float32, operation)
+    if head_dim > 128 and query.dtype is not float32:
+        accumulator = empty((batch, length, heads, head_dim), float32, operation)
+        del accumulator
     if node is not None and saved is not None:
         saved += [save_output(out), save_output(logsumexp)]
         node.saved = saved
@@ -115,13 +149,48 @@ def _efficient_backward(node: Node, grad: Tensor) -> Any:
     for tensor in (query, key, value):
         b, h, s, d = tensor.shape
         gradients.append(ops.transpose(empty((b, s, h, d), tensor.dtype, operation), 1, 2))
-    delta = empty((batch, heads, length), float32, operation)
-    if query.dtype is not float32:
-        # gQ is accumulated in fp32 (kNeedsAccumGradQ, mem_eff_attention/kernel_backward.h)
-        workspace = empty((batch, heads, _up(length, 64), _up(head_dim, 64)), float32, operation)
-        del workspace
-    del delta
+    half = query.dtype is not float32
+    if not half:
+        # (grad_out * out).sum(-1), made contiguous; 16-bit kernels compute it themselves
+        product = empty(grad.shape, float32, "mul")
+        summed = empty((batch, length, heads), float32, "sum")
+        del product
+    delta = empty((batch, heads, length), float32, operation if half else "clone")
+    if not half:
+        del summed
+    nbytes = _efficient_workspace(batch * heads, length, head_dim, half)
+    workspace = empty((nbytes,), uint8, operation)
+    del workspace, delta
     return gradients
+
+
+def _efficient_workspace(rows: int, length: int, head_dim: int, half: bool) -> int:
+    """kernel_backward.h, workspace_size, of the kernel that the card gets from cutlassB.h (sm80 and later).
+
+    Tiles of fp32 for dQ, each with 16 bytes of bookkeeping, and where dK and dV do not stay in registers,
+    one pair of tiles for each split of the keys. ``rows`` are batch times heads.
+    """
+    tile_rows = tile_columns = 64
+    registers = False
+    large = state.card.shared_memory > 102_400
+    if half:
+        if head_dim <= 64:
+            registers = True
+        elif head_dim <= 96 and state.card.capability in ((8, 6), (8, 9)):
+            tile_rows, registers = 128, True
+        elif head_dim <= 128 and large:
+            tile_rows = tile_columns = 128
+            registers = True
+        elif head_dim > 128 and large:
+            tile_rows = 128
+    elif head_dim > 64 and large:
+        tile_rows = 128
+    tile = tile_rows * tile_columns + 4
+    elements = -(-length // tile_rows) * -(-head_dim // tile_columns) * tile
+    if half and not registers:
+        splits = max(1, min(-(-length // tile_columns), 200 // rows))
+        elements += 2 * splits * tile_columns * _up(head_dim, tile_rows)
+    return rows * _up(elements, 4) * 4
 
 
 # -- math --------------------------------------------------------------------------------------------
@@ -139,10 +208,10 @@ def _math(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, cau
         allowed = empty((length, keys), bool_, "ones")
         lower = empty((length, keys), bool_, "tril")
         del allowed
-        bias = _additive(lower)
+        bias = _additive(lower, float32)
         del lower
     elif mask is not None:
-        bias = _additive(mask)
+        bias = _additive(mask, float32)
     if gqa:
         groups = scaled.shape[1] // key.shape[1]
         key, value = _repeat_heads(key, groups), _repeat_heads(value, groups)
@@ -152,7 +221,7 @@ def _math(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, cau
     if bias is not None:
         # attn.add_(mask): in place
         if scores.node is not None:
-            node = Node(ops._pass_backward, (scores,))
+            node = Node(ops._pass_backward, scores)
             scores = scores.detach()
             attach(node, scores)
             del node
@@ -162,10 +231,11 @@ def _math(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, cau
     return ops.to(out, dtype)
 
 
-def _additive(mask: Tensor) -> Tensor:
-    zero = empty((), float32, "scalar_tensor")
-    infinity = empty((), float32, "scalar_tensor")
-    bias = empty(mask.shape, float32, "where")
+def _additive(mask: Tensor, dtype: DType) -> Tensor:
+    """convert_boolean_attn_mask."""
+    infinity = empty((), dtype, "full")
+    zero = empty((), dtype, "scalar_tensor")
+    bias = empty(mask.shape, dtype, "where")
     del zero, infinity
     return bias
 
@@ -178,7 +248,7 @@ def _repeat_heads(x: Tensor, groups: int) -> Tensor:
 
 def _safe_softmax(x: Tensor) -> Tensor:
     """at::_safe_softmax: softmax, then rows that are all -inf become zero."""
-    node = Node(ops._softmax_backward, (x,)) if ops.tracked(x) else None
+    node = Node(ops._softmax_backward, x) if ops.tracked(x) else None
     soft = empty(x.shape, x.dtype, "_safe_softmax")
     infinity = empty((), x.dtype, "_safe_softmax")
     masked = empty(x.shape, bool_, "_safe_softmax")

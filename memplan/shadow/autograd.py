@@ -29,17 +29,18 @@ class Node:
     """
 
     __slots__ = (
-        "backward", "category", "context", "edges", "grads", "meta", "module", "needs", "saved", "scope", "sequence",
+        "backward", "category", "context", "edges", "grads", "meta", "module", "saved", "scope", "sequence",
     )  # fmt: skip
 
-    def __init__(self, backward: Backward, inputs: Sequence[Tensor | None]) -> None:
+    def __init__(self, backward: Backward, *inputs: Tensor | None) -> None:
         self.backward = backward
-        self.edges = [edge(tensor) for tensor in inputs]
-        self.needs = tuple(e is not None for e in self.edges)
+        self.edges = [
+            None if tensor is None or tensor.node is None else (tensor.node, tensor.output) for tensor in inputs
+        ]
         self.meta: list[tuple[Shape, DType]] = []
-        self.saved: Any = ()
+        self.saved: Any = None
         self.context: Any = None
-        self.grads: list[Tensor | None] = []
+        self.grads: list[Tensor | None] | None = None
         self.scope = state.scope
         self.module = state.tape.module
         self.category = state.category
@@ -52,7 +53,7 @@ class AccumulateGrad(Node):
     __slots__ = ("grad", "parameter", "variable")
 
     def __init__(self, shape: Shape, dtype: DType, parameter: bool = True) -> None:
-        super().__init__(_no_backward, ())
+        super().__init__(_no_backward)
         self.parameter = parameter
         self.meta = [(shape, dtype)]
         self.sequence = _LAST
@@ -64,23 +65,20 @@ def _no_backward(node: Node, grads: Any) -> Grads:
     return ()
 
 
-def edge(tensor: Tensor | None) -> tuple[Node, int] | None:
-    """Where the gradient of ``tensor`` goes."""
-    if tensor is None or not tensor.requires_grad:
-        return None
-    node = tensor.node
-    if node is None:  # a leaf that is not a parameter (enable_input_require_grads)
-        leaf = AccumulateGrad(tensor.shape, tensor.dtype, parameter=False)
-        leaf.variable = tensor.storage
-        node = tensor.node = leaf
-    return node, tensor.output
+def attach(node: Node, tensor: Tensor) -> None:
+    """Make ``tensor`` the next differentiable output of ``node``."""
+    meta = node.meta
+    tensor.node = node
+    tensor.output = len(meta)
+    meta.append((tensor.shape, tensor.dtype))
 
 
-def attach(node: Node, *outputs: Tensor) -> None:
-    """Make ``outputs`` the differentiable outputs of ``node``."""
-    for tensor in outputs:
-        tensor.node, tensor.output, tensor.requires_grad = node, len(node.meta), True
-        node.meta.append((tensor.shape, tensor.dtype))
+def require_grad(leaf: Tensor, *, parameter: bool) -> None:
+    """``leaf.requires_grad_()``. A leaf that is no parameter lives as long as the graph that uses it."""
+    node = AccumulateGrad(leaf.shape, leaf.dtype, parameter)
+    if not parameter:
+        node.variable = leaf.storage
+    leaf.node, leaf.output = node, 0
 
 
 # -- saving, plain and under checkpointing --------------------------------------------------------
@@ -130,7 +128,7 @@ def keep(tensor: Tensor) -> None:
     """Count a storage as an activation."""
     storage = tensor.storage
     if storage is not None:
-        categories = storage.tape.categories
+        categories = state.tape.categories
         if categories[storage.index] is Category.TEMPORARIES:
             categories[storage.index] = Category.ACTIVATIONS
 
@@ -236,8 +234,8 @@ def _evaluate(node: Node, dependencies: dict[Node, int]) -> list[Node]:
     if type(node) is AccumulateGrad:
         _accumulate_grad(node)
         return []
-    incoming = node.grads
-    node.grads = []
+    incoming: Any = node.grads
+    node.grads = None
     outgoing = list(node.backward(node, incoming[0] if len(incoming) == 1 else incoming))
     for position, target in enumerate(node.edges):
         grad = outgoing[position]
@@ -248,7 +246,7 @@ def _evaluate(node: Node, dependencies: dict[Node, int]) -> list[Node]:
             if grad.dtype is not dtype:
                 outgoing[position] = _cast(grad, dtype)
     grad = None
-    incoming = []
+    del incoming
     node.saved = None
     ready = []
     outgoing.reverse()
@@ -258,7 +256,7 @@ def _evaluate(node: Node, dependencies: dict[Node, int]) -> list[Node]:
             continue
         consumer, output = target
         if grad is not None:
-            if not consumer.grads:
+            if consumer.grads is None:
                 consumer.grads = [None] * len(consumer.meta)
             old = consumer.grads[output]
             if old is None:
@@ -270,7 +268,7 @@ def _evaluate(node: Node, dependencies: dict[Node, int]) -> list[Node]:
         dependencies[consumer] -= 1
         if not dependencies[consumer]:
             ready.append(consumer)
-    return [consumer for consumer in ready if consumer.grads]
+    return [consumer for consumer in ready if consumer.grads is not None]
 
 
 # References that CPython itself holds to a gradient while _add_gradients looks at it: the caller's
@@ -287,12 +285,13 @@ def _add_gradients(old: Tensor, new: Tensor) -> Tensor:
 
 
 def _accumulate_grad(node: AccumulateGrad) -> None:
+    assert node.grads is not None
     grad = node.grads[0]
-    node.grads = []
+    node.grads = None
     if node.grad is None and grad is not None:
         node.grad = grad
         if grad.storage is not None and node.parameter:
-            grad.storage.tape.categories[grad.storage.index] = Category.GRADIENTS
+            state.tape.categories[grad.storage.index] = Category.GRADIENTS
 
 
 def _cast(grad: Tensor, dtype: DType) -> Tensor:

@@ -5,24 +5,29 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
-from memplan.shadow.autograd import Node, attach, save, unpack
-from memplan.shadow.ops import clone, tracked
-from memplan.shadow.tensor import Tensor, empty, state, view_strides
+from memplan.shadow.autograd import AccumulateGrad, Node, attach, save, unpack
+from memplan.shadow.ops import clone, to, tracked
+from memplan.shadow.tensor import Tensor, empty, float32, state, view_strides
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear``: x [..., in], weight [out, in] -> [..., out]; one mm (addmm with a bias) on x
     folded to two axes (aten/src/ATen/native/Linear.cpp). Under autocast weights are cast, cached."""
     if state.autocast is not None:
-        x, weight, bias = autocast(x), autocast(weight), autocast(bias)  # type: ignore[assignment]
+        # casts run in the order in which the compiler evaluates the arguments: from the last
+        bias = None if bias is None else autocast(bias)
+        weight = autocast(weight)
+        x = autocast(x)
     if x.strides is not None and view_strides(x.shape, x.strides, (prod(x.shape[:-1]), x.shape[-1])) is None:
         x = clone(x)
     shape = (*x.shape[:-1], weight.shape[0])
     operation = "mm" if bias is None else "addmm"
     if tracked(x, weight, bias):
-        node = Node(_linear_backward, (x, weight, bias))
-        needs_x, needs_weight, _ = node.needs
-        node.saved = (save(x) if needs_weight else None, save(weight) if needs_x else None)
+        node = Node(_linear_backward, x, weight, bias)
+        node.saved = (
+            None if weight.node is None else save(x),
+            None if x.node is None else save(weight),
+        )
         node.context = x.shape, weight.shape, bias is not None
         out = empty(shape, x.dtype, operation)
         attach(node, out)
@@ -43,7 +48,7 @@ def _linear_backward(node: Node, grad: Tensor) -> Any:
         for_weight = _viewed(empty(weight_shape, grad.dtype, "mm"))
     if weight is not None and not node.context[2]:
         for_x = _viewed(empty(x_shape, grad.dtype, "mm"))
-    if node.needs[2]:
+    if node.edges[2]:
         for_bias = empty((grad.shape[-1],), grad.dtype, "sum")
     return for_x, for_weight, for_bias
 
@@ -57,13 +62,16 @@ def matmul(x: Tensor, y: Tensor) -> Tensor:
     """``torch.matmul`` of two batched matrices with equal leading axes: one bmm. Operands whose axes
     can't be folded into one batch axis are copied (reshape in aten/src/ATen/native/LinearAlgebra.cpp)."""
     if state.autocast is not None:
-        x, y = autocast(x), autocast(y)  # type: ignore[assignment]
+        y = autocast(y)
+        x = autocast(x)
     x, y = _batched(x), _batched(y)
     shape = (*x.shape[:-1], y.shape[-1])
     if tracked(x, y):
-        node = Node(_matmul_backward, (x, y))
-        needs_x, needs_y = node.needs
-        node.saved = (save(x) if needs_y else None, save(y) if needs_x else None)
+        node = Node(_matmul_backward, x, y)
+        node.saved = (
+            None if y.node is None else save(x),
+            None if x.node is None else save(y),
+        )
         node.context = x.shape, y.shape
         out = empty(shape, x.dtype, "bmm")
         attach(node, out)
@@ -89,15 +97,13 @@ def _matmul_backward(node: Node, grad: Tensor) -> Any:
     return for_x, for_y
 
 
-def autocast(x: Tensor | None) -> Tensor | None:
+def autocast(x: Tensor) -> Tensor:
     """What autocast feeds to an operation of its lower-precision list: leaves that require no cast
     stay, parameters' casts are cached until the region ends (aten/src/ATen/autocast_mode.cpp)."""
-    from memplan.shadow.ops import to
-
     dtype = state.autocast
-    if x is None or dtype is None or not x.dtype.floating or x.dtype is dtype:
+    if dtype is None or not x.dtype.floating or x.dtype is dtype:
         return x
-    if x.dtype.name != "float32" or x.node is None or x.node.sequence != 1 << 60:
+    if x.dtype is not float32 or type(x.node) is not AccumulateGrad:
         return to(x, dtype)
     cached = state.autocast_cache.get(id(x))
     if cached is None:

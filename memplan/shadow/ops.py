@@ -30,7 +30,11 @@ from memplan.shadow.tensor import (
 
 def tracked(*inputs: Tensor | None) -> bool:
     """Whether an operation on ``inputs`` is recorded for backward."""
-    return state.grad and any(tensor is not None and tensor.requires_grad for tensor in inputs)
+    if state.grad:
+        for tensor in inputs:
+            if tensor is not None and tensor.node is not None:
+                return True
+    return False
 
 
 def broadcast(one: Shape, two: Shape) -> Shape:
@@ -55,20 +59,16 @@ def promote(one: Tensor, two: Tensor) -> DType:
     return float32
 
 
-def pointwise(operation: str, *inputs: Tensor, dtype: DType | None = None) -> Tensor:
+def pointwise(operation: str, x: Tensor, y: Tensor | None = None, dtype: DType | None = None) -> Tensor:
     """A fresh result of a pointwise kernel on one or two tensors."""
-    first = inputs[0]
-    if len(inputs) == 1:
-        strides = first.strides
-        if strides is not None:
-            strides = iterator_strides(first.shape, [first])
-        return empty(first.shape, dtype or first.dtype, operation, strides)
-    second = inputs[1]
-    shape = broadcast(first.shape, second.shape)
+    if y is None:
+        strides = None if x.strides is None else iterator_strides(x.shape, [x])
+        return empty(x.shape, dtype or x.dtype, operation, strides)
+    shape = x.shape if x.shape == y.shape else broadcast(x.shape, y.shape)
     strides = None
-    if first.strides is not None or second.strides is not None:
-        strides = iterator_strides(shape, [first, second])
-    return empty(shape, dtype or promote(first, second), operation, strides)
+    if x.strides is not None or y.strides is not None:
+        strides = iterator_strides(shape, [x, y])
+    return empty(shape, dtype or (x.dtype if x.dtype is y.dtype else promote(x, y)), operation, strides)
 
 
 # -- casts -------------------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ def to(x: Tensor, dtype: DType) -> Tensor:
     if x.dtype is dtype:
         return x
     if tracked(x):
-        node = Node(_to_backward, (x,))
+        node = Node(_to_backward, x)
         out = pointwise("_to_copy", x, dtype=dtype)
         attach(node, out)
         return out
@@ -98,7 +98,7 @@ def _to_backward(node: Node, grad: Tensor) -> Any:
 def add(x: Tensor, y: Tensor) -> Tensor:
     """``x + y``. Saves nothing."""
     if tracked(x, y):
-        node = Node(_add_backward, (x, y))
+        node = Node(_add_backward, x, y)
         out = pointwise("add", x, y)
         attach(node, out)
         return out
@@ -106,16 +106,18 @@ def add(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _add_backward(node: Node, grad: Tensor) -> Any:
-    needs_x, needs_y = node.needs
-    return grad if needs_x else None, grad if needs_y else None
+    for_x, for_y = node.edges
+    return grad if for_x else None, grad if for_y else None
 
 
 def mul(x: Tensor, y: Tensor) -> Tensor:
     """``x * y``."""
     if tracked(x, y):
-        node = Node(_mul_backward, (x, y))
-        needs_x, needs_y = node.needs
-        node.saved = (save(y) if needs_x else None, save(x) if needs_y else None)
+        node = Node(_mul_backward, x, y)
+        node.saved = (
+            None if x.node is None else save(y),
+            None if y.node is None else save(x),
+        )
         out = pointwise("mul", x, y)
         attach(node, out)
         return out
@@ -132,7 +134,7 @@ def _mul_backward(node: Node, grad: Tensor) -> Any:
 def scale(x: Tensor, operation: str = "mul") -> Tensor:
     """``x * number`` or ``x / number``. A Python number is no tensor on the device: nothing is saved."""
     if tracked(x):
-        node = Node(_scale_backward, (x,))
+        node = Node(_scale_backward, x)
         node.context = operation
         out = pointwise(operation, x)
         attach(node, out)
@@ -147,7 +149,7 @@ def _scale_backward(node: Node, grad: Tensor) -> Any:
 def shift(x: Tensor) -> Tensor:
     """``x + number``."""
     if tracked(x):
-        node = Node(_pass_backward, (x,))
+        node = Node(_pass_backward, x)
         out = pointwise("add", x)
         attach(node, out)
         return out
@@ -161,7 +163,7 @@ def _pass_backward(node: Node, grad: Tensor) -> Any:
 def neg(x: Tensor) -> Tensor:
     """``-x``."""
     if tracked(x):
-        node = Node(_neg_backward, (x,))
+        node = Node(_neg_backward, x)
         out = pointwise("neg", x)
         attach(node, out)
         return out
@@ -175,7 +177,7 @@ def _neg_backward(node: Node, grad: Tensor) -> Any:
 def square(x: Tensor) -> Tensor:
     """``x.pow(2)``."""
     if tracked(x):
-        node = Node(_square_backward, (x,))
+        node = Node(_square_backward, x)
         node.saved = save(x)
         out = pointwise("pow", x)
         attach(node, out)
@@ -193,7 +195,7 @@ def _square_backward(node: Node, grad: Tensor) -> Any:
 def rsqrt(x: Tensor) -> Tensor:
     """``torch.rsqrt``; saves its result."""
     if tracked(x):
-        node = Node(_rsqrt_backward, (x,))
+        node = Node(_rsqrt_backward, x)
         out = pointwise("rsqrt", x)
         node.saved = save_output(out)
         attach(node, out)
@@ -211,7 +213,7 @@ def _rsqrt_backward(node: Node, grad: Tensor) -> Any:
 def activation(name: str, x: Tensor) -> Tensor:
     """silu, gelu: one kernel that saves its input."""
     if tracked(x):
-        node = Node(_activation_backward, (x,))
+        node = Node(_activation_backward, x)
         node.context = name
         node.saved = save(x)
         out = pointwise(name, x)
@@ -227,7 +229,7 @@ def _activation_backward(node: Node, grad: Tensor) -> Any:
 def result_activation(name: str, x: Tensor) -> Tensor:
     """tanh, sigmoid: one kernel that saves its result."""
     if tracked(x):
-        node = Node(_activation_backward, (x,))
+        node = Node(_activation_backward, x)
         node.context = name
         out = pointwise(name, x)
         node.saved = save_output(out)
@@ -243,7 +245,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
     from memplan.shadow.tensor import bool_
 
     needs = tracked(x)
-    node = Node(_dropout_backward, (x,)) if needs else None
+    node = Node(_dropout_backward, x) if needs else None
     out = pointwise("native_dropout", x)
     mask = pointwise("native_dropout", x, dtype=bool_)
     if node is not None:
@@ -263,7 +265,7 @@ def mean_last(x: Tensor) -> Tensor:
     """``x.mean(-1, keepdim=True)``."""
     shape = (*x.shape[:-1], 1)
     if tracked(x):
-        node = Node(_mean_backward, (x,))
+        node = Node(_mean_backward, x)
         out = empty(shape, x.dtype, "mean")
         attach(node, out)
         return out
@@ -280,7 +282,7 @@ def sum_last(x: Tensor) -> Tensor:
     """``x.sum(dim=-1, keepdim=True)``."""
     shape = (*x.shape[:-1], 1)
     if tracked(x):
-        node = Node(_expand_backward, (x,))
+        node = Node(_expand_backward, x)
         out = empty(shape, x.dtype, "sum")
         attach(node, out)
         return out
@@ -300,7 +302,7 @@ def softmax(x: Tensor, dtype: DType) -> Tensor:
     if not fused:
         x = to(x, dtype)
     if tracked(x):
-        node = Node(_softmax_backward, (x,))
+        node = Node(_softmax_backward, x)
         node.context = x.dtype
         out = empty(x.shape, dtype, "_softmax")
         node.saved = save_output(out)
@@ -319,8 +321,8 @@ def _softmax_backward(node: Node, grad: Tensor) -> Any:
 
 def _view_of(x: Tensor, shape: Shape, strides: Shape | None, backward: Any, context: Any = None) -> Tensor:
     out = x.viewed(shape, strides)
-    if state.grad and x.requires_grad:
-        node = Node(backward, (x,))
+    if state.grad and x.node is not None:
+        node = Node(backward, x)
         node.context = context
         attach(node, out)
     return out
@@ -351,7 +353,7 @@ def clone(x: Tensor, *, preserve: bool = False) -> Tensor:
     """``x.clone()``: contiguous, or with the strides of a dense ``x`` if ``preserve``."""
     strides = iterator_strides(x.shape, [x]) if preserve and x.strides is not None else None
     if tracked(x):
-        node = Node(_pass_backward, (x,))
+        node = Node(_pass_backward, x)
         out = empty(x.shape, x.dtype, "clone", strides)
         attach(node, out)
         return out
@@ -392,12 +394,17 @@ def expand(x: Tensor, shape: Shape) -> Tensor:
     """``x.expand(shape)``."""
     out = expanded(x, shape)
     if tracked(x):
-        attach(Node(_pass_backward, (x,)), out)  # the engine sums it back (at::sum_to)
+        attach(Node(_pass_backward, x), out)  # the engine sums it back (at::sum_to)
     return out
 
 
 def narrow_last(x: Tensor, start: int, stop: int) -> Tensor:
-    """``x[..., start:stop]``; its backward fills a tensor of the full shape."""
+    """``x[..., start:stop]``; its backward fills a tensor of the full shape.
+
+    All of it is the tensor itself (torch/csrc/autograd/python_variable_indexing.cpp, applySlice).
+    """
+    if start == 0 and stop >= x.shape[-1]:
+        return x
     shape = (*x.shape[:-1], stop - start)
     out = _view_of(x, shape, normalized(shape, strides_of(x)), _narrow_backward, x.shape)
     return out
@@ -411,7 +418,7 @@ def cat_last(*parts: Tensor) -> Tensor:
     """``torch.cat(parts, dim=-1)``; its backward hands out views."""
     shape = (*parts[0].shape[:-1], sum(part.shape[-1] for part in parts))
     if tracked(*parts):
-        node = Node(_cat_backward, parts)
+        node = Node(_cat_backward, *parts)
         node.context = tuple(part.shape[-1] for part in parts)
         out = empty(shape, parts[0].dtype, "cat")
         attach(node, out)
@@ -421,7 +428,7 @@ def cat_last(*parts: Tensor) -> Tensor:
 
 def _cat_backward(node: Node, grad: Tensor) -> Any:
     result, start = [], 0
-    for size, need in zip(node.context, node.needs, strict=True):
+    for size, need in zip(node.context, node.edges, strict=True):
         shape = (*grad.shape[:-1], size)
         part = grad.viewed(shape, normalized(shape, strides_of(grad))) if need else None
         result.append(part)
@@ -429,15 +436,17 @@ def _cat_backward(node: Node, grad: Tensor) -> Any:
     return result
 
 
-def copy_into_cache(x: Tensor) -> Tensor:
-    """``torch.cat([empty, x], dim=-2)``: what transformers' DynamicCache does with keys and values
-    (transformers/cache_utils.py, DynamicLayer.update, 5.23). Backward narrows: a view."""
+def copy_into_cache(x: Tensor, dtype: DType) -> Tensor:
+    """``torch.cat([empty, x], dim=-2)``: what transformers' DynamicCache does with keys and values, in
+    the keys' ``dtype`` (transformers/cache_utils.py, DynamicLayer.update, 5.23). Backward narrows: a view."""
+    if dtype.itemsize < x.dtype.itemsize:
+        dtype = x.dtype
     if tracked(x):
-        node = Node(_narrowed_backward, (x,))
-        out = empty(x.shape, x.dtype, "cat")
+        node = Node(_narrowed_backward, x)
+        out = empty(x.shape, dtype, "cat")
         attach(node, out)
         return out
-    return empty(x.shape, x.dtype, "cat")
+    return empty(x.shape, dtype, "cat")
 
 
 def _narrowed_backward(node: Node, grad: Tensor) -> Any:
@@ -461,9 +470,10 @@ def chunk_last(x: Tensor) -> tuple[Tensor, Tensor]:
     strides = normalized(shape, strides_of(x))
     one, two = x.viewed(shape, strides), x.viewed(shape, strides)
     if tracked(x):
-        node = Node(_chunk_backward, (x,))
+        node = Node(_chunk_backward, x)
         node.context = x.shape
-        attach(node, one, two)
+        attach(node, one)
+        attach(node, two)
     return one, two
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from math import prod
 from typing import TYPE_CHECKING
 
+from memplan.card import Card
 from memplan.tape import Category, Tape
 
 if TYPE_CHECKING:
@@ -42,9 +43,10 @@ class State:
     """Where operations write, and the modes that change what they do. One per process: plans are
     made one at a time (``memplan.planner`` holds the lock)."""
 
-    __slots__ = ("autocast", "autocast_cache", "category", "frame", "grad", "scope", "sequence", "tape")
+    __slots__ = ("autocast", "autocast_cache", "card", "category", "frame", "grad", "scope", "sequence", "tape")
 
-    def __init__(self) -> None:
+    def __init__(self, card: Card | None = None) -> None:
+        self.card = card or Card()
         self.tape = Tape()
         self.grad = True
         self.category = Category.TEMPORARIES
@@ -61,34 +63,32 @@ state = State()
 class Storage:
     """A block of memory. Born when made, released when the last tensor that views it goes."""
 
-    __slots__ = ("index", "tape")
+    __slots__ = ("events", "index")
 
     def __init__(self, nbytes: int, operation: str) -> None:
-        tape = self.tape = state.tape
+        # Tape.alloc, spelled out: this runs a thousand times a plan.
+        tape = state.tape
+        events = self.events = tape.events
         sizes = tape.sizes
         index = self.index = len(sizes)
-        size = (nbytes + 511) // 512 * 512
-        sizes.append(size)
+        sizes.append((nbytes + 511) // 512 * 512)
         tape.categories.append(state.category)
         tape.operations.append(operation)
         tape.modules.append(tape.module)
-        tape.events.append(index)
-        tape.deltas.append(size)
+        events.append(index)
 
     def __del__(self) -> None:
-        tape, index = self.tape, self.index
-        tape.events.append(~index)
-        tape.deltas.append(-tape.sizes[index])
+        self.events.append(~self.index)
 
 
 class Tensor:
     """Shape, dtype, storage, strides (None: contiguous) and grad history.
 
-    ``node`` and ``output`` say which autograd node made it, as its how-many-eth output. A view keeps
+    ``node`` and ``output`` say which autograd node made it, as its how-many-eth output (unset without one). A view keeps
     its ``base`` alive, as PyTorch's do: that is why the engine does not add into a viewed gradient.
     """
 
-    __slots__ = ("base", "dtype", "node", "output", "requires_grad", "shape", "storage", "strides")
+    __slots__ = ("base", "dtype", "node", "output", "shape", "storage", "strides")
 
     def __init__(
         self, shape: Shape, dtype: DType, storage: Storage | None, strides: Shape | None = None
@@ -97,10 +97,13 @@ class Tensor:
         self.dtype = dtype
         self.storage = storage
         self.strides = strides
-        self.requires_grad = False
         self.node: Node | None = None
-        self.output = 0
         self.base: Tensor | None = None
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether a gradient reaches it: leaves that want one carry an AccumulateGrad."""
+        return self.node is not None
 
     @property
     def nbytes(self) -> int:

@@ -8,6 +8,7 @@ from unittest import mock
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from memplan.errors import TraceError
 from memplan.recipe import Attention, DTypeName, Mode, Recipe
@@ -69,8 +70,12 @@ def quantize(model: nn.Module, recipe: Recipe) -> None:
     model.is_quantized = True
 
 
+class Params4bit(FakeTensor):  # type: ignore[misc]
+    """A fake tensor by the name that PEFT looks for (peft/utils/integrations.py ``get_bnb_param_type``)."""
+
+
 def linear_4bit(source: nn.Linear, recipe: Recipe) -> nn.Module:
-    """A quantised ``Linear4bit``. ``Params4bit`` refuses fake tensors, so its weight is a plain parameter
+    """A quantised ``Linear4bit``. ``Params4bit`` refuses fake tensors, so its weight is a fake parameter
     with the attributes that bitsandbytes and PEFT read."""
     import bitsandbytes as bnb
 
@@ -79,6 +84,7 @@ def linear_4bit(source: nn.Linear, recipe: Recipe) -> nn.Module:
     layer.in_features, layer.out_features = source.in_features, source.out_features
     elements = source.in_features * source.out_features
     weight = nn.Parameter(torch.empty(((elements + 1) // 2, 1), dtype=torch.uint8), requires_grad=False)
+    weight.__class__ = Params4bit
     state = quant_state(source, recipe)
     for key, value in {
         "quant_state": state,

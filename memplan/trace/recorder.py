@@ -13,18 +13,21 @@ import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd import graph as autograd_graph
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memplan.tape import Category, Phase, Tape
+from memplan.trace.card import Card
 
 StandIn = Callable[..., Any]
 
 _ADD = torch.ops.aten.add.Tensor
 _ADD_INPLACE = torch.ops.aten.add_.Tensor
+_NO_NODE = 1 << 62
+_LIFT = torch.ops.aten.lift_fresh.default  # what torch.tensor(number) ends in: in optimizers, on the host
 _ENGINE_FRAME = autograd_graph._engine_run_backward.__code__
 
 
@@ -39,28 +42,39 @@ def plain_name(name: str) -> str:
     return "" if name in ("base_model", "base_model.model") else name.removeprefix("base_model.model.")
 
 
+class Moment(NamedTuple):
+    """When something happened. ``after_head``: at or past the output layer, or in its backward."""
+
+    phase: Phase
+    recomputing: bool
+    after_head: bool
+
+
 class Recorder(TorchDispatchMode):
     """Writes a tape while it is active. ``standins`` replace operators whose CUDA kernels allocate otherwise."""
 
-    def __init__(self, tape: Tape, standins: dict[Any, StandIn] | None = None) -> None:
+    def __init__(
+        self, tape: Tape, standins: dict[Any, StandIn] | None = None, card: Card | None = None
+    ) -> None:
         super().__init__()
         self.tape = tape
         self.standins = standins or {}
+        self.card = card or Card()
         self.paused = 0
-        self.indices: dict[int, int] = {}  # storage address -> index on the tape
-        self.handles: dict[int, weakref.ref[Any]] = {}
-        self.born_in: list[tuple[Phase, bool]] = []  # per storage: phase, and whether in recomputation
-        self.died_in: dict[int, tuple[Phase, bool]] = {}
-        self.born_by: list[int] = []  # per storage: sequence number of the autograd node that made it
         self.phase = Phase.SETUP
-        self.modules: list[str] = []
-        # autograd's sequence numbers at which the running module changed: tells a node's module
-        self.boundaries: list[int] = []
-        self.boundary_modules: list[str] = []
+        self.births: list[Moment] = []  # one for each storage on the tape
+        self.deaths: dict[int, Moment] = {}
         self.on_module: Callable[[str], None] | None = None
         self.inplace_accumulations = 0
-        self.forward_end = 0  # autograd's sequence number when the backward began
-        self.head_from: int | None = None  # the first storage born at or after the output layer
+        self._indices: dict[int, int] = {}  # storage address -> index on the tape
+        self._handles: dict[int, weakref.ref[Any]] = {}
+        self._modules: list[str] = []  # the modules whose forward is running, outermost first
+        # autograd's sequence numbers at which the running module changed: they tell a node's module
+        self._boundaries: list[int] = []
+        self._boundary_modules: list[str] = []
+        self._operation = ""  # the operator that a stand-in is standing in for
+        self._past_head = False
+        self._head_nodes = range(0)  # nodes of the operations after the output layer
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -70,31 +84,44 @@ class Recorder(TorchDispatchMode):
 
     # -- storages --------------------------------------------------------------------------------------
 
-    def born(self, tensor: torch.Tensor, operation: str, category: Category = Category.TEMPORARIES) -> int:
-        """Note a tensor's storage unless it is known; its index."""
+    def born(self, tensor: torch.Tensor, operation: str, category: Category = Category.TEMPORARIES) -> int | None:
+        """Note a tensor's storage unless it is known; its index. Nothing is noted of an empty one."""
         storage = tensor.untyped_storage()
         key = storage._cdata
-        index = self.indices.get(key)
+        index = self._indices.get(key)
         if index is not None:
             return index
-        index = self.tape.alloc(storage.nbytes(), operation, category)
-        self.born_in.append((self.phase, torch.is_grad_enabled()))
-        node = torch._C._current_autograd_node() if self.phase is Phase.BACKWARD else None
-        self.born_by.append(-1 if node is None else node._sequence_nr())
-        self.indices[key] = index
+        nbytes = storage.nbytes()
+        if not nbytes:
+            return None
+        index = self._indices[key] = self.reserve(nbytes, operation, category)
 
         def died(_: Any, key: int = key, index: int = index) -> None:
-            del self.indices[key]
-            del self.handles[key]
-            self.died_in[index] = (self.phase, torch.is_grad_enabled())
+            del self._indices[key]
+            del self._handles[key]
+            self.deaths[index] = self._now()
             self.tape.free(index)
 
-        self.handles[key] = weakref.ref(storage, died)
+        self._handles[key] = weakref.ref(storage, died)
         return index
+
+    def reserve(self, nbytes: int, operation: str, category: Category) -> int:
+        """Note memory that no tensor stands for; its index."""
+        self.births.append(self._now())
+        return self.tape.alloc(nbytes, operation, category)
 
     def index_of(self, tensor: torch.Tensor) -> int | None:
         """The tape's index of a tensor's storage, if it was noted."""
-        return self.indices.get(tensor.untyped_storage()._cdata)
+        return self._indices.get(tensor.untyped_storage()._cdata)
+
+    def _now(self) -> Moment:
+        after_head = self._past_head
+        recomputing = False
+        if self.phase is Phase.BACKWARD:
+            recomputing = torch.is_grad_enabled()  # the engine disables it around a node's own work
+            node = torch._C._current_autograd_node()
+            after_head = not recomputing and node is not None and node._sequence_nr() in self._head_nodes
+        return Moment(self.phase, recomputing, after_head)
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -119,12 +146,20 @@ class Recorder(TorchDispatchMode):
                 return args[0]
         standin = self.standins.get(func)
         if standin is not None:
-            with self:
-                return standin(self, func, *args, **kwargs)
+            return self._stand_in(standin, func, args, kwargs)
         out = func(*args, **kwargs)
-        if not self.paused:
-            self._note(out, func._schema.name)
+        if not self.paused and not (func is _LIFT and self.phase is Phase.OPTIMIZER):
+            self._note(out, self._operation or func._schema.name)
         return out
+
+    def _stand_in(self, standin: StandIn, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        outer = self._operation
+        self._operation = outer or func._schema.name
+        try:
+            with self:
+                return standin(self, *args, **kwargs)
+        finally:
+            self._operation = outer
 
     def _note(self, out: Any, operation: str) -> None:
         if isinstance(out, torch.Tensor):
@@ -153,8 +188,8 @@ class Recorder(TorchDispatchMode):
     # -- where we are ----------------------------------------------------------------------------------
 
     def _mark(self, module: str) -> None:
-        self.boundaries.append(torch._C._autograd._get_sequence_nr())
-        self.boundary_modules.append(module)
+        self._boundaries.append(torch._C._autograd._get_sequence_nr())
+        self._boundary_modules.append(module)
         self._arrive(module)
 
     def _arrive(self, module: str) -> None:
@@ -165,30 +200,30 @@ class Recorder(TorchDispatchMode):
 
     def _locate(self) -> None:
         """In backward: the module whose forward made the node that is running."""
-        if self.modules:  # recomputing
+        if self._modules:  # recomputing
             return
         node = torch._C._current_autograd_node()
-        if node is None:
-            return
-        number = node._sequence_nr()
-        position = bisect_right(self.boundaries, number) - 1
+        number = _NO_NODE if node is None else node._sequence_nr()
         # AccumulateGrad nodes carry the largest number there is: they stay where they run.
-        if position >= 0 and number < 1 << 62:
-            self._arrive(self.boundary_modules[position])
+        if number < _NO_NODE:
+            position = bisect_right(self._boundaries, number) - 1
+            if position >= 0:
+                self._arrive(self._boundary_modules[position])
 
     @contextmanager
-    def follow(self, model: torch.nn.Module) -> Iterator[None]:
-        """Name the running module of ``model`` on the tape while the context lasts."""
+    def follow(self, model: torch.nn.Module, head: str = "lm_head") -> Iterator[None]:
+        """Name the running module of ``model`` on the tape while the context lasts. ``head`` is the output
+        layer: from there on storages belong to logits and loss."""
         names = {module: plain_name(name) for name, module in model.named_modules()}
-        stack = self.modules
+        stack = self._modules
 
         def enter(module: torch.nn.Module, _args: Any) -> None:
             name = names.get(module)
             if name is not None:
                 stack.append(name)
                 self._mark(name)
-                if name == "lm_head" and self.head_from is None:
-                    self.head_from = len(self.tape.sizes)
+                if name == head and self.phase is Phase.FORWARD:
+                    self._past_head = True
 
         def leave(module: torch.nn.Module, _args: Any, _out: Any) -> None:
             name = names.get(module)
@@ -196,6 +231,9 @@ class Recorder(TorchDispatchMode):
                 while stack.pop() != name:
                     pass
                 self._mark(stack[-1] if stack else "")
+                if name == head and self._past_head:
+                    first = torch._C._autograd._get_sequence_nr()
+                    self._head_nodes = range(first, _NO_NODE)
 
         hooks = torch.nn.modules.module
         # always_call: non-reentrant checkpointing leaves a recomputation by raising.
@@ -211,15 +249,20 @@ class Recorder(TorchDispatchMode):
 
     def begin(self, phase: Phase, name: str, layer: int | None = None) -> None:
         """Open the tape's next segment."""
-        if phase is Phase.BACKWARD and self.phase is Phase.FORWARD:
-            self.forward_end = torch._C._autograd._get_sequence_nr()
-        self.phase = phase
+        if phase is not self.phase:
+            if phase is Phase.BACKWARD:
+                self._head_nodes = range(self._head_nodes.start, torch._C._autograd._get_sequence_nr())
+            self._past_head = False
+            self.phase = phase
+            if phase is not Phase.BACKWARD:
+                self.tape.module = ""
         self.tape.begin(phase, name, layer)
 
-    def stop(self) -> None:
-        """Forget all storages: what dies later is no part of the tape."""
-        self.handles.clear()
-        self.indices.clear()
+    def finish(self) -> None:
+        """Close the tape and forget all storages: what dies later is no part of it."""
+        self.tape.finish()
+        self._handles.clear()
+        self._indices.clear()
 
     def gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Storages that are parameters' gradients now are in the category of gradients."""
@@ -260,4 +303,4 @@ def record(standins: dict[Any, StandIn] | None = None) -> Iterator[Recorder]:
     recorder.begin(Phase.SETUP, "setup")
     with recorder:
         yield recorder
-    recorder.tape.finish()
+    recorder.finish()

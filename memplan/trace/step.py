@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from memplan.recipe import Mode, Optimizer, Recipe
-from memplan.tape import Category, Phase
-from memplan.trace.build import DTYPES
+from memplan.recipe import DTypeName, Recipe
+from memplan.tape import Phase
 from memplan.trace.recorder import Recorder
 
+AUTOCAST_DTYPES = {
+    # TrainingArguments(fp16=True); bf16=True for the rest
+    DTypeName.FLOAT16: torch.float16,
+    DTypeName.BFLOAT16: torch.bfloat16,
+    DTypeName.FLOAT32: torch.bfloat16,
+}
 
-def make_batch(recipe: Recipe, vocab_size: int) -> dict[str, torch.Tensor]:
+
+def make_batch(recipe: Recipe) -> dict[str, torch.Tensor]:
     """What a collator hands over: int64 ids, mask and labels."""
     shape = (recipe.batch_size, recipe.seq_len)
     return {
@@ -25,24 +30,16 @@ def make_batch(recipe: Recipe, vocab_size: int) -> dict[str, torch.Tensor]:
     }
 
 
-def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """As transformers' Trainer makes it, with its two groups of parameters (with and without decay)."""
-    import re
+def forward(model: nn.Module, recipe: Recipe, device: str) -> Callable[..., Any]:
+    """``model``, or what ``Accelerator.prepare_model`` makes of its forward under mixed precision: autocast
+    around it, and all 16-bit outputs, logits too, converted to fp32 (accelerate 1.15 accelerator.py)."""
+    if not recipe.autocast:
+        return model
+    from accelerate.utils.operations import convert_outputs_to_fp32
 
-    patterns = (r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")
-    decay, rest = [], []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            plain = any(re.search(pattern, name.lower()) for pattern in patterns)
-            (rest if plain else decay).append(parameter)
-    groups = [{"params": decay}, {"params": rest}]
-    if recipe.optimizer is Optimizer.ADAMW_TORCH_FUSED:
-        return torch.optim.AdamW(groups, lr=1e-4, fused=True)
-    if recipe.optimizer is Optimizer.ADAMW_TORCH:
-        return torch.optim.AdamW(groups, lr=1e-4, foreach=True)
-    if recipe.optimizer is Optimizer.SGD:
-        return torch.optim.SGD(groups, lr=1e-4, momentum=recipe.momentum, foreach=True)
-    raise NotImplementedError(recipe.optimizer)
+    context = torch.autocast(device, dtype=AUTOCAST_DTYPES[recipe.dtype])
+    wrapped: Callable[..., Any] = convert_outputs_to_fp32(context(model.__call__))
+    return wrapped
 
 
 def train_step(
@@ -51,6 +48,7 @@ def train_step(
     batch: dict[str, torch.Tensor],
     recipe: Recipe,
     recorder: Recorder | None = None,
+    device: str = "cpu",
 ) -> None:
     """Forward, backward, clipping, update. ``recorder`` is told where the step is."""
 
@@ -59,24 +57,21 @@ def train_step(
             recorder.begin(phase, name)
 
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    run = forward(model, recipe, device)
     for _ in range(recipe.gradient_accumulation_steps):
-        at(Phase.FORWARD, "forward")
-        context: Any = nullcontext()
-        if recipe.autocast:
-            context = torch.autocast("cpu", DTYPES[recipe.dtype] if recipe.dtype.value != "float32" else torch.bfloat16)
-        with context:
-            outputs = model(**batch)
+        at(Phase.FORWARD, "embedding")
+        outputs = run(**batch)
         loss = outputs.loss
         del outputs
         if recipe.gradient_accumulation_steps > 1:
             loss = loss / recipe.gradient_accumulation_steps
-        at(Phase.BACKWARD, "backward")
+        at(Phase.BACKWARD, "head")
         loss.backward()
         if recorder is not None:
             recorder.gradients(parameters)
     at(Phase.OPTIMIZER, "clip")
     if recipe.max_grad_norm:
-        nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm, foreach=True)  # CUDA's default
+        nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm, foreach=True)  # as None does on CUDA
     at(Phase.OPTIMIZER, "step")
     optimizer.step()
     at(Phase.OPTIMIZER, "zero_grad")

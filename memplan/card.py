@@ -1,0 +1,37 @@
+"""What kernels look up about the card when they decide what to allocate.
+
+A plan is made for the reference card, an A100 (compute capability 8.0), unless told otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Streaming multiprocessors of a full card of that compute capability: A100, RTX 3090/A6000 (84),
+# RTX 4090, H100 SXM, B200, RTX PRO 6000. NVIDIA's architecture white papers.
+_MULTIPROCESSORS = {(8, 0): 108, (8, 6): 84, (8, 9): 128, (9, 0): 132, (10, 0): 148, (12, 0): 188}
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU as far as stand-ins ask."""
+
+    capability: tuple[int, int] = (8, 0)
+
+    @property
+    def multiprocessors(self) -> int:
+        """Streaming multiprocessors; a card we have no number for counts as an A100."""
+        return _MULTIPROCESSORS.get(self.capability, 108)
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of shared memory that a block may opt in to (CUDA programming guide, table of compute
+        capabilities)."""
+        return {(8, 0): 166_912, (9, 0): 232_448, (10, 0): 232_448}.get(self.capability, 101_376)
+
+    @property
+    def cublas_workspace(self) -> int:
+        """Bytes of one cuBLAS workspace: ``:4096:2:16:8``, or 32 MiB from Hopper on
+        (aten/src/ATen/cuda/CublasHandlePool.cpp, ``parseChosenWorkspaceSize``). cuBLASLt shares it
+        (``TORCH_CUBLASLT_UNIFIED_WORKSPACE``, on by default; torch/backends/cuda/__init__.py, 2.13)."""
+        return 33_554_432 if self.capability[0] in (9, 10) else 8_519_680

@@ -1,0 +1,323 @@
+"""``scaled_dot_product_attention`` on CUDA: the choice of backend, and what each one allocates.
+
+Sources: pytorch aten/src/ATen/native/transformers/attention.cpp, cuda/sdp_utils.cpp, cuda/attention.cu,
+cuda/attention_backward.cu, cuda/flash_attn/flash_api.cpp, cuda/mem_eff_attention/kernel_{forward,backward}.h
+(the headers as installed with torch 2.13). Shapes: B batch, H heads, S positions, D head dimension.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from memplan.trace.card import Card
+from memplan.trace.operators import operator, up, workspace
+
+aten = torch.ops.aten
+
+
+def backend(card: Card, query: Any, key: Any, value: Any, mask: Any, enable_gqa: bool) -> str:
+    """Which kernel ``select_sdp_backend`` takes (cuda/sdp_utils.cpp) when gradients are wanted."""
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    head_dim = query.shape[-1]
+    same_dim = key.shape[-1] == value.shape[-1] == head_dim
+    grouped = key.shape[1] != query.shape[1]
+    dense = all(tensor.stride(-1) == 1 for tensor in (query, key, value))
+    if not dense or (grouped and not enable_gqa):
+        return "math"
+    # check_prefer_cudnn_attention: first on 9.0 and 10.x with cuDNN > 9.15.0, which the wheels carry
+    if card.capability[0] in (9, 10) and half and head_dim <= 128 and head_dim % 8 == 0 and key.shape[2] > 1:
+        return "cudnn"
+    if half and mask is None and same_dim and head_dim <= 256 and card.capability >= (8, 0):
+        # check_requires_grad_and_head_dim_gt192_constraints_on_sm86_89_or_120
+        if head_dim <= 192 or head_dim > 224 or card.capability in ((8, 0), (9, 0), (10, 0)):
+            return "flash"
+    # check_head_dim_size_mem_efficient: 128-bit loads; no grouped queries (supports_gqa is false in 2.13)
+    alignment = 8 if half else 4
+    if not grouped and head_dim % alignment == 0 and value.shape[-1] % alignment == 0:
+        return "efficient"
+    return "math"
+
+
+def sdpa_for(card: Card) -> Callable[..., Any]:
+    """A function to stand in for ``torch.nn.functional.scaled_dot_product_attention``."""
+
+    def scaled_dot_product_attention(
+        query: Any,
+        key: Any,
+        value: Any,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Any:
+        if torch.is_autocast_enabled("cpu"):
+            # it is in autocast's lower-precision list (ATen/autocast_mode.h, 2.13)
+            dtype = torch.get_autocast_dtype("cpu")
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+            if attn_mask is not None and attn_mask.is_floating_point():
+                attn_mask = attn_mask.to(dtype)
+        with torch.autocast("cpu", enabled=False):
+            return _sdpa(card, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+
+    return scaled_dot_product_attention
+
+
+def _sdpa(
+    card: Card,
+    query: Any,
+    key: Any,
+    value: Any,
+    mask: Any,
+    dropout: float,
+    causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Any:
+    chosen = backend(card, query, key, value, mask, enable_gqa)
+    if mask is not None and mask.dtype is torch.bool:
+        mask = additive(mask, query.dtype)
+    if chosen == "flash":
+        head_dim = query.shape[-1]
+        if head_dim % 8:  # pad_last_dim<8>, sliced back by post_process_flash_output
+            padding = (0, 8 - head_dim % 8)
+            query, key, value = (torch.nn.functional.pad(t, padding) for t in (query, key, value))
+        out = aten._scaled_dot_product_flash_attention.default(
+            query, key, value, dropout, causal, False, scale=scale or head_dim**-0.5
+        )[0]
+        return out[..., :head_dim] if head_dim % 8 else out
+    if chosen == "efficient":
+        if mask is not None:
+            if any(stride % 8 for stride in mask.stride()[:-1]):  # preprocess_mask, mem_eff_alignment
+                columns = mask.shape[-1]
+                mask = torch.nn.functional.pad(mask, (0, 8 - columns % 8))[..., :columns]
+            mask = mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+        needs_lse = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+        return aten._scaled_dot_product_efficient_attention.default(
+            query, key, value, mask, needs_lse, dropout, causal, scale=scale
+        )[0]
+    if chosen == "cudnn":
+        needs_lse = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+        return aten._scaled_dot_product_cudnn_attention.default(
+            query, key, value, mask, needs_lse, dropout, causal, False, scale=scale
+        )[0]
+    return math_attention(query, key, value, mask, dropout, causal, scale, enable_gqa)
+
+
+def additive(mask: Any, dtype: torch.dtype) -> Any:
+    """``convert_boolean_attn_mask``."""
+    return torch.where(mask, 0.0, torch.full((), -math.inf, dtype=dtype))
+
+
+def math_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    mask: Any,
+    dropout: float,
+    causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Any:
+    """``_scaled_dot_product_attention_math``, line by line: called as an operator it would add the mask
+    out of place, as it does for every tensor while a dispatch mode is on (``areAnyTensorSubclassLike``)."""
+    origin = query.dtype
+    if origin in (torch.float16, torch.bfloat16):
+        query, key, value = query.float(), key.float(), value.float()
+    factor = math.sqrt(scale if scale is not None else query.shape[-1] ** -0.5)
+    query = query * factor
+    if causal:
+        mask = torch.ones((query.shape[-2], key.shape[-2]), dtype=torch.bool).tril()
+        mask = additive(mask, query.dtype)
+    if enable_gqa and key.shape[-3] != query.shape[-3]:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+    scores = torch.matmul(query, key.transpose(-2, -1) * factor)
+    if mask is not None:
+        scores.add_(mask)
+    scores = torch._safe_softmax(scores, -1)
+    if dropout > 0.0:
+        scores = torch.native_dropout(scores, dropout, True)[0]
+    return torch.matmul(scores, value).to(origin)
+
+
+@operator(aten._safe_softmax.default)
+def safe_softmax(recorder: Any, scores: Any, dim: int, dtype: Any = None) -> Any:
+    """attention.cpp ``_safe_softmax``: rows that are all -inf become zeros."""
+    out = torch.softmax(scores, dim, dtype=dtype)
+    masked = torch.isneginf(scores)
+    masked_rows = masked.all(dim, keepdim=True)
+    return torch.where(masked_rows, 0.0, out)
+
+
+# -- flash ---------------------------------------------------------------------------------------------
+
+
+def num_splits(blocks: int, multiprocessors: int, key_blocks: int, most: int) -> int:
+    """flash_api.cpp ``num_splits_heuristic``: how often the keys are split to fill the card."""
+    if blocks >= 0.8 * multiprocessors:
+        return 1
+    most = min(most, multiprocessors, key_blocks)
+
+    def eligible(splits: int) -> bool:
+        return splits == 1 or -(-key_blocks // splits) != -(-key_blocks // (splits - 1))
+
+    efficiency = []
+    for splits in range(1, most + 1):
+        waves = blocks * splits / multiprocessors
+        efficiency.append(waves / math.ceil(waves) if eligible(splits) else 0.0)
+    best = max(efficiency)
+    return next(s for s in range(1, most + 1) if eligible(s) and efficiency[s - 1] >= 0.85 * best)
+
+
+def _rounded_dim(head_dim: int) -> int:
+    return up(head_dim, 32 if head_dim <= 128 else 64)
+
+
+@operator(aten._scaled_dot_product_flash_attention.default)
+def flash_forward(
+    recorder: Any, query: Any, key: Any, value: Any, dropout: float = 0.0, *_: Any, **__: Any
+) -> tuple[Any, ...]:
+    """flash_api.cpp ``mha_fwd``: the output, a fp32 log-sum-exp, two tiny tensors of random state; and
+    accumulators while the keys are split, which small batches of short sequences are."""
+    batch, heads, length, head_dim = query.shape
+    key_length = key.shape[2]
+    out = torch.empty_like(query.transpose(1, 2))
+    lse = torch.empty((batch, heads, length), dtype=torch.float32)
+    if dropout == 0.0:
+        key_blocks = -(-key_length // (256 if head_dim <= 64 else 128 if head_dim <= 128 else 64))
+        blocks = batch * heads * -(-length // 64)
+        splits = num_splits(blocks, 2 * recorder.card.multiprocessors, key_blocks, 128)
+        if splits > 1:
+            _lse_accum = torch.empty((splits, batch, heads, length), dtype=torch.float32)
+            _out_accum = torch.empty(
+                (splits, batch, heads, length, _rounded_dim(head_dim)), dtype=torch.float32
+            )
+    rng_state = torch.empty(2, dtype=torch.uint64)
+    unused = torch.empty((), dtype=torch.uint64)
+    if dropout > 0.0:
+        rng_state = torch.empty(2, dtype=torch.uint64)
+    no_mask = torch.empty(0, dtype=query.dtype)
+    return out.transpose(1, 2), lse, None, None, length, key_length, rng_state, unused, no_mask
+
+
+@operator(aten._scaled_dot_product_flash_attention_backward.default)
+def flash_backward(
+    recorder: Any, grad_out: Any, query: Any, key: Any, value: Any, out: Any, *_: Any, **__: Any
+) -> tuple[Any, Any, Any]:
+    """flash_api.cpp ``mha_bwd``: dq, dk, dv; fp32 row sums and a fp32 accumulator of dq; with grouped
+    queries a dk and dv for every query head, summed at the end."""
+    batch, heads, length, head_dim = query.shape
+    key_heads, key_length = key.shape[1], key.shape[2]
+    _grad_out = grad_out.transpose(1, 2).contiguous()  # attention_backward.cu _flash_attention_backward
+    _out = out.transpose(1, 2).contiguous()
+    dq = torch.empty_like(query.transpose(1, 2))
+    dk = torch.empty_like(key.transpose(1, 2))
+    dv = torch.empty_like(value.transpose(1, 2))
+    _softmax_d = torch.empty((batch, heads, up(length, 128)), dtype=torch.float32)
+    _dq_accum = torch.empty((batch, up(length, 128), heads, _rounded_dim(head_dim)), dtype=torch.float32)
+    if key_heads != heads:
+        _dk_expanded = torch.empty((batch, key_length, heads, head_dim), dtype=key.dtype)
+        _dv_expanded = torch.empty((batch, key_length, heads, head_dim), dtype=key.dtype)
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+# -- memory-efficient ----------------------------------------------------------------------------------
+
+
+@operator(aten._scaled_dot_product_efficient_attention.default)
+def efficient_forward(
+    recorder: Any, query: Any, key: Any, value: Any, bias: Any, compute_lse: bool, *_: Any, **__: Any
+) -> tuple[Any, ...]:
+    """attention.cu ``_efficient_attention_forward``: the output and a fp32 log-sum-exp padded to 32 rows;
+    past 128 dimensions 16-bit outputs are accumulated in fp32 in global memory
+    (kernel_forward.h ``kNeedsOutputAccumulatorBuffer``). The seeds are on the host."""
+    batch, heads, length, _head_dim = query.shape
+    value_dim = value.shape[-1]
+    out = torch.empty((batch, length, heads, value_dim), dtype=query.dtype)
+    lse = torch.empty((batch, heads, up(length, 32) if compute_lse else 0), dtype=torch.float32)
+    if value_dim > 128 and query.dtype is not torch.float32:
+        _accumulator = torch.empty((batch, length, heads, value_dim), dtype=torch.float32)
+    with recorder.pause():
+        seed, offset = torch.empty((), dtype=torch.int64), torch.empty((), dtype=torch.int64)
+    return out.transpose(1, 2), lse, seed, offset
+
+
+def efficient_backward_workspace(
+    card: Card, batch: int, heads: int, length: int, key_length: int, head_dim: int, half: bool
+) -> int:
+    """kernel_backward.h ``workspace_size`` of the kernel that cutlassB.h's list gives on sm80 and later."""
+    rows, columns = 64, 64
+    in_registers = False
+    large = card.shared_memory > 102_400  # 128-row kernels of 16-bit types want more than sm86 and sm89 have
+    if half:
+        if head_dim <= 64:
+            in_registers = True
+        elif head_dim <= 96 and card.capability in ((8, 6), (8, 9)):
+            rows, columns, in_registers = 128, 64, True
+        elif head_dim <= 128 and large:
+            rows, columns, in_registers = 128, 128, True
+        elif head_dim > 128 and large:
+            rows, columns = 128, 64
+    elif head_dim > 64 and large:
+        rows, columns = 128, 64
+    # GradQTempStorage: a tile of fp32 and 16 bytes of lock, counter and padding; wanted from sm70 on
+    # because keys may be split
+    tile = 4 * rows * columns + 16
+    elements = -(-length // rows) * -(-head_dim // columns) * tile // 4
+    if half and not in_registers:
+        splits = max(1, min(-(-key_length // columns), 200 // (batch * heads)))
+        elements += 2 * splits * columns * up(head_dim, rows)
+    return batch * heads * up(elements, 4) * 4
+
+
+@operator(aten._scaled_dot_product_efficient_attention_backward.default)
+def efficient_backward(
+    recorder: Any, grad_out: Any, query: Any, key: Any, value: Any, bias: Any, out: Any, *_: Any, **__: Any
+) -> tuple[Any, ...]:
+    """attention_backward.cu ``_efficient_attention_backward``."""
+    batch, heads, length, head_dim = query.shape
+    grad_out = grad_out.transpose(1, 2).contiguous()
+    dq, dk, dv = (
+        torch.empty((t.shape[0], t.shape[2], t.shape[1], t.shape[3]), dtype=t.dtype)
+        for t in (query, key, value)
+    )
+    half = query.dtype is not torch.float32
+    if half:  # kKernelComputesDelta
+        _delta = torch.empty((batch, heads, length), dtype=torch.float32)
+    else:
+        _delta = (grad_out * out.transpose(1, 2)).sum(-1).transpose(-2, -1).contiguous()
+    _workspace = workspace(
+        efficient_backward_workspace(recorder.card, batch, heads, length, key.shape[2], head_dim, half)
+    )
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), None
+
+
+# -- cuDNN ---------------------------------------------------------------------------------------------
+
+
+@operator(aten._scaled_dot_product_cudnn_attention.default)
+def cudnn_forward(
+    recorder: Any, query: Any, key: Any, value: Any, bias: Any, compute_lse: bool, dropout: float = 0.0, *_: Any,
+    **__: Any,
+) -> tuple[Any, ...]:
+    """attention.cu ``_cudnn_attention_forward``: output in the query's layout, fp32 log-sum-exp, two seeds.
+    cuDNN's own workspace is not known here."""
+    batch, heads, length, _ = query.shape
+    seed = torch.empty((), dtype=torch.int64)
+    offset = torch.empty((), dtype=torch.int64)
+    out = torch.empty_like(query)
+    lse = torch.empty((batch, heads, length, 1), dtype=torch.float32).squeeze(-1)
+    return out, lse, None, None, length, key.shape[2], seed, offset, torch.empty(0, dtype=query.dtype)
+
+
+@operator(aten._scaled_dot_product_cudnn_attention_backward.default)
+def cudnn_backward(
+    recorder: Any, grad_out: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any
+) -> tuple[Any, Any, Any]:
+    """attention_backward.cu ``_cudnn_attention_backward``; cuDNN's own workspace is not known here."""
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)

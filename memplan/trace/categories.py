@@ -1,0 +1,30 @@
+"""What storages were for, told by where they were born and when they died."""
+
+from __future__ import annotations
+
+from memplan.tape import Category, Phase
+from memplan.trace.recorder import Recorder
+
+
+def categorise(recorder: Recorder) -> None:
+    """Give every storage of the step that is no gradient its category.
+
+    - logits and loss: born at or after the output layer in forward; in backward, by the nodes that those
+      operations left;
+    - activations: born in forward and still there in backward, or born in recomputation and outliving it;
+    - temporaries: the rest.
+    """
+    tape = recorder.tape
+    for index, birth in enumerate(recorder.births):
+        if birth.phase is Phase.SETUP or tape.categories[index] is not Category.TEMPORARIES:
+            continue
+        if birth.after_head:
+            tape.categories[index] = Category.LOGITS_AND_LOSS
+            continue
+        death = recorder.deaths.get(index)
+        saved_by_forward = birth.phase is Phase.FORWARD and death is not None and death.phase is Phase.BACKWARD
+        saved_by_recomputation = (
+            birth.phase is Phase.BACKWARD and birth.recomputing and not (death is None or death.recomputing)
+        )
+        if saved_by_forward or saved_by_recomputation:
+            tape.categories[index] = Category.ACTIVATIONS

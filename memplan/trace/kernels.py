@@ -1,0 +1,116 @@
+"""Operators whose CUDA kernels allocate more than their outputs, each with its source."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from memplan.trace.operators import operator, workspace
+
+aten = torch.ops.aten
+
+
+# -- matrix products: operands that cuBLAS can't read are copied ----------------------------------------
+
+
+def _readable(matrix: Any) -> bool:
+    """Whether cuBLAS reads a matrix as it lies (aten/src/ATen/native/cuda/cuBlasCommonArgs.h
+    ``prepare_matrix_for_cublas``; Blas.cpp ``prepare_batch_matrix_for_cublas``)."""
+    rows, columns = matrix.shape[-2:]
+    row_stride, column_stride = matrix.stride()[-2:]
+    if matrix.dim() == 2 and torch._prims_common.is_non_overlapping_and_dense_or_false(matrix):
+        return True
+    return (column_stride == 1 and row_stride >= max(1, columns)) or (
+        row_stride == 1 and column_stride >= max(1, rows)
+    )
+
+
+def _copies(*matrices: Any) -> list[Any]:
+    return [matrix.contiguous() for matrix in matrices if not _readable(matrix)]
+
+
+@operator(aten.mm.default, aten.bmm.default)
+def matrix_product(recorder: Any, left: Any, right: Any) -> Any:
+    """Blas.cpp ``addmm_out_cuda_impl``, ``bmm_out_cuda_impl``: the output first, then the copies."""
+    shape = (*left.shape[:-1], right.shape[-1])
+    out = torch.empty(shape, dtype=left.dtype)
+    _held = _copies(left, right)
+    return out
+
+
+@operator(aten.addmm.default, aten.baddbmm.default)
+def matrix_product_plus(recorder: Any, bias: Any, left: Any, right: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
+    """As above; a bias is read by cuBLASLt's epilogue, or copied into the output."""
+    out = torch.empty((*left.shape[:-1], right.shape[-1]), dtype=left.dtype)
+    _held = _copies(left, right)
+    return out
+
+
+# -- embedding ------------------------------------------------------------------------------------------
+
+
+@operator(aten.embedding_dense_backward.default)
+def embedding_dense_backward(
+    recorder: Any, grad: Any, indices: Any, num_weights: int, padding_idx: int, scale_grad_by_freq: bool
+) -> Any:
+    """aten/src/ATen/native/cuda/Embedding.cu ``embedding_dense_backward_cuda``: up to 3,072 indices one
+    kernel; more are sorted, and summed by EmbeddingBackwardKernel.cu in fp32 parts of 10 rows, sized for
+    the case that all indices differ. cub's scratch for the sort (some bytes an index) is left out."""
+    rows = indices.numel()
+    width = grad.shape[-1]
+    grad = grad.contiguous().view(rows, width)
+    if rows <= 3072:
+        return torch.empty((num_weights, width), dtype=grad.dtype)
+    _sorted, _original = torch.empty_like(indices), torch.empty_like(indices)
+    return _embedding_sums(grad, rows, num_weights)
+
+
+def _embedding_sums(grad: Any, rows: int, num_weights: int) -> Any:
+    width = grad.shape[-1]
+    out = torch.empty((num_weights, width), dtype=grad.dtype)
+    segments = min(rows, num_weights)
+    parts = rows // 10 + segments
+    _offsets = torch.empty(rows, dtype=torch.int64)
+    _count = torch.empty((), dtype=torch.int64)
+    _per_segment = torch.empty(segments, dtype=torch.int64)
+    _per_segment_offset = torch.empty(segments, dtype=torch.int64)
+    _parts_count = torch.empty((), dtype=torch.int64)
+    _part_offset = torch.empty(parts, dtype=torch.int64)
+    _sums = torch.empty((parts, width), dtype=torch.float32)
+    return out
+
+
+# -- dropout --------------------------------------------------------------------------------------------
+
+
+@operator(aten.native_dropout.default)
+def native_dropout(recorder: Any, tensor: Any, p: float, train: bool | None) -> tuple[Any, Any]:
+    """aten/src/ATen/native/cuda/Dropout.cu ``native_dropout_cuda``: the output and a mask of bools."""
+    return torch.empty_like(tensor), torch.empty_like(tensor, dtype=torch.bool)
+
+
+@operator(aten.native_dropout_backward.default)
+def native_dropout_backward(recorder: Any, grad: Any, mask: Any, scale: float) -> Any:
+    """Dropout.cu ``native_dropout_backward_cuda``: one output."""
+    return torch.empty_like(grad)
+
+
+def dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+    """``torch.nn.functional.dropout``: on CUDA ``at::dropout`` takes the fused kernel, which saves a mask
+    of bools; on a CPU it saves noise in the input's dtype (aten/src/ATen/native/Dropout.cpp)."""
+    if not training or p == 0.0 or input.numel() == 0:
+        return input
+    return torch.native_dropout(input, p, training)[0]
+
+
+# -- norms of gradients -----------------------------------------------------------------------------------
+
+
+@operator(aten._foreach_norm.Scalar)
+def foreach_norm(recorder: Any, tensors: list[Any], order: Any = 2, dtype: Any = None) -> list[Any]:
+    """aten/src/ATen/native/cuda/ForeachReduceOp.cu: partial sums for each chunk of 65,536 elements of the
+    longest tensor, times the number of tensors, in fp32; then one scalar a tensor."""
+    chunks = max(-(-tensor.numel() // 65_536) for tensor in tensors)
+    _partial = workspace(4 * len(tensors) * chunks)
+    return [torch.empty((), dtype=dtype or tensor.dtype) for tensor in tensors]

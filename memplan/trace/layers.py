@@ -1,0 +1,40 @@
+"""Where a step is, as segments of the tape: embedding, decoder layers, head."""
+
+from __future__ import annotations
+
+import re
+
+from memplan.tape import Phase
+from memplan.trace.recorder import Recorder
+
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
+
+
+def layer_of(module: str) -> int | None:
+    """The decoder layer that a module's name lies in."""
+    found = _LAYER.search(module)
+    return int(found[1]) if found else None
+
+
+class Segments:
+    """Opens a segment whenever the step enters or leaves a decoder layer."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+
+    def __call__(self, module: str) -> None:
+        recorder = self.recorder
+        if recorder.phase not in (Phase.FORWARD, Phase.BACKWARD):
+            return
+        layer = layer_of(module)
+        here = recorder.tape.segments[-1]
+        if layer == here.layer:
+            return
+        if layer is not None:
+            recorder.begin(recorder.phase, "layers", layer)
+        elif module.endswith("embed_tokens"):
+            recorder.begin(recorder.phase, "embedding")
+        elif recorder.phase is Phase.FORWARD and not module.endswith((".norm", "lm_head")):
+            return  # between two layers
+        else:
+            recorder.begin(recorder.phase, "head")

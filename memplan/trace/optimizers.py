@@ -1,0 +1,100 @@
+"""The optimizer as transformers' Trainer makes it, and what of its state lies on the card."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+
+from memplan.recipe import Optimizer, Recipe
+
+# transformers 5 trainer.py get_decay_parameter_names
+_NO_DECAY = (r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")
+
+
+def groups(model: nn.Module) -> list[dict[str, Any]]:
+    """The Trainer's two groups: with weight decay and without."""
+    decay, rest = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            plain = any(re.search(pattern, name.lower()) for pattern in _NO_DECAY)
+            (rest if plain else decay).append(parameter)
+    return [{"params": decay, "weight_decay": 0.0}, {"params": rest, "weight_decay": 0.0}]
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """``Trainer.create_optimizer`` (transformers 5 trainer.py, trainer_optimizer.py)."""
+    parameters = groups(model)
+    name = recipe.optimizer
+    if name is Optimizer.ADAMW_TORCH_FUSED:
+        return torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+    if name is Optimizer.ADAMW_TORCH:
+        # foreach is what None becomes on CUDA (torch/optim/optimizer.py _default_to_fused_or_foreach)
+        return torch.optim.AdamW(parameters, lr=1e-4, foreach=True)
+    if name is Optimizer.SGD:
+        return torch.optim.SGD(parameters, lr=1e-4, momentum=recipe.momentum, foreach=True)
+    if name is Optimizer.ADAFACTOR:
+        from transformers.optimization import Adafactor
+
+        return Adafactor(parameters, lr=1e-4, scale_parameter=False, relative_step=False)
+    return _bitsandbytes(model, parameters, name.value)
+
+
+def _bitsandbytes(model: nn.Module, parameters: list[dict[str, Any]], name: str) -> torch.optim.Optimizer:
+    import bitsandbytes as bnb
+
+    bits = 8 if "8bit" in name else 32
+    kind = bnb.optim.Lion if "lion" in name else bnb.optim.AdamW
+    optimizer = kind(parameters, lr=1e-4, optim_bits=bits, is_paged="paged" in name)
+    if bits == 8:
+        manager = bnb.optim.GlobalOptimManager.get_instance()
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                manager.register_module_override(module, "weight", {"optim_bits": 32})
+    result: torch.optim.Optimizer = optimizer
+    return result
+
+
+def on_card(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, key: str) -> bool:
+    """Whether a state is in the card's memory."""
+    if key == "step":
+        # _init_group: made on the parameter's device by fused optimizers, on the host by the others
+        return bool(optimizer.defaults.get("fused"))
+    if key in ("state1", "state2") and getattr(optimizer, "is_paged", False):
+        # bitsandbytes 0.50 optim/optimizer.py get_state_buffer: large states are in managed memory, which
+        # PyTorch's allocator never sees
+        return parameter.numel() < 1e5
+    return True
+
+
+@contextmanager
+def fake_safe() -> Iterator[None]:
+    """Lets optimizers run on fake tensors, whose values they may not ask for."""
+    from torch.optim import adam
+
+    import bitsandbytes.functional
+
+    with ExitStack() as stack:
+        # the 256 entries of an 8-bit code
+        stack.enter_context(
+            mock.patch.object(bitsandbytes.functional, "create_dynamic_map", lambda *_, **__: torch.empty(256))
+        )
+        # a singleton that would remember this model's parameters
+        stack.enter_context(mock.patch.object(bitsandbytes.optim.GlobalOptimManager, "_instance", None))
+        # a step count on the host: any number past the first step
+        stack.enter_context(mock.patch.object(adam, "_get_value", lambda value: 2.0))
+        yield
+
+
+def warm_up(optimizer: torch.optim.Optimizer) -> None:
+    """A first step on made-up gradients, so that the states exist."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.empty_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
