@@ -1,6 +1,6 @@
 """Print a traced step, event by event.
 
-python benchmarks/trace_dump.py --config '{"model_type": "llama", ...}' --recipe '{"mode": "lora"}' [--layers N]
+python benchmarks/trace_dump.py --config '{"model_type": "llama", ...}' --recipe '{"mode": "lora"}'
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from memplan.recipe import Recipe  # noqa: E402  (run from a checkout)
-from memplan.tape import Category, Phase, replay, static_bytes  # noqa: E402
-from memplan.trace import trace  # noqa: E402
+from memplan.recipe import Recipe
+from memplan.tape import Category, Phase, replay, static_bytes
+from memplan.trace import trace
 
 
 def main() -> None:
@@ -50,11 +50,12 @@ def main() -> None:
                 detail = f"{what} [{tape.categories[index].value}]" if event >= 0 else f"    ({what})"
                 print(f"{sign:>14} #{index:<6} {detail:<90} {live}")
     peak = replay(tape)
-    print(f"static {({c.value: b for c, b in static_bytes(tape).items() if b})}")
+    static = {category.value: nbytes for category, nbytes in static_bytes(tape).items() if nbytes}
+    print(f"static {static}")
     print(f"end {live}")
-    print(f"peak {peak.allocated_bytes} in {peak.phase.value} {peak.segment} layer={peak.layer} "
-          f"at {peak.operation} {peak.module}")
-    print(f"     {({c.value: peak.by_category[c] for c in Category if peak.by_category[c]})}")
+    where = f"{peak.phase.value} {peak.segment} layer={peak.layer} at {peak.operation} {peak.module}"
+    print(f"peak {peak.allocated_bytes} in {where}")
+    print(f"     { {c.value: peak.by_category[c] for c in Category if peak.by_category[c]} }")
     print(f"{len(tape.events)} events in {seconds:.1f} s")
 
 

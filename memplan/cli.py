@@ -80,7 +80,7 @@ def _run(arguments: list[str]) -> int:
         sys.stderr.write(HELP)
         return STATUS_BAD_QUESTION
     first, *rest = arguments
-    if first in ("-h", "--help"):
+    if first in ("-h", "--help", "help"):
         sys.stdout.write(HELP)
         return 0
     if first in ("-V", "--version"):

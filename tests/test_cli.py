@@ -208,6 +208,7 @@ def test_options_become_fields(arguments: list[str], options: dict[str, Any]) ->
 
 def test_help_fits_a_screen_and_names_every_command(memplan: Run) -> None:
     outcome = memplan("--help")
+    assert outcome == memplan("-h") == memplan("help")
     assert (outcome.status, outcome.err) == (0, "")
     lines = outcome.out.splitlines()
     assert 24 <= len(lines) <= 40
@@ -365,6 +366,14 @@ def test_a_hub_id_without_network(memplan: Run, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     check_refusal(memplan("nobody/no-such-model"), "nobody/no-such-model")
+
+
+@pytest.mark.parametrize("steps", ["1000", "1" + 9 * "0"])
+def test_many_accumulation_steps_are_no_more_work_than_few(steps: str) -> None:
+    question = [*COMMAND, SMALL, "--gradient-accumulation-steps", steps, "--json"]
+    process = subprocess.run(question, capture_output=True, timeout=10, check=True)
+    few = subprocess.run([*question[:-2], "4", "--json"], capture_output=True, timeout=10, check=True)
+    assert json.loads(process.stdout)["peak"] == json.loads(few.stdout)["peak"]
 
 
 # -- what else can happen to a process ---------------------------------------------------------------------

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from memplan.models import blueprint
+from memplan.models.adapters import Dora, ExpertLora, Lora, RouterLora
 from memplan.models.decoder import NORM_STYLE
 from memplan.models.fold import Played
-from memplan.models.modules import Embedding, Linear, Linear4bit, Lora, RMSNorm, parameter
+from memplan.models.modules import Embedding, Linear, Linear4bit, RMSNorm, parameter
 from memplan.models.optimizers import Group
-from memplan.models.targets import is_target
+from memplan.models.targets import is_target, names_module
 from memplan.recipe import Mode, Recipe
 from memplan.shadow.tensor import DTYPES, DType, Tensor, float32, state
 from memplan.spec import ModelSpec
@@ -53,10 +54,13 @@ class Builder:
         for _ in range(2 * pairs):
             self.buffers.append(parameter((width,), float32, "model.rotary_emb", Category.WEIGHTS, False))
 
-    def weight(self, shape: tuple[int, ...], name: str, *, trainable: bool | None = None) -> Tensor:
-        tensor = parameter(
-            shape, self.rest_dtype, name, Category.WEIGHTS, self.full if trainable is None else trainable
-        )
+    def weight(self, shape: tuple[int, ...], name: str, full_name: str | None = None) -> Tensor:
+        """A weight that is not quantised. A module to save keeps the frozen original beside its copy
+        (peft/utils/other.py, ModulesToSaveWrapper), which is what runs."""
+        tensor = parameter(shape, self.rest_dtype, name, Category.WEIGHTS, self.full)
+        if names_module(self.recipe.modules_to_save, full_name or name):
+            self.buffers.append(tensor)
+            tensor = parameter(shape, self.rest_dtype, name, Category.ADAPTERS, True)
         if tensor.requires_grad:
             self.trainable.append(tensor)
         return tensor
@@ -65,10 +69,25 @@ class Builder:
         shapes = definition.parameters
         if definition.kind == "norm":
             style = NORM_STYLE.get(self.spec.model_type, "llama")
-            return RMSNorm(name, self.weight(shapes["weight"], name), style)
+            return RMSNorm(name, self.weight(shapes["weight"], name, full_name), style)
         if definition.kind == "raw":
-            return {attribute: self.weight(shape, f"{name}.{attribute}") for attribute, shape in shapes.items()}
+            return self.raw(name, shapes)
         return self.linear(name, shapes, full_name)
+
+    def raw(self, name: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+        """A router's or the experts' parameters, adapted by ``all-linear``. PEFT doubles the rank where two
+        projections are fused in one parameter (peft/utils/transformers_weight_conversion.py)."""
+        weights: dict[str, Any] = {
+            attribute: self.weight(shape, f"{name}.{attribute}") for attribute, shape in shapes.items()
+        }
+        recipe = self.recipe
+        if recipe.mode is not Mode.FULL and recipe.target_modules == "all-linear":
+            for attribute, weight in weights.items():
+                kind = RouterLora if len(weight.shape) == 2 else ExpertLora
+                rank = 2 * recipe.r if attribute == "gate_up_proj" else recipe.r
+                weights[attribute] = adapter = kind(weight, name, rank, self.adapter_dtype)
+                self.trainable += [adapter.down, adapter.up]
+        return weights
 
     def linear(self, name: str, shapes: dict[str, tuple[int, ...]], full_name: str) -> Any:
         recipe = self.recipe
@@ -76,11 +95,15 @@ class Builder:
         if recipe.mode is Mode.QLORA and not full_name.endswith("lm_head"):
             base = Linear4bit(name, shapes["weight"], "bias" in shapes, self.dtype, nested=recipe.double_quant)
         else:
-            weight = self.weight(shapes["weight"], name)
-            base = Linear(name, weight, self.weight(shapes["bias"], name) if "bias" in shapes else None)
+            weight = self.weight(shapes["weight"], name, full_name)
+            bias = self.weight(shapes["bias"], name, full_name) if "bias" in shapes else None
+            base = Linear(name, weight, bias)
         if recipe.mode is not Mode.FULL and is_target(recipe.target_modules, full_name):
-            lora = Lora(base, recipe.r, self.adapter_dtype, recipe.lora_dropout)
+            kind = Dora if recipe.use_dora else Lora
+            lora = kind(base, recipe.r, self.adapter_dtype, recipe.lora_dropout)
             self.trainable += [lora.down, lora.up]
+            if isinstance(lora, Dora):
+                self.trainable.append(lora.magnitude)
             return lora
         return base
 
@@ -97,6 +120,7 @@ class Builder:
 
         tape.begin(Phase.SETUP, "weights")
         table = self.weight(outside["model.embed_tokens"].parameters["weight"], "model.embed_tokens")
+        original = self.buffers[-1] if self.buffers else table
         scale = None
         if NORM_STYLE.get(spec.model_type) == "gemma":
             scale = parameter((), self.dtype, "model.embed_tokens.embed_scale", Category.WEIGHTS, False)
@@ -119,7 +143,13 @@ class Builder:
         norm = self.module("model.norm", outside["model.norm"], "model.norm")
         head: Any
         if spec.tie_word_embeddings:
-            head = Linear("lm_head", table, None)
+            # one tensor under two names; as a module to save each gets a copy of its own
+            if names_module(recipe.modules_to_save, "lm_head"):
+                copy = parameter(table.shape, self.rest_dtype, "lm_head", Category.ADAPTERS, True)
+                self.trainable.append(copy)
+                head = Linear("lm_head", copy, None)
+            else:
+                head = Linear("lm_head", original, None)
         else:
             head = self.module("lm_head", outside["lm_head"], "lm_head")
         close(None)

@@ -1,6 +1,6 @@
 """Leaf modules: parameters on the tape, and forwards that read like the library's.
 
-Sources: torch.nn, peft/tuners/lora/layer.py and bnb.py (0.21), bitsandbytes/nn/modules.py,
+Sources: torch.nn, transformers' norms and embeddings, and bitsandbytes/nn/modules.py,
 autograd/_functions.py and backends/cuda/ops.py (0.50).
 """
 
@@ -96,12 +96,11 @@ class Linear4bit:
 
     def _product(self, x: Tensor) -> Tensor:
         shape = (*x.shape[:-1], self.shape[0])
-        operation = "mm" if self.bias is None else "addmm"
         if fused(prod(x.shape[:-1]), *self.shape, x.dtype):
             return empty(shape, x.dtype, "gemm_4bit")
         scales = self._forward_scales()
-        weight = empty(self.shape, x.dtype, "dequantize_4bit")
-        out = empty(shape, x.dtype, operation)
+        weight = empty(self.shape, x.dtype, "gemm_4bit")
+        out = empty(shape, x.dtype, "gemm_4bit")
         del scales, weight
         return out
 
@@ -109,14 +108,14 @@ class Linear4bit:
         if not self.nested:
             return []
         scales = self.tensors[0].shape
-        return [empty(scales, float32, "dequantize_blockwise"), empty(scales, float32, "add")]
+        return [empty(scales, float32, "gemm_4bit") for _ in range(2)]  # dequantised, and plus the offset
 
-    def dequantized(self, dtype: DType) -> Tensor:
-        """``F.dequantize_4bit(B, state).to(dtype)``."""
+    def dequantized(self, dtype: DType | None) -> Tensor:
+        """``F.dequantize_4bit(B, state)``, ``.to(dtype)`` if given."""
         scales = empty(self.tensors[0].shape, float32, "dequantize_blockwise") if self.nested else None
         weight = empty(self.shape, self.state_dtype, "dequantize_4bit")
         del scales
-        return ops.to(weight, dtype)
+        return weight if dtype is None else ops.to(weight, dtype)
 
 
 def _matmul_4bit_backward(node: Node, grad: Tensor) -> Any:
@@ -127,35 +126,6 @@ def _matmul_4bit_backward(node: Node, grad: Tensor) -> Any:
     out = empty(shape, grad.dtype, "mm")
     del weight
     return (out,)  # torch.matmul folds and unfolds: _unsafe_view is no view to autograd
-
-
-class Lora:
-    """``lora.Linear`` around :class:`Linear`, ``lora.Linear4bit`` around :class:`Linear4bit`."""
-
-    __slots__ = ("base", "down", "dropout", "name", "up")
-
-    def __init__(self, base: Linear | Linear4bit, r: int, dtype: DType, dropout: float) -> None:
-        self.base, self.dropout, self.name = base, dropout, base.name
-        outputs, inputs = base.weight.shape if isinstance(base, Linear) else base.shape
-        name = base.name
-        self.down = parameter((r, inputs), dtype, name + ".lora_A", Category.ADAPTERS, True)
-        self.up = parameter((outputs, r), dtype, name + ".lora_B", Category.ADAPTERS, True)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        result = self.base(x)
-        dtype = result.dtype
-        if isinstance(self.base, Linear4bit):
-            result = ops.clone(result, preserve=True)
-            if state.autocast is None:
-                x = ops.to(x, self.down.dtype)
-            output = ops.scale(linear(linear(ops.dropout(x, self.dropout), self.down), self.up))
-            if state.autocast is None:
-                output = ops.to(output, dtype)
-            result = ops.add(result, output)
-            return result
-        x = ops.to(x, self.down.dtype)
-        result = ops.add(result, ops.scale(linear(linear(ops.dropout(x, self.dropout), self.down), self.up)))
-        return ops.to(result, dtype)
 
 
 class RMSNorm:

@@ -175,8 +175,8 @@ def _adafactor(groups: list[Group], kept: State) -> None:
     """transformers' Adafactor, parameter by parameter, in fp32. Names keep the last parameter's tensors
     alive into the next, as the loop's own do."""
     tape = state.tape
+    grad = weight = update = None
     for name, chosen in _by_decay(groups):
-        grad = weight = update = None
         for layer, parameters in chosen:
             tape.begin(Phase.OPTIMIZER, f"adafactor, {name}", layer)
             for parameter in parameters:
@@ -207,7 +207,7 @@ def _adafactor(groups: list[Group], kept: State) -> None:
                 negative = pointwise("neg", update)
                 del negative
         tape.begin(Phase.OPTIMIZER, f"adafactor, {name}, done")
-        del grad, weight, update
+    del grad, weight, update
 
 
 def _rms(x: Tensor) -> Tensor:

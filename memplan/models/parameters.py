@@ -22,8 +22,29 @@ def resolve_recipe(spec: ModelSpec, recipe: Recipe) -> Recipe:
         attn = attn or Attention.EAGER
     resolved = recipe.model_copy(update={"attn": attn}).resolved()
     if resolved.mode is not Mode.FULL:
+        _check_experts(spec, resolved)
         targets.check(resolved, _adapted(spec, resolved), _linear_shapes(spec), _names(spec))
     return resolved
+
+
+def _check_experts(spec: ModelSpec, recipe: Recipe) -> None:
+    """What PEFT's ParamWrapper, which adapts experts, can't do."""
+    if not spec.num_experts:
+        return
+    if recipe.target_modules == "all-linear":
+        for option, wanted in (("lora_dropout", recipe.lora_dropout), ("use_dora", recipe.use_dora)):
+            if wanted:
+                raise RecipeError(
+                    f"PEFT adapts experts without {option}; leave it out, or adapt attention only "
+                    "(--target-modules attention)"
+                )
+    elif not isinstance(recipe.target_modules, str):
+        fused = {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3"} & set(recipe.target_modules)
+        if fused and not (spec.sparse_layers and not all(spec.sparse_layers)):
+            raise RecipeError(
+                f"target_modules {sorted(fused)} name projections that transformers 5 fuses into experts; "
+                "use all-linear, which adapts them, or attention"
+            )
 
 
 @lru_cache(maxsize=64)
@@ -57,8 +78,11 @@ def _linear_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _names(spec: ModelSpec) -> list[str]:
-    return ["lm_head", *blueprint.outside(spec), *blueprint.layer(spec, bool(spec.num_experts))]
+def _names(spec: ModelSpec) -> dict[str, str]:
+    """Kinds of all modules by name; layers' names are relative."""
+    inside = blueprint.layer(spec, bool(spec.num_experts))
+    names = {name: module.kind for name, module in {**blueprint.outside(spec), **inside}.items()}
+    return {**names, "lm_head": "head"}
 
 
 def count(spec: ModelSpec, recipe: Recipe) -> tuple[int, int, int]:
@@ -70,4 +94,35 @@ def count(spec: ModelSpec, recipe: Recipe) -> tuple[int, int, int]:
     adapters = recipe.r * sum(map(sum, adapted.values()))
     if recipe.use_dora:
         adapters += sum(shape[0] for shape in adapted.values())
+    adapters += _saved(spec, recipe) + _expert_adapters(spec, recipe)
     return base, adapters, adapters
+
+
+def _expert_adapters(spec: ModelSpec, recipe: Recipe) -> int:
+    """Parameters of the adapters on routers and experts (memplan.models.build, Builder.raw)."""
+    if recipe.target_modules != "all-linear":
+        return 0
+    total = 0
+    for modules, times in blueprint.layers(spec):
+        for module in modules.values():
+            for attribute, shape in module.parameters.items() if module.kind == "raw" else ():
+                experts, outputs, inputs = (1, *shape) if len(shape) == 2 else shape
+                rank = 2 * recipe.r if attribute == "gate_up_proj" else recipe.r
+                total += times * experts * rank * (outputs + inputs)
+    return total
+
+
+def _saved(spec: ModelSpec, recipe: Recipe) -> int:
+    """Parameters of the copies that modules_to_save trains."""
+    if not recipe.modules_to_save:
+        return 0
+    saved = sum(
+        times * sum(module.count for name, module in modules.items() if _is_saved(recipe, name))
+        for modules, times in blueprint.layers(spec)
+    )
+    outside = {"lm_head": blueprint.outside(spec)["model.embed_tokens"], **blueprint.outside(spec)}
+    return saved + sum(module.count for name, module in outside.items() if _is_saved(recipe, name))
+
+
+def _is_saved(recipe: Recipe, name: str) -> bool:
+    return targets.names_module(recipe.modules_to_save, name)

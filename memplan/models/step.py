@@ -15,8 +15,8 @@ from memplan.models.build import Builder, Model
 from memplan.models.checkpoint import checkpoint
 from memplan.models.decoder import FAMILIES, Context
 from memplan.models.fold import Played
-from memplan.models.loss import causal_lm_loss
-from memplan.recipe import Attention, DTypeName, Recipe
+from memplan.models.loss import causal_lm_loss, chunked_loss, liger_loss
+from memplan.recipe import Attention, DTypeName, Loss, Recipe
 from memplan.shadow import autograd, ops
 from memplan.shadow.tensor import (
     DTYPES,
@@ -104,7 +104,7 @@ def _forward(model: Model, ids: Tensor, attention_mask: Tensor, labels: Tensor, 
         state.autocast = None
         state.autocast_cache.clear()
         # convert_outputs_to_fp32 (accelerate/utils/operations.py): all 16-bit outputs, logits too
-        converted = ops.to(logits, float32)
+        converted = None if logits is None else ops.to(logits, float32)
         del logits, converted
     state.category = Category.TEMPORARIES
     del cache
@@ -113,13 +113,16 @@ def _forward(model: Model, ids: Tensor, attention_mask: Tensor, labels: Tensor, 
 
 def _causal_lm(
     model: Model, ids: Tensor, attention_mask: Tensor, labels: Tensor, played: list[int]
-) -> tuple[Tensor, Tensor, Any]:
+) -> tuple[Tensor, Tensor | None, Any]:
     """``ForCausalLM.forward``: the loss, and the outputs that live until the caller drops them."""
     tape = state.tape
     tape.begin(Phase.FORWARD, "embed")
     hidden, cache = _decoder(model, ids, attention_mask, played)
     tape.begin(Phase.FORWARD, "head")
     state.category = Category.LOGITS_AND_LOSS
+    if model.recipe.loss is not Loss.STANDARD:
+        fused = chunked_loss if model.recipe.loss is Loss.CHUNKED else liger_loss
+        return fused(hidden, model.head.weight, labels), None, cache
     logits = model.head(hidden)
     if model.spec.final_logit_softcapping is not None:
         logits = ops.scale(logits, "div")
@@ -134,7 +137,9 @@ def _decoder(model: Model, ids: Tensor, attention_mask: Tensor, played: list[int
     spec, recipe, tape = model.spec, model.recipe, state.tape
     embeds = model.embedding(ids)
     tape.module = "model"
-    cache: list[Tensor] | None = [] if spec.use_cache and not recipe.gradient_checkpointing else None
+    # a Trainer leaves use_cache as the config says; checkpointing and TRL's trainer turn it off
+    caches = spec.use_cache and not recipe.gradient_checkpointing and recipe.loss is not Loss.CHUNKED
+    cache: list[Tensor] | None = [] if caches else None
     positions = _positions(recipe.seq_len)
     attention_masks = masks.make(spec, recipe, attention_mask.shape, embeds.dtype)  # type: ignore[arg-type]
     hidden = embeds

@@ -28,18 +28,23 @@ def is_target(wanted: str | tuple[str, ...], full_name: str) -> bool:
             return re.fullmatch(wanted, full_name) is not None
         except re.error as error:
             raise RecipeError(f"target_modules {wanted!r} is no valid regular expression: {error}") from None
-    return any(full_name == name or full_name.endswith("." + name) for name in wanted)
+    return names_module(wanted, full_name)
+
+
+def names_module(names: Iterable[str], full_name: str) -> bool:
+    """Whether one of ``names`` is the module's name or the end of it."""
+    return any(full_name == name or full_name.endswith("." + name) for name in names)
 
 
 def check(
     recipe: Recipe,
     adapted: dict[str, tuple[int, ...]],
     linear: Iterable[str],
-    names: Iterable[str],
+    names: dict[str, str],
 ) -> None:
     """Refuse targets that match nothing, ranks that exceed a matrix, and modules that are not there.
 
-    ``adapted`` are the matching modules' shapes, ``linear`` all linear modules, ``names`` all modules.
+    ``adapted`` are the matching modules' shapes, ``linear`` all linear modules, ``names`` all modules' kinds.
     Raises RecipeError.
     """
     if not adapted:
@@ -55,5 +60,11 @@ def check(
             f"use r of at most {min(shape)}"
         )
     for module in recipe.modules_to_save:
-        if not any(known == module or known.endswith("." + module) for known in names):
+        kinds = {kind for known, kind in names.items() if names_module((module,), known)}
+        if not kinds:
             raise RecipeError(f"modules_to_save {module!r} matches no module of this model")
+        if kinds - {"embedding", "norm", "head"}:
+            raise RecipeError(
+                f"modules_to_save {module!r} names a projection inside the layers; adapt it with target_modules, "
+                "and save whole only embed_tokens, lm_head or norms"
+            )

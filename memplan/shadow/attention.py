@@ -250,12 +250,10 @@ def _safe_softmax(x: Tensor) -> Tensor:
     """at::_safe_softmax: softmax, then rows that are all -inf become zero."""
     node = Node(ops._softmax_backward, x) if ops.tracked(x) else None
     soft = empty(x.shape, x.dtype, "_safe_softmax")
-    infinity = empty((), x.dtype, "_safe_softmax")
     masked = empty(x.shape, bool_, "_safe_softmax")
     rows = empty((*x.shape[:-1], 1), bool_, "_safe_softmax")
-    zero = empty((), x.dtype, "_safe_softmax")
     out = empty(x.shape, x.dtype, "_safe_softmax")
-    del soft, infinity, masked, rows, zero
+    del soft, masked, rows
     if node is not None:
         node.context = x.dtype
         node.saved = save_output(out)

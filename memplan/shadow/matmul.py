@@ -6,7 +6,7 @@ from math import prod
 from typing import Any
 
 from memplan.shadow.autograd import AccumulateGrad, Node, attach, save, unpack
-from memplan.shadow.ops import clone, to, tracked
+from memplan.shadow.ops import clone, pointwise, to, tracked
 from memplan.shadow.tensor import Tensor, empty, float32, state, view_strides
 
 
@@ -95,6 +95,60 @@ def _matmul_backward(node: Node, grad: Tensor) -> Any:
     if y is not None:
         for_x = _viewed(empty(x_shape, grad.dtype, "bmm"))
     return for_x, for_y
+
+
+def mm(x: Tensor, y: Tensor) -> Tensor:
+    """``x @ y`` of two matrices."""
+    out = empty((x.shape[0], y.shape[1]), x.dtype, "mm")
+    if tracked(x, y):
+        node = Node(_mm_backward, x, y)
+        node.saved = (
+            None if y.node is None else save(x),
+            None if x.node is None else save(y),
+        )
+        node.context = x.shape, y.shape
+        attach(node, out)
+    return out
+
+
+def _mm_backward(node: Node, grad: Tensor) -> Any:
+    x, y = (None if saved is None else unpack(saved) for saved in node.saved)
+    x_shape, y_shape = node.context
+    for_y = None if x is None else empty(y_shape, grad.dtype, "mm")
+    for_x = None if y is None else empty(x_shape, grad.dtype, "mm")
+    return for_x, for_y
+
+
+def baddbmm(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    """``torch.baddbmm(x, y, z, alpha=...)``; operands that cuBLAS can't read as they lie are copied for the
+    product (aten/src/ATen/native/cuda/Blas.cpp, prepare_batch_matrix_for_cublas)."""
+    node = Node(_baddbmm_backward, x, y, z) if tracked(x, y, z) else None
+    saved = (save(y), save(z)) if node is not None else None
+    out = empty(x.shape, x.dtype, "baddbmm")
+    copies = [empty(operand.shape, operand.dtype, "baddbmm") for operand in (y, z) if operand.strides is not None]
+    del copies
+    if node is not None:
+        node.saved = saved
+        attach(node, out)
+    return out
+
+
+def _baddbmm_backward(node: Node, grad: Tensor) -> Any:
+    y, z = (unpack(saved) for saved in node.saved)
+    product = _bmm(y.shape, grad, z)
+    for_y = pointwise("mul", product)
+    del product
+    product = _bmm(z.shape, y, grad)
+    for_z = pointwise("mul", product)
+    del product
+    return (grad if node.edges[0] else None), for_y, for_z
+
+
+def _bmm(shape: tuple[int, ...], *operands: Tensor) -> Tensor:
+    out = empty(shape, operands[0].dtype, "bmm")
+    copies = [empty(operand.shape, operand.dtype, "bmm") for operand in operands if operand.strides is not None]
+    del copies
+    return out
 
 
 def autocast(x: Tensor) -> Tensor:

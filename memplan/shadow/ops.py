@@ -8,7 +8,6 @@ names, as the code generator sorts them.
 
 from __future__ import annotations
 
-from math import prod
 from typing import Any
 
 from memplan.shadow.autograd import Node, attach, save, save_output, unpack
@@ -16,7 +15,6 @@ from memplan.shadow.tensor import (
     DType,
     Shape,
     Tensor,
-    contiguous_strides,
     empty,
     float16,
     float32,
@@ -131,6 +129,22 @@ def _mul_backward(node: Node, grad: Tensor) -> Any:
     return for_x, for_y
 
 
+def divide(x: Tensor, y: Tensor) -> Tensor:
+    """``x / y`` by a ``y`` that wants no gradient."""
+    if tracked(x):
+        node = Node(_divide_backward, x)
+        node.saved = save(y)
+        out = pointwise("div", x, y)
+        attach(node, out)
+        return out
+    return pointwise("div", x, y)
+
+
+def _divide_backward(node: Node, grad: Tensor) -> Any:
+    other = unpack(node.saved)
+    return (pointwise("div", grad, other),)
+
+
 def scale(x: Tensor, operation: str = "mul") -> Tensor:
     """``x * number`` or ``x / number``. A Python number is no tensor on the device: nothing is saved."""
     if tracked(x):
@@ -146,14 +160,14 @@ def _scale_backward(node: Node, grad: Tensor) -> Any:
     return (pointwise(node.context, grad),)
 
 
-def shift(x: Tensor) -> Tensor:
-    """``x + number``."""
+def shift(x: Tensor, operation: str = "add") -> Tensor:
+    """``x + number`` or ``x - number``."""
     if tracked(x):
         node = Node(_pass_backward, x)
-        out = pointwise("add", x)
+        out = pointwise(operation, x)
         attach(node, out)
         return out
-    return pointwise("add", x)
+    return pointwise(operation, x)
 
 
 def _pass_backward(node: Node, grad: Tensor) -> Any:
@@ -380,6 +394,20 @@ def _transpose_backward(node: Node, grad: Tensor) -> Any:
     return (transpose(grad, *node.context),)
 
 
+def permute(x: Tensor, order: tuple[int, ...]) -> Tensor:
+    """``x.permute(order)``."""
+    strides = strides_of(x)
+    shape = tuple(x.shape[axis] for axis in order)
+    inverse = tuple(sorted(range(len(order)), key=order.__getitem__))
+    return _view_of(
+        x, shape, normalized(shape, tuple(strides[axis] for axis in order)), _permute_backward, inverse
+    )
+
+
+def _permute_backward(node: Node, grad: Tensor) -> Any:
+    return (permute(grad, node.context),)
+
+
 def expanded(x: Tensor, shape: Shape) -> Tensor:
     """``x.expand(shape)`` without history."""
     lead = len(shape) - len(x.shape)
@@ -451,16 +479,6 @@ def copy_into_cache(x: Tensor, dtype: DType) -> Tensor:
 
 def _narrowed_backward(node: Node, grad: Tensor) -> Any:
     return (grad.viewed(grad.shape, grad.strides),)
-
-
-def numel(x: Tensor) -> int:
-    """Number of elements."""
-    return prod(x.shape)
-
-
-def row_major(shape: Shape) -> Shape:
-    """Alias for readers of model code: contiguous strides."""
-    return contiguous_strides(shape)
 
 
 def chunk_last(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from memplan.recipe import Recipe
 from memplan.tape import Category, Phase, Tape
 from memplan.trace import standins
-from memplan.trace.build import build, without_swapping
+from memplan.trace.build import build, fake_modules
 from memplan.trace.card import Card
 from memplan.trace.categories import categorise
 from memplan.trace.layers import Segments
@@ -34,12 +34,12 @@ def trace(config: dict[str, Any], recipe: Recipe, *, compute_capability: tuple[i
     """
     recipe = recipe.resolved()
     card = Card(compute_capability)
-    with FakeTensorMode(allow_non_fake_inputs=True), without_swapping(), standins.in_force(card):
+    with FakeTensorMode(allow_non_fake_inputs=True), fake_modules(), standins.in_force(card):
         model = build(config, recipe)
         optimizer = make_optimizer(model, recipe)
         batch = make_batch(recipe)
         warm_up(optimizer)
-        recorder = Recorder(Tape(provenance="traced"), standins.OPERATORS, card)
+        recorder = Recorder(Tape(provenance="traced"), standins.OPERATORS, card, standins.ANSWERS)
         setup(recorder, model, optimizer, batch)
         recorder.on_module = Segments(recorder)
         with recorder, recorder.follow(model):

@@ -226,6 +226,54 @@ def flash_backward(
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
+class FlashAttention(torch.autograd.Function):
+    """flash-attn 2's ``FlashAttnFunc`` (flash_attn/flash_attn_interface.py 2.8; the kernels' C++ is the one
+    that PyTorch carries): [B, S, H, D] throughout."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Any, key: Any, value: Any) -> Any:
+        batch, length, heads, _ = query.shape
+        head_dim = query.shape[-1]
+        if head_dim % 8:
+            padding = (0, 8 - head_dim % 8)
+            query, key, value = (torch.nn.functional.pad(t, padding) for t in (query, key, value))
+        out = torch.empty_like(query)
+        lse = torch.empty((batch, heads, length), dtype=torch.float32)
+        rng_state = torch.empty(2, dtype=torch.int64)
+        ctx.save_for_backward(query, key, value, out, lse, rng_state)
+        return out[..., :head_dim]
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Any) -> tuple[Any, Any, Any]:
+        query, key, value, out, lse, _ = ctx.saved_tensors
+        head_dim = grad_out.shape[-1]
+        dq, dk, dv = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        if head_dim % 8:
+            grad_out = torch.nn.functional.pad(grad_out, (0, 8 - head_dim % 8))
+        if grad_out.stride(-1) != 1:
+            grad_out = grad_out.contiguous()
+        batch, length, heads, padded_dim = query.shape
+        _softmax_d = torch.empty((batch, heads, up(length, 128)), dtype=torch.float32)
+        _dq_accum = torch.empty(
+            (batch, up(length, 128), heads, _rounded_dim(padded_dim)), dtype=torch.float32
+        )
+        if key.shape[2] != heads:
+            _dk_expanded = torch.empty((batch, key.shape[1], heads, padded_dim), dtype=key.dtype)
+            _dv_expanded = torch.empty((batch, key.shape[1], heads, padded_dim), dtype=key.dtype)
+        return dq[..., :head_dim], dk[..., :head_dim], dv[..., :head_dim]
+
+
+def flash_attn_func(query: Any, key: Any, value: Any, **_: Any) -> Any:
+    """``flash_attn.flash_attn_func``."""
+    return FlashAttention.apply(query, key, value)
+
+
+def flash_attn_package(*_: Any, **__: Any) -> tuple[Any, Any]:
+    """transformers' ``lazy_import_flash_attention``: the package's functions, and what selects the arguments
+    that they know. None of the arguments makes a difference here."""
+    return (flash_attn_func, None, None, None, None), (lambda **_: {}, None)
+
+
 # -- memory-efficient ----------------------------------------------------------------------------------
 
 
@@ -302,7 +350,14 @@ def efficient_backward(
 
 @operator(aten._scaled_dot_product_cudnn_attention.default)
 def cudnn_forward(
-    recorder: Any, query: Any, key: Any, value: Any, bias: Any, compute_lse: bool, dropout: float = 0.0, *_: Any,
+    recorder: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    bias: Any,
+    compute_lse: bool,
+    dropout: float = 0.0,
+    *_: Any,
     **__: Any,
 ) -> tuple[Any, ...]:
     """attention.cu ``_cudnn_attention_forward``: output in the query's layout, fp32 log-sum-exp, two seeds.

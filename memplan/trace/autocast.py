@@ -8,6 +8,7 @@ products, so those stay PyTorch's own, with its cache of cast weights.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -25,9 +26,13 @@ _FP32 = (
 )  # fmt: skip
 # AT_FORALL_FP32_SET_OPT_DTYPE: the operator is told to compute in fp32 unless told otherwise
 _FP32_BY_DTYPE = (
-    "prod", "prod.dim_int", "softmax.int", "log_softmax.int", "cumprod", "cumsum", "linalg_vector_norm", "sum",
-    "sum.dim_IntList",
+    "prod", "prod.dim_int", "softmax.int", "log_softmax.int", "cumprod", "cumsum", "linalg_vector_norm",
+    "sum", "sum.dim_IntList",
 )  # fmt: skip
+# AT_FORALL_PROMOTE: all floating arguments take the widest type among them
+_PROMOTE = ("addcdiv", "addcmul", "atan2", "dot", "index_put", "scatter_add", "tensordot")
+# The CPU's autocast promotes these; CUDA's leaves them alone, and its cat takes inputs of several types.
+_PLAIN = ("cat", "stack", "index_copy")
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -71,15 +76,41 @@ def _setting_dtype(name: str) -> Callable[..., Any]:
     return kernel
 
 
+def _promoting(name: str) -> Callable[..., Any]:
+    overload = _overload(name)
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
+        widest = any(tensor.dtype is torch.float32 for tensor in tensors)
+        with torch._C._ExcludeDispatchKeyGuard(_BELOW_AUTOCAST):
+            if widest:
+                args, kwargs = _to_fp32(args), {key: _to_fp32(value) for key, value in kwargs.items()}
+            return overload(*args, **kwargs)
+
+    return kernel
+
+
+def _plain(name: str) -> Callable[..., Any]:
+    overload = _overload(name)
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(_BELOW_AUTOCAST):
+            return overload(*args, **kwargs)
+
+    return kernel
+
+
 @contextmanager
 def cuda_rules() -> Iterator[None]:
     """CUDA's autocast lists for the CPU while the context lasts."""
     enabled = torch.is_autocast_enabled
     library = torch.library.Library("aten", "IMPL")
-    for name in _FP32:
-        library.impl(name, _casting(name), "AutocastCPU", allow_override=True)
-    for name in _FP32_BY_DTYPE:
-        library.impl(name, _setting_dtype(name), "AutocastCPU", allow_override=True)
+    rules = ((_FP32, _casting), (_FP32_BY_DTYPE, _setting_dtype), (_PROMOTE, _promoting), (_PLAIN, _plain))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)  # overriding
+        for names, kernel in rules:
+            for name in names:
+                library.impl(name, kernel(name), "AutocastCPU", allow_override=True)
     try:
         with ExitStack() as stack:
             # without a device type it asks about CUDA, as PEFT's 4-bit layer does (peft/tuners/lora/bnb.py)

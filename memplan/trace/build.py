@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -31,26 +33,39 @@ def build(config: dict[str, Any], recipe: Recipe) -> nn.Module:
 
 
 def base_model(config: dict[str, Any], recipe: Recipe) -> nn.Module:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, initialization
 
     settings = dict(config)
     model_type = settings.pop("model_type", None)
     if model_type is None:
         raise TraceError("the configuration has no model_type, so transformers can't tell which model it is")
     hf = AutoConfig.for_model(model_type, **settings)
-    implementation = {
-        Attention.SDPA: "sdpa",
-        Attention.EAGER: "eager",
-        Attention.FLASH: "flash_attention_2",
-    }[recipe.attn or Attention.SDPA]
-    from transformers import initialization
-
-    with initialization.no_init_weights():
-        model = AutoModelForCausalLM.from_config(
-            hf, dtype=DTYPES[recipe.dtype], attn_implementation=implementation
+    kind = AutoModelForCausalLM._model_mapping[type(hf)]
+    with initialization.no_init_weights(), _any_attention():
+        model: nn.Module = AutoModelForCausalLM.from_config(
+            hf, dtype=DTYPES[recipe.dtype], attn_implementation=attention(kind, recipe)
         )
     model.tie_weights()
     return model
+
+
+def attention(kind: Any, recipe: Recipe) -> str:
+    """transformers' name of the attention kernel; families without SDPA fall back to eager, as they do when
+    none is asked for."""
+    if recipe.attn is Attention.SDPA and not kind._supports_sdpa:
+        return "eager"
+    return str((recipe.attn or Attention.SDPA).value)
+
+
+def _any_attention() -> Any:
+    """Lets a model ask for FlashAttention, whose package needs CUDA; :mod:`memplan.trace.attention` has a
+    stand-in."""
+    from transformers import PreTrainedModel
+
+    def accept(self: Any, implementation: str | None, *_: Any, **__: Any) -> str:
+        return implementation or "sdpa"
+
+    return mock.patch.object(PreTrainedModel, "_check_and_adjust_attn_implementation", accept)
 
 
 # -- 4-bit ---------------------------------------------------------------------------------------------
@@ -59,7 +74,7 @@ def base_model(config: dict[str, Any], recipe: Recipe) -> nn.Module:
 def quantize(model: nn.Module, recipe: Recipe) -> None:
     """Replace the layers that transformers' 4-bit quantizer replaces (transformers 5
     integrations/bitsandbytes.py ``replace_with_bnb_linear``)."""
-    from transformers.quantizers.base import get_keys_to_not_convert
+    from transformers.quantizers.base import _assign_is_quantized, get_keys_to_not_convert
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     skipped = get_keys_to_not_convert(model)
@@ -68,9 +83,10 @@ def quantize(model: nn.Module, recipe: Recipe) -> None:
             model.set_submodule(name, linear_4bit(module, recipe))
     model.is_loaded_in_4bit = True
     model.is_quantized = True
+    _assign_is_quantized(model)
 
 
-class Params4bit(FakeTensor):  # type: ignore[misc]
+class Params4bit(FakeTensor):
     """A fake tensor by the name that PEFT looks for (peft/utils/integrations.py ``get_bnb_param_type``)."""
 
 
@@ -180,13 +196,13 @@ def with_adapters(model: nn.Module, recipe: Recipe) -> nn.Module:
         task_type="CAUSAL_LM",
         init_lora_weights=False,
     )
-    return get_peft_model(
-        model, config, autocast_adapter_dtype=recipe.adapter_dtype is DTypeName.FLOAT32
-    )
+    return get_peft_model(model, config, autocast_adapter_dtype=recipe.adapter_dtype is DTypeName.FLOAT32)
 
 
 def target_modules(model: nn.Module, recipe: Recipe) -> str | list[str]:
-    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    names = {
+        name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)
+    }
     if recipe.target_modules == "all-linear":
         return "all-linear"
     if recipe.target_modules == "attention":
@@ -216,6 +232,24 @@ def _apply(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
     return self
 
 
-def without_swapping() -> Any:
-    """``_apply`` instead of ``nn.Module._apply`` while the context lasts."""
-    return mock.patch.object(nn.Module, "_apply", _apply)
+def _deepcopy(self: FakeTensor, memo: dict[int, Any]) -> Any:
+    """PEFT copies modules to save, and for DoRA 4-bit layers; ``torch.Tensor.__deepcopy__`` of a fake tensor
+    gives one whose ``data`` has another storage than itself."""
+    copy = torch.empty_like(self)
+    if isinstance(self, nn.Parameter):
+        copy = nn.Parameter(copy, self.requires_grad)
+        copy.__class__ = type(self)
+        for name, value in self.__dict__.items():
+            copy.__dict__.setdefault(name, value)
+    memo[id(self)] = copy
+    return copy
+
+
+@contextmanager
+def fake_modules() -> Iterator[None]:
+    """Lets modules of fake tensors be converted and copied while the context lasts."""
+    with (
+        mock.patch.object(nn.Module, "_apply", _apply),
+        mock.patch.object(FakeTensor, "__deepcopy__", _deepcopy, create=True),
+    ):
+        yield

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from memplan.trace.operators import operator, workspace
+from memplan.trace.operators import operator, up, workspace
 
 aten = torch.ops.aten
 
@@ -40,11 +40,34 @@ def matrix_product(recorder: Any, left: Any, right: Any) -> Any:
 
 
 @operator(aten.addmm.default, aten.baddbmm.default)
-def matrix_product_plus(recorder: Any, bias: Any, left: Any, right: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
+def matrix_product_plus(
+    recorder: Any, bias: Any, left: Any, right: Any, *, beta: Any = 1, alpha: Any = 1
+) -> Any:
     """As above; a bias is read by cuBLASLt's epilogue, or copied into the output."""
     out = torch.empty((*left.shape[:-1], right.shape[-1]), dtype=left.dtype)
     _held = _copies(left, right)
     return out
+
+
+@operator(aten._grouped_mm.default)
+def grouped_matrix_product(
+    recorder: Any, left: Any, right: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None
+) -> Any:
+    """GroupedBlas.cpp ``_grouped_mm_cuda``: an output whose rows are padded to 16 bytes
+    (GroupedMMUtils.h ``create_grouped_gemm_output_tensor``). Ampere multiplies group by group, with no
+    scratch; Hopper's CUTLASS kernel has some kilobytes of its own, left out."""
+    shape: tuple[Any, ...]
+    if left.dim() == 2 and right.dim() == 2:
+        shape = (offs.shape[0], left.shape[0], right.shape[1])
+    elif left.dim() == 2:
+        shape = (left.shape[0], right.shape[-1])
+    elif right.dim() == 2:
+        shape = (left.shape[1], right.shape[-1])
+    else:
+        shape = (left.shape[0], left.shape[1], right.shape[-1])
+    dtype = out_dtype or left.dtype
+    columns = up(shape[-1], 16 // dtype.itemsize)
+    return torch.empty((*shape[:-1], columns), dtype=dtype)[..., : shape[-1]]
 
 
 # -- embedding ------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import re
 from memplan.tape import Phase
 from memplan.trace.recorder import Recorder
 
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)(?:\.|$)")
 
 
 def layer_of(module: str) -> int | None:
@@ -32,7 +32,7 @@ class Segments:
             return
         if layer is not None:
             recorder.begin(recorder.phase, "layers", layer)
-        elif module.endswith("embed_tokens"):
+        elif module.endswith(("embed_tokens", "wte", "embed_in")):
             recorder.begin(recorder.phase, "embedding")
         elif recorder.phase is Phase.FORWARD and not module.endswith((".norm", "lm_head")):
             return  # between two layers

@@ -19,7 +19,8 @@ _NO_DECAY = (r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm
 
 def groups(model: nn.Module) -> list[dict[str, Any]]:
     """The Trainer's two groups: with weight decay and without."""
-    decay, rest = [], []
+    decay: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             plain = any(re.search(pattern, name.lower()) for pattern in _NO_DECAY)
@@ -75,19 +76,21 @@ def on_card(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, key: str)
 @contextmanager
 def fake_safe() -> Iterator[None]:
     """Lets optimizers run on fake tensors, whose values they may not ask for."""
+    import bitsandbytes
     from torch.optim import adam
 
-    import bitsandbytes.functional
+    def code_of_256(*_: Any, **__: Any) -> torch.Tensor:
+        return torch.empty(256)
+
+    def step_count(_value: Any) -> float:
+        return 2.0  # on the host: any number past the first step
 
     with ExitStack() as stack:
-        # the 256 entries of an 8-bit code
-        stack.enter_context(
-            mock.patch.object(bitsandbytes.functional, "create_dynamic_map", lambda *_, **__: torch.empty(256))
-        )
+        patch = mock.patch.object
+        stack.enter_context(patch(bitsandbytes.functional, "create_dynamic_map", code_of_256))
         # a singleton that would remember this model's parameters
-        stack.enter_context(mock.patch.object(bitsandbytes.optim.GlobalOptimManager, "_instance", None))
-        # a step count on the host: any number past the first step
-        stack.enter_context(mock.patch.object(adam, "_get_value", lambda value: 2.0))
+        stack.enter_context(patch(bitsandbytes.optim.GlobalOptimManager, "_instance", None))
+        stack.enter_context(patch(adam, "_get_value", step_count))
         yield
 
 

@@ -37,7 +37,7 @@ def _fused_heuristic(capability: tuple[int, int], multiprocessors: int) -> Calla
         "torch": torch,
         "_gpu_dispatch_props": lambda device: (multiprocessors, *capability),
     }
-    exec(compile(ast.Module(body, []), str(path), "exec"), scope)  # noqa: S102 (an installed library's code)
+    exec(compile(ast.Module(body, []), str(path), "exec"), scope)
     function: Callable[..., bool] = scope["_gemm_4bit_use_custom_cuda"]
     return function
 
@@ -73,7 +73,7 @@ def gemm_4bit(
         return torch.empty((*A.shape[:-1], shape[0]), dtype=A.dtype)
     if absmax_8bit is not None:
         _absmax_dq = torch.empty_like(absmax_8bit, dtype=torch.float32)
-        absmax = _absmax_dq + absmax_offset
+        _absmax = _absmax_dq + absmax_offset
     weight = torch.empty(tuple(shape), dtype=A.dtype)
     return torch.nn.functional.linear(A, weight, bias)
 

@@ -16,9 +16,11 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import graph as autograd_graph
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from memplan.errors import TraceError
 from memplan.tape import Category, Phase, Tape
 from memplan.trace.card import Card
 
@@ -27,6 +29,15 @@ StandIn = Callable[..., Any]
 _ADD = torch.ops.aten.add.Tensor
 _ADD_INPLACE = torch.ops.aten.add_.Tensor
 _NO_NODE = 1 << 62
+_LOCAL_SCALAR = torch.ops.aten._local_scalar_dense.default
+# Formulas in torch/csrc/autograd/FunctionsManual.cpp that work in place on zeros they made, but out of place
+# while a dispatch mode is on (areAnyTensorSubclassLike): index_backward, gather's and the selecting
+# reductions' backward.
+_IN_PLACE_FORMULAS = {
+    torch.ops.aten.index_put.default: torch.ops.aten.index_put_.default,
+    torch.ops.aten.scatter.src: torch.ops.aten.scatter_.src,
+    torch.ops.aten.scatter_add.default: torch.ops.aten.scatter_add_.default,
+}
 _LIFT = torch.ops.aten.lift_fresh.default  # what torch.tensor(number) ends in: in optimizers, on the host
 _ENGINE_FRAME = autograd_graph._engine_run_backward.__code__
 
@@ -51,15 +62,24 @@ class Moment(NamedTuple):
 
 
 class Recorder(TorchDispatchMode):
-    """Writes a tape while it is active. ``standins`` replace operators whose CUDA kernels allocate otherwise."""
+    """Writes a tape while it is active.
+
+    ``standins`` replace operators whose CUDA kernels allocate otherwise; ``card`` is what they look up;
+    ``answers`` are values of fake tensors, by the name of the function that asks for one.
+    """
 
     def __init__(
-        self, tape: Tape, standins: dict[Any, StandIn] | None = None, card: Card | None = None
+        self,
+        tape: Tape,
+        standins: dict[Any, StandIn] | None = None,
+        card: Card | None = None,
+        answers: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.tape = tape
         self.standins = standins or {}
         self.card = card or Card()
+        self.answers = answers or {}
         self.paused = 0
         self.phase = Phase.SETUP
         self.births: list[Moment] = []  # one for each storage on the tape
@@ -84,7 +104,9 @@ class Recorder(TorchDispatchMode):
 
     # -- storages --------------------------------------------------------------------------------------
 
-    def born(self, tensor: torch.Tensor, operation: str, category: Category = Category.TEMPORARIES) -> int | None:
+    def born(
+        self, tensor: torch.Tensor, operation: str, category: Category = Category.TEMPORARIES
+    ) -> int | None:
         """Note a tensor's storage unless it is known; its index. Nothing is noted of an empty one."""
         storage = tensor.untyped_storage()
         key = storage._cdata
@@ -124,6 +146,16 @@ class Recorder(TorchDispatchMode):
         return Moment(self.phase, recomputing, after_head)
 
     @contextmanager
+    def named(self, operation: str) -> Iterator[None]:
+        """Births inside are this operation's."""
+        outer = self._operation
+        self._operation = outer or operation
+        try:
+            yield
+        finally:
+            self._operation = outer
+
+    @contextmanager
     def pause(self) -> Iterator[None]:
         """Births inside are not noted (what happens on the host, or outside the step)."""
         self.paused += 1
@@ -144,6 +176,11 @@ class Recorder(TorchDispatchMode):
                 self.inplace_accumulations += 1
                 _ADD_INPLACE(*args)
                 return args[0]
+            if func in _IN_PLACE_FORMULAS and self._called_by_engine():
+                _IN_PLACE_FORMULAS[func](*args, **kwargs)
+                return args[0]
+        if func is _LOCAL_SCALAR:
+            return self._answer(func, args)
         standin = self.standins.get(func)
         if standin is not None:
             return self._stand_in(standin, func, args, kwargs)
@@ -153,13 +190,8 @@ class Recorder(TorchDispatchMode):
         return out
 
     def _stand_in(self, standin: StandIn, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        outer = self._operation
-        self._operation = outer or func._schema.name
-        try:
-            with self:
-                return standin(self, *args, **kwargs)
-        finally:
-            self._operation = outer
+        with self.named(func._schema.name), self:
+            return standin(self, *args, **kwargs)
 
     def _note(self, out: Any, operation: str) -> None:
         if isinstance(out, torch.Tensor):
@@ -180,10 +212,29 @@ class Recorder(TorchDispatchMode):
         old, new = args
         if not isinstance(old, torch.Tensor) or not isinstance(new, torch.Tensor):
             return False
-        if sys._getframe(2).f_code is not _ENGINE_FRAME:  # this method, __torch_dispatch__, whoever called
+        if not self._called_by_engine(3):
             return False
         dense = torch._prims_common.is_non_overlapping_and_dense_or_false(old)
         return dense and old.dtype == new.dtype and old.shape == new.shape and _owners(old) == _SOLE_OWNER
+
+    @staticmethod
+    def _called_by_engine(depth: int = 2) -> bool:
+        """Whether C++ code of the autograd engine called the operator: no Python function in between.
+        ``depth`` counts this method, its callers in this class, and ``__torch_dispatch__``."""
+        return sys._getframe(depth).f_code is _ENGINE_FRAME
+
+    def _answer(self, func: Any, args: tuple[Any, ...]) -> Any:
+        """The value of a tensor without one, where we know what the function that asks would find."""
+        caller = sys._getframe(2).f_code.co_name
+        if isinstance(args[0], FakeTensor):
+            if caller in self.answers:
+                return self.answers[caller]
+            where = f"{sys._getframe(2).f_code.co_filename}:{sys._getframe(2).f_lineno}"
+            raise TraceError(
+                f"{self.tape.module or 'the model'} asks for the value of a tensor in {caller} ({where}), "
+                "which a trace without data can't answer"
+            )
+        return func(*args)
 
     # -- where we are ----------------------------------------------------------------------------------
 
@@ -274,7 +325,7 @@ class Recorder(TorchDispatchMode):
 
 
 def _sole_owner() -> tuple[int, int, int]:
-    """What ``_owners`` says of a gradient that only the engine holds, measured on a graph where that is so."""
+    """What ``_owners`` says of a gradient that only the engine holds: measured where that is so."""
     seen: list[tuple[int, int, int]] = []
 
     class Probe(Recorder):

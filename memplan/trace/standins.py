@@ -23,28 +23,38 @@ from memplan.trace.card import Card
 from memplan.trace.operators import OPERATORS
 from memplan.trace.optimizers import fake_safe
 
-__all__ = ["OPERATORS", "in_force"]
+__all__ = ["ANSWERS", "OPERATORS", "in_force"]
 assert quantization  # imported for the operators that it registers
 
 
-def all_true(tensor: torch.Tensor) -> bool:
-    """transformers 5 masking_utils.py ``fast_all`` of a mask that is all ones: its sum and comparison."""
-    torch.eq(tensor.sum(), tensor.numel())
-    return True
+# Values that the libraries ask for, by the function that asks: the mask is all ones, nothing is packed.
+ANSWERS = {
+    "_ignore_causal_mask_sdpa": True,  # transformers 5 masking_utils.py
+    "flash_attention_mask": True,
+    "_is_packed_sequence": False,  # modeling_flash_attention_utils.py
+}
+
+
+def not_compiling(_tensor: object = None) -> bool:
+    """transformers' ``is_tracing``."""
+    return False
 
 
 @contextmanager
 def in_force(card: Card) -> Iterator[None]:
     """The patches of Python functions; operators' stand-ins are the recorder's."""
     from transformers import masking_utils
+    from transformers import modeling_flash_attention_utils as flash_utils
 
     with ExitStack() as stack:
-        patch = mock.patch.object
-        stack.enter_context(patch(torch.nn.functional, "scaled_dot_product_attention", attention.sdpa_for(card)))
-        stack.enter_context(patch(torch.nn.functional, "dropout", kernels.dropout))
-        # fake tensors would make transformers believe that it is being compiled, and make masks
-        stack.enter_context(patch(masking_utils, "is_tracing", lambda tensor=None: False))
-        stack.enter_context(patch(masking_utils, "fast_all", all_true))
+        for owner, name, replacement in (
+            (torch.nn.functional, "scaled_dot_product_attention", attention.sdpa_for(card)),
+            (torch.nn.functional, "dropout", kernels.dropout),
+            # fake tensors would make transformers believe that it is being compiled, and make masks
+            (masking_utils, "is_tracing", not_compiling),
+            (flash_utils, "lazy_import_flash_attention", attention.flash_attn_package),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, replacement))
         stack.enter_context(cuda_rules())
         stack.enter_context(fake_safe())
         yield
