@@ -60,7 +60,9 @@ def main():
             continue
         wrong = []
         if counted != spec["parameters"]:
-            wrong.append(f"{counted:,} counted, {spec['parameters']:,} published ({counted - spec['parameters']:+,})")
+            wrong.append(
+                f"{counted:,} counted, {spec['parameters']:,} published ({counted - spec['parameters']:+,})"
+            )
         if [built] != spec["config"]["architectures"]:
             wrong.append(f"built {built}, config says {spec['config']['architectures']}")
         problems += [f"{spec['alias']}: {w}" for w in wrong]

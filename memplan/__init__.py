@@ -1,7 +1,7 @@
 """memplan: will it fit on my GPU, and if not, what do I change?
 
-    from memplan import plan, Recipe
-    plan("llama-70b", Recipe(mode="qlora", r=8)).peak.allocated_bytes
+from memplan import plan, Recipe
+plan("llama-70b", Recipe(mode="qlora", r=8)).peak.allocated_bytes
 """
 
 from __future__ import annotations

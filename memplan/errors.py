@@ -1,11 +1,11 @@
 """Every error that memplan raises on purpose.
 
-    MemplanError                one clear sentence for the user; the command line prints it and exits 2
-    ├── UnknownName             a model, card, optimizer ... that does not exist; names the closest that do
-    ├── SpecError               a config.json that cannot be read or makes no sense
-    ├── RecipeError             training options that contradict each other or the model
-    ├── UnsupportedArchitecture a model family without a predicted plan
-    └── TraceError              a model that cannot be traced: which operation, where, why
+MemplanError                one clear sentence for the user; the command line prints it and exits 2
+├── UnknownName             a model, card, optimizer ... that does not exist; names the closest that do
+├── SpecError               a config.json that cannot be read or makes no sense
+├── RecipeError             training options that contradict each other or the model
+├── UnsupportedArchitecture a model family without a predicted plan
+└── TraceError              a model that cannot be traced: which operation, where, why
 """
 
 from __future__ import annotations

@@ -131,9 +131,7 @@ def plan(
     base, adapters, trainable = parameters.count(spec, resolved)
     result = Plan(
         memplan_version=__version__,
-        model=ModelInfo(
-            name=spec.name, hub_id=spec.hub_id, architecture=spec.architecture, note=found.note
-        ),
+        model=ModelInfo(name=spec.name, hub_id=spec.hub_id, architecture=spec.architecture, note=found.note),
         parameters=ParameterCounts(total=base + adapters, trainable=trainable),
         recipe=resolved,
         static_bytes=StaticBytes(
@@ -157,7 +155,7 @@ _one_at_a_time = Lock()
 def _peak_info(peak: Peak) -> PeakInfo:
     return PeakInfo(
         allocated_bytes=peak.allocated_bytes,
-        phase=peak.phase.value,  # type: ignore[arg-type]  # a peak in SETUP would be a step without work
+        phase=peak.phase.value,
         operation=peak.operation,
         module=peak.module,
         layer=peak.layer,
@@ -170,7 +168,5 @@ def _summary(size: dict[Category, int]) -> Summary:
         weights=size[Category.WEIGHTS] + size[Category.QUANTIZATION_STATE],
         lora_parameters=size[Category.ADAPTERS],
         optimizer_state=size[Category.OPTIMIZER_STATE] + size[Category.GRADIENTS],
-        activations=size[Category.ACTIVATIONS]
-        + size[Category.LOGITS_AND_LOSS]
-        + size[Category.TEMPORARIES],
+        activations=size[Category.ACTIVATIONS] + size[Category.LOGITS_AND_LOSS] + size[Category.TEMPORARIES],
     )

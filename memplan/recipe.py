@@ -36,8 +36,8 @@ class Attention(str, Enum):
 class Loss(str, Enum):
     """How logits become a loss.
 
-    ``standard``: transformers' ``ForCausalLMLoss``. ``chunked``: TRL's ``chunked_nll``.
-    ``liger``: Liger-Kernel's fused linear cross entropy.
+    ``standard``: transformers' ``ForCausalLMLoss``. ``chunked``: TRL's tiled head, the default of its
+    SFTTrainer (once ``loss_type="chunked_nll"``). ``liger``: Liger-Kernel's fused linear cross entropy.
     """
 
     STANDARD = "standard"
@@ -75,9 +75,9 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     mode: Mode = Mode.QLORA
-    r: int = Field(8, ge=1)
-    lora_alpha: float | None = Field(None, gt=0, allow_inf_nan=False)
-    lora_dropout: float = Field(0.0, ge=0.0, lt=1.0, allow_inf_nan=False)
+    r: int = Field(default=8, ge=1)
+    lora_alpha: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    lora_dropout: float = Field(default=0.0, ge=0.0, lt=1.0, allow_inf_nan=False)
     target_modules: str | tuple[str, ...] = "all-linear"
     modules_to_save: tuple[str, ...] = ()
     use_rslora: bool = False
@@ -91,16 +91,16 @@ class Recipe(BaseModel):
     kbit_prep: bool | None = None
 
     optimizer: Optimizer = Optimizer.ADAMW_TORCH_FUSED
-    momentum: float = Field(0.0, ge=0.0, lt=1.0, allow_inf_nan=False)
-    max_grad_norm: float = Field(1.0, ge=0.0, allow_inf_nan=False)
-    gradient_accumulation_steps: int = Field(1, ge=1)
+    momentum: float = Field(default=0.0, ge=0.0, lt=1.0, allow_inf_nan=False)
+    max_grad_norm: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
 
     gradient_checkpointing: bool | None = None
     use_reentrant: bool | None = None
     attn: Attention | None = None
     loss: Loss = Loss.STANDARD
-    batch_size: int = Field(1, ge=1, le=1 << 20)
-    seq_len: int = Field(2048, ge=1, le=1 << 24)
+    batch_size: int = Field(default=1, ge=1, le=1 << 20)
+    seq_len: int = Field(default=2048, ge=1, le=1 << 24)
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -113,10 +113,13 @@ class Recipe(BaseModel):
             if adapter_options:
                 raise ValueError(
                     f"{adapter_options[0]} belongs to lora and qlora; mode full trains every weight "
-                    "and has no adapter or 4-bit base (4-bit weights can't be trained in full: use --mode qlora)"
+                    "and has no adapter or 4-bit base (4-bit weights can't be trained in full: "
+                    "use --mode qlora)"
                 )
         if self.mode is Mode.LORA and self.kbit_prep:
-            raise ValueError("kbit_prep prepares a 4-bit base, which mode lora does not have: use --mode qlora")
+            raise ValueError(
+                "kbit_prep prepares a 4-bit base, which mode lora does not have: use --mode qlora"
+            )
         if self.autocast and self.dtype is DTypeName.FLOAT16 and self.mode is Mode.FULL:
             raise ValueError(
                 "full fine-tuning under autocast needs fp32 weights: use --dtype float32 --autocast"
@@ -138,13 +141,17 @@ class Recipe(BaseModel):
         # prepare_model_for_kbit_training(use_gradient_checkpointing=True) is PEFT's default
         # (peft/utils/other.py, 0.21); TrainingArguments leaves checkpointing off.
         checkpointing = kbit_prep if self.gradient_checkpointing is None else self.gradient_checkpointing
+        # transformers 5 checkpoints without reentrance when the Trainer is asked to; PEFT's preparation
+        # leaves the choice to torch, whose default is still reentrant (torch/utils/checkpoint.py, 2.13).
+        reentrant = self.use_reentrant
+        if reentrant is None:
+            reentrant = kbit_prep and self.gradient_checkpointing is None
         return self.model_copy(
             update={
                 "lora_alpha": 2.0 * self.r if self.lora_alpha is None else self.lora_alpha,
                 "kbit_prep": kbit_prep,
                 "gradient_checkpointing": checkpointing,
-                # transformers 5 checkpoints without reentrance unless told otherwise.
-                "use_reentrant": bool(self.use_reentrant) if checkpointing else None,
+                "use_reentrant": reentrant if checkpointing else None,
                 "attn": self.attn or Attention.SDPA,
             }
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -36,7 +36,7 @@ class ModelSpec(BaseModel):
     mlp_bias: bool = False
     hidden_act: str = "silu"
     partial_rotary_factor: float = 1.0
-    rope_scaled: bool = False  # cos and sin are scaled by a factor that is not 1 (longrope, yarn)
+    longrope: bool = False  # keeps a second table of frequencies, for long sequences
     attention_dropout: float = 0.0
     resid_dropout: float = 0.0
     use_cache: bool = True
@@ -69,5 +69,3 @@ class ModelSpec(BaseModel):
             if length not in (0, self.num_hidden_layers):
                 raise ValueError(f"{name} has {length} entries for {self.num_hidden_layers} layers")
         return self
-
-

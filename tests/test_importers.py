@@ -101,7 +101,6 @@ def test_shapes_add_up_to_the_published_parameter_count(entry: dict[str, Any]) -
 def transformers_facts(config: dict[str, Any]) -> dict[str, Any]:
     """What transformers' own configuration object and modelling code make of a config.json."""
     transformers = pytest.importorskip("transformers")
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     fields = {
         key: value for key, value in config.items() if key not in ("torch_dtype", "dtype", "model_type")
@@ -118,11 +117,7 @@ def transformers_facts(config: dict[str, Any]) -> dict[str, Any]:
 
     rope = theirs.rope_parameters
     per_kind = [kind for kind in sorted(set(kinds)) if model_type == "gemma3_text"] or [None]
-    scaling = 1.0
-    for kind in per_kind:
-        rope_type = (rope if kind is None else rope[kind])["rope_type"]
-        if rope_type != "default":
-            scaling = max(scaling, ROPE_INIT_FUNCTIONS[rope_type](theirs, layer_type=kind)[1])
+    longrope = any((rope if kind is None else rope[kind])["rope_type"] == "longrope" for kind in per_kind)
 
     facts = {
         "vocab_size": theirs.vocab_size,
@@ -139,7 +134,7 @@ def transformers_facts(config: dict[str, Any]) -> dict[str, Any]:
         "use_cache": theirs.use_cache,
         "sliding_window": window,
         "layer_types": tuple(kinds),
-        "rope_scaled": scaling != 1.0,
+        "longrope": longrope,
         "attention_bias": {"qwen2": True, "mistral": False, "mixtral": False, "phi3": False}.get(
             model_type, getattr(theirs, "attention_bias", None)
         ),
@@ -287,21 +282,20 @@ def test_whatever_both_accept_means_the_same_to_both(architecture: str, changes:
 
 def test_both_spellings_of_rope_are_read() -> None:
     scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
-    assert read({**LLAMA, "rope_scaling": scaling, "rope_theta": 1e6}).rope_scaled
-    assert read({**LLAMA, "rope_parameters": {**scaling, "rope_theta": 1e6}}).rope_scaled
-    assert not read({**LLAMA, "rope_scaling": None}).rope_scaled
+    plain = read({**LLAMA, "rope_scaling": None})
+    assert read({**LLAMA, "rope_scaling": scaling, "rope_theta": 1e6}) == plain
+    assert read({**LLAMA, "rope_parameters": {**scaling, "rope_theta": 1e6}}) == plain
 
 
-def test_phi_3_mini_128k_scales_its_rope_by_root_of_one_and_a_third() -> None:
-    # sqrt(1 + ln(131072/4096)/ln(4096)): type "su" in the first published file, "longrope" since
+def test_both_names_of_longrope_are_read() -> None:
+    # type "su" in Phi-3's first published files, "longrope" since
     for kind in ("su", "longrope"):
         config = family(
             "Phi3ForCausalLM",
             max_position_embeddings=131072,
             rope_scaling={"type": kind, "long_factor": [1.0] * 4, "short_factor": [1.0] * 4},
         )
-        assert read(config).rope_scaled
-    assert math.isclose(math.sqrt(1 + math.log(32) / math.log(4096)), 1.1902380714)
+        assert read(config).longrope
 
 
 def test_gemma_3_with_images_is_read_as_its_language_model() -> None:

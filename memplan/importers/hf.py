@@ -15,7 +15,6 @@ What the specification says where the families differ:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -79,7 +78,7 @@ def spec_from_config(
             f"{shown(name)} has the activation {shown(activation)}, but memplan predicts only "
             f"{', '.join(_ACTIVATIONS)}"
         )
-    partial_rotary_factor, rope_scaled = _rope(fields, family, head_dim)
+    partial_rotary_factor, longrope = _rope(fields, family, head_dim)
     window, layer_types = family.layers(fields, layers)
 
     try:
@@ -104,7 +103,7 @@ def spec_from_config(
             mlp_bias="mlp_bias" in family.defaults and fields.flag("mlp_bias"),
             hidden_act=_ACTIVATIONS[activation],
             partial_rotary_factor=partial_rotary_factor,
-            rope_scaled=rope_scaled,
+            longrope=longrope,
             attention_dropout=fields.probability("attention_dropout"),
             resid_dropout=fields.probability("resid_pdrop") if "resid_pdrop" in family.defaults else 0.0,
             use_cache=fields.flag("use_cache"),
@@ -218,7 +217,7 @@ def _present(fields: Fields, other: str, own: str) -> str:
 
 
 def _rope(fields: Fields, family: Family, head_dim: int) -> tuple[float, bool]:
-    """The part of a head that is rotated, and whether cos and sin are scaled.
+    """The part of a head that is rotated, and whether the rotation is longrope's.
 
     transformers 4 writes ``rope_scaling`` (and its type as ``type``), transformers 5 ``rope_parameters``,
     where Gemma 3 has one entry per kind of layer (``convert_rope_params_to_dict``).
@@ -231,7 +230,7 @@ def _rope(fields: Fields, family: Family, head_dim: int) -> tuple[float, bool]:
         entries = [{**full, **old}, per_kind.nested(SLIDING)]
     else:
         entries = [old or parameters]
-    scalings = [_attention_scaling(fields, family, entry) for entry in entries]
+    kinds = [_rope_kind(fields, family, entry) for entry in entries]
 
     partial = 1.0
     if family.model_type == "phi3":  # the only family whose forward rotates a part of the head
@@ -241,45 +240,28 @@ def _rope(fields: Fields, family: Family, head_dim: int) -> tuple[float, bool]:
     rotated = int(head_dim * partial)
     if rotated < 1 or (rotated == head_dim and head_dim % 2):
         fields.fail(f"head_dim is {head_dim}, but rotary embeddings need an even one")
-    return partial, any(scaling != 1.0 for scaling in scalings)
+    return partial, "longrope" in kinds
 
 
-def _attention_scaling(fields: Fields, family: Family, entry: Mapping[str, Any]) -> float:
-    """What cos and sin are multiplied with (``_compute_{yarn,longrope}_parameters``)."""
+def _rope_kind(fields: Fields, family: Family, entry: Mapping[str, Any]) -> str:
+    """The rope type of an entry, with what it needs checked."""
     kinds = [entry[key] for key in ("rope_type", "type") if entry.get(key) is not None]
     kind = kinds[0] if kinds else "default"
     allowed: tuple[str, ...] = _ROPE_TYPES
     if family.model_type == "phi3":
         kind = "longrope" if kind in ("su", "yarn") else kind
         allowed = ("default", "longrope")
-    if kind not in allowed:
+    if not isinstance(kind, str) or kind not in allowed:
         fields.fail(f"rope_type is {shown(kind)}, but it must be one of {', '.join(allowed)}")
-    if kind not in ("yarn", "longrope"):
-        return 1.0
-
-    positions = fields.size("max_position_embeddings", most=MAX_POSITIONS)
-    rope = fields.inside(entry, {"original_max_position_embeddings": positions})
-    outside = "original_max_position_embeddings"  # where both say, the configuration wins over its rope entry
-    within = fields if outside in fields.config or outside in family.defaults else rope
-    original = within.size("original_max_position_embeddings", least=2, most=MAX_POSITIONS)
-
-    def above_zero(value: float) -> bool:
-        return value > 0
-
-    def optional(key: str) -> float | None:
-        return rope.number(key, "a number above 0", above_zero) if key in rope.config else None
-
-    factor = optional("factor") or positions / original
-    explicit = optional("attention_factor")
-    if explicit is not None:
-        return explicit
-    if kind == "longrope":
-        return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-
-    def mscale(weight: float) -> float:
-        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-    numerator, denominator = optional("mscale"), optional("mscale_all_dim")
-    if numerator and denominator:
-        return mscale(numerator) / mscale(denominator)
-    return mscale(1.0)
+    if kind in ("yarn", "longrope"):
+        positions = fields.size("max_position_embeddings", most=MAX_POSITIONS)
+        rope = fields.inside(entry, {"original_max_position_embeddings": positions})
+        outside = (
+            "original_max_position_embeddings"  # where both say, the configuration wins over its rope entry
+        )
+        within = fields if outside in fields.config or outside in family.defaults else rope
+        within.size("original_max_position_embeddings", least=2, most=MAX_POSITIONS)
+        for key in ("factor", "attention_factor", "mscale", "mscale_all_dim"):
+            if key in rope.config:
+                rope.number(key, "a number above 0", lambda value: value > 0)
+    return kind

@@ -90,9 +90,7 @@ class Dora(Lora):
             base_result = linear(x, weight)
         elif self.base.bias is not None:
             base_result = ops.add(base_result, self.base.bias)
-        return ops.add(
-            ops.mul(ops.shift(ratio, "sub"), base_result), ops.scale(ops.mul(ratio, lora_result))
-        )
+        return ops.add(ops.mul(ops.shift(ratio, "sub"), base_result), ops.scale(ops.mul(ratio, lora_result)))
 
     def _weight_norm(self, weight: Tensor, lora_weight: Tensor) -> Tensor:
         summed = ops.pointwise("add", weight, ops.pointwise("mul", lora_weight))

@@ -114,7 +114,9 @@ def is_sparse(spec: ModelSpec, index: int) -> bool:
 
 def layers(spec: ModelSpec) -> list[tuple[dict[str, Module], int]]:
     """Distinct layer blueprints and how many layers have each."""
-    sparse = sum(is_sparse(spec, index) for index in range(spec.num_hidden_layers)) if spec.sparse_layers else 0
+    sparse = (
+        sum(is_sparse(spec, index) for index in range(spec.num_hidden_layers)) if spec.sparse_layers else 0
+    )
     found = [(layer(spec, False), spec.num_hidden_layers - sparse), (layer(spec, True), sparse)]
     return [(modules, count) for modules, count in found if count]
 

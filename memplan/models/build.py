@@ -51,7 +51,8 @@ class Builder:
         spec = self.spec
         width = int(spec.head_dim * spec.partial_rotary_factor) // 2
         pairs = len(set(spec.layer_types)) if spec.model_type == "gemma3_text" else 1
-        for _ in range(2 * pairs):
+        # longrope makes its second table in the first step and keeps it
+        for _ in range(2 * pairs + spec.longrope):
             self.buffers.append(parameter((width,), float32, "model.rotary_emb", Category.WEIGHTS, False))
 
     def weight(self, shape: tuple[int, ...], name: str, full_name: str | None = None) -> Tensor:
@@ -93,7 +94,9 @@ class Builder:
         recipe = self.recipe
         base: Linear | Linear4bit
         if recipe.mode is Mode.QLORA and not full_name.endswith("lm_head"):
-            base = Linear4bit(name, shapes["weight"], "bias" in shapes, self.dtype, nested=recipe.double_quant)
+            base = Linear4bit(
+                name, shapes["weight"], "bias" in shapes, self.dtype, nested=recipe.double_quant
+            )
         else:
             weight = self.weight(shapes["weight"], name, full_name)
             bias = self.weight(shapes["bias"], name, full_name) if "bias" in shapes else None
@@ -132,7 +135,9 @@ class Builder:
             tape.begin(Phase.SETUP, "layer weights", index)
             prefix = f"model.layers.{index}."
             definition = blueprint.layer(spec, blueprint.is_sparse(spec, index))
-            layers.append({name: self.module(name, module, prefix + name) for name, module in definition.items()})
+            layers.append(
+                {name: self.module(name, module, prefix + name) for name, module in definition.items()}
+            )
             close(index, repeat)
         tape.begin(Phase.SETUP, "weights")
         self.rotary()

@@ -10,7 +10,9 @@ from memplan.shadow.autograd import AccumulateGrad, Frame, Node, attach, require
 from memplan.shadow.tensor import DType, Tensor, no_grad, state
 
 
-def checkpoint(layer: Layer, modules: Modules, hidden: Tensor, context: Context, *, reentrant: bool) -> Tensor:
+def checkpoint(
+    layer: Layer, modules: Modules, hidden: Tensor, context: Context, *, reentrant: bool
+) -> Tensor:
     """Run ``layer`` and keep only its input."""
     if reentrant:
         return _reentrant(layer, modules, hidden, context)

@@ -125,7 +125,14 @@ def _fold_run(tape: Tape, run: list[Segment], played: Played, *, descending: boo
     if descending:
         layer += (played.repeat - 1) * period
     merged = Segment(
-        unit[0].phase, unit[0].name, layer, unit[0].start, unit[-1].stop, played.repeat, marks, -1 if descending else 1
+        unit[0].phase,
+        unit[0].name,
+        layer,
+        unit[0].start,
+        unit[-1].stop,
+        played.repeat,
+        marks,
+        -1 if descending else 1,
     )
     return [*run[:start], merged, *run[start + period :]]
 
@@ -134,6 +141,7 @@ def _shape(tape: Tape, unit: list[Segment]) -> Any:
     events, sizes, categories, operations = tape.events, tape.deltas, tape.categories, tape.operations
     start, stop = unit[0].start, unit[-1].stop
     named = [
-        (operations[event], categories[event]) if event >= 0 else categories[~event] for event in events[start:stop]
+        (operations[event], categories[event]) if event >= 0 else categories[~event]
+        for event in events[start:stop]
     ]
     return [segment.stop - segment.start for segment in unit], sizes[start:stop], named

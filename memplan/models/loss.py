@@ -132,12 +132,10 @@ def _run_tiles(hidden: Tensor, weight: Tensor, dtype: DType, operation: str) -> 
     """The buffer of one tile, and copies of a chunk of tokens and of weights where dtypes differ."""
     tokens = min(hidden.shape[0], _TOKEN_CHUNK)
     tile = empty((tokens, _VOCABULARY_CHUNK), dtype, operation)
-    if hidden.dtype is not dtype:
-        chunk = empty((tokens, hidden.shape[1]), dtype, operation)
+    chunk = None if hidden.dtype is dtype else empty((tokens, hidden.shape[1]), dtype, operation)
     if weight.dtype is not dtype:
         rows = empty((min(_VOCABULARY_CHUNK, weight.shape[0]), weight.shape[1]), dtype, operation)
         del rows
-    chunk = None
     del tile, chunk
 
 

@@ -59,7 +59,12 @@ def _boolean(shape: tuple[int, int], local: bool) -> Tensor:
     """sdpa_mask without vmap: ``and_masks`` of the pattern and the padding, by broadcasting."""
     batch, length = shape
     square = (1, 1, length, length)
-    ranges = [empty((batch,), int64, "arange"), empty((1,), int64, "arange"), _positions(length), _positions(length)]
+    ranges = [
+        empty((batch,), int64, "arange"),
+        empty((1,), int64, "arange"),
+        _positions(length),
+        _positions(length),
+    ]
     result = empty((), bool_, "new_ones")
     pattern = _window(square) if local else empty(square, bool_, "le")
     result = _and(result, pattern, square)

@@ -60,7 +60,14 @@ class Linear4bit:
     __slots__ = ("bias", "compute_dtype", "name", "nested", "quantized", "shape", "state_dtype", "tensors")
 
     def __init__(
-        self, name: str, shape: Shape, bias: bool, compute_dtype: DType, *, nested: bool, blocks: int = NF4_BLOCK
+        self,
+        name: str,
+        shape: Shape,
+        bias: bool,
+        compute_dtype: DType,
+        *,
+        nested: bool,
+        blocks: int = NF4_BLOCK,
     ) -> None:
         self.name, self.shape, self.compute_dtype, self.nested = name, shape, compute_dtype, nested
         self.state_dtype = compute_dtype  # QuantState.dtype: that of the weight it was made from
@@ -96,7 +103,7 @@ class Linear4bit:
 
     def _product(self, x: Tensor) -> Tensor:
         shape = (*x.shape[:-1], self.shape[0])
-        if fused(prod(x.shape[:-1]), *self.shape, x.dtype):
+        if fused(prod(x.shape[:-1]), self.shape[0], self.shape[1], x.dtype):
             return empty(shape, x.dtype, "gemm_4bit")
         scales = self._forward_scales()
         weight = empty(self.shape, x.dtype, "gemm_4bit")

@@ -37,7 +37,11 @@ def _gate_forward(weight: Any, hidden_states: Tensor, spec: ModelSpec) -> tuple[
 
 
 def _experts_forward(
-    weights: dict[str, Any], hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, spec: ModelSpec
+    weights: dict[str, Any],
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    spec: ModelSpec,
 ) -> Tensor:
     """The experts, through their adapters: the outer wrapper is that of ``down_proj``."""
     gate_up, down = weights["gate_up_proj"], weights["down_proj"]

@@ -104,7 +104,9 @@ def clip(groups: list[Group]) -> None:
     for group in groups:
         tape.begin(Phase.OPTIMIZER, "norms", group.layer)
         wanted = [parameter for parameter in group.parameters if _gradient(parameter) is not None]
-        norms.append((group.layer, [Storage(parameter.dtype.itemsize, "_foreach_norm") for parameter in wanted]))
+        norms.append(
+            (group.layer, [Storage(parameter.dtype.itemsize, "_foreach_norm") for parameter in wanted])
+        )
     tape.begin(Phase.OPTIMIZER, "total norm")
     del partial
     stacked = empty((count,), float32, "stack")

@@ -17,7 +17,8 @@ def resolve_recipe(spec: ModelSpec, recipe: Recipe) -> Recipe:
         # transformers refuses SDPA for it: soft-capping has no place in the fused kernels.
         if attn is Attention.SDPA:
             raise RecipeError(
-                "Gemma 2 has no sdpa attention in transformers, for it caps its attention logits; use --attn eager"
+                "Gemma 2 has no sdpa attention in transformers, for it caps its attention logits; "
+                "use --attn eager"
             )
         attn = attn or Attention.EAGER
     resolved = recipe.model_copy(update={"attn": attn}).resolved()
@@ -39,7 +40,9 @@ def _check_experts(spec: ModelSpec, recipe: Recipe) -> None:
                     "(--target-modules attention)"
                 )
     elif not isinstance(recipe.target_modules, str):
-        fused = {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3"} & set(recipe.target_modules)
+        fused = {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3"} & set(
+            recipe.target_modules
+        )
         if fused and not (spec.sparse_layers and not all(spec.sparse_layers)):
             raise RecipeError(
                 f"target_modules {sorted(fused)} name projections that transformers 5 fuses into experts; "

@@ -32,9 +32,8 @@ from memplan.shadow.tensor import (
 from memplan.spec import ModelSpec
 from memplan.tape import Category, Phase, Tape
 
-def write_tape(
-    spec: ModelSpec, recipe: Recipe, *, card: Card | None = None, folded: bool = True
-) -> Tape:
+
+def write_tape(spec: ModelSpec, recipe: Recipe, *, card: Card | None = None, folded: bool = True) -> Tape:
     """Play a step of ``recipe`` (resolved) on ``spec``.
 
     ``card`` is the reference card unless given. ``folded=False`` plays every layer.
@@ -67,12 +66,15 @@ def _play(spec: ModelSpec, recipe: Recipe, card: Card | None, played: Played) ->
     tape.begin(Phase.SETUP, "workspaces")
     tape.module = ""
     # one for each cuBLAS handle, and autograd's thread has its own
-    _workspaces = [empty((state.card.cublas_workspace,), DTYPES["uint8"], "cublas_workspace") for _ in range(2)]
+    _workspaces = [
+        empty((state.card.cublas_workspace,), DTYPES["uint8"], "cublas_workspace") for _ in range(2)
+    ]
     tape.begin(Phase.SETUP, "batch")
     shape = (recipe.batch_size, recipe.seq_len)
     with category(Category.ACTIVATIONS):
         ids, attention_mask, labels = (empty(shape, int64, "batch") for _ in range(3))
-    for _ in range(recipe.gradient_accumulation_steps):
+    # every micro-step after the first finds gradients there, so the second shows what all the others do
+    for _ in range(min(recipe.gradient_accumulation_steps, 2)):
         loss = _forward(model, ids, attention_mask, labels, played.indices)
         if recipe.gradient_accumulation_steps > 1:
             loss = ops.scale(loss, "div")
@@ -152,7 +154,9 @@ def _decoder(model: Model, ids: Tensor, attention_mask: Tensor, played: list[int
         state.scope = index
         kind = masks.layer_type(spec, index)
         cos, sin = rotary[kind if len(rotary) > 1 else next(iter(rotary))]
-        context = Context(spec, recipe.attn or Attention.SDPA, cos, sin, attention_masks[kind], positions, cache)
+        context = Context(
+            spec, recipe.attn or Attention.SDPA, cos, sin, attention_masks[kind], positions, cache
+        )
         if recipe.gradient_checkpointing:
             hidden = checkpoint(layer, modules, hidden, context, reentrant=bool(recipe.use_reentrant))
         else:

@@ -65,6 +65,6 @@ def check(
             raise RecipeError(f"modules_to_save {module!r} matches no module of this model")
         if kinds - {"embedding", "norm", "head"}:
             raise RecipeError(
-                f"modules_to_save {module!r} names a projection inside the layers; adapt it with target_modules, "
-                "and save whole only embed_tokens, lm_head or norms"
+                f"modules_to_save {module!r} names a projection inside the layers; adapt it with "
+                "target_modules, and save whole only embed_tokens, lm_head or norms"
             )

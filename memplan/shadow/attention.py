@@ -18,7 +18,14 @@ _FLASH_MAX_HEAD_DIM = 256
 
 
 def scaled_dot_product_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, causal: bool, gqa: bool, dropout: float = 0.0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    causal: bool,
+    gqa: bool,
+    dropout: float = 0.0,
 ) -> Tensor:
     """``F.scaled_dot_product_attention``; ``mask`` is a bool [B, 1, S, S] or None."""
     if state.autocast is not None:
@@ -46,7 +53,9 @@ def _flash(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     padded = head_dim % 8 != 0
     if padded:
         width = _up(head_dim, 8)
-        query, key, value = (empty((*x.shape[:-1], width), x.dtype, "constant_pad_nd") for x in (query, key, value))
+        query, key, value = (
+            empty((*x.shape[:-1], width), x.dtype, "constant_pad_nd") for x in (query, key, value)
+        )
     saved = None if node is None else [save(query), save(key), save(value)]
     out = ops.pointwise(operation, query)
     logsumexp = empty((batch, heads, length), float32, operation)
@@ -196,7 +205,9 @@ def _efficient_workspace(rows: int, length: int, head_dim: int, half: bool) -> i
 # -- math --------------------------------------------------------------------------------------------
 
 
-def _math(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, causal: bool, gqa: bool) -> Tensor:
+def _math(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, causal: bool, gqa: bool
+) -> Tensor:
     dtype = query.dtype
     if dtype.itemsize == 2:
         query, key, value = (ops.to(x, float32) for x in (query, key, value))

@@ -35,7 +35,8 @@ class Node:
     def __init__(self, backward: Backward, *inputs: Tensor | None) -> None:
         self.backward = backward
         self.edges = [
-            None if tensor is None or tensor.node is None else (tensor.node, tensor.output) for tensor in inputs
+            None if tensor is None or tensor.node is None else (tensor.node, tensor.output)
+            for tensor in inputs
         ]
         self.meta: list[tuple[Shape, DType]] = []
         self.saved: Any = None
@@ -221,9 +222,9 @@ def backward(root: Tensor, grad: Tensor) -> None:
             tape.begin(Phase.BACKWARD, "backward", scope)
         tape.module, state.category = node.module, node.category
         targets = _evaluate(node, dependencies)
-        for target in targets:
+        for consumer in targets:
             ticket += 1
-            heappush(ready, (-target.sequence, ticket, target))
+            heappush(ready, (-consumer.sequence, ticket, consumer))
         del node, targets
     state.scope, tape.module, state.category = outer
     state.grad = grad_mode

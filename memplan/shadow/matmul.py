@@ -38,7 +38,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _linear_backward(node: Node, grad: Tensor) -> Any:
     x, weight = (None if saved is None else unpack(saved) for saved in node.saved)
     x_shape, weight_shape, _ = node.context
-    if grad.strides is not None and view_strides(grad.shape, grad.strides, (prod(grad.shape[:-1]), grad.shape[-1])) is None:
+    if (
+        grad.strides is not None
+        and view_strides(grad.shape, grad.strides, (prod(grad.shape[:-1]), grad.shape[-1])) is None
+    ):
         grad = clone(grad)
     for_weight = for_x = for_bias = None
     # mm's arguments sort as (mat2, self), addmm's as (mat1, mat2, self).
@@ -125,7 +128,9 @@ def baddbmm(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
     node = Node(_baddbmm_backward, x, y, z) if tracked(x, y, z) else None
     saved = (save(y), save(z)) if node is not None else None
     out = empty(x.shape, x.dtype, "baddbmm")
-    copies = [empty(operand.shape, operand.dtype, "baddbmm") for operand in (y, z) if operand.strides is not None]
+    copies = [
+        empty(operand.shape, operand.dtype, "baddbmm") for operand in (y, z) if operand.strides is not None
+    ]
     del copies
     if node is not None:
         node.saved = saved
@@ -146,7 +151,9 @@ def _baddbmm_backward(node: Node, grad: Tensor) -> Any:
 
 def _bmm(shape: tuple[int, ...], *operands: Tensor) -> Tensor:
     out = empty(shape, operands[0].dtype, "bmm")
-    copies = [empty(operand.shape, operand.dtype, "bmm") for operand in operands if operand.strides is not None]
+    copies = [
+        empty(operand.shape, operand.dtype, "bmm") for operand in operands if operand.strides is not None
+    ]
     del copies
     return out
 

@@ -43,7 +43,17 @@ class State:
     """Where operations write, and the modes that change what they do. One per process: plans are
     made one at a time (``memplan.planner`` holds the lock)."""
 
-    __slots__ = ("autocast", "autocast_cache", "card", "category", "frame", "grad", "scope", "sequence", "tape")
+    __slots__ = (
+        "autocast",
+        "autocast_cache",
+        "card",
+        "category",
+        "frame",
+        "grad",
+        "scope",
+        "sequence",
+        "tape",
+    )
 
     def __init__(self, card: Card | None = None) -> None:
         self.card = card or Card()
@@ -84,11 +94,14 @@ class Storage:
 class Tensor:
     """Shape, dtype, storage, strides (None: contiguous) and grad history.
 
-    ``node`` and ``output`` say which autograd node made it, as its how-many-eth output (unset without one). A view keeps
-    its ``base`` alive, as PyTorch's do: that is why the engine does not add into a viewed gradient.
+    ``node`` and ``output`` say which autograd node made it, as its how-many-eth output (unset without
+    one). A view keeps its ``base`` alive, as PyTorch's do: that is why the engine does not add into a
+    viewed gradient.
     """
 
     __slots__ = ("base", "dtype", "node", "output", "shape", "storage", "strides")
+
+    output: int
 
     def __init__(
         self, shape: Shape, dtype: DType, storage: Storage | None, strides: Shape | None = None
@@ -225,7 +238,8 @@ def iterator_strides(shape: Shape, operands: list[Tensor]) -> Shape | None:
         pad = rank - len(operand.shape)
         strides = strides_of(operand)
         columns.append(
-            [0] * pad + [0 if size == 1 else stride for size, stride in zip(operand.shape, strides, strict=True)]
+            [0] * pad
+            + [0 if size == 1 else stride for size, stride in zip(operand.shape, strides, strict=True)]
         )
 
     def order(first: int, second: int) -> int:

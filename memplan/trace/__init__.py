@@ -7,13 +7,17 @@ than CUDA's, :mod:`memplan.trace.standins` does what CUDA does. ``record()`` is 
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from memplan.recipe import Recipe
+from memplan.errors import MemplanError, TraceError
+from memplan.recipe import Loss, Recipe
 from memplan.tape import Category, Phase, Tape
 from memplan.trace import standins
 from memplan.trace.build import build, fake_modules
@@ -33,20 +37,55 @@ def trace(config: dict[str, Any], recipe: Recipe, *, compute_capability: tuple[i
     Raises TraceError if the model or the recipe can't be traced.
     """
     recipe = recipe.resolved()
+    if recipe.loss is not Loss.STANDARD:
+        raise TraceError(
+            f"the loss {recipe.loss.value!r} runs kernels of its own, which a CPU can't trace: use 'standard'"
+        )
     card = Card(compute_capability)
-    with FakeTensorMode(allow_non_fake_inputs=True), fake_modules(), standins.in_force(card):
-        model = build(config, recipe)
-        optimizer = make_optimizer(model, recipe)
-        batch = make_batch(recipe)
-        warm_up(optimizer)
-        recorder = Recorder(Tape(provenance="traced"), standins.OPERATORS, card, standins.ANSWERS)
-        setup(recorder, model, optimizer, batch)
-        recorder.on_module = Segments(recorder)
-        with recorder, recorder.follow(model):
-            train_step(model, optimizer, batch, recipe, recorder)
-        recorder.finish()
+    recorder = Recorder(Tape(provenance="traced"), standins.OPERATORS, card, standins.ANSWERS)
+    with quiet(), standins.in_force(card), FakeTensorMode(allow_non_fake_inputs=True), fake_modules():
+        try:
+            _play(recorder, config, recipe)
+        except MemplanError:
+            raise
+        except Exception as error:  # whatever the libraries raise at a model that they can't run
+            where = f" in {recorder.tape.module}" if recorder.tape.module else ""
+            reason = str(error).strip().partition("\n")[0]
+            raise TraceError(f"can't trace this model{where}: {type(error).__name__}: {reason}") from error
     categorise(recorder)
     return recorder.tape
+
+
+def _play(recorder: Recorder, config: dict[str, Any], recipe: Recipe) -> None:
+    model = build(config, recipe)
+    optimizer = make_optimizer(model, recipe)
+    batch = make_batch(recipe)
+    warm_up(optimizer)
+    setup(recorder, model, optimizer, batch)
+    recorder.on_module = Segments(recorder)
+    # Nothing that a step leaves waits for the garbage collector, which would come at an arbitrary moment.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        with recorder, recorder.follow(model):
+            train_step(model, optimizer, batch, recipe, recorder)
+    finally:
+        if collecting:
+            gc.enable()
+    recorder.finish()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps transformers from advising on a training that nobody runs."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def setup(

@@ -5,14 +5,21 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes
 import torch
 
 from memplan.trace.operators import operator
+
+_disabled = logging.root.manager.disable
+logging.disable(logging.WARNING)  # what it says about CPU kernels is of no interest here
+try:
+    import bitsandbytes
+finally:
+    logging.disable(_disabled)
 
 assert bitsandbytes  # imported because it registers its operators
 bnb = torch.ops.bitsandbytes
