@@ -64,17 +64,18 @@ def all_layers(layers: int) -> Played:
 
 
 def layers_to_play(kinds: list[Any]) -> Played:
-    """Three units of the shortest period in the layers' kinds."""
+    """Three units of the shortest period in the layers' kinds; of a longer period two, if that will do."""
     count = len(kinds)
     for period in range(1, min(_MAX_PERIOD, count) + 1):
         if all(kinds[index] == kinds[index + period] for index in range(count - period)):
-            return Played(count, period, 3)
+            return Played(count, period, 3 if period == 1 else 2)
     return all_layers(count)
 
 
 def fold(tape: Tape, played: Played) -> bool:
     """Replace the repeated unit's segments by one with a repeat count. False if they do not repeat."""
     result: list[Segment] = []
+    apart: list[Segment] = []  # what lies outside the layers
     segments = tape.segments
     position = 0
     wanted = played.indices
@@ -92,6 +93,7 @@ def fold(tape: Tape, played: Played) -> bool:
         layers = [segment.layer for segment in run]
         if first.layer is None:
             result += run
+            apart += run
         elif layers in (wanted, wanted[::-1]):
             folded = _fold_run(tape, run, played, descending=layers != wanted)
             if folded is None:
@@ -99,8 +101,25 @@ def fold(tape: Tape, played: Played) -> bool:
             result += folded
         else:
             return False
+    _release_all(tape, apart, [segment for segment in result if segment.repeat > 1])
     tape.segments = result
     return True
+
+
+def _release_all(tape: Tape, apart: list[Segment], repeated: list[Segment]) -> None:
+    """What a repeated layer leaves behind and something outside the layers releases (autocast's cache of
+    casts, say) is released once for each repetition."""
+    born = {
+        event: segment.repeat
+        for segment in repeated
+        for event in tape.events[segment.start : segment.stop]
+        if event >= 0
+    }
+    for segment in apart:
+        for position in range(segment.start, segment.stop):
+            event = tape.events[position]
+            if event < 0 and ~event in born:
+                tape.deltas[position] *= born[~event]
 
 
 def _fold_run(tape: Tape, run: list[Segment], played: Played, *, descending: bool) -> list[Segment] | None:

@@ -50,10 +50,11 @@ def write_tape(spec: ModelSpec, recipe: Recipe, *, card: Card | None = None, fol
 
 
 def kinds(spec: ModelSpec, recipe: Recipe) -> list[Any]:
-    """What tells layers apart: experts or not, a mask or not."""
+    """What tells layers apart: experts or not, and which mask and rotation they are given."""
     wanted = masks.needed(spec, recipe)
+    by_type = any(wanted.values()) or spec.model_type == "gemma3_text"
     return [
-        (blueprint.is_sparse(spec, index), wanted[masks.layer_type(spec, index)])
+        (blueprint.is_sparse(spec, index), masks.layer_type(spec, index) if by_type else None)
         for index in range(spec.num_hidden_layers)
     ]
 

@@ -126,32 +126,39 @@ def math_attention(
     """``_scaled_dot_product_attention_math``, line by line: called as an operator it would add the mask
     out of place, as it does for every tensor while a dispatch mode is on (``areAnyTensorSubclassLike``)."""
     origin = query.dtype
-    if origin in (torch.float16, torch.bfloat16):
-        query, key, value = query.float(), key.float(), value.float()
+    half = origin in (torch.float16, torch.bfloat16)
+    # The names keep alive what the C++ function's own locals do, until it returns.
+    query_acc, key_acc, value_acc = (t.float() if half else t for t in (query, key, value))
     factor = math.sqrt(scale if scale is not None else query.shape[-1] ** -0.5)
-    query = query * factor
+    scaled = query_acc * factor
     if causal:
         mask = torch.ones((query.shape[-2], key.shape[-2]), dtype=torch.bool).tril()
-        mask = additive(mask, query.dtype)
+        mask = additive(mask, scaled.dtype)
+    key_expanded, value_expanded = key_acc, value_acc
     if enable_gqa and key.shape[-3] != query.shape[-3]:
-        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
-        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
-    scores = torch.matmul(query, key.transpose(-2, -1) * factor)
+        key_expanded = key_acc.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+        value_expanded = value_acc.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+    scores = torch.matmul(scaled, key_expanded.transpose(-2, -1) * factor)
     if mask is not None:
         scores.add_(mask)
     scores = torch._safe_softmax(scores, -1)
     if dropout > 0.0:
         scores = torch.native_dropout(scores, dropout, True)[0]
-    return torch.matmul(scores, value).to(origin)
+    # make_tuple's arguments, which are evaluated last to first: the scores go back to 16 bits, too
+    _attention = scores.to(origin)
+    return torch.matmul(scores, value_expanded).to(origin)
 
 
 @operator(aten._safe_softmax.default)
 def safe_softmax(recorder: Any, scores: Any, dim: int, dtype: Any = None) -> Any:
-    """attention.cpp ``_safe_softmax``: rows that are all -inf become zeros."""
+    """attention.cpp ``_safe_softmax``: rows that are all -inf become zeros, in the output's own storage
+    (``where_out``; so in 2.13, as its CPU build shows)."""
     out = torch.softmax(scores, dim, dtype=dtype)
     masked = torch.isneginf(scores)
     masked_rows = masked.all(dim, keepdim=True)
-    return torch.where(masked_rows, 0.0, out)
+    _zero = torch.empty((), dtype=out.dtype)
+    del masked_rows
+    return out
 
 
 # -- flash ---------------------------------------------------------------------------------------------

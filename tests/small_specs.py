@@ -1,0 +1,58 @@
+"""Small models of every family, with true proportions; the number of layers is the caller's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from memplan.importers.hf import spec_from_config
+from memplan.spec import ModelSpec
+
+_BASE = {
+    "vocab_size": 999,
+    "hidden_size": 256,
+    "intermediate_size": 640,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+}
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
+    "llama-tied": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": True},
+    "mistral": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 100},
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 64},
+    "gemma2": {
+        "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "head_dim": 64, "sliding_window": 100,
+        "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "query_pre_attn_scalar": 64,
+        "hidden_activation": "gelu_pytorch_tanh",
+    },
+    "gemma3": {
+        "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "head_dim": 64,
+        "sliding_window": 100, "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 64,
+    },
+    "phi3": {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "sliding_window": 100},
+    "olmo2": {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2", "num_key_value_heads": 8},
+    "mixtral": {
+        "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 4,
+        "num_experts_per_tok": 2, "intermediate_size": 512,
+    },
+    "qwen3_moe": {
+        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "head_dim": 64, "num_experts": 8,
+        "num_experts_per_tok": 4, "moe_intermediate_size": 128, "norm_topk_prob": True,
+    },
+}  # fmt: skip
+
+
+def config(family: str, layers: int) -> dict[str, Any]:
+    """A config.json of the family."""
+    return {**_BASE, **CONFIGS[family], "num_hidden_layers": layers}
+
+
+def _maker(family: str) -> Callable[[int], ModelSpec]:
+    return lambda layers: spec_from_config(config(family, layers), family)
+
+
+SPECS = {family: _maker(family) for family in CONFIGS}

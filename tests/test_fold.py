@@ -1,0 +1,81 @@
+"""Folding changes nothing: a tape of three played layers replays like one of all of them."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memplan.models.fold import Played, layers_to_play
+from memplan.models.parameters import resolve_recipe
+from memplan.models.step import write_tape
+from memplan.recipe import make_recipe
+from memplan.spec import ModelSpec
+from memplan.tape import replay, static_bytes
+from small_specs import SPECS
+
+OPTIONS = {
+    "mode": ["full", "lora", "qlora"],
+    "gradient_checkpointing": [True, False, None],
+    "seq_len": [1, 7, 130],
+    "batch_size": [1, 2],
+    "optimizer": ["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adafactor", "sgd"],
+    "attn": [None, "eager"],
+    "loss": ["standard", "chunked", "liger"],
+    "dtype": ["bfloat16", "float32"],
+    "autocast": [True, False],
+    "gradient_accumulation_steps": [1, 2],
+    "max_grad_norm": [0.0, 1.0],
+}
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    st.sampled_from(sorted(SPECS)),
+    st.integers(1, 23),
+    st.fixed_dictionaries({name: st.sampled_from(values) for name, values in OPTIONS.items()}),
+    st.booleans(),
+)
+def test_folded_and_unfolded_agree_to_the_byte(
+    family: str, layers: int, options: dict[str, object], reentrant: bool
+) -> None:
+    spec = SPECS[family](layers)
+    if options["gradient_checkpointing"]:
+        options["use_reentrant"] = reentrant
+    recipe = resolve_recipe(spec, make_recipe(**options))
+    folded, unfolded = write_tape(spec, recipe), write_tape(spec, recipe, folded=False)
+    assert replay(folded) == replay(unfolded)
+    assert static_bytes(folded) == static_bytes(unfolded)
+
+
+@pytest.mark.parametrize("family", sorted(SPECS))
+def test_long_models_are_folded_at_all(family: str) -> None:
+    spec = SPECS[family](36)
+    recipe = resolve_recipe(spec, make_recipe(seq_len=130))
+    assert len(write_tape(spec, recipe).events) < 0.7 * len(write_tape(spec, recipe, folded=False).events)
+
+
+def test_a_period_is_played_as_one_unit() -> None:
+    played = layers_to_play(["local"] * 5 + ["global"] + ["local"] * 5 + ["global"] + ["local"] * 5)
+    assert (played.layers, played.period) == (17, 6)
+    assert played.complete  # two units and a rest: nothing to fold
+
+
+@given(st.integers(1, 200), st.integers(1, 8), st.integers(3, 6))
+def test_every_layer_is_played_or_stood_for_once(layers: int, period: int, units: int) -> None:
+    played = Played(layers, period, units)
+    assert sum(repeat for _, repeat in played.repeats) == layers
+    assert played.indices == sorted(set(played.indices))
+
+
+def test_layers_that_differ_are_all_played() -> None:
+    kinds = [index * index for index in range(11)]
+    assert layers_to_play(kinds).indices == list(range(11))
+
+
+def test_the_number_of_layers_is_charged(spec: ModelSpec = SPECS["llama"](40)) -> None:
+    recipe = resolve_recipe(spec, make_recipe(mode="lora"))
+    shorter = spec.model_copy(update={"num_hidden_layers": 39, "layer_types": ()})
+    assert (
+        replay(write_tape(spec, recipe)).allocated_bytes > replay(write_tape(shorter, recipe)).allocated_bytes
+    )
