@@ -139,8 +139,11 @@ class Recipe(BaseModel):
         """The same recipe with every None replaced by what the stack does (docs/recipe.md)."""
         kbit_prep = self.mode is Mode.QLORA if self.kbit_prep is None else self.kbit_prep
         # prepare_model_for_kbit_training(use_gradient_checkpointing=True) is PEFT's default
-        # (peft/utils/other.py, 0.21); TrainingArguments leaves checkpointing off.
-        checkpointing = kbit_prep if self.gradient_checkpointing is None else self.gradient_checkpointing
+        # (peft/utils/other.py, 0.21), so QLoRA checkpoints, with the upcasts or without them;
+        # TrainingArguments leaves checkpointing off.
+        checkpointing = self.gradient_checkpointing
+        if checkpointing is None:
+            checkpointing = self.mode is Mode.QLORA
         # transformers 5 checkpoints without reentrance when the Trainer is asked to; PEFT's preparation
         # leaves the choice to torch, whose default is still reentrant (torch/utils/checkpoint.py, 2.13).
         reentrant = self.use_reentrant

@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_specs import SPECS
 
 from memplan.models.fold import Played, layers_to_play
 from memplan.models.parameters import resolve_recipe
 from memplan.models.step import write_tape
 from memplan.recipe import make_recipe
-from memplan.spec import ModelSpec
 from memplan.tape import replay, static_bytes
-from small_specs import SPECS
 
 OPTIONS = {
     "mode": ["full", "lora", "qlora"],
@@ -73,7 +72,8 @@ def test_layers_that_differ_are_all_played() -> None:
     assert layers_to_play(kinds).indices == list(range(11))
 
 
-def test_the_number_of_layers_is_charged(spec: ModelSpec = SPECS["llama"](40)) -> None:
+def test_the_number_of_layers_is_charged() -> None:
+    spec = SPECS["llama"](40)
     recipe = resolve_recipe(spec, make_recipe(mode="lora"))
     shorter = spec.model_copy(update={"num_hidden_layers": 39, "layer_types": ()})
     assert (

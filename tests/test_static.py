@@ -83,16 +83,13 @@ def test_without_double_quantisation_a_scale_is_four_bytes(model: str) -> None:
 
 def test_foreach_adamw_peaks_at_ten_bytes_a_parameter() -> None:
     # fms-acceleration's A100 runs of Mistral-7B: 72.43 GB at batch 4 and at 8 alike
+    options = {"optimizer": "adamw_torch", "gradient_checkpointing": True, "attn": "flash_attention_2"}
     peaks = {
         batch: plan(
-            "mistral-7b-v0.1",
-            make_recipe(
-                mode="full", optimizer="adamw_torch", gradient_checkpointing=True, batch_size=batch, seq_len=4096,
-                attn="flash_attention_2",
-            ),
+            "mistral-7b-v0.1", make_recipe(mode="full", batch_size=batch, seq_len=4096, **options)
         ).peak
         for batch in (4, 8)
-    }  # fmt: skip
+    }
     count = 7_241_732_096
     for peak in peaks.values():
         assert peak.phase == "optimizer"

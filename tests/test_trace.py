@@ -278,6 +278,39 @@ def test_flash_attention_saves_a_log_sum_exp_a_row() -> None:
     assert forward[:4] == [rows * 32 * 2, rows * 4, 512, 512]
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_math_kernel_is_what_pytorch_composes(causal: bool) -> None:
+    # attention.py writes _scaled_dot_product_attention_math out, because it adds its mask out of place while
+    # a mode is on: on a CPU the two allocate the same, in the same order.
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from memplan.trace.attention import math_attention
+    from memplan.trace.standins import OPERATORS
+
+    q, k, v = (torch.randn(2, heads, 64, 32, requires_grad=True) for heads in (8, 2, 2))
+
+    def composed() -> None:
+        with sdpa_kernel(SDPBackend.MATH):
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+        out.backward(torch.ones_like(out))
+
+    composed()
+    q.grad = k.grad = v.grad = None
+    truth = allocations(composed)
+    q.grad = k.grad = v.grad = None
+    with record(OPERATORS) as recorder:
+        for tensor in (q, k, v):
+            recorder.born(tensor, "before")
+        start = len(recorder.tape.events)
+        recorder.begin(Phase.FORWARD, "forward")
+        out = math_attention(q, k, v, None, 0.0, causal, None, True)
+        recorder.begin(Phase.BACKWARD, "backward")
+        out.backward(torch.ones_like(out))
+        del out
+    births = [delta for delta in large(recorder.tape.deltas[start:]) if delta > 0]
+    assert births == [delta for delta in large(truth) if delta > 0]
+
+
 def test_fp32_grouped_queries_fall_to_the_math_kernel() -> None:
     # what prepare_model_for_kbit_training brings on a model with grouped queries unless autocast is on
     def operations(**options: Any) -> set[str]:
@@ -286,6 +319,19 @@ def test_fp32_grouped_queries_fall_to_the_math_kernel() -> None:
     assert "aten::_safe_softmax" in operations()
     assert "aten::_safe_softmax" not in operations(autocast=True)
     assert "aten::_safe_softmax" not in operations(kbit_prep=False)
+
+
+def test_small_flash_attention_splits_its_keys() -> None:
+    from memplan.trace.attention import num_splits
+
+    assert num_splits(8 * 32, 216, 4, 128) == 1  # 8 heads of 2,048 rows fill an A100
+    assert num_splits(8 * 2, 216, 16, 128) > 1
+
+
+def test_hopper_takes_cudnn() -> None:
+    tape = trace(LLAMA, recipe(mode="lora"), compute_capability=(9, 0))
+    assert "aten::_scaled_dot_product_cudnn_attention" in tape.operations
+    assert "aten::_scaled_dot_product_flash_attention" not in tape.operations
 
 
 def test_checkpointing_keeps_one_residual_a_layer() -> None:

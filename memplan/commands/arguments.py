@@ -130,7 +130,7 @@ def _add_step(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--gradient-checkpointing",
         action=argparse.BooleanOptionalAction,
-        help="keep each layer's input only and recompute the rest (default: on with --kbit-prep, else off)",
+        help="keep each layer's input only and recompute the rest (default: on for qlora, else off)",
     )
     group.add_argument(
         "--use-reentrant",

@@ -9,6 +9,7 @@ more are played, at last all of them. ``tests/test_fold.py`` plays all of them a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from memplan.tape import Segment, Tape
@@ -63,19 +64,19 @@ def all_layers(layers: int) -> Played:
     return Played(layers, 1, layers)
 
 
-def layers_to_play(kinds: list[Any]) -> Played:
-    """Three units of the shortest period in the layers' kinds; of a longer period two, if that will do."""
+def layers_to_play(kinds: list[Any], *, first_is_like_others: bool = False) -> Played:
+    """Three units of the shortest period in the layers' kinds. Two will do where the first layer's backward
+    is like the others', which is so when every weight is trained; a longer period is worth the attempt."""
     count = len(kinds)
     for period in range(1, min(_MAX_PERIOD, count) + 1):
         if all(kinds[index] == kinds[index + period] for index in range(count - period)):
-            return Played(count, period, 3 if period == 1 else 2)
+            return Played(count, period, 2 if period > 1 and first_is_like_others else 3)
     return all_layers(count)
 
 
 def fold(tape: Tape, played: Played) -> bool:
     """Replace the repeated unit's segments by one with a repeat count. False if they do not repeat."""
     result: list[Segment] = []
-    apart: list[Segment] = []  # what lies outside the layers
     segments = tape.segments
     position = 0
     wanted = played.indices
@@ -93,7 +94,6 @@ def fold(tape: Tape, played: Played) -> bool:
         layers = [segment.layer for segment in run]
         if first.layer is None:
             result += run
-            apart += run
         elif layers in (wanted, wanted[::-1]):
             folded = _fold_run(tape, run, played, descending=layers != wanted)
             if folded is None:
@@ -101,25 +101,36 @@ def fold(tape: Tape, played: Played) -> bool:
             result += folded
         else:
             return False
-    _release_all(tape, apart, [segment for segment in result if segment.repeat > 1])
+    if not _release_all(tape, result):
+        return False
     tape.segments = result
     return True
 
 
-def _release_all(tape: Tape, apart: list[Segment], repeated: list[Segment]) -> None:
+def _release_all(tape: Tape, segments: list[Segment]) -> bool:
     """What a repeated layer leaves behind and something outside the layers releases (autocast's cache of
-    casts, say) is released once for each repetition."""
+    casts, say) is released once for each repetition.
+
+    False where that can't be told: right after a repeated layer, its last repetition's leavings go too.
+    """
     born = {
-        event: segment.repeat
-        for segment in repeated
+        event: segment
+        for segment in segments
+        if segment.repeat > 1
         for event in tape.events[segment.start : segment.stop]
         if event >= 0
     }
-    for segment in apart:
+    for before, segment in pairwise(segments):
+        if segment.layer is not None:
+            continue
         for position in range(segment.start, segment.stop):
             event = tape.events[position]
-            if event < 0 and ~event in born:
-                tape.deltas[position] *= born[~event]
+            home = born.get(~event) if event < 0 else None
+            if home is not None:
+                if home is before:
+                    return False
+                tape.deltas[position] *= home.repeat
+    return True
 
 
 def _fold_run(tape: Tape, run: list[Segment], played: Played, *, descending: bool) -> list[Segment] | None:

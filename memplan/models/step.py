@@ -16,7 +16,7 @@ from memplan.models.checkpoint import checkpoint
 from memplan.models.decoder import FAMILIES, Context
 from memplan.models.fold import Played
 from memplan.models.loss import causal_lm_loss, chunked_loss, liger_loss
-from memplan.recipe import Attention, DTypeName, Loss, Recipe
+from memplan.recipe import Attention, DTypeName, Loss, Mode, Recipe
 from memplan.shadow import autograd, ops
 from memplan.shadow.tensor import (
     DTYPES,
@@ -39,7 +39,9 @@ def write_tape(spec: ModelSpec, recipe: Recipe, *, card: Card | None = None, fol
     ``card`` is the reference card unless given. ``folded=False`` plays every layer.
     Raises RecipeError if the recipe does not suit the model.
     """
-    played = fold.layers_to_play(kinds(spec, recipe)) if folded else fold.all_layers(spec.num_hidden_layers)
+    played = fold.all_layers(spec.num_hidden_layers)
+    if folded:
+        played = fold.layers_to_play(kinds(spec, recipe), first_is_like_others=recipe.mode is Mode.FULL)
     while True:
         tape = _play(spec, recipe, card, played)
         if played.complete:

@@ -368,7 +368,7 @@ def cudnn_forward(
     **__: Any,
 ) -> tuple[Any, ...]:
     """attention.cu ``_cudnn_attention_forward``: output in the query's layout, fp32 log-sum-exp, two seeds.
-    cuDNN's own workspace is not known here."""
+    What workspace cuDNN asks for in forward is not known here."""
     batch, heads, length, _ = query.shape
     seed = torch.empty((), dtype=torch.int64)
     offset = torch.empty((), dtype=torch.int64)
@@ -381,5 +381,14 @@ def cudnn_forward(
 def cudnn_backward(
     recorder: Any, grad_out: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any
 ) -> tuple[Any, Any, Any]:
-    """attention_backward.cu ``_cudnn_attention_backward``; cuDNN's own workspace is not known here."""
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    """attention_backward.cu ``_cudnn_attention_backward``, and the workspace that cudnn_frontend asks for
+    (node/scaled_dot_product_flash_attention.h ``CompositeSDPABackwardNode``): a fp32 accumulator of dq and
+    fp32 row sums. What grouped queries need (dk and dv of every query head, virtual there) is an estimate.
+    """
+    batch, heads, length, head_dim = query.shape
+    dq, dk, dv = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    nbytes = 4 * batch * heads * length * (head_dim + 1)
+    if key.shape[1] != heads:
+        nbytes += 2 * query.dtype.itemsize * batch * heads * key.shape[2] * head_dim
+    _workspace = workspace(nbytes)
+    return dq, dk, dv
