@@ -15,11 +15,11 @@ with warnings.catch_warnings():
         pytest.importorskip(package)
     from memplan.trace import trace
 
+from memplan.card import Card
 from memplan.errors import TraceError
 from memplan.recipe import Recipe
 from memplan.tape import Category, Phase, Tape, replay, static_bytes
 from memplan.trace.build import build
-from memplan.trace.card import Card
 from memplan.trace.optimizers import make_optimizer
 from memplan.trace.recorder import record
 from memplan.trace.step import make_batch, train_step
@@ -263,8 +263,7 @@ def test_training_rows_dequantise_the_whole_weight() -> None:
     gate = [
         tape.sizes[index]
         for index, module in enumerate(tape.modules)
-        if module == "model.layers.0.mlp.gate_proj.base_layer"
-        and tape.operations[index] == "bitsandbytes::gemm_4bit"
+        if module == "model.layers.0.mlp.gate_proj.base_layer" and tape.operations[index] == "gemm_4bit"
     ]
     scales = 4096 * 14336 // 64 * 4
     assert gate[:4] == [scales, scales, 4096 * 14336 * 2, 2 * 1024 * 14336 * 2]
@@ -272,7 +271,7 @@ def test_training_rows_dequantise_the_whole_weight() -> None:
 
 def test_flash_attention_saves_a_log_sum_exp_a_row() -> None:
     tape = trace(LLAMA, recipe(mode="lora", seq_len=1024))
-    operation = "aten::_scaled_dot_product_flash_attention"
+    operation = "_scaled_dot_product_flash_attention"
     forward = [tape.sizes[i] for i, name in enumerate(tape.operations) if name == operation]
     rows = 2 * 8 * 1024
     assert forward[:4] == [rows * 32 * 2, rows * 4, 512, 512]
@@ -316,9 +315,9 @@ def test_fp32_grouped_queries_fall_to_the_math_kernel() -> None:
     def operations(**options: Any) -> set[str]:
         return set(trace(LLAMA, recipe(mode="qlora", **options)).operations)
 
-    assert "aten::_safe_softmax" in operations()
-    assert "aten::_safe_softmax" not in operations(autocast=True)
-    assert "aten::_safe_softmax" not in operations(kbit_prep=False)
+    assert "_safe_softmax" in operations()
+    assert "_safe_softmax" not in operations(autocast=True)
+    assert "_safe_softmax" not in operations(kbit_prep=False)
 
 
 def test_small_flash_attention_splits_its_keys() -> None:
@@ -330,8 +329,8 @@ def test_small_flash_attention_splits_its_keys() -> None:
 
 def test_hopper_takes_cudnn() -> None:
     tape = trace(LLAMA, recipe(mode="lora"), compute_capability=(9, 0))
-    assert "aten::_scaled_dot_product_cudnn_attention" in tape.operations
-    assert "aten::_scaled_dot_product_flash_attention" not in tape.operations
+    assert "_scaled_dot_product_cudnn_attention" in tape.operations
+    assert "_scaled_dot_product_flash_attention" not in tape.operations
 
 
 def test_checkpointing_keeps_one_residual_a_layer() -> None:

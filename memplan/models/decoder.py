@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 from memplan.models.moe import sparse_mlp
 from memplan.recipe import Attention
 from memplan.shadow import ops
-from memplan.shadow.attention import scaled_dot_product_attention
+from memplan.shadow.attention import flash_attention, scaled_dot_product_attention
 from memplan.shadow.matmul import matmul
-from memplan.shadow.tensor import Tensor, float32, state
+from memplan.shadow.tensor import DType, Tensor, bool_, empty, float32, int64, state
 from memplan.spec import ModelSpec
 
 Modules = dict[str, Any]
@@ -26,10 +26,12 @@ class Context(NamedTuple):
 
     spec: ModelSpec
     attn: Attention
+    dtype: DType  # the load dtype
     cos_BSD: Tensor
     sin_BSD: Tensor
     mask: Tensor | None
     position_ids: Tensor  # not read, but kept alive: a checkpoint's closure holds all arguments
+    sliding: bool
     cache: list[Tensor] | None  # keys and values that a DynamicCache keeps, or None without a cache
 
 
@@ -76,6 +78,13 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, 
     groups = q.shape[1] // k.shape[1]
     if context.attn is Attention.EAGER:
         return _eager(q, k, v, groups, context)
+    if context.attn is Attention.FLASH:
+        # flash-attn knows grouped queries and windows itself; it computes in 16 bits
+        # (transformers/modeling_flash_attention_utils.py, get_target_dtype)
+        if q.dtype is float32:
+            q, k, v = (ops.to(x, state.autocast or context.dtype) for x in (q, k, v))
+        _is_packed_sequence(context.position_ids, q.shape[0])
+        return ops.contiguous(ops.transpose(flash_attention(q, k, v, package=True), 1, 2)), None
     gqa = False
     if groups > 1:
         # use_gqa_in_sdpa: no mask, and a head size that the fused kernels support
@@ -85,6 +94,23 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, 
     causal = context.mask is None and q.shape[2] > 1
     out = scaled_dot_product_attention(q, k, v, context.mask, causal=causal, gqa=gqa)
     return ops.contiguous(ops.transpose(out, 1, 2)), None
+
+
+def _is_packed_sequence(position_ids: Tensor, batch: int) -> None:
+    """What looking for packed sequences costs for a moment (modeling_flash_attention_utils.py)."""
+    if batch != 1 or position_ids.shape[0] == 1:
+        return
+    expected = empty(position_ids.shape, int64, "arange")
+    least = empty((), int64, "min")
+    expected = empty(position_ids.shape, int64, "add")
+    del least
+    difference = empty(position_ids.shape, int64, "sub")
+    distance = empty(position_ids.shape, int64, "abs")
+    del difference
+    total = empty((), int64, "sum")
+    del distance
+    answer = empty((), bool_, "_to_copy")
+    del total, expected, answer
 
 
 def _repeat_kv(x: Tensor, groups: int) -> Tensor:
@@ -168,13 +194,23 @@ def _attention(m: Modules, x: Tensor, context: Context, project: Projection) -> 
     q, k, v = project(m, x, context.spec)
     state.tape.module = "self_attn"
     q, k = _rotary(q, k, context)
-    if context.cache is not None:
-        k, v = ops.copy_into_cache(k, k.dtype), ops.copy_into_cache(v, k.dtype)
-        context.cache.extend((k, v))
+    k, v = _cached(k, v, context)
     out, weights = _attend(q, k, v, context)
     out = ops.view(out, (*out.shape[:2], out.shape[2] * out.shape[3]))
     out = m["self_attn.o_proj"](out)
     return out, weights
+
+
+def _cached(k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+    """``past_key_values.update``: copies, where there is a cache."""
+    if context.cache is None:
+        return k, v
+    if context.sliding:
+        # DynamicSlidingWindowLayer moves its window, a number, to the card
+        context.cache.append(empty((), int64, "_to_copy"))
+    cached = ops.copy_into_cache(k, k.dtype), ops.copy_into_cache(v, k.dtype)
+    context.cache.extend(cached)
+    return cached
 
 
 def _phi3_attention(m: Modules, x: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
@@ -189,9 +225,7 @@ def _phi3_attention(m: Modules, x: Tensor, context: Context) -> tuple[Tensor, Te
     q, k, v = _heads(q, spec.head_dim), _heads(k, spec.head_dim), _heads(v, spec.head_dim)
     state.tape.module = "self_attn"
     q, k = _rotary(q, k, context)
-    if context.cache is not None:
-        k, v = ops.copy_into_cache(k, k.dtype), ops.copy_into_cache(v, k.dtype)
-        context.cache.extend((k, v))
+    k, v = _cached(k, v, context)
     out, weights = _attend(q, k, v, context)
     out = ops.view(out, (*out.shape[:2], out.shape[2] * out.shape[3]))
     out = m["self_attn.o_proj"](out)

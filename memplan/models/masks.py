@@ -41,7 +41,9 @@ def make(spec: ModelSpec, recipe: Recipe, shape: tuple[int, int], dtype: DType) 
             masks[kind] = _eager(shape, dtype, local)
         else:
             bites = local and wanted
-            if not bites:
+            if recipe.attn is Attention.FLASH:
+                _every_one()
+            elif not bites:
                 _all_ones()
             masks[kind] = _boolean(shape, local) if wanted else None
         del padding
@@ -53,6 +55,12 @@ def _all_ones() -> None:
     total = empty((), int64, "sum")
     equal = empty((), bool_, "eq")
     del total, equal
+
+
+def _every_one() -> None:
+    """flash_attention_mask: ``attention_mask.all()``."""
+    every = empty((), bool_, "all")
+    del every
 
 
 def _boolean(shape: tuple[int, int], local: bool) -> Tensor:

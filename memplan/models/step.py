@@ -54,11 +54,18 @@ def write_tape(spec: ModelSpec, recipe: Recipe, *, card: Card | None = None, fol
 def kinds(spec: ModelSpec, recipe: Recipe) -> list[Any]:
     """What tells layers apart: experts or not, and which mask and rotation they are given."""
     wanted = masks.needed(spec, recipe)
-    by_type = any(wanted.values()) or spec.model_type == "gemma3_text"
+    caches = uses_cache(spec, recipe) and "sliding_attention" in spec.layer_types
+    by_type = any(wanted.values()) or caches or spec.model_type == "gemma3_text"
     return [
         (blueprint.is_sparse(spec, index), masks.layer_type(spec, index) if by_type else None)
         for index in range(spec.num_hidden_layers)
     ]
+
+
+def uses_cache(spec: ModelSpec, recipe: Recipe) -> bool:
+    """Whether training fills a cache of keys and values: a Trainer leaves ``use_cache`` as the config says;
+    checkpointing and TRL's trainer turn it off."""
+    return spec.use_cache and not recipe.gradient_checkpointing and recipe.loss is not Loss.CHUNKED
 
 
 def _play(spec: ModelSpec, recipe: Recipe, card: Card | None, played: Played) -> Tape:
@@ -142,9 +149,7 @@ def _decoder(model: Model, ids: Tensor, attention_mask: Tensor, played: list[int
     spec, recipe, tape = model.spec, model.recipe, state.tape
     embeds = model.embedding(ids)
     tape.module = "model"
-    # a Trainer leaves use_cache as the config says; checkpointing and TRL's trainer turn it off
-    caches = spec.use_cache and not recipe.gradient_checkpointing and recipe.loss is not Loss.CHUNKED
-    cache: list[Tensor] | None = [] if caches else None
+    cache: list[Tensor] | None = [] if uses_cache(spec, recipe) else None
     positions = _positions(recipe.seq_len)
     attention_masks = masks.make(spec, recipe, attention_mask.shape, embeds.dtype)  # type: ignore[arg-type]
     hidden = embeds
@@ -158,7 +163,15 @@ def _decoder(model: Model, ids: Tensor, attention_mask: Tensor, played: list[int
         kind = masks.layer_type(spec, index)
         cos, sin = rotary[kind if len(rotary) > 1 else next(iter(rotary))]
         context = Context(
-            spec, recipe.attn or Attention.SDPA, cos, sin, attention_masks[kind], positions, cache
+            spec,
+            recipe.attn or Attention.SDPA,
+            DTYPES[recipe.dtype.value],
+            cos,
+            sin,
+            attention_masks[kind],
+            positions,
+            kind == "sliding_attention",
+            cache,
         )
         if recipe.gradient_checkpointing:
             hidden = checkpoint(layer, modules, hidden, context, reentrant=bool(recipe.use_reentrant))

@@ -32,7 +32,7 @@ def scaled_dot_product_attention(
         value, key, query = (ops.to(x, state.autocast) for x in (value, key, query))
     head_dim = query.shape[-1]
     if mask is None and query.dtype.itemsize == 2 and head_dim <= _FLASH_MAX_HEAD_DIM:
-        return _flash(query, key, value)
+        return flash_attention(query, key, value)
     # The memory-efficient kernel wants 16-byte aligned rows and as many key heads as query heads.
     if head_dim % (16 // query.dtype.itemsize) == 0 and not (gqa and query.shape[1] != key.shape[1]):
         return _efficient(query, key, value, mask)
@@ -46,7 +46,9 @@ def _up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def _flash(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def flash_attention(query: Tensor, key: Tensor, value: Tensor, *, package: bool = False) -> Tensor:
+    """FlashAttention-2 on 16-bit inputs: PyTorch's copy of it, or the flash-attn ``package``, which does
+    without a second tensor of random state."""
     batch, heads, length, head_dim = query.shape
     operation = "_scaled_dot_product_flash_attention"
     node = Node(_flash_backward, query, key, value) if ops.tracked(query, key, value) else None
@@ -68,12 +70,12 @@ def _flash(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             empty((*shape, _rounded_head(head_dim)), float32, operation),
         )
     seed = empty((2,), int64, operation)
-    offset = empty((), int64, operation)
-    del accumulators
+    random = [seed] if package else [seed, empty((), int64, operation)]
+    del accumulators, seed
     if padded:
         out = Tensor((batch, heads, length, head_dim), out.dtype, out.storage, strides_of(out))
     if node is not None and saved is not None:
-        saved += [save_output(out), save_output(logsumexp), save_output(seed), save_output(offset)]
+        saved += [save_output(out), save_output(logsumexp), *map(save_output, random)]
         node.saved = saved
         attach(node, out)
     return out
@@ -105,7 +107,7 @@ def _splits(rows: int, length: int, head_dim: int) -> int:
 
 def _flash_backward(node: Node, grad: Tensor) -> Any:
     operation = "_scaled_dot_product_flash_attention_backward"
-    query, key, value, out, logsumexp, seed, offset = (unpack(saved) for saved in node.saved)
+    query, key, value, *rest = [unpack(saved) for saved in node.saved]
     grad = ops.contiguous(ops.transpose(grad, 1, 2))  # [B, S, H, D]
     batch, heads, length, head_dim = query.shape
     for_query = ops.pointwise(operation, query)
@@ -161,10 +163,10 @@ def _efficient_backward(node: Node, grad: Tensor) -> Any:
     half = query.dtype is not float32
     if not half:
         # (grad_out * out).sum(-1), made contiguous; 16-bit kernels compute it themselves
-        product = empty(grad.shape, float32, "mul")
-        summed = empty((batch, length, heads), float32, "sum")
+        product = empty(grad.shape, float32, operation)
+        summed = empty((batch, length, heads), float32, operation)
         del product
-    delta = empty((batch, heads, length), float32, operation if half else "clone")
+    delta = empty((batch, heads, length), float32, operation)
     if not half:
         del summed
     nbytes = _efficient_workspace(batch * heads, length, head_dim, half)
@@ -208,38 +210,36 @@ def _efficient_workspace(rows: int, length: int, head_dim: int, half: bool) -> i
 def _math(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, causal: bool, gqa: bool
 ) -> Tensor:
+    """_scaled_dot_product_attention_math. Names live to the end of the function, as its C++ locals do."""
     dtype = query.dtype
-    if dtype.itemsize == 2:
-        query, key, value = (ops.to(x, float32) for x in (query, key, value))
-    scaled = ops.scale(query)
-    del query
-    length, keys = scaled.shape[-2], key.shape[-2]
+    half = dtype.itemsize == 2
+    query_acc, key_acc, value_acc = (ops.to(x, float32) if half else x for x in (query, key, value))
+    scaled = ops.scale(query_acc)
     bias = None
     if causal:
-        allowed = empty((length, keys), bool_, "ones")
-        lower = empty((length, keys), bool_, "tril")
-        del allowed
-        bias = _additive(lower, float32)
-        del lower
+        bias = _causal_bias(scaled.shape[-2], key.shape[-2])
     elif mask is not None:
         bias = _additive(mask, float32)
+    key_expanded, value_expanded = key_acc, value_acc
     if gqa:
-        groups = scaled.shape[1] // key.shape[1]
-        key, value = _repeat_heads(key, groups), _repeat_heads(value, groups)
-    transposed = ops.scale(ops.transpose(key, -2, -1))
-    scores = matmul(scaled, transposed)
-    del transposed
+        groups = query.shape[1] // key.shape[1]
+        key_expanded, value_expanded = _repeat_heads(key_acc, groups), _repeat_heads(value_acc, groups)
+    scores = matmul(scaled, ops.scale(ops.transpose(key_expanded, -2, -1)))
     if bias is not None:
-        # attn.add_(mask): in place
-        if scores.node is not None:
-            node = Node(ops._pass_backward, scores)
-            scores = scores.detach()
-            attach(node, scores)
-            del node
-    weights = _safe_softmax(scores)
-    del scores
-    out = matmul(weights, value)
-    return ops.to(out, dtype)
+        scores = ops.add_(scores)
+    scores = _safe_softmax(scores)
+    # The second result, the weights, is made first: arguments are evaluated from the last.
+    weights = ops.to(scores, dtype)
+    out = ops.to(matmul(scores, value_expanded), dtype)
+    del weights
+    return out
+
+
+def _causal_bias(length: int, keys: int) -> Tensor:
+    ones = empty((length, keys), bool_, "ones")
+    lower = empty((length, keys), bool_, "tril")
+    del ones
+    return _additive(lower, float32)
 
 
 def _additive(mask: Tensor, dtype: DType) -> Tensor:
@@ -258,13 +258,14 @@ def _repeat_heads(x: Tensor, groups: int) -> Tensor:
 
 
 def _safe_softmax(x: Tensor) -> Tensor:
-    """at::_safe_softmax: softmax, then rows that are all -inf become zero."""
+    """at::_safe_softmax: softmax, then rows that are all -inf become zero, in the result's own storage."""
+    operation = "_safe_softmax"
     node = Node(ops._softmax_backward, x) if ops.tracked(x) else None
-    soft = empty(x.shape, x.dtype, "_safe_softmax")
-    masked = empty(x.shape, bool_, "_safe_softmax")
-    rows = empty((*x.shape[:-1], 1), bool_, "_safe_softmax")
-    out = empty(x.shape, x.dtype, "_safe_softmax")
-    del soft, masked, rows
+    out = empty(x.shape, x.dtype, operation)
+    masked = empty(x.shape, bool_, operation)
+    rows = empty((*x.shape[:-1], 1), bool_, operation)
+    zero = empty((), x.dtype, operation)
+    del masked, rows, zero
     if node is not None:
         node.context = x.dtype
         node.saved = save_output(out)

@@ -6,7 +6,7 @@ from math import prod
 from typing import Any
 
 from memplan.shadow.autograd import AccumulateGrad, Node, attach, save, unpack
-from memplan.shadow.ops import clone, pointwise, to, tracked
+from memplan.shadow.ops import clone, pointwise, to, tracked, view
 from memplan.shadow.tensor import Tensor, empty, float32, state, view_strides
 
 
@@ -69,6 +69,7 @@ def matmul(x: Tensor, y: Tensor) -> Tensor:
         x = autocast(x)
     x, y = _batched(x), _batched(y)
     shape = (*x.shape[:-1], y.shape[-1])
+    flat = (prod(x.shape[:-2]), x.shape[-2], y.shape[-1])
     if tracked(x, y):
         node = Node(_matmul_backward, x, y)
         node.saved = (
@@ -76,10 +77,11 @@ def matmul(x: Tensor, y: Tensor) -> Tensor:
             None if x.node is None else save(y),
         )
         node.context = x.shape, y.shape
-        out = empty(shape, x.dtype, "bmm")
+        out = empty(flat, x.dtype, "bmm")
         attach(node, out)
-        return out
-    return empty(shape, x.dtype, "bmm")
+    else:
+        out = empty(flat, x.dtype, "bmm")
+    return view(out, shape)
 
 
 def _batched(x: Tensor) -> Tensor:
@@ -91,7 +93,6 @@ def _batched(x: Tensor) -> Tensor:
 def _matmul_backward(node: Node, grad: Tensor) -> Any:
     x, y = (None if saved is None else unpack(saved) for saved in node.saved)
     x_shape, y_shape = node.context
-    grad = _batched(grad)
     for_y = for_x = None
     if x is not None:
         for_y = _viewed(empty(y_shape, grad.dtype, "bmm"))
@@ -102,15 +103,20 @@ def _matmul_backward(node: Node, grad: Tensor) -> Any:
 
 def mm(x: Tensor, y: Tensor) -> Tensor:
     """``x @ y`` of two matrices."""
-    out = empty((x.shape[0], y.shape[1]), x.dtype, "mm")
-    if tracked(x, y):
-        node = Node(_mm_backward, x, y)
-        node.saved = (
-            None if y.node is None else save(x),
-            None if x.node is None else save(y),
-        )
-        node.context = x.shape, y.shape
-        attach(node, out)
+    if state.autocast is not None:
+        y = autocast(y)
+        x = autocast(x)
+    shape = x.shape[0], y.shape[1]
+    if not tracked(x, y):
+        return empty(shape, x.dtype, "mm")
+    node = Node(_mm_backward, x, y)
+    node.saved = (
+        None if y.node is None else save(x),
+        None if x.node is None else save(y),
+    )
+    node.context = x.shape, y.shape
+    out = empty(shape, x.dtype, "mm")
+    attach(node, out)
     return out
 
 

@@ -108,6 +108,16 @@ def _add_backward(node: Node, grad: Tensor) -> Any:
     return grad if for_x else None, grad if for_y else None
 
 
+def add_(x: Tensor) -> Tensor:
+    """``x.add_(constant)``: the same storage with one more step of history."""
+    if not tracked(x):
+        return x
+    node = Node(_pass_backward, x)
+    out = x.detach()
+    attach(node, out)
+    return out
+
+
 def mul(x: Tensor, y: Tensor) -> Tensor:
     """``x * y``."""
     if tracked(x, y):

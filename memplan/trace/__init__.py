@@ -16,12 +16,12 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from memplan.card import Card
 from memplan.errors import MemplanError, TraceError
 from memplan.recipe import Loss, Recipe
 from memplan.tape import Category, Phase, Tape
 from memplan.trace import standins
 from memplan.trace.build import build, fake_modules
-from memplan.trace.card import Card
 from memplan.trace.categories import categorise
 from memplan.trace.layers import Segments
 from memplan.trace.optimizers import make_optimizer, on_card, warm_up
@@ -124,4 +124,4 @@ def setup(
         recorder.reserve(recorder.card.cublas_workspace, "cublas_workspace", Category.TEMPORARIES)
     recorder.begin(Phase.SETUP, "inputs")
     for name, tensor in batch.items():
-        recorder.born(tensor, name, Category.TEMPORARIES)
+        recorder.born(tensor, name, Category.ACTIVATIONS)

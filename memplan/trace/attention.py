@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from memplan.trace.card import Card
+from memplan.card import Card
 from memplan.trace.operators import operator, up, workspace
 
 aten = torch.ops.aten
@@ -58,9 +58,10 @@ def sdpa_for(card: Card) -> Callable[..., Any]:
         if torch.is_autocast_enabled("cpu"):
             # it is in autocast's lower-precision list (ATen/autocast_mode.h, 2.13)
             dtype = torch.get_autocast_dtype("cpu")
-            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+            # in the order in which the compiler evaluates the wrapper's arguments: from the last
             if attn_mask is not None and attn_mask.is_floating_point():
                 attn_mask = attn_mask.to(dtype)
+            value, key, query = value.to(dtype), key.to(dtype), query.to(dtype)
         with torch.autocast("cpu", enabled=False):
             return _sdpa(card, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
@@ -308,7 +309,9 @@ def efficient_backward_workspace(
     """kernel_backward.h ``workspace_size`` of the kernel that cutlassB.h's list gives on sm80 and later."""
     rows, columns = 64, 64
     in_registers = False
-    large = card.shared_memory > 102_400  # 128-row kernels of 16-bit types want more than sm86 and sm89 have
+    # Whether the 128-row kernels' shared memory fits: taken to on sm80 and sm90, not on sm86 and sm89, whose
+    # blocks have 99 KiB (the kernels' own sizes are known to the CUDA compiler only).
+    large = card.shared_memory > 102_400
     if half:
         if head_dim <= 64:
             in_registers = True

@@ -179,7 +179,17 @@ def prepare(model: nn.Module, recipe: Recipe) -> nn.Module:
                     model.enable_input_require_grads()
         if recipe.mode is not Mode.FULL:
             model = with_adapters(model, recipe)
+    after_first_step(model)
     return model
+
+
+def after_first_step(model: nn.Module) -> None:
+    """Linear4bit.forward rewrites its bias in the compute dtype once (bitsandbytes 0.50 nn/modules.py)."""
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit) and module.bias is not None:
+            module.bias.data = module.bias.data.to(module.compute_dtype)
 
 
 def with_adapters(model: nn.Module, recipe: Recipe) -> nn.Module:

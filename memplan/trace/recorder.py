@@ -2,8 +2,8 @@
 
 A ``TorchDispatchMode`` sees each operator below autograd, so every output whose storage is new is a birth.
 A weak reference to the storage tells its death: PyTorch keeps a storage's Python object alive for exactly
-as long as the storage itself (torch/csrc/StorageMethods and PyObjectSlot, torch 2.13), views and saved
-tensors included. It works under ``FakeTensorMode`` and around real tensors alike.
+as long as the storage itself, views and saved tensors included (so in torch 2.13; tests/test_trace.py
+compares with what its allocator does). It works under ``FakeTensorMode`` and around real tensors alike.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import graph as autograd_graph
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from memplan.card import Card
 from memplan.errors import TraceError
 from memplan.tape import Category, Phase, Tape
-from memplan.trace.card import Card
 
 StandIn = Callable[..., Any]
 
@@ -38,7 +38,7 @@ _IN_PLACE_FORMULAS = {
     torch.ops.aten.scatter.src: torch.ops.aten.scatter_.src,
     torch.ops.aten.scatter_add.default: torch.ops.aten.scatter_add_.default,
 }
-_LIFT = torch.ops.aten.lift_fresh.default  # what torch.tensor(number) ends in: in optimizers, on the host
+_LIFT = torch.ops.aten.lift_fresh.default  # what torch.tensor(number) ends in: a tensor on the host
 _ENGINE_FRAME = autograd_graph._engine_run_backward.__code__
 
 
@@ -59,6 +59,11 @@ class Moment(NamedTuple):
     phase: Phase
     recomputing: bool
     after_head: bool
+
+
+def plain_operation(name: str) -> str:
+    """``aten::mm`` is known as ``mm``."""
+    return name.rpartition("::")[2]
 
 
 class Recorder(TorchDispatchMode):
@@ -185,12 +190,12 @@ class Recorder(TorchDispatchMode):
         if standin is not None:
             return self._stand_in(standin, func, args, kwargs)
         out = func(*args, **kwargs)
-        if not self.paused and not (func is _LIFT and self.phase is Phase.OPTIMIZER):
-            self._note(out, self._operation or func._schema.name)
+        if not self.paused and func is not _LIFT:
+            self._note(out, self._operation or plain_operation(func._schema.name))
         return out
 
     def _stand_in(self, standin: StandIn, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with self.named(func._schema.name), self:
+        with self.named(plain_operation(func._schema.name)), self:
             return standin(self, *args, **kwargs)
 
     def _note(self, out: Any, operation: str) -> None:

@@ -13,13 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 from unittest import mock
 
 import torch
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from memplan.card import Card
 from memplan.trace import attention, kernels, quantization
 from memplan.trace.autocast import cuda_rules
-from memplan.trace.card import Card
 from memplan.trace.operators import OPERATORS
 from memplan.trace.optimizers import fake_safe
 
@@ -32,12 +34,20 @@ ANSWERS = {
     "_ignore_causal_mask_sdpa": True,  # transformers 5 masking_utils.py
     "flash_attention_mask": True,
     "_is_packed_sequence": False,  # modeling_flash_attention_utils.py
+    "_flash_attention_forward": False,  # which asks whether it is
 }
 
 
 def not_compiling(_tensor: object = None) -> bool:
     """transformers' ``is_tracing``."""
     return False
+
+
+def initialise_sliding_cache(layer: DynamicSlidingWindowLayer, key_states: Any, value_states: Any) -> None:
+    """``DynamicSlidingWindowLayer.lazy_initialization`` (transformers 5 cache_utils.py): the window, a number
+    made on the host, is moved to the card."""
+    super(DynamicSlidingWindowLayer, layer).lazy_initialization(key_states, value_states)
+    layer._sliding_window_tensor = torch.ops.aten._to_copy.default(layer._sliding_window_tensor)
 
 
 @contextmanager
@@ -52,6 +62,7 @@ def in_force(card: Card) -> Iterator[None]:
             (torch.nn.functional, "dropout", kernels.dropout),
             # fake tensors would make transformers believe that it is being compiled, and make masks
             (masking_utils, "is_tracing", not_compiling),
+            (DynamicSlidingWindowLayer, "lazy_initialization", initialise_sliding_cache),
             (flash_utils, "lazy_import_flash_attention", attention.flash_attn_package),
         ):
             stack.enter_context(mock.patch.object(owner, name, replacement))

@@ -67,6 +67,7 @@ def train_step(
             loss = loss / recipe.gradient_accumulation_steps
         at(Phase.BACKWARD, "head")
         loss.backward()
+        loss = loss.detach()  # what Trainer.training_step returns; the graph goes with its frame
         if recorder is not None:
             recorder.gradients(parameters)
     at(Phase.OPTIMIZER, "clip")
