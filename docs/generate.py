@@ -1,4 +1,4 @@
-"""Writes the docs that are made from code: docs/cli.md and docs/plan.schema.json.
+"""Writes the docs that are made from code: docs/cli.md, docs/claims.md and docs/plan.schema.json.
 
 Run it after a change of options or of the plan's records; tests/test_docs.py fails while they are behind.
 """
@@ -7,8 +7,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from importlib import import_module
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import claims
 
 from memplan.cli import COMMANDS, HELP
 from memplan.commands.arguments import Parser
@@ -40,7 +45,7 @@ def plan_schema() -> str:
     return json.dumps(Plan.model_json_schema(mode="serialization"), indent=2) + "\n"
 
 
-PAGES = {"cli.md": command_line, "plan.schema.json": plan_schema}
+PAGES = {"cli.md": command_line, "claims.md": claims.page, "plan.schema.json": plan_schema}
 
 
 def _command(parser: Parser) -> str:

@@ -165,6 +165,14 @@ def make_recipe(**options: Any) -> Recipe:
 
     Raises RecipeError with one sentence, or UnknownName for an optimizer that does not exist.
     """
+    mode = options.get("mode", Mode.QLORA)
+    for option in ("quant_type", "double_quant"):
+        if option in options and mode in (Mode.FULL, Mode.LORA):
+            raise RecipeError(
+                f"{option} belongs to 4-bit weights, which mode {Mode(mode).value} does not have"
+                + (" (4-bit weights can't be trained in full)" if mode == Mode.FULL else "")
+                + ": use --mode qlora"
+            )
     if isinstance(options.get("optimizer"), str):
         name = options["optimizer"]
         options["optimizer"] = name = OPTIMIZER_ALIASES.get(name, name)
