@@ -33,9 +33,10 @@ def gb(count: int) -> str:
 
 def seventy() -> str:
     """The lesson's table for a 70B."""
+    fp32 = {"dtype": "float32", "gradient_checkpointing": True}
     rows = [
         ("full", "1.4 TB", "bf16 weights, AdamW (defaults)", {}),
-        ("full", "1.4 TB", "fp32 weights, AdamW, checkpointing", {"dtype": "float32", "gradient_checkpointing": True}),
+        ("full", "1.4 TB", "fp32 weights, AdamW, checkpointing", fp32),
         ("lora", "160 GB", "defaults: no checkpointing", {}),
         ("lora", "160 GB", "with checkpointing", {"gradient_checkpointing": True}),
         ("qlora", "48 GB", "defaults: PEFT's preparation with its fp32 upcasts", {}),
@@ -59,8 +60,8 @@ def categories() -> str:
     sizes = result.peak.by_category
     beyond = sizes.quantization_state + sizes.gradients + sizes.logits_and_loss + sizes.temporaries
     return (
-        f"In the default QLoRA plan of Llama 3.1 8B, {gib(beyond)} of {gib(result.peak.allocated_bytes)} are "
-        "quantisation state, gradients, logits and loss, and temporaries."
+        f"In the default QLoRA plan of Llama 3.1 8B, {gib(beyond)} of {gib(result.peak.allocated_bytes)}\n"
+        "are quantisation state, gradients, logits and loss, and temporaries."
     )
 
 
