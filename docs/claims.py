@@ -122,21 +122,21 @@ def page() -> str:
     return f"""\
 # Popular claims, held against the plan
 
-Made by `python docs/generate.py`; every number below is *predicted* by memplan for one sequence of 2,048 tokens
-unless stated, and none is measured. Defaults are in [recipe.md](recipe.md).
+Made by `python docs/generate.py`; every number below is *predicted* by memplan for one sequence of 2,048
+tokens unless stated, and none is measured. Defaults are in [recipe.md](recipe.md).
 
 ## "A 70B takes 1.4 TB in full, 160 GB with LoRA, 48 GB with QLoRA"
 
 {seventy()}
 
-- **Full: no.** 1.4 TB is 20 bytes a parameter. Training in bf16 with fused AdamW takes 8 (weights 2, gradients
-  2, two states of 2), with fp32 weights 16. 20 need fp32 master weights beside bf16 ones and more, which the
-  Trainer does not keep on one GPU.
+- **Full: no.** 1.4 TB is 20 bytes a parameter. Training in bf16 with fused AdamW takes 8 (weights 2,
+  gradients 2, two states of 2), with fp32 weights 16. 20 need fp32 master weights beside bf16 ones and more,
+  which the Trainer does not keep on one GPU.
 - **LoRA: only with checkpointing**, and then it is less. Without it activations add
   {gib(planned("llama-70b", "lora").summary.activations)}, for one sequence.
-- **QLoRA: if.** It fits 48 GB without the fp32 upcasts of `prepare_model_for_kbit_training`, and does not with
-  them: they double embeddings and output layer, make the residual stream fp32, and send grouped-query attention
-  to the kernel that writes its scores.
+- **QLoRA: if.** It fits 48 GB without the fp32 upcasts of `prepare_model_for_kbit_training`, and does not
+  with them: they double embeddings and output layer, make the residual stream fp32, and send grouped-query
+  attention to the kernel that writes its scores.
 
 ## "Memory is weights, LoRA parameters, optimizer state and activations"
 
@@ -149,7 +149,8 @@ unless stated, and none is measured. Defaults are in [recipe.md](recipe.md).
 
 {optimizer_states()}
 
-With LoRA the parameters are fp32 (PEFT's rule), so it is 8 bytes a parameter; in full bf16 fine-tuning it is 4.
+With LoRA the parameters are fp32 (PEFT's rule), so it is 8 bytes a parameter; in full bf16 fine-tuning it
+is 4.
 
 ## "all-linear has 4 to 7 times the parameters of q,v"
 

@@ -72,6 +72,18 @@ def test_layers_that_differ_are_all_played() -> None:
     assert layers_to_play(kinds).indices == list(range(11))
 
 
+@pytest.mark.parametrize(
+    "targets",
+    [r".*layers\.[0-3]\..*q_proj", r".*layers\.\d*[13579]\..*(q|v)_proj", ("layers.7.mlp.up_proj",)],
+)
+def test_targets_may_tell_layers_apart(targets: str | tuple[str, ...]) -> None:
+    spec = SPECS["llama"](24)
+    recipe = resolve_recipe(spec, make_recipe(mode="qlora", target_modules=targets))
+    folded, unfolded = write_tape(spec, recipe), write_tape(spec, recipe, folded=False)
+    assert replay(folded) == replay(unfolded)
+    assert static_bytes(folded) == static_bytes(unfolded)
+
+
 def test_the_number_of_layers_is_charged() -> None:
     spec = SPECS["llama"](40)
     recipe = resolve_recipe(spec, make_recipe(mode="lora"))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 
 from memplan.errors import RecipeError
 from memplan.models import blueprint, targets
-from memplan.recipe import Attention, Mode, Recipe
+from memplan.recipe import TARGET_PRESETS, Attention, Mode, Recipe
 from memplan.spec import ModelSpec
 
 
@@ -86,6 +87,23 @@ def _names(spec: ModelSpec) -> dict[str, str]:
     inside = blueprint.layer(spec, bool(spec.num_experts))
     names = {name: module.kind for name, module in {**blueprint.outside(spec), **inside}.items()}
     return {**names, "lm_head": "head"}
+
+
+def adapted_by_layer(spec: ModelSpec, recipe: Recipe) -> list[frozenset[str]] | None:
+    """The adapted modules of each layer, where the targets can tell layers apart (a pattern, a number)."""
+    wanted = recipe.target_modules
+    names = (wanted,) if isinstance(wanted, str) else wanted
+    if recipe.mode is Mode.FULL or wanted in TARGET_PRESETS or not any(map(_DIGIT_OR_PATTERN.search, names)):
+        return None
+    layers: list[set[str]] = [set() for _ in range(spec.num_hidden_layers)]
+    for name in _adapted(spec, recipe):
+        if name.startswith("model.layers."):
+            index, _, module = name.removeprefix("model.layers.").partition(".")
+            layers[int(index)].add(module)
+    return [frozenset(names) for names in layers]
+
+
+_DIGIT_OR_PATTERN = re.compile(r"\d|[^\w.]")
 
 
 def count(spec: ModelSpec, recipe: Recipe) -> tuple[int, int, int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from memplan.card import Card
-from memplan.models import blueprint, fold, masks, optimizers
+from memplan.models import blueprint, fold, masks, optimizers, parameters
 from memplan.models.build import Builder, Model
 from memplan.models.checkpoint import checkpoint
 from memplan.models.decoder import FAMILIES, Context
@@ -52,12 +52,17 @@ def write_tape(spec: ModelSpec, recipe: Recipe, *, card: Card | None = None, fol
 
 
 def kinds(spec: ModelSpec, recipe: Recipe) -> list[Any]:
-    """What tells layers apart: experts or not, and which mask and rotation they are given."""
+    """What tells layers apart: experts or not, which mask and rotation they are given, what is adapted."""
     wanted = masks.needed(spec, recipe)
     caches = uses_cache(spec, recipe) and "sliding_attention" in spec.layer_types
     by_type = any(wanted.values()) or caches or spec.model_type == "gemma3_text"
+    adapted = parameters.adapted_by_layer(spec, recipe)
     return [
-        (blueprint.is_sparse(spec, index), masks.layer_type(spec, index) if by_type else None)
+        (
+            blueprint.is_sparse(spec, index),
+            masks.layer_type(spec, index) if by_type else None,
+            adapted[index] if adapted else None,
+        )
         for index in range(spec.num_hidden_layers)
     ]
 
