@@ -14,7 +14,7 @@ from importlib import import_module
 from memplan import __version__
 from memplan.errors import MemplanError, UnknownName
 
-COMMANDS = ("plan", "fit", "compare", "models", "gpus", "completion")
+COMMANDS = ("plan", "fit", "compare", "trace", "diff", "models", "gpus", "completion")
 
 STATUS_BAD_QUESTION = 2
 STATUS_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
@@ -33,6 +33,8 @@ Commands:
   plan MODEL          memory of one training step; the same as memplan MODEL
   fit MODEL --gpu G   exit status 0: fits on G; 1: does not fit; 2: bad question
   compare MODEL       the modes full, lora and qlora side by side
+  trace MODEL         the same by running the libraries' code (memplan[verify])
+  diff A B            where two plans or traces differ; exit status 0: nowhere
   models [FILTER]     the models that have an alias
   gpus [FILTER]       the cards that --gpu knows
   completion SHELL    completion script for bash, zsh or fish

@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from memplan.fit import Fit, judge
+from memplan.gpu import Gpu
 from memplan.recipe import Recipe
 from memplan.spec import ModelSpec
 from memplan.tape import Category, Peak, Point, Tape, replay, static_bytes, timeline
@@ -95,6 +96,8 @@ class Plan(_Record):
     peak: PeakInfo
     summary: Summary
     fits: tuple[Fit, ...] = Field(default=())
+    # the versions of the libraries that ran, unless predicted
+    libraries: dict[str, str] = Field(default_factory=dict)
 
     _tape: Tape | None = PrivateAttr(default=None)
 
@@ -116,26 +119,52 @@ def plan(
     ``gpus`` are names of cards to judge (default: a representative set).
     Raises MemplanError (UnknownName, SpecError, RecipeError, UnsupportedArchitecture).
     """
-    from memplan import __version__
-    from memplan.gpu import DEFAULT_GPUS, find_gpu
     from memplan.models import parameters
     from memplan.models.step import write_tape
     from memplan.resolve import resolve
 
-    cards = [find_gpu(name) for name in (DEFAULT_GPUS if gpus is None else gpus)]
+    cards = judged(gpus)
     found = resolve(model)
     spec = found.spec
     resolved = parameters.resolve_recipe(spec, recipe or Recipe())
     with _one_at_a_time, _without_cycle_collector():
         tape = write_tape(spec, resolved)
+    base, adapters, trainable = parameters.count(spec, resolved)
+    return plan_from_tape(
+        tape,
+        ModelInfo(name=spec.name, hub_id=spec.hub_id, architecture=spec.architecture, note=found.note),
+        ParameterCounts(total=base + adapters, trainable=trainable),
+        resolved,
+        cards,
+    )
+
+
+def judged(gpus: Iterable[str] | None) -> list[Gpu]:
+    """The cards of these names, or the representative set."""
+    from memplan.gpu import DEFAULT_GPUS, find_gpu
+
+    return [find_gpu(name) for name in (DEFAULT_GPUS if gpus is None else gpus)]
+
+
+def plan_from_tape(
+    tape: Tape,
+    model: ModelInfo,
+    parameters: ParameterCounts,
+    recipe: Recipe,
+    cards: Iterable[Gpu],
+    libraries: dict[str, str] | None = None,
+) -> Plan:
+    """What a tape says, whoever wrote it. ``recipe`` is resolved."""
+    from memplan import __version__
+
     peak = replay(tape)
     static = static_bytes(tape)
-    base, adapters, trainable = parameters.count(spec, resolved)
     result = Plan(
         memplan_version=__version__,
-        model=ModelInfo(name=spec.name, hub_id=spec.hub_id, architecture=spec.architecture, note=found.note),
-        parameters=ParameterCounts(total=base + adapters, trainable=trainable),
-        recipe=resolved,
+        provenance=tape.provenance,
+        model=model,
+        parameters=parameters,
+        recipe=recipe,
         static_bytes=StaticBytes(
             weights=static[Category.WEIGHTS],
             quantization_state=static[Category.QUANTIZATION_STATE],
@@ -145,9 +174,21 @@ def plan(
         peak=_peak_info(peak),
         summary=_summary(peak.by_category),
         fits=tuple(judge(card, peak.allocated_bytes, sum(static.values())) for card in cards),
+        libraries=libraries or {},
     )
     result._tape = tape
     return result
+
+
+def predicted_tape(model: str | Path | ModelSpec, recipe: Recipe | None = None) -> Tape:
+    """The tape of :func:`plan` with every layer played, for comparing it with others."""
+    from memplan.models import parameters
+    from memplan.models.step import write_tape
+    from memplan.resolve import resolve
+
+    spec = resolve(model).spec
+    with _one_at_a_time, _without_cycle_collector():
+        return write_tape(spec, parameters.resolve_recipe(spec, recipe or Recipe()), folded=False)
 
 
 # The shadow records into one place, as eager PyTorch does on one stream.

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,18 @@ class ResolvedModel:
 
 
 @dataclass(frozen=True, slots=True)
+class ResolvedConfig:
+    """A model's configuration as it was found, for readers other than memplan's own. ``hub_id`` and ``note``
+    as in the plan; ``registered`` is its number in ``data/model_specs.json``."""
+
+    config: dict[str, Any]
+    name: str
+    hub_id: str | None = None
+    note: str | None = None
+    registered: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class RegistryEntry:
     """A model that has a name of its own here (``data/model_specs.json``)."""
 
@@ -53,6 +65,47 @@ def resolve(model: str | Path | ModelSpec) -> ResolvedModel:
     """
     if isinstance(model, ModelSpec):
         return ResolvedModel(model)
+    found = _find(model)
+    if found.registered is not None:
+        spec = _registered(found.registered)
+        if found.hub_id != spec.hub_id:
+            spec = spec.model_copy(update={"hub_id": found.hub_id})
+        return ResolvedModel(spec, found.note)
+    spec = spec_from_config(found.config, found.name, found.hub_id)
+    return ResolvedModel(spec, found.note or _language_model_note(found))
+
+
+def resolve_config(model: str | Path) -> ResolvedConfig:
+    """Find a model's configuration, of whatever architecture, by path, alias or Hub id.
+
+    Of a checkpoint with images that memplan plans as its language model, it is the language model's.
+    Raises UnknownName or SpecError.
+    """
+    found = _find(model)
+    config = found.config
+    if not isinstance(config, dict):
+        raise SpecError(
+            f"the configuration of {shown(found.name)} is {shown(config)}, but it must be a JSON object"
+        )
+    if _plain_names(config) and has_vision_tower(config) and isinstance(config.get("text_config"), dict):
+        tied = {key: config[key] for key in ("tie_word_embeddings",) if config.get(key) is not None}
+        note = found.note or _language_model_note(found)
+        return replace(found, config={**tied, **config["text_config"]}, note=note)
+    return found
+
+
+def _plain_names(config: dict[str, Any]) -> bool:
+    """Whether ``architectures`` can be looked into."""
+    return isinstance(config.get("architectures") or [], list)
+
+
+def _language_model_note(found: ResolvedConfig) -> str | None:
+    if not has_vision_tower(found.config):
+        return None
+    return f"{found.name} is planned as its language model; its vision tower is not counted"
+
+
+def _find(model: str | Path) -> ResolvedConfig:
     text = str(model)
     if not text.strip():
         raise SpecError(
@@ -128,14 +181,19 @@ def _registered(number: int) -> ModelSpec:
     return spec_from_config(entry["config"], entry["alias"], entry["hub_id"], entry["parameters"])
 
 
-def _from_registry(text: str) -> ResolvedModel | None:
+def _from_registry(text: str) -> ResolvedConfig | None:
     number = _index().get(text.lower())
     if number is not None:
-        return ResolvedModel(_registered(number), _note(text.lower(), _entries()[number]))
+        return _entry(number, note=_note(text.lower(), _entries()[number]))
     for number, entry in enumerate(_entries()):
         if entry["hub_id"].lower() == text.lower():
-            return ResolvedModel(_registered(number))
+            return _entry(number)
     return None
+
+
+def _entry(number: int, hub_id: str | None = None, note: str | None = None) -> ResolvedConfig:
+    entry = _entries()[number]
+    return ResolvedConfig(entry["config"], entry["alias"], hub_id or entry["hub_id"], note, number)
 
 
 def _note(name: str, entry: dict[str, Any]) -> str | None:
@@ -158,17 +216,14 @@ def _note(name: str, entry: dict[str, Any]) -> str | None:
     return note
 
 
-def _from_sibling(text: str) -> ResolvedModel | None:
+def _from_sibling(text: str) -> ResolvedConfig | None:
     """A Hub id whose last part is an alias of the same organisation's: a variant of the same shapes."""
     organisation, _, last = text.lower().partition("/")
     number = _index().get(last)
     if number is None or _entries()[number]["hub_id"].lower().partition("/")[0] != organisation:
         return None
-    entry = _entries()[number]
-    return ResolvedModel(
-        _registered(number).model_copy(update={"hub_id": text}),
-        f"{text} is planned with the configuration of {entry['hub_id']}",
-    )
+    planned = _entries()[number]["hub_id"]
+    return _entry(number, text, f"{text} is planned with the configuration of {planned}")
 
 
 # -- the Hub and its cache -------------------------------------------------------------------------------
@@ -181,7 +236,7 @@ def _hub_cache() -> Path:
     return _expanded(os.path.expandvars(cache))
 
 
-def _from_cache(text: str) -> ResolvedModel | None:
+def _from_cache(text: str) -> ResolvedConfig | None:
     if not _HUB_ID.fullmatch(text):
         return None
     folder = _hub_cache() / f"models--{text.replace('/', '--')}"
@@ -193,7 +248,7 @@ def _from_cache(text: str) -> ResolvedModel | None:
     return _from_file(config, hub_id=text) if _kind(config) == "file" else None
 
 
-def _from_hub(hub_id: str) -> ResolvedModel:
+def _from_hub(hub_id: str) -> ResolvedConfig:
     instead = "or give the path of its config.json"
     for switch in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         if os.environ.get(switch, "").upper() in ("1", "ON", "YES", "TRUE"):
@@ -265,19 +320,13 @@ def _no_config_in(folder: Path) -> str:
     )
 
 
-def _from_file(path: Path, hub_id: str | None = None) -> ResolvedModel:
+def _from_file(path: Path, hub_id: str | None = None) -> ResolvedConfig:
     config = _read(path)
     hub_id = hub_id or _hub_id_of_snapshot(path)
     absolute = Path(os.path.abspath(path))  # noqa: PTH100 – Path.resolve would follow the cache's links
     name = hub_id or (absolute.parent.name if path.name == "config.json" else path.stem) or path.name
     name = name.encode(errors="replace").decode()  # a file's name need not be text
-    spec = spec_from_config(config, name, hub_id)
-    return ResolvedModel(
-        spec,
-        f"{name} is planned as its language model; its vision tower is not counted"
-        if has_vision_tower(config)
-        else None,
-    )
+    return ResolvedConfig(config, name, hub_id)
 
 
 def _hub_id_of_snapshot(path: Path) -> str | None:

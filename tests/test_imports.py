@@ -34,6 +34,7 @@ def run(code: str) -> str:
         ["llama-3.2-1b", "--mode", "full", "--json"],
         ["compare", "llama-3.2-1b"],
         ["fit", "llama-3.2-1b", "--gpu", "h100"],
+        ["diff", "plan:llama-3.2-1b", "plan:llama-3.2-1b", "--mode", "lora"],
         ["models"],
         ["gpus"],
         ["completion", "bash"],

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from memplan.recipe import Recipe
 from memplan.tape import Category, Phase, Tape, replay, static_bytes
 from memplan.trace.build import build
 from memplan.trace.optimizers import make_optimizer
-from memplan.trace.recorder import record
+from memplan.trace.recorder import Recorder
 from memplan.trace.step import make_batch, train_step
 
 pytestmark = pytest.mark.filterwarnings("default")  # the libraries' warnings are theirs
@@ -55,6 +56,16 @@ LLAMA_8B = {
 
 def recipe(**options: Any) -> Recipe:
     return Recipe(**{"mode": "full", "batch_size": 2, "seq_len": 128, **options}).resolved()
+
+
+@contextmanager
+def recording(standins: dict[Any, Any] | None = None) -> Iterator[Recorder]:
+    """The recorder alone, told nothing."""
+    recorder = Recorder(Tape(provenance="traced"), standins)
+    recorder.begin(Phase.SETUP, "setup")
+    with recorder:
+        yield recorder
+    recorder.finish()
 
 
 def events(tape: Tape, phase: Phase | None = None) -> list[tuple[int, str]]:
@@ -134,7 +145,7 @@ def test_recorder_sees_what_the_allocator_does(config: dict[str, Any], options: 
     step, tensors = real_step(config, recipe(attn="eager", dtype="float32", seq_len=64, **options))
     truth = allocations(step)
     model, *tensors = tensors
-    with record() as recorder, recorder.follow(model):
+    with recording() as recorder, recorder.follow(model):
         for tensor in tensors:
             if isinstance(tensor, torch.Tensor):
                 recorder.born(tensor, "before")
@@ -177,7 +188,7 @@ def test_fake_tensors_change_nothing() -> None:
 
     options = recipe(attn="eager", dtype="bfloat16", gradient_checkpointing=True)
     step, tensors = real_step(LLAMA, options)
-    with record() as real:
+    with recording() as real:
         for tensor in tensors[1:]:
             if isinstance(tensor, torch.Tensor):
                 real.born(tensor, "before")
@@ -187,7 +198,7 @@ def test_fake_tensors_change_nothing() -> None:
         optimizer = make_optimizer(model, options)
         warm_up(optimizer)
         batch = make_batch(options)
-        with record() as fake:
+        with recording() as fake:
             states = [value for state in optimizer.state.values() for value in state.values()]
             for tensor in (*model.parameters(), *model.buffers(), *batch.values(), *states):
                 fake.born(tensor, "before")
@@ -297,7 +308,7 @@ def test_the_math_kernel_is_what_pytorch_composes(causal: bool) -> None:
     q.grad = k.grad = v.grad = None
     truth = allocations(composed)
     q.grad = k.grad = v.grad = None
-    with record(OPERATORS) as recorder:
+    with recording(OPERATORS) as recorder:
         for tensor in (q, k, v):
             recorder.born(tensor, "before")
         start = len(recorder.tape.events)

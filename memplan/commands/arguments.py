@@ -86,9 +86,19 @@ def add_model(parser: Parser) -> None:
     )
 
 
-def add_json(parser: Parser) -> None:
+def add_json(parser: argparse._ActionsContainer) -> None:
     """The option --json."""
     parser.add_argument("--json", action="store_true", default=False, help="print JSON")
+
+
+def add_tape(parser: Parser) -> None:
+    """The option --tape."""
+    parser.add_argument(
+        "--tape",
+        metavar="FILE",
+        default=None,
+        help="write every allocation and release to a file for memplan diff; compressed if it ends in .gz",
+    )
 
 
 def add_gpus(parser: Parser, *, required: bool = False) -> None:

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-from memplan.commands.arguments import Parser, add_gpus, add_json, add_model, add_recipe, recipe_options
+from memplan.commands.arguments import (
+    Parser,
+    add_gpus,
+    add_json,
+    add_model,
+    add_recipe,
+    add_tape,
+    recipe_options,
+)
 
 EXAMPLES = """\
 examples:
@@ -19,24 +27,30 @@ def parser() -> Parser:
     add_model(result)
     add_gpus(result)
     add_json(result)
+    result.add_argument(
+        "--trace",
+        action="store_true",
+        default=False,
+        help="run the libraries' own code instead of memplan's model of it, as memplan trace does",
+    )
+    add_tape(result)
     add_recipe(result)
     return result
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan; 0."""
-    from memplan.planner import plan
+    from memplan.commands import trace
+
+    if arguments.trace:
+        return trace.run(arguments)
+    from memplan.planner import plan, predicted_tape
     from memplan.recipe import make_recipe
 
     options = recipe_options(arguments)
-    answer = plan(arguments.model, make_recipe(**options), gpus=arguments.gpu)
-    if arguments.json:
-        from memplan.report.machine import print_plan
-
-        print_plan(answer)
-    else:
-        from memplan.report.console import terminal
-        from memplan.report.plan import show_plan
-
-        show_plan(answer, terminal(), given=options)
+    recipe = make_recipe(**options)
+    answer = plan(arguments.model, recipe, gpus=arguments.gpu)
+    if arguments.tape is not None:
+        trace.keep(predicted_tape(arguments.model, recipe), answer, arguments)
+    trace.show(answer, arguments, options)
     return 0

@@ -110,6 +110,9 @@ def _show_peak(plan: Plan, console: Console) -> None:
     peak = plan.peak
     heading(console, "Peak", f"{gib(peak.allocated_bytes)} GiB allocated ({plan.provenance})")
     console.print(Text(f"  in {moment(peak)}"))
+    if plan.libraries:
+        versions = [f"{name} {version}" for name, version in plan.libraries.items()]
+        paragraph(console, versions, f"  {plan.provenance} with", QUIET)
     whole, width = peak.allocated_bytes, max(console.width - _BAR_MARGIN, 8)
     rows: list[list[Cell]] = []
     for field, (label, colour) in CATEGORIES.items():

@@ -2,66 +2,100 @@
 
 ``trace(config, recipe)`` builds the model without data, runs one steady-state training step and records
 every storage's birth and death as a :class:`memplan.tape.Tape`. Where the CPU's code allocates otherwise
-than CUDA's, :mod:`memplan.trace.standins` does what CUDA does. ``record()`` is the recorder alone.
+than CUDA's, :mod:`memplan.trace.standins` does what CUDA does. ``record()`` does the same around a step of
+one's own.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memplan.card import Card
 from memplan.errors import MemplanError, TraceError
-from memplan.recipe import Loss, Recipe
-from memplan.tape import Category, Phase, Tape
-from memplan.trace import standins
-from memplan.trace.build import build, fake_modules
+from memplan.recipe import Loss, Mode, Recipe
+from memplan.tape import Phase, Tape
+from memplan.trace import existing, standins
+from memplan.trace.build import as_built, build, count, fake_modules
 from memplan.trace.categories import categorise
 from memplan.trace.layers import Segments
-from memplan.trace.optimizers import make_optimizer, on_card, warm_up
-from memplan.trace.recorder import Recorder, plain_name, record
+from memplan.trace.optimizers import make_optimizer, warm_up
+from memplan.trace.recorder import Recorder
+from memplan.trace.recording import record
 from memplan.trace.step import make_batch, train_step
 
-__all__ = ["record", "trace"]
+__all__ = ["Traced", "record", "trace", "trace_model"]
+
+Progress = Callable[[Phase, "int | None"], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """A traced step: the recipe as it was run, the model's class, and its parameters (tied ones once)."""
+
+    tape: Tape
+    recipe: Recipe
+    architecture: str
+    parameters: int
+    trainable: int
 
 
 def trace(config: dict[str, Any], recipe: Recipe, *, compute_capability: tuple[int, int] = (8, 0)) -> Tape:
+    """The tape of :func:`trace_model`."""
+    return trace_model(config, recipe, compute_capability=compute_capability).tape
+
+
+def trace_model(
+    config: dict[str, Any],
+    recipe: Recipe,
+    *,
+    compute_capability: tuple[int, int] = (8, 0),
+    progress: Progress | None = None,
+) -> Traced:
     """Record one steady-state training step of the model that ``config`` (a config.json) describes.
 
-    Raises TraceError if the model or the recipe can't be traced.
+    ``progress`` is told each phase and layer that the step comes to. Raises TraceError if the model or the
+    recipe can't be traced.
     """
-    recipe = recipe.resolved()
+    with quiet():
+        recipe = as_built(config, recipe.resolved())
     if recipe.loss is not Loss.STANDARD:
         raise TraceError(
             f"the loss {recipe.loss.value!r} runs kernels of its own, which a CPU can't trace: use 'standard'"
         )
     card = Card(compute_capability)
     recorder = Recorder(Tape(provenance="traced"), standins.OPERATORS, card, standins.ANSWERS)
+    recorder.on_segment = progress
     with quiet(), standins.in_force(card), FakeTensorMode(allow_non_fake_inputs=True), fake_modules():
         try:
-            _play(recorder, config, recipe)
+            model = build(config, recipe)
+            _play(recorder, model, recipe)
         except MemplanError:
             raise
         except Exception as error:  # whatever the libraries raise at a model that they can't run
-            where = f" in {recorder.tape.module}" if recorder.tape.module else ""
-            reason = str(error).strip().partition("\n")[0]
+            reason = " ".join(str(error).split())[:200] or "no reason given"
+            where = recorder.place_of(error)
             raise TraceError(f"can't trace this model{where}: {type(error).__name__}: {reason}") from error
     categorise(recorder)
-    return recorder.tape
+    base: Any = model if recipe.mode is Mode.FULL else model.get_base_model()
+    return Traced(recorder.tape, recipe, type(base).__name__, *count(model))
 
 
-def _play(recorder: Recorder, config: dict[str, Any], recipe: Recipe) -> None:
-    model = build(config, recipe)
+def _play(recorder: Recorder, model: nn.Module, recipe: Recipe) -> None:
     optimizer = make_optimizer(model, recipe)
     batch = make_batch(recipe)
     warm_up(optimizer)
-    setup(recorder, model, optimizer, batch)
+    existing.note_module(recorder, model)
+    existing.note_optimizer(recorder, optimizer)
+    existing.note_workspaces(recorder)
+    existing.note_batch(recorder, batch)
     recorder.on_module = Segments(recorder)
     # Nothing that a step leaves waits for the garbage collector, which would come at an arbitrary moment.
     collecting = gc.isenabled()
@@ -77,51 +111,16 @@ def _play(recorder: Recorder, config: dict[str, Any], recipe: Recipe) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps transformers from advising on a training that nobody runs."""
-    from transformers.utils import logging
+    """Keeps transformers from advising on a training that nobody runs, and torch from printing the traceback
+    of an operator that refuses fake tensors: the error itself says which."""
+    from transformers.utils import logging as transformers_logging
 
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    fake_tensors = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, fake_tensors.disabled = fake_tensors.disabled, True
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
-
-
-def setup(
-    recorder: Recorder, model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, torch.Tensor]
-) -> None:
-    """Note what exists before the step: weights, adapters, optimizer states, cuBLAS workspaces, the batch."""
-    tape = recorder.tape
-    recorder.begin(Phase.SETUP, "weights")
-    quantised = False
-    for module_name, module in model.named_modules():
-        tape.module = plain_name(module_name)
-        own = "lora_" in module_name or "modules_to_save" in module_name
-        for name, parameter in module.named_parameters(recurse=False):
-            recorder.born(parameter, name, Category.ADAPTERS if own else Category.WEIGHTS)
-            state = getattr(parameter, "quant_state", None)
-            while state is not None:
-                quantised = quantised or state.nested
-                for key in ("absmax", "code", "offset"):
-                    if getattr(state, key) is not None:
-                        recorder.born(getattr(state, key), f"quant_state.{key}", Category.QUANTIZATION_STATE)
-                state = state.state2
-        for name, buffer in module.named_buffers(recurse=False):
-            recorder.born(buffer, name, Category.WEIGHTS)
-    tape.module = ""
-    if quantised:
-        # name2qmap["dynamic"], made on the card by the first layer's double quantisation and kept
-        # (bitsandbytes 0.50 functional.py quantize_blockwise)
-        recorder.reserve(1024, "name2qmap", Category.QUANTIZATION_STATE)
-    recorder.begin(Phase.SETUP, "optimizer_state")
-    for parameter, states in optimizer.state.items():
-        for key, value in states.items():
-            if isinstance(value, torch.Tensor) and on_card(optimizer, parameter, key):
-                recorder.born(value, f"optimizer.{key}", Category.OPTIMIZER_STATE)
-    recorder.begin(Phase.SETUP, "workspaces")
-    for _ in range(2):  # one a thread: the forward's and autograd's
-        recorder.reserve(recorder.card.cublas_workspace, "cublas_workspace", Category.TEMPORARIES)
-    recorder.begin(Phase.SETUP, "inputs")
-    for name, tensor in batch.items():
-        recorder.born(tensor, name, Category.ACTIVATIONS)
+        fake_tensors.disabled = disabled
+        transformers_logging.set_verbosity(verbosity)

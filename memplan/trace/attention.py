@@ -186,6 +186,22 @@ def _rounded_dim(head_dim: int) -> int:
     return up(head_dim, 32 if head_dim <= 128 else 64)
 
 
+def split_accumulators(
+    recorder: Any, batch: int, heads: int, length: int, key_length: int, head_dim: int
+) -> tuple[Any, ...]:
+    """``set_params_splitkv``: fp32 sums of each part of the keys, if they are split."""
+    key_blocks = -(-key_length // (256 if head_dim <= 64 else 128 if head_dim <= 128 else 64))
+    blocks = batch * heads * -(-length // 64)
+    splits = num_splits(blocks, 2 * recorder.card.multiprocessors, key_blocks, 128)
+    if splits == 1:
+        return ()
+    shape = (splits, batch, heads, length)
+    return (
+        torch.empty(shape, dtype=torch.float32),
+        torch.empty((*shape, _rounded_dim(head_dim)), dtype=torch.float32),
+    )
+
+
 @operator(aten._scaled_dot_product_flash_attention.default)
 def flash_forward(
     recorder: Any, query: Any, key: Any, value: Any, dropout: float = 0.0, *_: Any, **__: Any
@@ -197,14 +213,7 @@ def flash_forward(
     out = torch.empty_like(query.transpose(1, 2))
     lse = torch.empty((batch, heads, length), dtype=torch.float32)
     if dropout == 0.0:
-        key_blocks = -(-key_length // (256 if head_dim <= 64 else 128 if head_dim <= 128 else 64))
-        blocks = batch * heads * -(-length // 64)
-        splits = num_splits(blocks, 2 * recorder.card.multiprocessors, key_blocks, 128)
-        if splits > 1:
-            _lse_accum = torch.empty((splits, batch, heads, length), dtype=torch.float32)
-            _out_accum = torch.empty(
-                (splits, batch, heads, length, _rounded_dim(head_dim)), dtype=torch.float32
-            )
+        _accumulators = split_accumulators(recorder, batch, heads, length, key_length, head_dim)
     rng_state = torch.empty(2, dtype=torch.uint64)
     unused = torch.empty((), dtype=torch.uint64)
     if dropout > 0.0:
@@ -234,20 +243,53 @@ def flash_backward(
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
+# flash-attn's operators, under our name so that the package itself may be installed beside
+_LIBRARY = torch.library.Library("memplan", "FRAGMENT")
+_LIBRARY.define("_flash_attn_forward(Tensor query, Tensor key, Tensor value) -> (Tensor, Tensor, Tensor)")
+_LIBRARY.define(
+    "_flash_attn_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value) -> (Tensor, Tensor, Tensor)"
+)
+
+
+@operator(torch.ops.memplan._flash_attn_forward.default)
+def flash_package_forward(recorder: Any, query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:
+    """``mha_fwd`` of flash-attn 2.8 (csrc/flash_attn/flash_api.cpp), which splits keys as PyTorch's copy does
+    (``set_params_splitkv``) but has one tensor of random state."""
+    batch, length, heads, head_dim = query.shape
+    out = torch.empty_like(query)
+    lse = torch.empty((batch, heads, length), dtype=torch.float32)
+    _accumulators = split_accumulators(recorder, batch, heads, length, key.shape[1], head_dim)
+    rng_state = torch.empty(2, dtype=torch.int64)
+    return out, lse, rng_state
+
+
+@operator(torch.ops.memplan._flash_attn_backward.default)
+def flash_package_backward(
+    recorder: Any, grad_out: Any, query: Any, key: Any, value: Any
+) -> tuple[Any, Any, Any]:
+    """``FlashAttnFunc.backward``'s three gradients, and ``mha_bwd``."""
+    dq, dk, dv = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    if grad_out.stride(-1) != 1:
+        grad_out = grad_out.contiguous()
+    batch, length, heads, head_dim = query.shape
+    _softmax_d = torch.empty((batch, heads, up(length, 128)), dtype=torch.float32)
+    _dq_accum = torch.empty((batch, up(length, 128), heads, _rounded_dim(head_dim)), dtype=torch.float32)
+    if key.shape[2] != heads:
+        _dk_expanded = torch.empty((batch, key.shape[1], heads, head_dim), dtype=key.dtype)
+        _dv_expanded = torch.empty((batch, key.shape[1], heads, head_dim), dtype=key.dtype)
+    return dq, dk, dv
+
+
 class FlashAttention(torch.autograd.Function):
-    """flash-attn 2's ``FlashAttnFunc`` (flash_attn/flash_attn_interface.py 2.8; the kernels' C++ is the one
-    that PyTorch carries): [B, S, H, D] throughout."""
+    """flash-attn 2's ``FlashAttnFunc`` (flash_attn/flash_attn_interface.py 2.8): [B, S, H, D] throughout."""
 
     @staticmethod
     def forward(ctx: Any, query: Any, key: Any, value: Any) -> Any:
-        batch, length, heads, _ = query.shape
         head_dim = query.shape[-1]
         if head_dim % 8:
             padding = (0, 8 - head_dim % 8)
             query, key, value = (torch.nn.functional.pad(t, padding) for t in (query, key, value))
-        out = torch.empty_like(query)
-        lse = torch.empty((batch, heads, length), dtype=torch.float32)
-        rng_state = torch.empty(2, dtype=torch.int64)
+        out, lse, rng_state = torch.ops.memplan._flash_attn_forward.default(query, key, value)
         ctx.save_for_backward(query, key, value, out, lse, rng_state)
         return out[..., :head_dim]
 
@@ -255,19 +297,9 @@ class FlashAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Any) -> tuple[Any, Any, Any]:
         query, key, value, out, lse, _ = ctx.saved_tensors
         head_dim = grad_out.shape[-1]
-        dq, dk, dv = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         if head_dim % 8:
             grad_out = torch.nn.functional.pad(grad_out, (0, 8 - head_dim % 8))
-        if grad_out.stride(-1) != 1:
-            grad_out = grad_out.contiguous()
-        batch, length, heads, padded_dim = query.shape
-        _softmax_d = torch.empty((batch, heads, up(length, 128)), dtype=torch.float32)
-        _dq_accum = torch.empty(
-            (batch, up(length, 128), heads, _rounded_dim(padded_dim)), dtype=torch.float32
-        )
-        if key.shape[2] != heads:
-            _dk_expanded = torch.empty((batch, key.shape[1], heads, padded_dim), dtype=key.dtype)
-            _dv_expanded = torch.empty((batch, key.shape[1], heads, padded_dim), dtype=key.dtype)
+        dq, dk, dv = torch.ops.memplan._flash_attn_backward.default(grad_out, query, key, value)
         return dq[..., :head_dim], dk[..., :head_dim], dv[..., :head_dim]
 
 

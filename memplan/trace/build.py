@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,15 +33,39 @@ def build(config: dict[str, Any], recipe: Recipe) -> nn.Module:
     return model
 
 
-def base_model(config: dict[str, Any], recipe: Recipe) -> nn.Module:
-    from transformers import AutoConfig, AutoModelForCausalLM, initialization
+def configuration(config: dict[str, Any]) -> tuple[Any, Any]:
+    """transformers' configuration and class of a causal language model."""
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, __version__
 
     settings = dict(config)
     model_type = settings.pop("model_type", None)
     if model_type is None:
         raise TraceError("the configuration has no model_type, so transformers can't tell which model it is")
-    hf = AutoConfig.for_model(model_type, **settings)
-    kind = AutoModelForCausalLM._model_mapping[type(hf)]
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        own = ", and memplan runs no code that comes with a model" if "auto_map" in settings else ""
+        raise TraceError(f"transformers {__version__} has no model of the type {str(model_type)[:60]!r}{own}")
+    try:
+        hf = AutoConfig.for_model(model_type, **settings)
+    except Exception as error:  # a value that its checks refuse
+        reason = " ".join(str(error).split())[:200]
+        raise TraceError(
+            f"transformers can't read the configuration of this {model_type}: {reason}"
+        ) from error
+    if type(hf) not in AutoModelForCausalLM._model_mapping:
+        raise TraceError(f"transformers has no causal language model of the type {model_type!r}")
+    return hf, AutoModelForCausalLM._model_mapping[type(hf)]
+
+
+def as_built(config: dict[str, Any], recipe: Recipe) -> Recipe:
+    """The recipe with the attention that the model has."""
+    _, kind = configuration(config)
+    return recipe.model_copy(update={"attn": Attention(attention(kind, recipe))})
+
+
+def base_model(config: dict[str, Any], recipe: Recipe) -> nn.Module:
+    from transformers import AutoModelForCausalLM, initialization
+
+    hf, kind = configuration(config)
     with initialization.no_init_weights(), _any_attention():
         model: nn.Module = AutoModelForCausalLM.from_config(
             hf, dtype=DTYPES[recipe.dtype], attn_implementation=attention(kind, recipe)
@@ -68,19 +93,37 @@ def _any_attention() -> Any:
     return mock.patch.object(PreTrainedModel, "_check_and_adjust_attn_implementation", accept)
 
 
+def count(model: nn.Module) -> tuple[int, int]:
+    """Parameters, tied ones once and 4-bit ones as what they stand for, and the trainable ones."""
+    total = trainable = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        number = parameter.numel() if state is None else math.prod(state.shape)
+        total += number
+        trainable += number if parameter.requires_grad else 0
+    return total, trainable
+
+
 # -- 4-bit ---------------------------------------------------------------------------------------------
 
 
 def quantize(model: nn.Module, recipe: Recipe) -> None:
     """Replace the layers that transformers' 4-bit quantizer replaces (transformers 5
     integrations/bitsandbytes.py ``replace_with_bnb_linear``)."""
+    from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.base import _assign_is_quantized, get_keys_to_not_convert
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     skipped = get_keys_to_not_convert(model)
     for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and should_convert_module(name, skipped):
+        if not should_convert_module(name, skipped):
+            continue
+        if type(module) is nn.Linear:
             model.set_submodule(name, linear_4bit(module, recipe))
+        elif isinstance(module, Conv1D):  # GPT-2's linear layer, whose weight is (inputs, outputs)
+            linear = nn.Linear(*module.weight.shape, bias=False, dtype=module.weight.dtype)
+            linear.bias = module.bias
+            model.set_submodule(name, linear_4bit(linear, recipe))
     model.is_loaded_in_4bit = True
     model.is_quantized = True
     _assign_is_quantized(model)
@@ -184,10 +227,13 @@ def prepare(model: nn.Module, recipe: Recipe) -> nn.Module:
 
 
 def after_first_step(model: nn.Module) -> None:
-    """Linear4bit.forward rewrites its bias in the compute dtype once (bitsandbytes 0.50 nn/modules.py)."""
+    """Linear4bit.forward rewrites its bias in the compute dtype once (bitsandbytes 0.50 nn/modules.py);
+    longrope makes its table for long sequences once (transformers 5 modeling_rope_utils.py)."""
     from bitsandbytes.nn import Linear4bit
 
     for module in model.modules():
+        if getattr(module, "rope_type", None) == "longrope":
+            module(torch.empty(1, 1, 1), torch.zeros((1, 1), dtype=torch.int64))
         if isinstance(module, Linear4bit) and module.bias is not None:
             module.bias.data = module.bias.data.to(module.compute_dtype)
 

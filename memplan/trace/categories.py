@@ -22,8 +22,9 @@ def categorise(recorder: Recorder) -> None:
             tape.categories[index] = Category.LOGITS_AND_LOSS
             continue
         death = recorder.deaths.get(index)
-        died_in = None if death is None else death.phase
-        saved_by_forward = birth.phase is Phase.FORWARD and died_in is Phase.BACKWARD
+        saved_by_forward = birth.phase is Phase.FORWARD and (
+            death is not None and death.phase is not Phase.FORWARD
+        )
         saved_by_recomputation = (
             birth.phase is Phase.BACKWARD and birth.recomputing and not (death is None or death.recomputing)
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -137,3 +139,28 @@ def foreach_norm(recorder: Any, tensors: list[Any], order: Any = 2, dtype: Any =
     chunks = max(-(-tensor.numel() // 65_536) for tensor in tensors)
     _partial = workspace(4 * len(tensors) * chunks)
     return [torch.empty((), dtype=dtype or tensor.dtype) for tensor in tensors]
+
+
+# -- softmax ---------------------------------------------------------------------------------------------
+
+
+def _softmax_as_fp32(kernel: Any) -> Any:
+    def softmax(x: Any, dim: int, dtype: Any = None) -> Any:
+        if x.dtype is torch.float16 and dtype is torch.float32:
+            return kernel(x, dim, True)
+        return kernel(x if dtype is None else x.to(dtype), dim, False)
+
+    return softmax
+
+
+@contextmanager
+def half_to_float() -> Iterator[None]:
+    """``softmax(fp16, dtype=fp32)`` and ``log_softmax`` in one kernel, with no fp32 copy of what comes in, as on
+    CUDA alone (aten/src/ATen/native/SoftMax.cpp, ``input_.is_cuda()``, 2.13), while the context lasts."""
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("softmax.int", _softmax_as_fp32(aten._softmax.default), "AutogradCPU")
+    library.impl("log_softmax.int", _softmax_as_fp32(aten._log_softmax.default), "AutogradCPU")
+    try:
+        yield
+    finally:
+        library._destroy()

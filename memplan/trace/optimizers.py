@@ -10,6 +10,7 @@ from unittest import mock
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from memplan.recipe import Optimizer, Recipe
 
@@ -35,10 +36,9 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     if name is Optimizer.ADAMW_TORCH_FUSED:
         return torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     if name is Optimizer.ADAMW_TORCH:
-        # foreach is what None becomes on CUDA (torch/optim/optimizer.py _default_to_fused_or_foreach)
-        return torch.optim.AdamW(parameters, lr=1e-4, foreach=True)
+        return torch.optim.AdamW(parameters, lr=1e-4)
     if name is Optimizer.SGD:
-        return torch.optim.SGD(parameters, lr=1e-4, momentum=recipe.momentum, foreach=True)
+        return torch.optim.SGD(parameters, lr=1e-4, momentum=recipe.momentum)
     if name is Optimizer.ADAFACTOR:
         from transformers.optimization import Adafactor
 
@@ -75,9 +75,12 @@ def on_card(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, key: str)
 
 @contextmanager
 def fake_safe() -> Iterator[None]:
-    """Lets optimizers run on fake tensors, whose values they may not ask for."""
+    """Lets optimizers run on fake tensors, whose values they may not ask for, and choose what they choose on
+    CUDA: ``foreach`` unless told otherwise (torch/optim/optimizer.py ``_default_to_fused_or_foreach``)."""
     import bitsandbytes
     from torch.optim import adam
+    from torch.optim import optimizer as base
+    from torch.utils import _foreach_utils
 
     def code_of_256(*_: Any, **__: Any) -> torch.Tensor:
         return torch.empty(256)
@@ -91,6 +94,10 @@ def fake_safe() -> Iterator[None]:
         # a singleton that would remember this model's parameters
         stack.enter_context(patch(bitsandbytes.optim.GlobalOptimManager, "_instance", None))
         stack.enter_context(patch(adam, "_get_value", step_count))
+        stack.enter_context(patch(base, "_get_foreach_kernels_supported_devices", lambda: ["cpu"]))
+        for module in (base, _foreach_utils):
+            types = [*module._foreach_supported_types, FakeTensor]
+            stack.enter_context(patch(module, "_foreach_supported_types", types))
         yield
 
 

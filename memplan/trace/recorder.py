@@ -19,6 +19,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import graph as autograd_graph
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import _StopRecomputationError
 
 from memplan.card import Card
 from memplan.errors import TraceError
@@ -87,9 +88,11 @@ class Recorder(TorchDispatchMode):
         self.answers = answers or {}
         self.paused = 0
         self.phase = Phase.SETUP
+        self.device: str | None = None  # the only kind of device that counts, if set
         self.births: list[Moment] = []  # one for each storage on the tape
         self.deaths: dict[int, Moment] = {}
         self.on_module: Callable[[str], None] | None = None
+        self.on_segment: Callable[[Phase, int | None], None] | None = None
         self.inplace_accumulations = 0
         self._indices: dict[int, int] = {}  # storage address -> index on the tape
         self._handles: dict[int, weakref.ref[Any]] = {}
@@ -97,6 +100,7 @@ class Recorder(TorchDispatchMode):
         # autograd's sequence numbers at which the running module changed: they tell a node's module
         self._boundaries: list[int] = []
         self._boundary_modules: list[str] = []
+        self._failure: tuple[BaseException | None, str] = None, ""  # an error, and the module it came from
         self._operation = ""  # the operator that a stand-in is standing in for
         self._past_head = False
         self._head_nodes = range(0)  # nodes of the operations after the output layer
@@ -112,7 +116,10 @@ class Recorder(TorchDispatchMode):
     def born(
         self, tensor: torch.Tensor, operation: str, category: Category = Category.TEMPORARIES
     ) -> int | None:
-        """Note a tensor's storage unless it is known; its index. Nothing is noted of an empty one."""
+        """Note a tensor's storage unless it is known; its index. Nothing is noted of an empty one, nor of one
+        that is elsewhere."""
+        if self.device is not None and tensor.device.type != self.device:
+            return None
         storage = tensor.untyped_storage()
         key = storage._cdata
         index = self._indices.get(key)
@@ -283,6 +290,11 @@ class Recorder(TorchDispatchMode):
 
         def leave(module: torch.nn.Module, _args: Any, _out: Any) -> None:
             name = names.get(module)
+            error = sys.exc_info()[1]
+            # held, the exception that ends a recomputation would keep the tensors of all its frames
+            stopped = isinstance(error, _StopRecomputationError)
+            if error is not None and not stopped and error is not self._failure[0]:
+                self._failure = error, stack[-1] if stack else ""
             if name is not None and name in stack:
                 while stack.pop() != name:
                     pass
@@ -313,6 +325,20 @@ class Recorder(TorchDispatchMode):
             if phase is not Phase.BACKWARD:
                 self.tape.module = ""
         self.tape.begin(phase, name, layer)
+        if self.on_segment is not None:
+            self.on_segment(phase, layer)
+
+    def place_of(self, error: BaseException) -> str:
+        """Where an error came from, as the end of a sentence: the operator, the module, the phase."""
+        operation = ""
+        traceback = error.__traceback__
+        while traceback is not None:
+            if traceback.tb_frame.f_code is Recorder.__torch_dispatch__.__code__:
+                operation = f" at {plain_operation(traceback.tb_frame.f_locals['func']._schema.name)}"
+            traceback = traceback.tb_next
+        module = self._failure[1] if self._failure[0] is error else self.tape.module
+        phase = "" if self.phase is Phase.SETUP else f" ({self.phase.value})"
+        return f"{operation}{f' in {module}' if module else ''}{phase}"
 
     def finish(self) -> None:
         """Close the tape and forget all storages: what dies later is no part of it."""
@@ -350,13 +376,3 @@ def _sole_owner() -> tuple[int, int, int]:
 
 
 _SOLE_OWNER = _sole_owner()
-
-
-@contextmanager
-def record(standins: dict[Any, StandIn] | None = None) -> Iterator[Recorder]:
-    """Record whatever runs inside: ``with record() as recorder: ...``; the tape is ``recorder.tape``."""
-    recorder = Recorder(Tape(provenance="traced"), standins)
-    recorder.begin(Phase.SETUP, "setup")
-    with recorder:
-        yield recorder
-    recorder.finish()

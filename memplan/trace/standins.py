@@ -33,6 +33,7 @@ assert quantization  # imported for the operators that it registers
 ANSWERS = {
     "_ignore_causal_mask_sdpa": True,  # transformers 5 masking_utils.py
     "flash_attention_mask": True,
+    "create_recurrent_attention_mask": True,  # Mamba, linear attention
     "_is_packed_sequence": False,  # modeling_flash_attention_utils.py
     "_flash_attention_forward": False,  # which asks whether it is
 }
@@ -67,5 +68,6 @@ def in_force(card: Card) -> Iterator[None]:
         ):
             stack.enter_context(mock.patch.object(owner, name, replacement))
         stack.enter_context(cuda_rules())
+        stack.enter_context(kernels.half_to_float())
         stack.enter_context(fake_safe())
         yield

@@ -72,7 +72,7 @@ def train_step(
             recorder.gradients(parameters)
     at(Phase.OPTIMIZER, "clip")
     if recipe.max_grad_norm:
-        nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm, foreach=True)  # as None does on CUDA
+        nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
     at(Phase.OPTIMIZER, "step")
     optimizer.step()
     at(Phase.OPTIMIZER, "zero_grad")

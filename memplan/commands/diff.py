@@ -1,0 +1,89 @@
+"""``memplan diff A B``: two tapes lined up."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any
+
+from memplan.commands.arguments import Parser, UsageError, add_json, add_recipe, recipe_options
+
+if TYPE_CHECKING:
+    from memplan.tape import Tape
+
+STATUS_EQUAL, STATUS_DIFFERENT = 0, 1
+
+EXAMPLES = """\
+exit status: 0 if the tapes are equal (the same peak, the same sizes in the same order), 1 if not, 2 for a bad
+question. Differences in names alone are printed and make no tapes unequal.
+
+examples:
+  memplan diff plan:llama-8b trace:llama-8b --mode qlora --r 8
+  memplan plan llama-8b --r 8 --tape r8.json.gz && memplan diff r8.json.gz plan:llama-8b --r 16
+"""
+
+
+def parser() -> Parser:
+    """The arguments that ``memplan diff`` takes."""
+    result = Parser("diff", "Where two steps differ, tensor by tensor.", "A B [options]", EXAMPLES)
+    for name in ("a", "b"):
+        result.add_argument(
+            name,
+            metavar=name.upper(),
+            help="a file that --tape wrote, or plan:MODEL or trace:MODEL, run with the options given",
+        )
+    formats = result.add_mutually_exclusive_group()
+    add_json(formats)
+    formats.add_argument("--markdown", action="store_true", default=False, help="print Markdown")
+    add_recipe(result)
+    return result
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the difference; 0 if there is none, else 1."""
+    from memplan.diff import diff
+
+    options = recipe_options(arguments)
+    names = (arguments.a, arguments.b)
+    if options and not any(_asked(name) for name in names):
+        raise UsageError("options say how to run plan:MODEL or trace:MODEL; both tapes here are files")
+    a, b = (_tape(name, options) for name in names)
+    found = diff(a, b)
+    if arguments.json:
+        import json
+
+        from memplan import __version__
+        from memplan.planner import SCHEMA_VERSION
+
+        head = {"schema_version": SCHEMA_VERSION, "memplan_version": __version__, "tapes": names}
+        sys.stdout.write(json.dumps(head | found.model_dump(mode="json"), indent=2) + "\n")
+    elif arguments.markdown:
+        from memplan.report.diff import markdown
+
+        sys.stdout.write(markdown(found, names))
+    else:
+        from memplan.report.console import terminal
+        from memplan.report.diff import show_diff
+
+        show_diff(found, names, terminal())
+    return STATUS_EQUAL if found.equal else STATUS_DIFFERENT
+
+
+def _asked(name: str) -> bool:
+    return name.startswith(("plan:", "trace:"))
+
+
+def _tape(name: str, options: dict[str, Any]) -> Tape:
+    writer, _, model = name.partition(":")
+    if not _asked(name):
+        from memplan.tapefile import load
+
+        return load(name)[0]
+    if writer == "trace":
+        from memplan.commands.trace import traced
+
+        return traced(model, options, [])[1]
+    from memplan.planner import predicted_tape
+    from memplan.recipe import make_recipe
+
+    return predicted_tape(model, make_recipe(**options))

@@ -1,0 +1,44 @@
+"""How far a trace has come, on standard error while that is a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from memplan.tape import Phase
+
+
+@contextmanager
+def tracing(layers: int | None) -> Iterator[Callable[[Phase, int | None], None] | None]:
+    """A function to tell phases and layers to, or None where nobody watches. ``layers`` is how many layers
+    the model has, if that is known."""
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("{task.description:24}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("building the model", total=None)
+        seen: tuple[str, int | None] = ("", None)
+
+        def tell(phase: Phase, layer: int | None) -> None:
+            nonlocal seen
+            here = (phase.value, layer)
+            if here == seen or (layer is None and phase.value == seen[0]):
+                return
+            seen = here
+            if layer is None:
+                bar.update(task, description=phase.value)
+            else:  # backward goes from the last layer to the first, over the bar's second half
+                total = None if layers is None else 2 * layers
+                done = layer if phase.value == "forward" or layers is None else 2 * layers - layer
+                bar.update(task, description=f"{phase.value}, layer {layer}", total=total, completed=done)
+
+        yield tell

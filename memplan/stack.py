@@ -1,0 +1,53 @@
+"""The libraries whose code is traced: which versions are installed, and which are tested."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+from memplan.errors import MemplanError
+
+# Releases that CI tests (constraints.txt); one that differs in its last number only is taken for the same.
+TESTED = {
+    "torch": "2.13",
+    "transformers": "5.23",
+    "peft": "0.21",
+    "bitsandbytes": "0.50",
+    "accelerate": "1.15",
+}
+
+INSTALL = "pip install 'memplan[verify]'"
+
+
+def require() -> None:
+    """Raise MemplanError with the command that installs what is missing, if something is."""
+    missing = [name for name in TESTED if find_spec(name) is None]
+    if missing:
+        *head, last = missing
+        names = f"{', '.join(head)} and {last}" if head else last
+        raise MemplanError(
+            f"tracing runs the libraries' own code and needs {names}, which "
+            f"{'are' if head else 'is'} not installed: run `{INSTALL}`"
+        )
+
+
+def installed() -> dict[str, str]:
+    """The versions of the libraries that are there."""
+    return {name: number for name in TESTED if (number := _version(name)) is not None}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def untested(versions: dict[str, str]) -> list[str]:
+    """A sentence on each library whose version is not a tested one."""
+    return [
+        f"{name} {number} is not the version that memplan is tested with ({TESTED[name]}): "
+        "what it allocates may not be what memplan models"
+        for name, number in versions.items()
+        if number.split("+")[0].split(".")[:2] != TESTED[name].split(".")
+    ]

@@ -1,0 +1,202 @@
+"""Tapes in files: JSON, compressed if the name ends in ``.gz``, with what the tape is of.
+
+A file holds the tape's columns as they are (see :class:`memplan.tape.Tape`); operations, modules and
+categories are numbers of entries in a list of strings. Reading checks that the tape can be replayed.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import tempfile
+import zlib
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from memplan.errors import MemplanError
+from memplan.importers.fields import shown
+from memplan.tape import ALLOCATION_GRANULARITY, Category, Phase, Segment, Tape
+
+FORMAT = "memplan tape"
+VERSION = 1
+
+_MAX_BYTES = 1 << 30  # the tape of 126 layers is 20 MiB
+
+
+class TapeInfo(BaseModel):
+    """What a tape is of: the model, the recipe as the Plan prints it, and the libraries that wrote it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    memplan_version: str = ""
+    model: str = ""
+    recipe: dict[str, Any] = Field(default_factory=dict)
+    libraries: dict[str, str] = Field(default_factory=dict)
+
+
+def save(tape: Tape, path: str | Path, info: TapeInfo | None = None) -> None:
+    """Write a tape. The file is there as a whole or not at all."""
+    path = Path(path)
+    strings: dict[str, int] = {}
+
+    def numbers(texts: list[str]) -> list[int]:
+        return [strings.setdefault(text, len(strings)) for text in texts]
+
+    document = {
+        "format": FORMAT,
+        "version": VERSION,
+        "provenance": tape.provenance,
+        "info": (info or TapeInfo()).model_dump(mode="json"),
+        "segments": [
+            [s.phase.value, s.name, s.layer, s.start, s.stop, s.repeat, list(s.marks), s.direction]
+            for s in tape.segments
+        ],
+        "events": tape.events,
+        # the changes of live bytes follow from the events, but in a folded tape
+        "deltas": tape.deltas if any(segment.repeat > 1 for segment in tape.segments) else None,
+        "sizes": tape.sizes,
+        "categories": numbers([category.value for category in tape.categories]),
+        "operations": numbers(tape.operations),
+        "modules": numbers(tape.modules),
+        "strings": list(strings),
+    }
+    content = json.dumps(document, separators=(",", ":")).encode()
+    if path.name.endswith(".gz"):
+        content = gzip.compress(content, mtime=0)  # the same tape, the same file
+    _write(path, content)
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Beside the file first, then in its place."""
+    try:
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=f".{path.name[:100]}.", delete=False
+        ) as file:
+            try:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+                mask = os.umask(0)
+                os.umask(mask)
+                Path(file.name).chmod(0o666 & ~mask)  # temporary files are their owner's alone
+                Path(file.name).replace(path)
+            except BaseException:
+                Path(file.name).unlink(missing_ok=True)
+                raise
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or type(error).__name__
+        raise MemplanError(f"the tape can't be written to {shown(str(path))}: {why}") from None
+
+
+def load(path: str | Path) -> tuple[Tape, TapeInfo]:
+    """Read a tape. Raises MemplanError with one sentence for whatever else the file holds."""
+    where = shown(str(path))
+    document = _document(Path(path), where)
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise MemplanError(f"{where} is no tape; `memplan trace MODEL --tape FILE` writes one")
+    if document.get("version") != VERSION:
+        raise MemplanError(
+            f"{where} is a tape of version {shown(document.get('version'))}, but this memplan reads version "
+            f"{VERSION}; write it again with this memplan"
+        )
+    try:
+        return _tape(document), TapeInfo.model_validate(document["info"])
+    except (KeyError, IndexError, TypeError, ValueError, ValidationError) as error:
+        why = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error).partition("\n")[0]
+        raise MemplanError(f"{where} is a damaged tape: {why}") from None
+
+
+def _document(path: Path, where: str) -> Any:
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or type(error).__name__
+        raise MemplanError(f"the tape {where} can't be read: {why}") from None
+    try:
+        if content.startswith(b"\x1f\x8b"):
+            unzip = zlib.decompressobj(wbits=31)
+            content = unzip.decompress(content, _MAX_BYTES + 1)
+            if not unzip.eof and len(content) <= _MAX_BYTES:
+                raise MemplanError(f"the tape {where} is cut short")
+        if len(content) > _MAX_BYTES:
+            raise MemplanError(f"{where} is larger than {_MAX_BYTES >> 20} MiB, so it is no tape")
+        return json.loads(content)
+    except zlib.error:
+        raise MemplanError(f"the tape {where} is damaged: its compression is broken") from None
+    except (ValueError, RecursionError):  # no JSON, no UTF-8, nested too deeply
+        raise MemplanError(f"{where} is no valid JSON, so it is no tape; is it cut short?") from None
+
+
+def _tape(document: dict[str, Any]) -> Tape:
+    strings = document["strings"]
+    _check(
+        isinstance(strings, list) and all(isinstance(text, str) for text in strings), "strings are no text"
+    )
+
+    def column(name: str, least: int | None = 0) -> list[int]:
+        values: list[int] = document[name]
+        _check(
+            isinstance(values, list) and all(type(value) is int for value in values), f"{name} are no numbers"
+        )
+        _check(least is None or min(values, default=least) >= least, f"{name} are negative")
+        return values
+
+    def texts(name: str) -> list[str]:
+        return [strings[number] for number in column(name)]
+
+    tape = Tape(
+        provenance=str(document["provenance"]),
+        events=column("events", least=None),
+        sizes=column("sizes"),
+        categories=[Category(text) for text in texts("categories")],
+        operations=texts("operations"),
+        modules=texts("modules"),
+        segments=[_segment(row) for row in document["segments"]],
+    )
+    storages = len(tape.sizes)
+    for name in ("categories", "operations", "modules"):
+        _check(len(getattr(tape, name)) == storages, f"it has {storages} sizes and other numbers of {name}")
+    _check(not any(size % ALLOCATION_GRANULARITY for size in tape.sizes), "its sizes are not rounded")
+    _check_order(tape)
+    changes = document["deltas"]
+    tape.deltas = [tape.sizes[event] if event >= 0 else -tape.sizes[~event] for event in tape.events]
+    if changes is not None:
+        tape.deltas = column("deltas", least=None)
+        _check(len(tape.deltas) == len(tape.events), "it has more events than changes")
+    return tape
+
+
+def _segment(row: Any) -> Segment:
+    phase, name, layer, start, stop, repeat, marks, direction = row
+    _check(isinstance(name, str), "a segment has no name")
+    _check(layer is None or type(layer) is int, "a segment's layer is no number")
+    _check(all(type(value) is int for value in (start, stop, repeat, *marks)), "a segment has no numbers")
+    _check(start <= stop and repeat >= 1 and direction in (1, -1), "a segment is turned around")
+    return Segment(Phase(phase), name, layer, start, stop, repeat, tuple(marks), direction)
+
+
+def _check_order(tape: Tape) -> None:
+    """Every storage is born once and dies at most once, afterwards; segments follow one another."""
+    born = bytearray(len(tape.sizes))
+    for event in tape.events:
+        index = event if event >= 0 else ~event
+        _check(index < len(born), "an event is about no storage")
+        _check(born[index] == (0 if event >= 0 else 1), "a storage is released before it is allocated")
+        born[index] += 1
+    folded = any(segment.repeat > 1 for segment in tape.segments)
+    ends = [0, *(end for s in tape.segments for end in (s.start, s.stop)), len(tape.events)]
+    if folded:  # leaves out the repetitions that were played to prove that they are alike
+        _check(all(a <= b for a, b in pairwise(ends)), "its segments overlap")
+    else:
+        _check(all(a == b for a, b in list(pairwise(ends))[::2]), "its segments don't follow one another")
+    _check(bool(tape.segments), "it has no segments")
+
+
+def _check(sound: bool, complaint: str) -> None:
+    if not sound:
+        raise ValueError(complaint)
