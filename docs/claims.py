@@ -47,7 +47,7 @@ def seventy() -> str:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for mode, claimed, words, options in rows:
-        result = planned("llama-70b", mode, r=8, **options)
+        result = planned("llama-70b", mode, **options)
         verdicts = " | ".join(fit.verdict for fit in result.fits)
         peak = result.peak.allocated_bytes
         lines.append(f"| {mode} | {claimed} | {words} | {gb(peak)} ({gib(peak)}) | {verdicts} |")

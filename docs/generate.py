@@ -1,4 +1,4 @@
-"""Writes the docs that are made from code: docs/cli.md, docs/claims.md and docs/plan.schema.json.
+"""Writes the docs that are made from code and results: cli.md, claims.md, accuracy.md, plan.schema.json.
 
 Run it after a change of options or of the plan's records; tests/test_docs.py fails while they are behind.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import accuracy
 import claims
 
 from memplan.cli import COMMANDS, HELP
@@ -45,7 +46,12 @@ def plan_schema() -> str:
     return json.dumps(Plan.model_json_schema(mode="serialization"), indent=2) + "\n"
 
 
-PAGES = {"cli.md": command_line, "claims.md": claims.page, "plan.schema.json": plan_schema}
+PAGES = {
+    "accuracy.md": accuracy.page,
+    "cli.md": command_line,
+    "claims.md": claims.page,
+    "plan.schema.json": plan_schema,
+}
 
 
 def _command(parser: Parser) -> str:

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 # RTX 4090, H100 SXM, B200, RTX PRO 6000. NVIDIA's architecture white papers.
 _MULTIPROCESSORS = {(8, 0): 108, (8, 6): 84, (8, 9): 128, (9, 0): 132, (10, 0): 148, (12, 0): 188}
 
+# FlashAttention wants Ampere or newer (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
+FLASH_CAPABILITY = (8, 0)
+
 
 @dataclass(frozen=True)
 class Card:

@@ -17,6 +17,7 @@ from memplan.errors import MemplanError, UnknownName
 COMMANDS = ("plan", "fit", "compare", "trace", "diff", "models", "gpus", "completion")
 
 STATUS_BAD_QUESTION = 2
+STATUS_BUG = 70  # EX_SOFTWARE of sysexits.h
 STATUS_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 STATUS_BROKEN_PIPE = 141  # 128 + SIGPIPE
 
@@ -77,6 +78,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(str(error))
     except KeyboardInterrupt:
         return STATUS_INTERRUPTED
+    except Exception as error:  # Python would exit with 1, which means "does not fit"
+        if os.environ.get("MEMPLAN_TRACEBACK"):
+            raise
+        _complain(
+            f"a bug in memplan ({type(error).__name__}: {error}); please report it with the command and what "
+            "MEMPLAN_TRACEBACK=1 prints"
+        )
+        return STATUS_BUG
 
 
 def _run(arguments: list[str]) -> int:

@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from memplan.card import Card
 from memplan.gpu import Gpu
 
 MIB = 1 << 20
@@ -23,10 +24,6 @@ CONTEXT_BYTES = 600 * MIB
 # runs that come near the card's size (fms-acceleration, Mistral-7B NF4 at 32 x 4096 tokens) the driver's
 # figure exceeds the allocated peak by 10 % of those bytes, the context included.
 SLACK_SHARE = 10  # per cent
-
-# cuBLAS workspaces are twice 8.125 MiB in the plan, and twice 32 MiB on Hopper
-# (aten/src/ATen/cuda/CublasHandlePool.cpp, parseChosenWorkspaceSize).
-_HOPPER_EXTRA = 2 * (33_554_432 - 8_519_680)
 
 
 class Fit(BaseModel):
@@ -46,10 +43,14 @@ class Fit(BaseModel):
     verdict: Literal["fits", "tight", "does not fit"]
 
 
-def judge(card: Gpu, peak_bytes: int, static_bytes: int) -> Fit:
-    """Hold a peak of allocated bytes, of which ``static_bytes`` are there all the time, against a card."""
-    hopper = card.vendor == "nvidia" and card.compute_capability.startswith("9.")
-    least = peak_bytes + CONTEXT_BYTES + (_HOPPER_EXTRA if hopper else 0)
+def judge(card: Gpu, peak_bytes: int, static_bytes: int, *, written_for: Card | None = None) -> Fit:
+    """Hold a peak of allocated bytes, of which ``static_bytes`` are there all the time, against a card.
+    The step was ``written_for`` a card whose two cuBLAS workspaces may be smaller."""
+    workspaces = 0
+    if card.capability is not None:
+        ours, theirs = Card(card.capability), written_for or Card()
+        workspaces = 2 * (ours.cublas_workspace - theirs.cublas_workspace)
+    least = peak_bytes + CONTEXT_BYTES + workspaces
     needed = least + (peak_bytes - static_bytes) * SLACK_SHARE // 100
     total = card.visible_bytes
     verdict: Literal["fits", "tight", "does not fit"] = (

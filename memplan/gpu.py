@@ -53,6 +53,14 @@ class Gpu(BaseModel):
         return self
 
     @property
+    def capability(self) -> tuple[int, int] | None:
+        """The compute capability as PyTorch compares it; None of a card that is not NVIDIA's."""
+        if self.vendor != "nvidia":
+            return None
+        major, minor = self.compute_capability.split(".")
+        return int(major), int(minor)
+
+    @property
     def total_bytes(self) -> int:
         """What the driver prints as the card's memory; more than a program can have."""
         return self.total_mib * MIB

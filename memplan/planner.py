@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
+from memplan.card import FLASH_CAPABILITY, Card
+from memplan.errors import MemplanError
 from memplan.fit import Fit, judge
 from memplan.gpu import Gpu
 from memplan.recipe import Recipe
@@ -103,7 +106,8 @@ class Plan(_Record):
 
     def timeline(self) -> Iterator[Point]:
         """Live bytes by category after every event of the step (see :class:`memplan.tape.Point`)."""
-        assert self._tape is not None, "a plan read from JSON has no tape: call plan() again"
+        if self._tape is None:
+            raise MemplanError("a plan read from JSON has no tape, so no timeline: call plan() again")
         return timeline(self._tape)
 
 
@@ -120,29 +124,37 @@ def plan(
     Raises MemplanError (UnknownName, SpecError, RecipeError, UnsupportedArchitecture).
     """
     from memplan.models import parameters
-    from memplan.models.step import write_tape
     from memplan.resolve import resolve
 
-    cards = judged(gpus)
+    judged(gpus)  # names that are wrong are said to be before anything is played
     found = resolve(model)
     spec = found.spec
     resolved = parameters.resolve_recipe(spec, recipe or Recipe())
-    with _one_at_a_time, _without_cycle_collector():
-        tape = write_tape(spec, resolved)
+    tape = _write(spec, resolved)
     base, adapters, trainable = parameters.count(spec, resolved)
     return plan_from_tape(
         tape,
         ModelInfo(name=spec.name, hub_id=spec.hub_id, architecture=spec.architecture, note=found.note),
         ParameterCounts(total=base + adapters, trainable=trainable),
         resolved,
-        cards,
+        gpus,
+        rewrite=partial(_write, spec, resolved),
     )
+
+
+def _write(spec: ModelSpec, recipe: Recipe, card: Card | None = None) -> Tape:
+    from memplan.models.step import write_tape
+
+    with _one_at_a_time, _without_cycle_collector():
+        return write_tape(spec, recipe, card=card)
 
 
 def judged(gpus: Iterable[str] | None) -> list[Gpu]:
     """The cards of these names, or the representative set."""
     from memplan.gpu import DEFAULT_GPUS, find_gpu
 
+    if isinstance(gpus, str):
+        gpus = [gpus]
     return [find_gpu(name) for name in (DEFAULT_GPUS if gpus is None else gpus)]
 
 
@@ -151,10 +163,12 @@ def plan_from_tape(
     model: ModelInfo,
     parameters: ParameterCounts,
     recipe: Recipe,
-    cards: Iterable[Gpu],
+    gpus: Iterable[str] | None,
     libraries: dict[str, str] | None = None,
+    rewrite: Callable[[Card], Tape] | None = None,
 ) -> Plan:
-    """What a tape says, whoever wrote it. ``recipe`` is resolved."""
+    """What a tape says, whoever wrote it for the reference card. ``recipe`` is resolved; ``rewrite`` writes
+    the tape again for a card on which other kernels run."""
     from memplan import __version__
 
     peak = replay(tape)
@@ -173,11 +187,35 @@ def plan_from_tape(
         ),
         peak=_peak_info(peak),
         summary=_summary(peak.by_category),
-        fits=tuple(judge(card, peak.allocated_bytes, sum(static.values())) for card in cards),
+        fits=tuple(_fits(tape, peak, static, gpus, rewrite)),
         libraries=libraries or {},
     )
     result._tape = tape
     return result
+
+
+def _fits(
+    tape: Tape,
+    peak: Peak,
+    static: dict[Category, int],
+    gpus: Iterable[str] | None,
+    rewrite: Callable[[Card], Tape] | None,
+) -> Iterator[Fit]:
+    """A verdict for each card. Before Ampere there is no FlashAttention: PyTorch then takes kernels that need
+    more, so the step is written again; flash-attn itself, and a trace made for Ampere, can't be judged."""
+    package = "_flash_attn_forward" in tape.operations
+    flash = package or "_scaled_dot_product_flash_attention" in tape.operations
+    for card in judged(gpus):
+        if not flash or card.capability is None or card.capability >= FLASH_CAPABILITY:
+            yield judge(card, peak.allocated_bytes, sum(static.values()))
+        elif rewrite is not None and not package:
+            older = Card(card.capability)
+            theirs = rewrite(older)
+            resting = sum(static_bytes(theirs).values())
+            yield judge(card, replay(theirs).allocated_bytes, resting, written_for=older)
+        elif gpus is not None:
+            remedy = "use attn 'sdpa'" if package else "plan without a trace, or trace with attn 'eager'"
+            raise MemplanError(f"this step runs FlashAttention, which the {card.name} can't: {remedy}")
 
 
 def predicted_tape(model: str | Path | ModelSpec, recipe: Recipe | None = None) -> Tape:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from memplan.errors import RecipeError, UnknownName
 
@@ -102,6 +102,25 @@ class Recipe(BaseModel):
     batch_size: int = Field(default=1, ge=1, le=1 << 20)
     seq_len: int = Field(default=2048, ge=1, le=1 << 24)
 
+    if not TYPE_CHECKING:  # there, the fields are the signature
+
+        def __init__(self, **options: Any) -> None:
+            try:
+                super().__init__(**options)
+            except ValidationError as error:
+                raise RecipeError(_sentence(error)) from None
+
+    @field_validator("optimizer", mode="before")
+    @classmethod
+    def _known_optimizer(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        name = OPTIMIZER_ALIASES.get(value, value)
+        known = [optimizer.value for optimizer in Optimizer]
+        if name not in known:
+            raise UnknownName("optimizer", value, known)
+        return name
+
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         if self.mode is Mode.FULL:
@@ -123,6 +142,11 @@ class Recipe(BaseModel):
         if self.autocast and self.dtype is DTypeName.FLOAT16 and self.mode is Mode.FULL:
             raise ValueError(
                 "full fine-tuning under autocast needs fp32 weights: use --dtype float32 --autocast"
+            )
+        if self.mode is not Mode.FULL and self.adapter_dtype not in (DTypeName.FLOAT32, self.dtype):
+            raise ValueError(
+                f"adapters are float32, or of the base's dtype with PEFT's autocast_adapter_dtype=False: "
+                f"{self.adapter_dtype.value} on a {self.dtype.value} base can't be had"
             )
         if self.momentum and self.optimizer is not Optimizer.SGD:
             raise ValueError(f"momentum belongs to the optimizer sgd, not to {self.optimizer.value}")
@@ -173,16 +197,17 @@ def make_recipe(**options: Any) -> Recipe:
                 + (" (4-bit weights can't be trained in full)" if mode == Mode.FULL else "")
                 + ": use --mode qlora"
             )
-    if isinstance(options.get("optimizer"), str):
-        name = options["optimizer"]
-        options["optimizer"] = name = OPTIMIZER_ALIASES.get(name, name)
-        known = [optimizer.value for optimizer in Optimizer]
-        if name not in known:
-            raise UnknownName("optimizer", name, known)
-    try:
-        return Recipe(**options)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][:1])
-        message = first["msg"].removeprefix("Value error, ")
-        raise RecipeError(f"{where}: {message}, got {first['input']!r}" if where else message) from None
+    if mode == Mode.FULL:
+        for option in ("r", "lora_alpha", "lora_dropout", "target_modules", "adapter_dtype"):
+            if option in options:
+                raise RecipeError(
+                    f"{option} belongs to adapters, which mode full does not have: leave it out"
+                )
+    return Recipe(**options)
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"][:1])
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}, got {first['input']!r}" if where else message

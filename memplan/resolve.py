@@ -15,7 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from memplan.errors import MemplanError, SpecError, UnknownName
+from memplan.errors import MemplanError, SpecError, UnknownName, UnsupportedArchitecture
+from memplan.importers.families import FAMILIES
 from memplan.importers.fields import shown
 from memplan.importers.hf import has_vision_tower, spec_from_config
 from memplan.resources import data_file
@@ -64,6 +65,12 @@ def resolve(model: str | Path | ModelSpec) -> ResolvedModel:
     Raises UnknownName, SpecError or UnsupportedArchitecture.
     """
     if isinstance(model, ModelSpec):
+        known = {family.model_type for family in FAMILIES}
+        if model.model_type not in known:
+            raise UnsupportedArchitecture(
+                f"memplan has no predicted plan for the model type {model.model_type!r}; "
+                f"predicted are {', '.join(sorted(known))}"
+            )
         return ResolvedModel(model)
     found = _find(model)
     if found.registered is not None:

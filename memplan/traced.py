@@ -36,7 +36,7 @@ def trace_plan(
     that transformers has; ``progress`` is told each phase and layer that it comes to.
     Raises MemplanError (UnknownName, SpecError, RecipeError, TraceError).
     """
-    cards = judged(gpus)
+    judged(gpus)  # names that are wrong are said to be before anything is traced
     found = model if isinstance(model, ResolvedConfig) else resolve_config(model)
     traced = _trace(found, checked(found, recipe or Recipe()), progress)
     answer = plan_from_tape(
@@ -44,7 +44,7 @@ def trace_plan(
         ModelInfo(name=found.name, hub_id=found.hub_id, architecture=traced.architecture, note=found.note),
         ParameterCounts(total=traced.parameters, trainable=traced.trainable),
         traced.recipe,
-        cards,
+        gpus,
         stack.installed(),
     )
     return answer, traced.tape

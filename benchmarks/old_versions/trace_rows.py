@@ -75,7 +75,8 @@ def main() -> None:
         }
         print(row["ref"], peak.allocated_bytes - row["bytes"], flush=True)
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES)
-    args.out.write_text(json.dumps({"versions": f"{versions}, trl 0.13.0", "peaks": peaks}, indent=1), "utf-8")
+    result = {"versions": f"{versions}, trl 0.13.0", "peaks": peaks}
+    args.out.write_text(json.dumps(result, indent=1), "utf-8")
 
 
 if __name__ == "__main__":

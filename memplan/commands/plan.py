@@ -17,7 +17,7 @@ from memplan.commands.arguments import (
 EXAMPLES = """\
 examples:
   memplan llama-70b --mode qlora --r 8
-  memplan plan ./models --mode full --optimizer adamw_bnb_8bit   (a folder that is called like a command)
+  memplan plan ./models --mode full   (a folder called like a command)
 """
 
 

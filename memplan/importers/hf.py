@@ -142,8 +142,8 @@ def _family(config: dict[str, Any], name: str) -> tuple[Family, dict[str, Any]]:
     else:
         kind = f"architecture {shown(architecture)}" if architecture else f"model type {shown(model_type)}"
         raise UnsupportedArchitecture(
-            f"memplan has no predicted plan for {shown(name)}, which is of the {kind}: add --trace to have "
-            f"its own code traced; predicted are {', '.join(SUPPORTED_ARCHITECTURES)}"
+            f"memplan has no predicted plan for {shown(name)}, which is of the {kind}: `memplan MODEL "
+            f"--trace` traces its own code; predicted are {', '.join(SUPPORTED_ARCHITECTURES)}"
         )
     expected = _GEMMA3_WITH_IMAGES[1] if images else family.model_type
     if model_type and model_type != expected:

@@ -8,7 +8,7 @@ from typing import Any
 from memplan.models.modules import Linear, Linear4bit, parameter
 from memplan.shadow import ops
 from memplan.shadow.matmul import baddbmm, linear, mm
-from memplan.shadow.tensor import DType, Tensor, empty, no_grad, state
+from memplan.shadow.tensor import DType, Tensor, empty, float32, no_grad, state
 from memplan.tape import Category
 
 
@@ -94,7 +94,9 @@ class Dora(Lora):
 
     def _weight_norm(self, weight: Tensor, lora_weight: Tensor) -> Tensor:
         summed = ops.pointwise("add", weight, ops.pointwise("mul", lora_weight))
-        return empty((summed.shape[0],), summed.dtype, "linalg_vector_norm")
+        # an fp32 operation of autocast (ATen/autocast_mode.h, AT_FORALL_FP32_SET_OPT_DTYPE), cast back
+        dtype = summed.dtype if state.autocast is None else float32
+        return ops.to(empty((summed.shape[0],), dtype, "linalg_vector_norm"), summed.dtype)
 
 
 class RouterLora:

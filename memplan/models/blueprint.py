@@ -71,13 +71,14 @@ def _mlp(spec: ModelSpec, sparse: bool) -> dict[str, Module]:
     hidden, inner = spec.hidden_size, spec.intermediate_size
     if sparse:
         experts, width = spec.num_experts, spec.moe_intermediate_size
-        return {
+        modules = {
             "mlp.gate": Module("raw", {"weight": (experts, hidden)}),
             "mlp.experts": Module(
                 "raw",
                 {"gate_up_proj": (experts, 2 * width, hidden), "down_proj": (experts, hidden, width)},
             ),
         }
+        return dict(reversed(modules.items())) if spec.model_type == "qwen3_moe" else modules
     if spec.model_type == "phi3":
         return {"mlp.gate_up_proj": _linear(hidden, 2 * inner), "mlp.down_proj": _linear(inner, hidden)}
     return {

@@ -11,8 +11,8 @@ from memplan.models.decoder import NORM_STYLE
 from memplan.models.fold import Played
 from memplan.models.modules import Embedding, Linear, Linear4bit, RMSNorm, parameter
 from memplan.models.optimizers import Group
-from memplan.models.targets import is_target, names_module
-from memplan.recipe import Mode, Recipe
+from memplan.models.targets import is_saved, is_target
+from memplan.recipe import DTypeName, Mode, Recipe
 from memplan.shadow.tensor import DTYPES, DType, Tensor, float32, state
 from memplan.spec import ModelSpec
 from memplan.tape import Category, Phase
@@ -41,7 +41,6 @@ class Builder:
         self.dtype: DType = DTYPES[recipe.dtype.value]
         # prepare_model_for_kbit_training casts every parameter that is not 4-bit to fp32.
         self.rest_dtype = float32 if recipe.kbit_prep else self.dtype
-        self.adapter_dtype = DTYPES[recipe.adapter_dtype.value]
         self.full = recipe.mode is Mode.FULL
         self.trainable: list[Tensor] = []
         self.buffers: list[Tensor] = []
@@ -59,7 +58,7 @@ class Builder:
         """A weight that is not quantised. A module to save keeps the frozen original beside its copy
         (peft/utils/other.py, ModulesToSaveWrapper), which is what runs."""
         tensor = parameter(shape, self.rest_dtype, name, Category.WEIGHTS, self.full)
-        if names_module(self.recipe.modules_to_save, full_name or name):
+        if is_saved(self.recipe.modules_to_save, full_name or name):
             self.buffers.append(tensor)
             tensor = parameter(shape, self.rest_dtype, name, Category.ADAPTERS, True)
         if tensor.requires_grad:
@@ -86,7 +85,7 @@ class Builder:
             for attribute, weight in weights.items():
                 kind = RouterLora if len(weight.shape) == 2 else ExpertLora
                 rank = 2 * recipe.r if attribute == "gate_up_proj" else recipe.r
-                weights[attribute] = adapter = kind(weight, name, rank, self.adapter_dtype)
+                weights[attribute] = adapter = kind(weight, name, rank, self.adapter_dtype(weight.dtype))
                 self.trainable += [adapter.down, adapter.up]
         return weights
 
@@ -101,14 +100,25 @@ class Builder:
             weight = self.weight(shapes["weight"], name, full_name)
             bias = self.weight(shapes["bias"], name, full_name) if "bias" in shapes else None
             base = Linear(name, weight, bias)
-        if recipe.mode is not Mode.FULL and is_target(recipe.target_modules, full_name):
-            kind = Dora if recipe.use_dora else Lora
-            lora = kind(base, recipe.r, self.adapter_dtype, recipe.lora_dropout)
-            self.trainable += [lora.down, lora.up]
-            if isinstance(lora, Dora):
-                self.trainable.append(lora.magnitude)
-            return lora
-        return base
+        return self.adapted(base, full_name)
+
+    def adapter_dtype(self, base: DType) -> DType:
+        """fp32, or the dtype of what is adapted (peft/tuners/tuners_utils.py, cast_adapter_dtype and
+        _move_adapter_to_device_of_base_layer)."""
+        return float32 if self.recipe.adapter_dtype is DTypeName.FLOAT32 else base
+
+    def adapted(self, base: Any, full_name: str) -> Any:
+        """A linear module with its adapter, if it is a target."""
+        recipe = self.recipe
+        if recipe.mode is Mode.FULL or not is_target(recipe.target_modules, full_name):
+            return base
+        kind = Dora if recipe.use_dora else Lora
+        dtype = self.adapter_dtype(base.weight.dtype if isinstance(base, Linear) else self.dtype)
+        lora = kind(base, recipe.r, dtype, recipe.lora_dropout)
+        self.trainable += [lora.down, lora.up]
+        if isinstance(lora, Dora):
+            self.trainable.append(lora.magnitude)
+        return lora
 
     def build(self, played: Played) -> Model:
         """Write the static part of the tape and return the model."""
@@ -123,10 +133,13 @@ class Builder:
 
         tape.begin(Phase.SETUP, "weights")
         table = self.weight(outside["model.embed_tokens"].parameters["weight"], "model.embed_tokens")
-        original = self.buffers[-1] if self.buffers else table
+        original = self.buffers[-1] if self.buffers else table  # of a module to save
         scale = None
         if NORM_STYLE.get(spec.model_type) == "gemma":
-            scale = parameter((), self.dtype, "model.embed_tokens.embed_scale", Category.WEIGHTS, False)
+            # a buffer, which the copy of a module to save has as well
+            for _ in range(1 + is_saved(recipe.modules_to_save, "model.embed_tokens")):
+                scale = parameter((), self.dtype, "model.embed_tokens.embed_scale", Category.WEIGHTS, False)
+                self.buffers.append(scale)
         hook = recipe.mode is not Mode.FULL and bool(recipe.gradient_checkpointing)
         embedding = Embedding(table, scale, hook)
         close(None)
@@ -149,12 +162,12 @@ class Builder:
         head: Any
         if spec.tie_word_embeddings:
             # one tensor under two names; as a module to save each gets a copy of its own
-            if names_module(recipe.modules_to_save, "lm_head"):
+            if is_saved(recipe.modules_to_save, "lm_head"):
                 copy = parameter(table.shape, self.rest_dtype, "lm_head", Category.ADAPTERS, True)
                 self.trainable.append(copy)
                 head = Linear("lm_head", copy, None)
             else:
-                head = Linear("lm_head", original, None)
+                head = self.adapted(Linear("lm_head", original, None), "lm_head")
         else:
             head = self.module("lm_head", outside["lm_head"], "lm_head")
         close(None)

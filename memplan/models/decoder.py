@@ -79,12 +79,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, 
     if context.attn is Attention.EAGER:
         return _eager(q, k, v, groups, context)
     if context.attn is Attention.FLASH:
-        # flash-attn knows grouped queries and windows itself; it computes in 16 bits
-        # (transformers/modeling_flash_attention_utils.py, get_target_dtype)
-        if q.dtype is float32:
-            q, k, v = (ops.to(x, state.autocast or context.dtype) for x in (q, k, v))
-        _is_packed_sequence(context.position_ids, q.shape[0])
-        return ops.contiguous(ops.transpose(flash_attention(q, k, v, package=True), 1, 2)), None
+        return ops.contiguous(ops.transpose(_flash(q, k, v, context), 1, 2)), None
     gqa = False
     if groups > 1:
         # use_gqa_in_sdpa: no mask, and a head size that the fused kernels support
@@ -94,6 +89,15 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, 
     causal = context.mask is None and q.shape[2] > 1
     out = scaled_dot_product_attention(q, k, v, context.mask, causal=causal, gqa=gqa)
     return ops.contiguous(ops.transpose(out, 1, 2)), None
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+    """_flash_attention_forward: flash-attn knows grouped queries and windows itself, and computes in 16 bits
+    (transformers/modeling_flash_attention_utils.py, get_target_dtype)."""
+    if q.dtype is float32:
+        q, k, v = (ops.to(x, state.autocast or context.dtype) for x in (q, k, v))
+    _is_packed_sequence(context.position_ids, q.shape[0])
+    return flash_attention(q, k, v, package=True)
 
 
 def _is_packed_sequence(position_ids: Tensor, batch: int) -> None:

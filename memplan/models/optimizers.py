@@ -93,23 +93,23 @@ def clip(groups: list[Group]) -> None:
     """``clip_grad_norm_`` with foreach: a norm a gradient, stacked, and gradients scaled in place."""
     tape = state.tape
     tape.module = "clip_grad_norm_"
-    tape.begin(Phase.OPTIMIZER, "partial norms")
-    partial = [
-        # ForeachReduceOp.cu: fp32 partial sums for each chunk of 65,536 elements of the longest tensor
-        empty((count * -(-longest // 65_536),), float32, "_foreach_norm")
-        for count, longest in _gradient_sizes(groups)
-    ]
     count = sum(group.repeat * len(group.parameters) for group in groups)
     norms: list[tuple[int | None, list[Storage]]] = []
-    for group in groups:
-        tape.begin(Phase.OPTIMIZER, "norms", group.layer)
-        wanted = [parameter for parameter in group.parameters if _gradient(parameter) is not None]
-        norms.append(
-            (group.layer, [Storage(parameter.dtype.itemsize, "_foreach_norm") for parameter in wanted])
-        )
+    sizes = _gradient_sizes(groups)
+    # one list a dtype, from an unordered_map that hands out last what came first (ForeachUtils.h)
+    for dtype, (length, longest) in reversed(sizes.items()):
+        tape.begin(Phase.OPTIMIZER, f"partial norms, {dtype}")
+        # ForeachReduceOp.cu: fp32 partial sums for each chunk of 65,536 elements of the longest tensor
+        partial = empty((length * -(-longest // 65_536),), float32, "_foreach_norm")
+        for group in groups:
+            wanted = [p for p in group.parameters if p.dtype is dtype and _gradient(p) is not None]
+            if wanted:
+                tape.begin(Phase.OPTIMIZER, f"norms, {dtype}", group.layer)
+                norms.append((group.layer, [Storage(dtype.itemsize, "_foreach_norm") for _ in wanted]))
+        tape.begin(Phase.OPTIMIZER, f"norms, {dtype}, done")
+        del partial
     tape.begin(Phase.OPTIMIZER, "total norm")
-    del partial
-    stacked = empty((count,), float32, "stack")
+    stacked = empty((count,), float32 if len(sizes) > 1 else next(iter(sizes)), "stack")
     total = empty((), float32, "linalg_vector_norm")
     del stacked
     _release(norms, "free norms")
@@ -122,7 +122,7 @@ def clip(groups: list[Group]) -> None:
     del total, coefficient, clamped
 
 
-def _gradient_sizes(groups: list[Group]) -> Iterator[tuple[int, int]]:
+def _gradient_sizes(groups: list[Group]) -> dict[DType, tuple[int, int]]:
     """For each dtype of gradients: how many, and the elements of the largest."""
     counts: dict[DType, int] = {}
     longest: dict[DType, int] = {}
@@ -131,8 +131,7 @@ def _gradient_sizes(groups: list[Group]) -> Iterator[tuple[int, int]]:
             dtype = parameter.dtype
             counts[dtype] = counts.get(dtype, 0) + group.repeat
             longest[dtype] = max(longest.get(dtype, 0), prod(parameter.shape))
-    for dtype in counts:
-        yield counts[dtype], longest[dtype]
+    return {dtype: (counts[dtype], longest[dtype]) for dtype in counts}
 
 
 def _release(lists: list[tuple[int | None, list[Storage]]], name: str) -> None:
@@ -155,12 +154,18 @@ def step(groups: list[Group], recipe: Recipe, kept: State) -> None:
 
 
 def _by_decay(groups: list[Group]) -> Iterator[tuple[str, list[tuple[int | None, list[Tensor]]]]]:
-    """The Trainer's two parameter groups: norms and biases, which are vectors, are not decayed."""
-    for name, vectors in (("decayed", False), ("not decayed", True)):
-        chosen = [
-            (group.layer, [p for p in group.parameters if (len(p.shape) == 1) is vectors]) for group in groups
-        ]
+    """The Trainer's two parameter groups: norms and biases are not decayed."""
+    for name, wanted in (("decayed", True), ("not decayed", False)):
+        chosen = [(group.layer, [p for p in group.parameters if _decays(p) is wanted]) for group in groups]
         yield name, [(layer, parameters) for layer, parameters in chosen if parameters]
+
+
+def _decays(parameter: Tensor) -> bool:
+    """Told by names (transformers/trainer.py, get_decay_parameter_names, 5.23): of the vectors only DoRA's
+    magnitudes have none that exempts them."""
+    if len(parameter.shape) > 1 or parameter.storage is None:
+        return True
+    return state.tape.modules[parameter.storage.index].endswith("lora_magnitude_vector")
 
 
 def _foreach_adamw(groups: list[Group]) -> None:

@@ -44,11 +44,17 @@ def _check_experts(spec: ModelSpec, recipe: Recipe) -> None:
         fused = {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3"} & set(
             recipe.target_modules
         )
-        if fused and not (spec.sparse_layers and not all(spec.sparse_layers)):
+        if fused:
             raise RecipeError(
                 f"target_modules {sorted(fused)} name projections that transformers 5 fuses into experts; "
                 "use all-linear, which adapts them, or attention"
             )
+    mixed = spec.sparse_layers and not all(spec.sparse_layers)
+    if mixed and any(".self_attn." not in name and name != "lm_head" for name in _adapted(spec, recipe)):
+        raise RecipeError(
+            "adapters outside attention are not modelled for models that mix dense layers with layers of "
+            "experts; use --target-modules attention"
+        )
 
 
 @lru_cache(maxsize=64)
@@ -146,4 +152,4 @@ def _saved(spec: ModelSpec, recipe: Recipe) -> int:
 
 
 def _is_saved(recipe: Recipe, name: str) -> bool:
-    return targets.names_module(recipe.modules_to_save, name)
+    return targets.is_saved(recipe.modules_to_save, name)

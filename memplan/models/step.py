@@ -44,11 +44,13 @@ def write_tape(spec: ModelSpec, recipe: Recipe, *, card: Card | None = None, fol
         played = fold.layers_to_play(kinds(spec, recipe), first_is_like_others=recipe.mode is Mode.FULL)
     while True:
         tape = _play(spec, recipe, card, played)
-        if played.complete:
-            return tape
-        if fold.fold(tape, played):
-            return tape
+        if played.complete or fold.fold(tape, played):
+            break
         played = played.longer()
+    for segment in tape.segments:
+        if segment.phase is Phase.OPTIMIZER:
+            segment.layer = None  # an update goes by parameters, not by layers: folding alone needed to know
+    return tape
 
 
 def kinds(spec: ModelSpec, recipe: Recipe) -> list[Any]:

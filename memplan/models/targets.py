@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 
 from memplan.errors import RecipeError
-from memplan.recipe import Recipe
+from memplan.recipe import TARGET_PRESETS, Loss, Recipe
 
 # Attention and the q,v default by family: PEFT's TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 # names the fused projection where a family has one.
@@ -36,6 +36,12 @@ def names_module(names: Iterable[str], full_name: str) -> bool:
     return any(full_name == name or full_name.endswith("." + name) for name in names)
 
 
+def is_saved(names: Iterable[str], full_name: str) -> bool:
+    """Whether ``modules_to_save`` names the module: by the end of its name, in the middle of a word even, so
+    that ``norm`` is every ``input_layernorm`` too (peft/utils/other.py, _set_trainable, 0.21)."""
+    return any(full_name.endswith(name) for name in names)
+
+
 def check(
     recipe: Recipe,
     adapted: dict[str, tuple[int, ...]],
@@ -47,6 +53,16 @@ def check(
     ``adapted`` are the matching modules' shapes, ``linear`` all linear modules, ``names`` all modules' kinds.
     Raises RecipeError.
     """
+    if is_target(recipe.target_modules, "model.embed_tokens") and recipe.target_modules not in TARGET_PRESETS:
+        raise RecipeError(
+            "target_modules names embed_tokens, and adapters on embeddings are not modelled: "
+            "leave it out, or train it whole with modules_to_save"
+        )
+    if recipe.loss is not Loss.STANDARD and "lm_head" in adapted:
+        raise RecipeError(
+            f"the loss {recipe.loss.value} reads lm_head's weight and passes an adapter by: "
+            "leave lm_head out of target_modules, or use the standard loss"
+        )
     if not adapted:
         known = sorted({name.rsplit(".", 1)[-1] for name in linear})
         raise RecipeError(
@@ -60,7 +76,7 @@ def check(
             f"use r of at most {min(shape)}"
         )
     for module in recipe.modules_to_save:
-        kinds = {kind for known, kind in names.items() if names_module((module,), known)}
+        kinds = {kind for known, kind in names.items() if is_saved((module,), known)}
         if not kinds:
             raise RecipeError(f"modules_to_save {module!r} matches no module of this model")
         if kinds - {"embedding", "norm", "head"}:

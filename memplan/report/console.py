@@ -48,12 +48,19 @@ def heading(console: Console, title: str, rest: str = "") -> None:
     console.print(Text.assemble((title, HEADING), GAP if rest else "", rest))
 
 
-def table(console: Console, rows: Iterable[Sequence[Cell]], alignment: str, first_width: int = 0) -> None:
-    """Print rows in columns; ``alignment`` has < or > a column. The first column gives way if it must."""
+def table(
+    console: Console,
+    rows: Iterable[Sequence[Cell]],
+    alignment: str,
+    first_width: int = 0,
+    gives_way: int = 0,
+) -> None:
+    """Print rows in columns; ``alignment`` has < or > a column. One column gives way if it must."""
     cells = [[cell if isinstance(cell, Text) else Text(cell) for cell in row] for row in rows]
     widths = [max(cell.cell_len for cell in column) for column in zip(*cells, strict=True)]
-    room = console.width - 2 - sum(width + len(GAP) for width in widths[1:])
-    widths[0] = max(min(max(widths[0], first_width), room), 8)
+    widths[0] = max(widths[0], first_width)
+    room = console.width - 2 - sum(width + len(GAP) for width in widths) + len(GAP) + widths[gives_way]
+    widths[gives_way] = max(min(widths[gives_way], room), 8)
     for row in cells:
         line = Text(GAP)
         for cell, width, side in zip(row, widths, alignment, strict=True):

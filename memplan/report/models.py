@@ -24,5 +24,5 @@ def show_models(models: Sequence[RegistryEntry], console: Console) -> None:
     for model in models:
         parameters = count(model.parameters) if model.parameters else "?"
         rows.append([Text(model.alias), Text(model.hub_id, QUIET), Text(parameters)])
-    table(console, rows, "<<>")
+    table(console, rows, "<<>", gives_way=1)  # an alias is there to be copied
     note(console, FOOTNOTE)

@@ -94,7 +94,8 @@ def short_card(gpu: str) -> str:
 def moment(peak: PeakInfo) -> str:
     """When the peak happens: phase, layer, operation and module."""
     layer = "" if peak.layer is None else f" of layer {peak.layer}"
-    module = f" in {peak.module}" if peak.module else ""
+    module = peak.module.partition(f".{peak.layer}.")[2] or peak.module  # the layer is said already
+    module = f" in {module}" if module else ""
     return f"{peak.phase}{layer}, at {peak.operation}{module}"
 
 

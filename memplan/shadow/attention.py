@@ -9,10 +9,22 @@ from __future__ import annotations
 
 from typing import Any
 
+from memplan.card import FLASH_CAPABILITY
 from memplan.shadow import ops
 from memplan.shadow.autograd import Node, attach, save, save_output, unpack
 from memplan.shadow.matmul import matmul
-from memplan.shadow.tensor import DType, Tensor, bool_, empty, float32, int64, state, strides_of, uint8
+from memplan.shadow.tensor import (
+    DType,
+    Tensor,
+    bfloat16,
+    bool_,
+    empty,
+    float32,
+    int64,
+    state,
+    strides_of,
+    uint8,
+)
 
 _FLASH_MAX_HEAD_DIM = 256
 
@@ -31,10 +43,16 @@ def scaled_dot_product_attention(
     if state.autocast is not None:
         value, key, query = (ops.to(x, state.autocast) for x in (value, key, query))
     head_dim = query.shape[-1]
-    if mask is None and query.dtype.itemsize == 2 and head_dim <= _FLASH_MAX_HEAD_DIM:
+    ampere = state.card.capability >= FLASH_CAPABILITY
+    if ampere and mask is None and query.dtype.itemsize == 2 and head_dim <= _FLASH_MAX_HEAD_DIM:
         return flash_attention(query, key, value)
-    # The memory-efficient kernel wants 16-byte aligned rows and as many key heads as query heads.
-    if head_dim % (16 // query.dtype.itemsize) == 0 and not (gqa and query.shape[1] != key.shape[1]):
+    # The memory-efficient kernel wants 16-byte aligned rows and as many key heads as query heads, and before
+    # Ampere it has no bfloat16.
+    if (
+        head_dim % (16 // query.dtype.itemsize) == 0
+        and not (gqa and query.shape[1] != key.shape[1])
+        and (ampere or query.dtype is not bfloat16)
+    ):
         return _efficient(query, key, value, mask)
     return _math(query, key, value, mask, causal=causal, gqa=gqa)
 
@@ -50,7 +68,7 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, *, package: bool 
     """FlashAttention-2 on 16-bit inputs: PyTorch's copy of it, or the flash-attn ``package``, which does
     without a second tensor of random state."""
     batch, heads, length, head_dim = query.shape
-    operation = "_scaled_dot_product_flash_attention"
+    operation = "_flash_attn_forward" if package else "_scaled_dot_product_flash_attention"
     node = Node(_flash_backward, query, key, value) if ops.tracked(query, key, value) else None
     padded = head_dim % 8 != 0
     if padded:
@@ -77,6 +95,7 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, *, package: bool 
     if node is not None and saved is not None:
         saved += [save_output(out), save_output(logsumexp), *map(save_output, random)]
         node.saved = saved
+        node.context = package
         attach(node, out)
     return out
 
@@ -106,7 +125,7 @@ def _splits(rows: int, length: int, head_dim: int) -> int:
 
 
 def _flash_backward(node: Node, grad: Tensor) -> Any:
-    operation = "_scaled_dot_product_flash_attention_backward"
+    operation = "_flash_attn_backward" if node.context else "_scaled_dot_product_flash_attention_backward"
     query, key, value, *rest = [unpack(saved) for saved in node.saved]
     grad = ops.contiguous(ops.transpose(grad, 1, 2))  # [B, S, H, D]
     batch, heads, length, head_dim = query.shape

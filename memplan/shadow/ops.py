@@ -369,7 +369,9 @@ def _view_backward(node: Node, grad: Tensor) -> Any:
 def reshape(x: Tensor, shape: Shape) -> Tensor:
     """``x.reshape(shape)``: a view where strides allow it, else a copy."""
     if x.strides is not None and view_strides(x.shape, x.strides, shape) is None:
-        x = clone(x)
+        out = view(clone(x), shape)
+        out.base = None  # at::_unsafe_view: no view to autograd, so that the engine may add into it
+        return out
     return view(x, shape)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from memplan.card import Card
+from memplan.card import FLASH_CAPABILITY, Card
 from memplan.trace.operators import operator, up, workspace
 
 aten = torch.ops.aten
@@ -31,11 +31,14 @@ def backend(card: Card, query: Any, key: Any, value: Any, mask: Any, enable_gqa:
     # check_prefer_cudnn_attention: first on 9.0 and 10.x with cuDNN > 9.15.0, which the wheels carry
     if card.capability[0] in (9, 10) and half and head_dim <= 128 and head_dim % 8 == 0 and key.shape[2] > 1:
         return "cudnn"
-    if half and mask is None and same_dim and head_dim <= 256 and card.capability >= (8, 0):
+    if half and mask is None and same_dim and head_dim <= 256 and card.capability >= FLASH_CAPABILITY:
         # check_requires_grad_and_head_dim_gt192_constraints_on_sm86_89_or_120
         if head_dim <= 192 or head_dim > 224 or card.capability in ((8, 0), (9, 0), (10, 0)):
             return "flash"
     # check_head_dim_size_mem_efficient: 128-bit loads; no grouped queries (supports_gqa is false in 2.13)
+    # use_mem_efficient_attention: no bfloat16 before Ampere
+    if card.capability < FLASH_CAPABILITY and query.dtype is torch.bfloat16:
+        return "math"
     alignment = 8 if half else 4
     if not grouped and head_dim % alignment == 0 and value.shape[-1] % alignment == 0:
         return "efficient"
@@ -247,7 +250,7 @@ def flash_backward(
 _LIBRARY = torch.library.Library("memplan", "FRAGMENT")
 _LIBRARY.define("_flash_attn_forward(Tensor query, Tensor key, Tensor value) -> (Tensor, Tensor, Tensor)")
 _LIBRARY.define(
-    "_flash_attn_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value) -> (Tensor, Tensor, Tensor)"
+    "_flash_attn_backward(Tensor grad, Tensor query, Tensor key, Tensor value) -> (Tensor, Tensor, Tensor)"
 )
 
 

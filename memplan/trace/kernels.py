@@ -155,8 +155,8 @@ def _softmax_as_fp32(kernel: Any) -> Any:
 
 @contextmanager
 def half_to_float() -> Iterator[None]:
-    """``softmax(fp16, dtype=fp32)`` and ``log_softmax`` in one kernel, with no fp32 copy of what comes in, as on
-    CUDA alone (aten/src/ATen/native/SoftMax.cpp, ``input_.is_cuda()``, 2.13), while the context lasts."""
+    """``softmax(fp16, dtype=fp32)`` and ``log_softmax`` in one kernel, with no fp32 copy of what comes in, as
+    on CUDA alone (aten/src/ATen/native/SoftMax.cpp, ``input_.is_cuda()``, 2.13), while the context lasts."""
     library = torch.library.Library("aten", "IMPL")
     library.impl("softmax.int", _softmax_as_fp32(aten._softmax.default), "AutogradCPU")
     library.impl("log_softmax.int", _softmax_as_fp32(aten._log_softmax.default), "AutogradCPU")

@@ -1,0 +1,97 @@
+"""docs/accuracy.md, from data/reconciliation.json and data/published_comparison.json."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import published
+
+ROOT = Path(__file__).resolve().parent.parent
+
+HEAD = """\
+# Accuracy
+
+Made by `python docs/generate.py` from `data/reconciliation.json` and `data/published_comparison.json`, which
+`python benchmarks/reconcile.py` and `python benchmarks/published.py` write. Nothing here is *measured* by us:
+no GPU has confirmed these numbers yet. *Predicted* is the plan; *traced* is the real libraries' step under
+fake tensors on a CPU ([how-it-works.md](how-it-works.md)).
+
+## Predicted against traced
+
+{count} cases, {versions}, {date}. They are chosen by pairwise cover: every two values of any two options
+(model, mode, optimizer, targets, adapter dtype, checkpointing, attention, dtype, autocast, dropout, DoRA,
+modules to save, upcasts, double quantisation, batch and length, accumulation, clipping …) meet in some case,
+as far as the libraries let them. Layers have their true sizes; {deep} cases have all of their layers.
+
+A case **agrees** when both peaks have the same bytes in the same phase, operation and layer.
+
+| family | cases | agree | static bytes agree by category | every allocation of the step agrees |
+| --- | ---: | ---: | ---: | ---: |
+"""
+
+BELOW = """
+{deviations}
+
+The last column asks more than the contract: the same allocations in the same order with the same live bytes
+after each, all through the step. Where it is lower, two events change places in some operation (a cast
+of `value` before or after a release, say) without touching the peak. Nor is the split of a peak into
+categories part of the contract: the tracer tells logits, activations and temporaries apart by when a storage
+is born and dies, the plan by what made it, and {categories} of {count} cases have the same split to the byte.
+
+The losses `chunked` and `liger` run kernels of their own that a CPU can't trace: they are read from source,
+and `liger` is compared with nothing but the published rows below.
+
+### A 70B on a 48 GB card
+
+Llama-3.3-70B, QLoRA r=8 on all linear layers, 1 × 2048 tokens, all 80 layers:
+
+| recipe | predicted | traced | peak in |
+| --- | ---: | ---: | --- |
+"""
+
+ABOUT_70B = """
+The upcasts of `prepare_model_for_kbit_training` decide whether it fits a card with 48 GB.
+
+"""
+
+
+def page() -> str:
+    """The page."""
+    run = json.loads((ROOT / "data" / "reconciliation.json").read_text(encoding="utf-8"))
+    results: list[dict[str, Any]] = run["results"]
+    versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items() if name != "memplan")
+    deep = sum(result["case"]["layers"] is None for result in results)
+    families: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for result in results:
+        families[result["family"]].append(result)
+    text = HEAD.format(count=len(results), versions=versions, date=run["date"], deep=deep)
+    for family, members in [*sorted(families.items()), ("**all**", results)]:
+        sums = [
+            sum(bool(member.get(key)) for member in members)
+            for key in ("agrees", "static_agrees", "step_agrees")
+        ]
+        text += f"| {family} | {len(members)} | {' | '.join(map(str, sums))} |\n"
+    categories = sum(bool(result.get("categories_agree")) for result in results)
+    text += BELOW.format(deviations=_deviations(), categories=categories, count=len(results))
+    for result in results:
+        if result["case"]["model"] == "llama-3.3-70b":
+            prepared = result["case"].get("kbit_prep", True)
+            peaks = [f"{result[kind]['peak_bytes']:,}" for kind in ("predicted", "traced")]
+            name = "with the upcasts (default)" if prepared else "without them (`--no-kbit-prep`)"
+            text += f"| {name} | {peaks[0]} | {peaks[1]} | `{result['traced']['operation']}` |\n"
+    return text + ABOUT_70B + published.section()
+
+
+def _deviations() -> str:
+    known = json.loads((ROOT / "benchmarks" / "deviations.json").read_text(encoding="utf-8"))["deviations"]
+    if not known:
+        return "Known deviations: none."
+    rows = "".join(
+        f"| `{each['case']}` | {each['tensor']} | {each['bytes']:+,} | {each['reason']} |\n" for each in known
+    )
+    return (
+        f"Known deviations:\n\n| cases with | tensor | bytes | reason |\n| --- | --- | ---: | --- |\n{rows}"
+    )

@@ -1,0 +1,81 @@
+"""What is not modelled is refused in a sentence, and what was once forgotten is on the tape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from conftest import Outcome
+
+import memplan.planner
+from memplan import MemplanError, ModelSpec, Recipe, plan
+
+
+def test_adapters_on_a_tied_output_layer_are_allocated() -> None:
+    # r=8: 8 x (2048 + 128256) fp32 of lm_head and 8 x (2048 + 2048) of each of 16 q_proj
+    answer = plan("llama-3.2-1b", Recipe(mode="lora", target_modules=("lm_head", "q_proj")))
+    assert answer.parameters.trainable == 8 * (2048 + 128_256) + 16 * 8 * (2048 + 2048)
+    assert answer.static_bytes.adapters == 4 * answer.parameters.trainable
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "words"),
+    [
+        ("llama-3.1-8b", {"target_modules": ("embed_tokens", "q_proj")}, "embed_tokens"),
+        ("llama-3.1-8b", {"target_modules": ("lm_head", "q_proj"), "loss": "chunked"}, "leave lm_head out"),
+        ("llama-3.1-8b", {"adapter_dtype": "float16"}, "float16 on a bfloat16 base"),
+        ("qwen3-30b-a3b", {"target_modules": ("down_proj",)}, "fuses into experts"),
+        ("llama-3.1-8b", {"r": 0}, "r: "),
+        ("llama-3.1-8b", {"optimizer": "adamw_tosh"}, "adamw_torch"),
+    ],
+)
+def test_one_sentence_in_python_too(model: str, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(MemplanError, match=words):
+        plan(model, Recipe(mode="lora", **options))
+
+
+def test_dense_layers_among_experts_take_adapters_on_attention_alone() -> None:
+    from memplan.resolve import resolve
+
+    spec = resolve("qwen3-30b-a3b").spec
+    mixed = spec.model_copy(update={"sparse_layers": (False, *spec.sparse_layers[1:])})
+    with pytest.raises(MemplanError, match="mix dense layers"):
+        plan(mixed, Recipe(mode="lora"))
+    assert plan(mixed, Recipe(mode="lora", target_modules="attention")).peak.allocated_bytes > 0
+
+
+def test_a_spec_of_an_unknown_family() -> None:
+    from memplan.resolve import resolve
+
+    spec: ModelSpec = resolve("llama-3.2-1b").spec.model_copy(update={"model_type": "foo"})
+    with pytest.raises(MemplanError, match="no predicted plan for the model type 'foo'"):
+        plan(spec)
+
+
+def test_a_plan_from_json_has_no_timeline() -> None:
+    answer = memplan.planner.Plan.model_validate_json(plan("llama-3.2-1b").model_dump_json())
+    with pytest.raises(MemplanError, match="call plan\\(\\) again"):
+        next(answer.timeline())
+
+
+def test_aliases_of_optimizers_work_in_python() -> None:
+    assert Recipe(optimizer="adamw_8bit").optimizer.value == "adamw_bnb_8bit"
+
+
+@pytest.mark.parametrize("option", ["--r 8", "--target-modules q_proj", "--adapter-dtype fp32"])
+def test_adapters_options_are_not_dropped_in_full(memplan: Callable[..., Outcome], option: str) -> None:
+    outcome = memplan("llama-3.2-1b", "--mode", "full", *option.split())
+    assert outcome.status == 2
+    assert "which mode full does not have" in outcome.err
+
+
+def test_a_bug_is_not_a_verdict(memplan: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise KeyError("tape")
+
+    monkeypatch.setattr("memplan.planner.replay", broken)
+    outcome = memplan("fit", "llama-3.2-1b", "--gpu", "a6000")
+    assert outcome.status == 70
+    assert outcome.err.startswith("memplan: a bug in memplan (KeyError: 'tape'); please report it")
+    assert outcome.err.count("\n") == 1
