@@ -16,7 +16,7 @@ from memplan.card import FLASH_CAPABILITY, Card
 from memplan.errors import MemplanError
 from memplan.fit import Fit, judge
 from memplan.gpu import Gpu
-from memplan.recipe import Recipe
+from memplan.recipe import Mode, Recipe
 from memplan.spec import ModelSpec
 from memplan.tape import Category, Peak, Point, Tape, replay, static_bytes, timeline
 
@@ -28,7 +28,8 @@ class _Record(BaseModel):
 
 
 class ModelInfo(_Record):
-    """Which model the plan is for. ``note`` says how a name was resolved when that needs saying."""
+    """Which model the plan is for. ``note`` says what needs saying: how a name was resolved, what about the
+    model surprises."""
 
     name: str
     hub_id: str | None
@@ -134,12 +135,38 @@ def plan(
     base, adapters, trainable = parameters.count(spec, resolved)
     return plan_from_tape(
         tape,
-        ModelInfo(name=spec.name, hub_id=spec.hub_id, architecture=spec.architecture, note=found.note),
+        ModelInfo(
+            name=spec.name,
+            hub_id=spec.hub_id,
+            architecture=spec.architecture,
+            note=_join(found.note, _experts(spec, resolved), _too_long(spec, resolved)),
+        ),
         ParameterCounts(total=base + adapters, trainable=trainable),
         resolved,
         gpus,
         rewrite=partial(_write, spec, resolved),
     )
+
+
+def _experts(spec: ModelSpec, recipe: Recipe) -> str | None:
+    """What surprises about 4-bit models with experts."""
+    if not spec.num_experts or recipe.mode is not Mode.QLORA:
+        return None
+    dtype = "float32, as PEFT's preparation makes them" if recipe.kbit_prep else recipe.dtype.value
+    return (
+        f"bitsandbytes quantises linear layers only, and transformers 5 has experts in none: they are {dtype}"
+    )
+
+
+def _too_long(spec: ModelSpec, recipe: Recipe) -> str | None:
+    longest = spec.max_position_embeddings
+    if longest is None or recipe.seq_len <= longest:
+        return None
+    return f"seq_len {recipe.seq_len} is beyond the {longest} positions that the model was made for"
+
+
+def _join(*sentences: str | None) -> str | None:
+    return "; ".join(sentence for sentence in sentences if sentence) or None
 
 
 def _write(spec: ModelSpec, recipe: Recipe, card: Card | None = None) -> Tape:

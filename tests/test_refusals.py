@@ -59,6 +59,18 @@ def test_a_plan_from_json_has_no_timeline() -> None:
         next(answer.timeline())
 
 
+@pytest.mark.parametrize(
+    ("model", "options", "words"),
+    [
+        ("mixtral-8x7b", {"mode": "qlora"}, "float32, as PEFT's preparation makes them"),
+        ("mixtral-8x7b", {"mode": "qlora", "kbit_prep": False}, "in none: they are bfloat16"),
+        ("llama-2-7b", {"mode": "lora", "seq_len": 4097}, "seq_len 4097 is beyond the 4096 positions"),
+    ],
+)
+def test_what_surprises_is_noted(model: str, options: dict[str, Any], words: str) -> None:
+    assert words in (plan(model, Recipe(**options)).model.note or "")
+
+
 def test_aliases_of_optimizers_work_in_python() -> None:
     assert Recipe(optimizer="adamw_8bit").optimizer.value == "adamw_bnb_8bit"
 

@@ -7,7 +7,7 @@ autograd/_functions.py and backends/cuda/ops.py (0.50).
 from __future__ import annotations
 
 from math import prod
-from typing import Any, Protocol
+from typing import Any
 
 from memplan.models.gemm_4bit import fused
 from memplan.shadow import ops
@@ -18,12 +18,6 @@ from memplan.tape import Category
 
 NF4_BLOCK = 64  # weights that share a scale (bitsandbytes/functional.py, quantize_4bit)
 NESTED_BLOCK = 256  # scales that share a second-order scale under double quantisation
-
-
-class Callable1(Protocol):
-    """A module of one input."""
-
-    def __call__(self, x: Tensor) -> Tensor: ...
 
 
 def parameter(shape: Shape, dtype: DType, name: str, kind: Category, trainable: bool) -> Tensor:

@@ -69,8 +69,12 @@ def _experts_forward(
 
 def _route(weight: Tensor, hidden_states: Tensor, spec: ModelSpec) -> tuple[Tensor, Tensor, Tensor]:
     """The router's logits, and weights and numbers of each token's experts."""
+    hidden_states = ops.view(hidden_states, hidden_states.shape)  # reshape(-1, hidden_dim), a node of its own
     router_logits = linear(hidden_states, weight)
-    router_probs = ops.softmax(ops.to(router_logits, float32), float32)
+    if spec.model_type == "qwen3_moe":
+        router_probs = ops.softmax(router_logits, float32)
+    else:
+        router_probs = ops.softmax(ops.to(router_logits, float32), float32)
     values, indices = _top_k(router_probs, spec.num_experts_per_tok)
     if spec.norm_topk_prob:
         values = _normalize_(values)
@@ -210,9 +214,10 @@ def _grouped_mm_backward(node: Node, grad: Tensor) -> Any:
 
 
 def _sum_experts(x: Tensor) -> Tensor:
-    """``x.sum(dim=1)``."""
+    """``x.sum(dim=1)``, which autocast makes in fp32 (ATen/autocast_mode.h, AT_FORALL_FP32_SET_OPT_DTYPE)."""
     node = Node(_sum_experts_backward, x) if ops.tracked(x) else None
-    out = empty((x.shape[0], x.shape[2]), x.dtype, "sum")
+    dtype = x.dtype if state.autocast is None else float32
+    out = empty((x.shape[0], x.shape[2]), dtype, "sum")
     if node is not None:
         node.context = x.shape
         attach(node, out)

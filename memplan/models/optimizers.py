@@ -169,13 +169,23 @@ def _decays(parameter: Tensor) -> bool:
 
 
 def _foreach_adamw(groups: list[Group]) -> None:
-    """``_multi_tensor_adam``: square roots of all second moments at once, one parameter group at a time."""
+    """``_multi_tensor_adam``: square roots of all second moments at once, one parameter group and dtype at a
+    time; the name that holds a dtype's list keeps it until the next one's is there."""
     for name, chosen in _by_decay(groups):
         roots: list[tuple[int | None, list[Storage]]] = []
-        for layer, parameters in chosen:
-            state.tape.begin(Phase.OPTIMIZER, f"square roots, {name}", layer)
-            roots.append((layer, [Storage(parameter.nbytes, "_foreach_sqrt") for parameter in parameters]))
-        _release(roots, f"free square roots, {name}")
+        before = ""
+        for dtype in reversed(list(dict.fromkeys(p.dtype for _, parameters in chosen for p in parameters))):
+            earlier, roots = roots, []
+            for layer, parameters in chosen:
+                wanted = [parameter for parameter in parameters if parameter.dtype is dtype]
+                if wanted:
+                    state.tape.begin(Phase.OPTIMIZER, f"square roots, {name}, {dtype}", layer)
+                    roots.append(
+                        (layer, [Storage(parameter.nbytes, "_foreach_sqrt") for parameter in wanted])
+                    )
+            _release(earlier, f"free square roots, {name}{before}")
+            before = f", {dtype}"
+        _release(roots, f"free square roots, {name}{before}")
 
 
 def _adafactor(groups: list[Group], kept: State) -> None:

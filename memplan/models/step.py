@@ -22,6 +22,7 @@ from memplan.shadow.tensor import (
     DTYPES,
     Tensor,
     bfloat16,
+    bool_,
     category,
     empty,
     float32,
@@ -94,7 +95,8 @@ def _play(spec: ModelSpec, recipe: Recipe, card: Card | None, played: Played) ->
     for _ in range(min(recipe.gradient_accumulation_steps, 2)):
         loss = _forward(model, ids, attention_mask, labels, played.indices)
         if recipe.gradient_accumulation_steps > 1:
-            loss = ops.scale(loss, "div")
+            with category(Category.LOGITS_AND_LOSS):
+                loss = ops.scale(loss, "div")
         tape.begin(Phase.BACKWARD, "backward")
         tape.module = "loss"
         grad = empty((), loss.dtype, "ones_like")  # torch.autograd.backward holds it to the end
@@ -157,8 +159,10 @@ def _decoder(model: Model, ids: Tensor, attention_mask: Tensor, played: list[int
     embeds = model.embedding(ids)
     tape.module = "model"
     cache: list[Tensor] | None = [] if uses_cache(spec, recipe) else None
-    positions = _positions(recipe.seq_len)
-    attention_masks = masks.make(spec, recipe, attention_mask.shape, embeds.dtype)  # type: ignore[arg-type]
+    with category(Category.ACTIVATIONS if recipe.gradient_checkpointing else Category.TEMPORARIES):
+        # recomputation needs them
+        positions = _positions(recipe.seq_len)
+        attention_masks = masks.make(spec, recipe, attention_mask.shape, embeds.dtype)  # type: ignore[arg-type]
     hidden = embeds
     tape.module = "model.rotary_emb"
     with no_grad():
@@ -202,9 +206,21 @@ def _rotary_tables(spec: ModelSpec, length: int, hidden: Tensor) -> dict[str, tu
     return {kind: _cos_sin(spec, length, hidden) for kind in kinds}
 
 
+def _choose_frequencies(width: int) -> None:
+    """longrope's table for short or long sequences (modeling_rope_utils.py, longrope_frequency_update)."""
+    longest = empty((), int64, "max")
+    length = empty((), int64, "add")
+    del longest
+    is_long = empty((), bool_, "gt")
+    frequencies = empty((width // 2,), float32, "where")  # copied into the buffer
+    del is_long, length, frequencies
+
+
 def _cos_sin(spec: ModelSpec, length: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """The rotary embedding's forward."""
     width = int(spec.head_dim * spec.partial_rotary_factor)
+    if spec.longrope:
+        _choose_frequencies(width)
     position = empty((1, length, 1), float32, "_to_copy")
     freqs = empty((1, length, width // 2), float32, "mul")
     del position

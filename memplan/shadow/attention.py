@@ -126,9 +126,12 @@ def _splits(rows: int, length: int, head_dim: int) -> int:
 
 def _flash_backward(node: Node, grad: Tensor) -> Any:
     operation = "_flash_attn_backward" if node.context else "_scaled_dot_product_flash_attention_backward"
-    query, key, value, *rest = [unpack(saved) for saved in node.saved]
-    grad = ops.contiguous(ops.transpose(grad, 1, 2))  # [B, S, H, D]
+    query, key, value, out, *rest = [unpack(saved) for saved in node.saved]
     batch, heads, length, head_dim = query.shape
+    if not node.context:
+        # [B, S, H, D], both made contiguous (attention_backward.cu, _flash_attention_backward); the package
+        # asks for no more than contiguous rows (flash_attn_interface.py, maybe_contiguous)
+        _held = [ops.contiguous(ops.transpose(x, 1, 2)) for x in (grad, out)]
     for_query = ops.pointwise(operation, query)
     for_key = ops.pointwise(operation, key)
     for_value = ops.pointwise(operation, value)
@@ -271,9 +274,10 @@ def _additive(mask: Tensor, dtype: DType) -> Tensor:
 
 
 def _repeat_heads(x: Tensor, groups: int) -> Tensor:
+    """``repeat_interleave``, which copies in any case (aten/src/ATen/native/Repeat.cpp)."""
     batch, heads, length, width = x.shape
     wide = ops.expand(ops.view(x, (batch, heads, 1, length, width)), (batch, heads, groups, length, width))
-    return ops.reshape(wide, (batch, heads * groups, length, width))
+    return ops.view(ops.clone(wide), (batch, heads * groups, length, width))
 
 
 def _safe_softmax(x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     folded to two axes (aten/src/ATen/native/Linear.cpp). Under autocast weights are cast, cached."""
     if state.autocast is not None:
         # casts run in the order in which the compiler evaluates the arguments: from the last
+        _held = x  # nn.Linear.forward's own argument
         bias = None if bias is None else autocast(bias)
         weight = autocast(weight)
         x = autocast(x)
@@ -52,7 +53,7 @@ def _linear_backward(node: Node, grad: Tensor) -> Any:
     if weight is not None and not node.context[2]:
         for_x = _viewed(empty(x_shape, grad.dtype, "mm"))
     if node.edges[2]:
-        for_bias = empty((grad.shape[-1],), grad.dtype, "sum")
+        for_bias = grad  # summed by the engine, when addmm's backward has let go of what it saved
     return for_x, for_weight, for_bias
 
 
@@ -64,9 +65,11 @@ def _viewed(x: Tensor) -> Tensor:
 def matmul(x: Tensor, y: Tensor) -> Tensor:
     """``torch.matmul`` of two batched matrices with equal leading axes: one bmm. Operands whose axes
     can't be folded into one batch axis are copied (reshape in aten/src/ATen/native/LinearAlgebra.cpp)."""
+    _held: Any = x, y  # arguments and locals live until the product is there
     if state.autocast is not None:
         y = autocast(y)
         x = autocast(x)
+        _held = _held, x, y
     x, y = _batched(x), _batched(y)
     shape = (*x.shape[:-1], y.shape[-1])
     flat = (prod(x.shape[:-2]), x.shape[-2], y.shape[-1])

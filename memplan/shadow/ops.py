@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from memplan.shadow.autograd import Node, attach, save, save_output, unpack
+from memplan.shadow.autograd import Backward, Node, attach, save, save_output, unpack
 from memplan.shadow.tensor import (
     DType,
     Shape,
@@ -287,36 +287,34 @@ def _dropout_backward(node: Node, grad: Tensor) -> Any:
 
 def mean_last(x: Tensor) -> Tensor:
     """``x.mean(-1, keepdim=True)``."""
-    shape = (*x.shape[:-1], 1)
-    if tracked(x):
-        node = Node(_mean_backward, x)
-        out = empty(shape, x.dtype, "mean")
-        attach(node, out)
-        return out
-    return empty(shape, x.dtype, "mean")
-
-
-def _mean_backward(node: Node, grad: Tensor) -> Any:
-    edge = node.edges[0]
-    assert edge is not None
-    return (empty(edge[0].meta[edge[1]][0], grad.dtype, "div"),)
+    return _reduce_last(x, "mean", _mean_backward)
 
 
 def sum_last(x: Tensor) -> Tensor:
     """``x.sum(dim=-1, keepdim=True)``."""
-    shape = (*x.shape[:-1], 1)
-    if tracked(x):
-        node = Node(_expand_backward, x)
-        out = empty(shape, x.dtype, "sum")
+    return _reduce_last(x, "sum", _expand_backward)
+
+
+def _reduce_last(x: Tensor, operation: str, backward: Backward) -> Tensor:
+    node = Node(backward, x) if tracked(x) else None
+    out = empty((*x.shape[:-1], 1), x.dtype, operation)
+    if node is not None:
         attach(node, out)
-        return out
-    return empty(shape, x.dtype, "sum")
+    return out
+
+
+def _mean_backward(node: Node, grad: Tensor) -> Any:
+    return (empty(_input_shape(node), grad.dtype, "div"),)
 
 
 def _expand_backward(node: Node, grad: Tensor) -> Any:
+    return (expanded(grad, _input_shape(node)),)
+
+
+def _input_shape(node: Node) -> Shape:
     edge = node.edges[0]
     assert edge is not None
-    return (expanded(grad, edge[0].meta[edge[1]][0]),)
+    return edge[0].meta[edge[1]][0]
 
 
 def softmax(x: Tensor, dtype: DType) -> Tensor:

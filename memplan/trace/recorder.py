@@ -103,7 +103,7 @@ class Recorder(TorchDispatchMode):
         self._failure: tuple[BaseException | None, str] = None, ""  # an error, and the module it came from
         self._operation = ""  # the operator that a stand-in is standing in for
         self._past_head = False
-        self._head_nodes = range(0)  # nodes of the operations after the output layer
+        self._head_nodes = range(0)  # nodes of the output layer's operations and of those after it
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -287,6 +287,7 @@ class Recorder(TorchDispatchMode):
                 self._mark(name)
                 if name == head and self.phase is Phase.FORWARD:
                     self._past_head = True
+                    self._head_nodes = range(torch._C._autograd._get_sequence_nr(), _NO_NODE)
 
         def leave(module: torch.nn.Module, _args: Any, _out: Any) -> None:
             name = names.get(module)
@@ -299,9 +300,6 @@ class Recorder(TorchDispatchMode):
                 while stack.pop() != name:
                     pass
                 self._mark(stack[-1] if stack else "")
-                if name == head and self._past_head:
-                    first = torch._C._autograd._get_sequence_nr()
-                    self._head_nodes = range(first, _NO_NODE)
 
         hooks = torch.nn.modules.module
         # always_call: non-reentrant checkpointing leaves a recomputation by raising.

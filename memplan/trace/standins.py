@@ -51,9 +51,19 @@ def initialise_sliding_cache(layer: DynamicSlidingWindowLayer, key_states: Any, 
     layer._sliding_window_tensor = torch.ops.aten._to_copy.default(layer._sliding_window_tensor)
 
 
+def delta_weight(layer: Any, adapter: str) -> Any:
+    """``lora.Linear.get_delta_weight`` (peft/tuners/lora/layer.py, 0.21) without the fp32 copies that it
+    makes of 16-bit factors on a CPU: adapters on routers ask for it in every forward."""
+    from peft.utils.other import transpose
+
+    product = layer.lora_B[adapter].weight @ layer.lora_A[adapter].weight
+    return transpose(product, layer.fan_in_fan_out) * layer.scaling[adapter]
+
+
 @contextmanager
 def in_force(card: Card) -> Iterator[None]:
     """The patches of Python functions; operators' stand-ins are the recorder's."""
+    from peft.tuners import lora
     from transformers import masking_utils
     from transformers import modeling_flash_attention_utils as flash_utils
 
@@ -65,6 +75,7 @@ def in_force(card: Card) -> Iterator[None]:
             (masking_utils, "is_tracing", not_compiling),
             (DynamicSlidingWindowLayer, "lazy_initialization", initialise_sliding_cache),
             (flash_utils, "lazy_import_flash_attention", attention.flash_attn_package),
+            (lora.Linear, "get_delta_weight", delta_weight),
         ):
             stack.enter_context(mock.patch.object(owner, name, replacement))
         stack.enter_context(cuda_rules())
