@@ -21,7 +21,8 @@ fake tensors on a CPU ([how-it-works.md](how-it-works.md)).
 
 ## Predicted against traced
 
-{count} cases, {versions}, {date}. They are chosen by pairwise cover: every two values of any two options
+{count} cases, {date}, {versions}.
+They are chosen by pairwise cover: every two values of any two options
 (model, mode, optimizer, targets, adapter dtype, checkpointing, attention, dtype, autocast, dropout, DoRA,
 modules to save, upcasts, double quantisation, batch and length, accumulation, clipping …) meet in some case,
 as far as the libraries let them. Layers have their true sizes; {deep} cases have all of their layers.
@@ -36,10 +37,9 @@ BELOW = """
 {deviations}
 
 The last column asks more than the contract: the same allocations in the same order with the same live bytes
-after each, all through the step. Where it is lower, two events change places in some operation (a cast
-of `value` before or after a release, say) without touching the peak. Nor is the split of a peak into
-categories part of the contract: the tracer tells logits, activations and temporaries apart by when a storage
-is born and dies, the plan by what made it, and {categories} of {count} cases have the same split to the byte.
+after each, all through the step. The split of a peak into categories is no part of it: the tracer tells
+activations and temporaries apart by when a storage is born and dies, the plan by what made it, and
+{categories} of {count} cases have the same split to the byte.
 
 The losses `chunked` and `liger` run kernels of their own that a CPU can't trace: they are read from source,
 and `liger` is compared with nothing but the published rows below.
