@@ -1,65 +1,144 @@
-"""Does a peak fit on a card? An estimate until the caching allocator is simulated.
+"""Does a run fit on a card? The allocator is simulated, and the card's bytes are held against what it takes.
 
-needed = peak of allocated bytes + slack of the caching allocator + CUDA context, against what PyTorch
-can see of the card.
+needed = peak of reserved bytes + what a process takes outside PyTorch's allocator, against what PyTorch can
+see of the card. Where that does not fit, the run is simulated once more on a card of that size: PyTorch
+gives cached memory back before it gives up, so some runs that would rather have more still get through.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cached_property
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from memplan.allocator_settings import AllocatorSettings
 from memplan.card import Card
 from memplan.gpu import Gpu
+from memplan.reserved import RanOut, Reserved, simulate
+from memplan.tape import Tape
 
 MIB = 1 << 20
 
-# What a process takes outside PyTorch's allocator: driver context, cuBLAS and kernel images. Assumed: not
-# measured by us yet.
-CONTEXT_BYTES = 600 * MIB
+# What a process takes outside PyTorch's allocator: driver context, kernel images, cuBLAS. Assumed, not
+# measured by us. Public out-of-memory messages of single processes (in use - allocated - reserved but
+# unallocated) give 0.24 to 0.60 GiB on RTX cards and an A6000, 0.50 and 0.51 on A100s, 0.73 on an H100, 0.51
+# on an H200: docs/fit.md.
+CONTEXT_BYTES = {"consumer": 640 * MIB, "workstation": 640 * MIB, "datacenter": 768 * MIB}
 
-# What the caching allocator reserves beyond the allocated peak, as a share of the bytes that come and go in
-# a step (static tensors are allocated once and leave no holes). Stated, not fitted: on the published A100
-# runs that come near the card's size (fms-acceleration, Mistral-7B NF4 at 32 x 4096 tokens) the driver's
-# figure exceeds the allocated peak by 10 % of those bytes, the context included.
-SLACK_SHARE = 10  # per cent
+# A run that leaves less than this share of what it reserves is called tight: what memplan promises for
+# reserved bytes is 2 % (docs/fit.md).
+MARGIN_PER_CENT = 2
+
+Verdict = Literal["fits", "tight", "does not fit"]
+Step = tuple[str, int]
 
 
 class Fit(BaseModel):
-    """One card. ``needed_bytes`` is an estimate; ``total_bytes`` is what PyTorch can see of the card;
-    ``headroom_bytes`` is their difference.
+    """One card. Bytes. ``total_bytes`` is what PyTorch can see of the card; ``needed_bytes`` is
+    ``reserved_bytes``, as much as the run reserves where nothing limits it, plus ``context_bytes``, what a
+    process takes beside it; ``headroom_bytes`` is what is left.
 
-    Verdicts: *fits* if needed <= total; *tight* if the allocated peak and the context fit, but not all of
-    the assumed slack; else *does not fit*.
+    Verdicts: *fits*: it is there, and 2 % of what is reserved to spare. *tight*: the simulated run gets
+    through, but with less to spare, or only because the allocator gives cached memory back to the driver and
+    asks again (``retries``), which costs time. *does not fit*: the simulated run goes out of memory.
+    ``note`` says why.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     gpu: str
     total_bytes: int
+    reserved_bytes: int
+    context_bytes: int
     needed_bytes: int
     headroom_bytes: int
-    verdict: Literal["fits", "tight", "does not fit"]
+    verdict: Verdict
+    retries: int = 0
+    note: str | None = None
 
 
-def judge(card: Gpu, peak_bytes: int, static_bytes: int, *, written_for: Card | None = None) -> Fit:
-    """Hold a peak of allocated bytes, of which ``static_bytes`` are there all the time, against a card.
-    The step was ``written_for`` a card whose two cuBLAS workspaces may be smaller."""
-    workspaces = 0
-    if card.capability is not None:
-        ours, theirs = Card(card.capability), written_for or Card()
-        workspaces = 2 * (ours.cublas_workspace - theirs.cublas_workspace)
-    least = peak_bytes + CONTEXT_BYTES + workspaces
-    needed = least + (peak_bytes - static_bytes) * SLACK_SHARE // 100
-    total = card.visible_bytes
-    verdict: Literal["fits", "tight", "does not fit"] = (
-        "fits" if needed <= total else "tight" if least <= total else "does not fit"
-    )
+class Run:
+    """A run to be held against cards: its tape with every layer played, how it is loaded onto a card of so
+    many bytes, and the allocator's settings."""
+
+    def __init__(
+        self,
+        tape: Tape,
+        loading: Callable[[int | None], list[Step] | None],
+        settings: AllocatorSettings,
+        card: Card | None = None,
+    ) -> None:
+        self.tape, self.settings = tape, settings
+        self.loading = loading
+        self.card = card or Card()
+
+    @cached_property
+    def free(self) -> Reserved:
+        """The run where nothing limits it."""
+        return simulate(self.tape, self.loading(None), self.settings)
+
+    def within(self, room: int, limit: int | None = None) -> Reserved:
+        """The run where the driver has ``room`` bytes for it."""
+        return simulate(self.tape, self.loading(room), self.settings, capacity=room, limit=limit)
+
+
+def judge(gpu: Gpu, run: Run, *, total: int | None = None) -> Fit:
+    """Hold a run against a card, of which ``total`` bytes are visible (default: as listed)."""
+    total = gpu.visible_bytes if total is None else total
+    outside = context_bytes(gpu, run.card)
+    free = run.free
+    room = total - outside
+    needed = free.reserved + outside
+    fraction = run.settings.memory_fraction
+    limit = None if fraction is None else int(fraction * total)
+    retries, note = 0, None
+    verdict: Verdict = "fits"
+    if free.reserved > min(room, limit or room):
+        bound = run.within(room, limit)
+        retries = bound.retries
+        if bound.ran_out is not None:
+            verdict, note = "does not fit", _out_of_memory(bound.ran_out)
+        else:
+            verdict = "tight"
+            note = f"gets through by giving cached memory back to the driver, {_times(retries)} in two steps"
+    elif free.reserved + free.reserved * MARGIN_PER_CENT // 100 > room:
+        verdict, note = "tight", f"leaves less than {MARGIN_PER_CENT} % of what it reserves"
     return Fit(
-        gpu=card.name,
+        gpu=gpu.name,
         total_bytes=total,
+        reserved_bytes=free.reserved,
+        context_bytes=outside,
         needed_bytes=needed,
         headroom_bytes=total - needed,
         verdict=verdict,
+        retries=retries,
+        note=note,
     )
+
+
+def context_bytes(gpu: Gpu, written_for: Card) -> int:
+    """Bytes that a process takes outside the simulated run: the context, and what this card's two cuBLAS
+    workspaces have more than those that the run was written with."""
+    workspaces = 0
+    if gpu.capability is not None:
+        workspaces = 2 * (Card(gpu.capability).cublas_workspace - written_for.cublas_workspace)
+    return CONTEXT_BYTES[gpu.kind] + workspaces
+
+
+def _out_of_memory(at: RanOut) -> str:
+    layer = "" if at.layer is None else f" of layer {at.layer}"
+    where = "while loading" if at.stage == "loading" else f"in the {at.stage}'s {at.phase.value}{layer}"
+    return (
+        f"out of memory {where}, at {at.operation}: {_size(at.requested)} asked for with "
+        f"{_size(at.reserved)} reserved"
+    )
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / (1 << 30):.2f} GiB" if nbytes >= 1 << 30 else f"{nbytes / MIB:.1f} MiB"
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"

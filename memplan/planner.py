@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, computed_field, model_validator
 
 from memplan.card import FLASH_CAPABILITY, Card
 from memplan.errors import MemplanError
-from memplan.fit import Fit, judge
+from memplan.fit import Fit, Run, judge
 from memplan.gpu import Gpu
 from memplan.recipe import Mode, Recipe
 from memplan.spec import ModelSpec
@@ -87,8 +87,23 @@ class Summary(_Record):
     activations: int
 
 
+class AllocatorInfo(_Record):
+    """What the caching allocator makes of the run, simulated where nothing limits it. ``allocated_bytes``:
+    ``max_memory_allocated`` of a step, in whole blocks; ``reserved_bytes``: ``max_memory_reserved`` of the
+    run; ``fragmentation_bytes``: their difference. ``settings``: ``PYTORCH_ALLOC_CONF``."""
+
+    settings: str
+    allocated_bytes: int
+    reserved_bytes: int
+    fragmentation_bytes: int
+
+
 class Plan(_Record):
-    """The answer. All byte fields are bytes of device memory."""
+    """The answer. All byte fields are bytes of device memory.
+
+    ``allocator`` and ``fits`` are found out when they are asked for: the allocator's simulation takes longer
+    than all the rest.
+    """
 
     schema_version: int = SCHEMA_VERSION
     memplan_version: str
@@ -99,17 +114,77 @@ class Plan(_Record):
     static_bytes: StaticBytes
     peak: PeakInfo
     summary: Summary
-    fits: tuple[Fit, ...] = Field(default=())
     # the versions of the libraries that ran, unless predicted
     libraries: dict[str, str] = Field(default_factory=dict)
 
     _tape: Tape | None = PrivateAttr(default=None)
+    _runs: _Runs | None = PrivateAttr(default=None)
+    _allocator: AllocatorInfo | None = PrivateAttr(default=None)
+    _fits: tuple[Fit, ...] | None = PrivateAttr(default=None)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def allocator(self) -> AllocatorInfo:
+        """The run on the simulated allocator."""
+        if self._allocator is None:
+            run = self._simulated().run().free
+            self._allocator = AllocatorInfo(
+                settings=self.recipe.alloc_conf,
+                allocated_bytes=run.allocated,
+                reserved_bytes=run.reserved,
+                fragmentation_bytes=run.fragmentation,
+            )
+        return self._allocator
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def fits(self) -> tuple[Fit, ...]:
+        """A verdict for each card asked about."""
+        if self._fits is None:
+            runs = self._simulated()
+            self._fits = tuple(judge(gpu, runs.run(card)) for gpu, card in runs.cards)
+        return self._fits
 
     def timeline(self) -> Iterator[Point]:
         """Live bytes by category after every event of the step (see :class:`memplan.tape.Point`)."""
         if self._tape is None:
             raise MemplanError("a plan read from JSON has no tape, so no timeline: call plan() again")
         return timeline(self._tape)
+
+    def _simulated(self) -> _Runs:
+        if self._runs is None:
+            raise MemplanError("a plan read from JSON can't be simulated: call plan() again")
+        return self._runs
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _keep_what_was_found(cls, data: Any, handler: Any) -> Plan:
+        """Read a plan's JSON: what was simulated then is there, not to be simulated again."""
+        found = {}
+        if isinstance(data, dict):
+            data = dict(data)
+            found = {name: data.pop(name) for name in ("allocator", "fits") if name in data}
+        result: Plan = handler(data)
+        if "allocator" in found:
+            result._allocator = AllocatorInfo.model_validate(found["allocator"])
+        if "fits" in found:
+            result._fits = tuple(Fit.model_validate(fit) for fit in found["fits"])
+        return result
+
+
+@dataclass
+class _Runs:
+    """The runs that a plan's verdicts are about: one, or more where older cards run other kernels."""
+
+    write: Callable[[Card | None], Run]
+    cards: Sequence[tuple[Gpu, Card | None]]
+    known: dict[Card | None, Run] = field(default_factory=dict)
+
+    def run(self, card: Card | None = None) -> Run:
+        """The run as that card has it; None for the reference card."""
+        if card not in self.known:
+            self.known[card] = self.write(card)
+        return self.known[card]
 
 
 def plan(
@@ -144,7 +219,7 @@ def plan(
         ParameterCounts(total=base + adapters, trainable=trainable),
         resolved,
         gpus,
-        rewrite=partial(_write, spec, resolved),
+        write=lambda card: predicted_run(spec, resolved, card),
     )
 
 
@@ -169,11 +244,27 @@ def _join(*sentences: str | None) -> str | None:
     return "; ".join(sentence for sentence in sentences if sentence) or None
 
 
-def _write(spec: ModelSpec, recipe: Recipe, card: Card | None = None) -> Tape:
+def _write(spec: ModelSpec, recipe: Recipe) -> Tape:
     from memplan.models.step import write_tape
 
     with _one_at_a_time, _without_cycle_collector():
-        return write_tape(spec, recipe, card=card)
+        return write_tape(spec, recipe)
+
+
+def predicted_run(spec: ModelSpec, recipe: Recipe, card: Card | None = None) -> Run:
+    """The whole run of a resolved recipe, for the allocator: loading, and a step with every layer played."""
+    from memplan.allocator_settings import parse_settings
+    from memplan.models.loading import loading
+    from memplan.models.step import write_tape
+
+    with _one_at_a_time, _without_cycle_collector():
+        tape = write_tape(spec, recipe, card=card, folded=False)
+    return Run(
+        tape,
+        lambda capacity: list(loading(spec, recipe, tape, capacity)),
+        parse_settings(recipe.alloc_conf),
+        card,
+    )
 
 
 def judged(gpus: Iterable[str] | None) -> list[Gpu]:
@@ -192,10 +283,11 @@ def plan_from_tape(
     recipe: Recipe,
     gpus: Iterable[str] | None,
     libraries: dict[str, str] | None = None,
-    rewrite: Callable[[Card], Tape] | None = None,
+    write: Callable[[Card | None], Run] | None = None,
 ) -> Plan:
-    """What a tape says, whoever wrote it for the reference card. ``recipe`` is resolved; ``rewrite`` writes
-    the tape again for a card on which other kernels run."""
+    """What a tape says, whoever wrote it for the reference card. ``recipe`` is resolved; ``write`` writes the
+    run for the allocator, also as a card has it on which other kernels run (without it: the unfolded tape is
+    the run, loaded as it lies there)."""
     from memplan import __version__
 
     peak = replay(tape)
@@ -214,35 +306,36 @@ def plan_from_tape(
         ),
         peak=_peak_info(peak),
         summary=_summary(peak.by_category),
-        fits=tuple(_fits(tape, peak, static, gpus, rewrite)),
         libraries=libraries or {},
     )
     result._tape = tape
+    cards = list(_cards(tape, gpus, rewritable=write is not None))
+    result._runs = _Runs(write or (lambda _card: _as_it_lies(tape, recipe)), cards)
     return result
 
 
-def _fits(
-    tape: Tape,
-    peak: Peak,
-    static: dict[Category, int],
-    gpus: Iterable[str] | None,
-    rewrite: Callable[[Card], Tape] | None,
-) -> Iterator[Fit]:
-    """A verdict for each card. Before Ampere there is no FlashAttention: PyTorch then takes kernels that need
-    more, so the step is written again; flash-attn itself, and a trace made for Ampere, can't be judged."""
+def _as_it_lies(tape: Tape, recipe: Recipe) -> Run:
+    from memplan.allocator_settings import parse_settings
+
+    return Run(tape, lambda _capacity: None, parse_settings(recipe.alloc_conf))
+
+
+def _cards(
+    tape: Tape, gpus: Iterable[str] | None, *, rewritable: bool
+) -> Iterator[tuple[Gpu, Card | None]]:
+    """The cards to judge, each with what the run has to be written for. Before Ampere there is no
+    FlashAttention: PyTorch then takes kernels that need more, so the step is written again; flash-attn itself,
+    and a trace made for Ampere, can't be judged."""
     package = "_flash_attn_forward" in tape.operations
     flash = package or "_scaled_dot_product_flash_attention" in tape.operations
-    for card in judged(gpus):
-        if not flash or card.capability is None or card.capability >= FLASH_CAPABILITY:
-            yield judge(card, peak.allocated_bytes, sum(static.values()))
-        elif rewrite is not None and not package:
-            older = Card(card.capability)
-            theirs = rewrite(older)
-            resting = sum(static_bytes(theirs).values())
-            yield judge(card, replay(theirs).allocated_bytes, resting, written_for=older)
+    for gpu in judged(gpus):
+        if not flash or gpu.capability is None or gpu.capability >= FLASH_CAPABILITY:
+            yield gpu, None
+        elif rewritable and not package:
+            yield gpu, Card(gpu.capability)
         elif gpus is not None:
             remedy = "use attn 'sdpa'" if package else "plan without a trace, or trace with attn 'eager'"
-            raise MemplanError(f"this step runs FlashAttention, which the {card.name} can't: {remedy}")
+            raise MemplanError(f"this step runs FlashAttention, which the {gpu.name} can't: {remedy}")
 
 
 def predicted_tape(model: str | Path | ModelSpec, recipe: Recipe | None = None) -> Tape:

@@ -102,6 +102,8 @@ class Recipe(BaseModel):
     batch_size: int = Field(default=1, ge=1, le=1 << 20)
     seq_len: int = Field(default=2048, ge=1, le=1 << 24)
 
+    alloc_conf: str = ""  # PYTORCH_ALLOC_CONF
+
     if not TYPE_CHECKING:  # there, the fields are the signature
 
         def __init__(self, **options: Any) -> None:
@@ -120,6 +122,15 @@ class Recipe(BaseModel):
         if name not in known:
             raise UnknownName("optimizer", value, known)
         return name
+
+    @field_validator("alloc_conf")
+    @classmethod
+    def _known_settings(cls, value: str) -> str:
+        if value:
+            from memplan.allocator_settings import parse_settings
+
+            parse_settings(value)
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:

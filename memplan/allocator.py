@@ -1,0 +1,495 @@
+"""PyTorch's CUDA caching allocator, simulated: which block a request gets, and what is reserved for it.
+
+The specification is c10/cuda/CUDACachingAllocator.cpp (constants: c10/core/AllocatorConfig.h, torch 2.13);
+methods carry the names of its functions. One device; a pool of small and one of large blocks a stream, as
+the comparison of blocks (by stream, then size, then address) keeps streams apart there. Bytes are ``int``.
+
+The driver hands out addresses upwards here, and never the same twice. Addresses decide only between free
+blocks of equal size.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from memplan.allocator_settings import AllocatorSettings
+
+MIB = 1 << 20
+
+MIN_BLOCK = 512  # kMinBlockSize: every request is rounded to a multiple of it
+SMALL = MIB  # kSmallSize: the largest request that the small pool serves
+SMALL_SEGMENT = 2 * MIB  # kSmallBuffer: the segments that small requests are cut from
+MIN_LARGE = 10 * MIB  # kMinLargeAlloc: smaller ones are cut from segments of large_segment_size
+ROUND_LARGE = 2 * MIB  # kRoundLarge: what larger segments are rounded to
+
+
+class OutOfMemory(Exception):
+    """The driver gives no more: ``requested`` bytes were asked for, ``reserved`` are held already."""
+
+    def __init__(self, requested: int, reserved: int) -> None:
+        super().__init__(f"{requested} bytes asked for, {reserved} reserved")
+        self.requested, self.reserved = requested, reserved
+
+
+class Block:
+    """A stretch of a segment: handed out, or free in its pool. ``previous`` and ``next`` are its neighbours
+    in the segment; ``born`` is the pool's count of searches when it became free (for garbage collection).
+    An unmapped block is address space of an expandable segment that has no memory yet."""
+
+    __slots__ = ("address", "born", "expandable", "free", "mapped", "next", "pool", "previous", "size")
+
+    def __init__(self, pool: Pool, address: int, size: int, *, expandable: Expandable | None = None) -> None:
+        self.pool, self.address, self.size = pool, address, size
+        self.previous: Block | None = None
+        self.next: Block | None = None
+        self.free = True
+        self.mapped = True
+        self.born = 0
+        self.expandable = expandable
+
+    @property
+    def is_split(self) -> bool:
+        """Whether the segment has other blocks."""
+        return self.previous is not None or self.next is not None
+
+
+class Pool:
+    """Free blocks of one stream and kind, by size and address."""
+
+    __slots__ = ("blocks", "searches", "small", "stream", "unmapped")
+
+    def __init__(self, small: bool, stream: int) -> None:
+        self.small, self.stream = small, stream
+        self.blocks: list[tuple[int, int, Block]] = []
+        self.unmapped: list[tuple[int, Block]] = []
+        self.searches = 0
+
+    def insert(self, block: Block) -> None:
+        block.born = self.searches
+        insort(self.blocks, (block.size, block.address, block))
+
+    def remove(self, block: Block) -> None:
+        blocks = self.blocks
+        del blocks[bisect_left(blocks, (block.size, block.address))]
+
+    def remove_unmapped(self, block: Block) -> None:
+        unmapped = self.unmapped
+        del unmapped[bisect_left(unmapped, (block.address,))]
+
+
+@dataclass(slots=True)
+class Expandable:
+    """An expandable segment: address space for more than the card, mapped ``page`` bytes at a time."""
+
+    address: int
+    size: int
+    page: int
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentView:
+    """A segment as ``torch.cuda.memory_snapshot`` shows it: its blocks are (size, whether in use)."""
+
+    address: int
+    size: int
+    stream: int
+    small: bool
+    blocks: tuple[tuple[int, bool], ...]
+
+
+class Allocator:
+    """The allocator of one device.
+
+    ``capacity``: bytes that the driver can give (None: without end). ``limit``: what
+    ``set_per_process_memory_fraction`` allows, if it was called; garbage collection works only then.
+    ``on_segment`` is told each change of what is reserved: (address, bytes), negative when given back.
+    """
+
+    def __init__(
+        self,
+        settings: AllocatorSettings | None = None,
+        *,
+        capacity: int | None = None,
+        limit: int | None = None,
+        on_segment: Callable[[int, int], None] | None = None,
+        place: Callable[[int], int] | None = None,
+    ) -> None:
+        self.settings = settings or AllocatorSettings()
+        self.capacity, self.limit = capacity, limit
+        self.on_segment = on_segment
+        self.place = place or self._next_address
+        self.allocated = self.reserved = self.requested = 0
+        self.peak_allocated = self.peak_reserved = 0
+        self.retries = 0
+        self._pools: dict[tuple[int, bool], Pool] = {}
+        self._heads: dict[int, Block] = {}  # a block of each segment; its first one is found by walking
+        self._expandables: list[Expandable] = []
+        self._top = 1 << 40  # an address; PyTorch's begin somewhere there too
+        bounds = [bound for bound in (capacity, limit) if bound is not None]
+        self._bound = min(bounds) if bounds else None
+        self._collects = limit is not None and self.settings.garbage_collection_threshold > 0
+        self._plain = not (
+            self.settings.expandable_segments or self.settings.max_split_size or self._collects
+        )
+
+    # -- requests --------------------------------------------------------------------------------------
+
+    def malloc(self, size: int, stream: int = 0) -> Block:
+        """A block for a request of ``size`` bytes. Raises OutOfMemory."""
+        rounded = self.round_size(size)
+        small = rounded <= SMALL
+        pool = self._pools.get((stream, small)) or self._pool(stream, small)
+        block = self._get_free_block(pool, rounded) or self._new_block(pool, rounded)
+        remaining = block.size - rounded
+        if remaining and self._should_split(pool, rounded, remaining):
+            rest = Block(pool, block.address + rounded, remaining, expandable=block.expandable)
+            after = rest.next = block.next
+            if after is not None:
+                after.previous = rest
+            rest.previous = block
+            block.next = rest
+            block.size = rounded
+            pool.insert(rest)
+        block.free = False
+        self.allocated += block.size
+        if self.allocated > self.peak_allocated:
+            self.peak_allocated = self.allocated
+        return block
+
+    def free(self, block: Block) -> None:
+        """Take a block back: merge it with free neighbours and keep it."""
+        self.allocated -= block.size
+        block.free = True
+        pool = block.pool
+        before, after = block.previous, block.next
+        if before is not None and before.free and before.mapped:
+            self._merge(block, before, pool)
+        if after is not None and after.free and after.mapped:
+            self._merge(block, after, pool)
+        pool.insert(block)
+
+    def empty_cache(self) -> None:
+        """``torch.cuda.empty_cache``: give back every segment that nothing lies in."""
+        self._release_cached_blocks()
+
+    def reset_peaks(self) -> None:
+        """``torch.cuda.reset_peak_memory_stats``."""
+        self.peak_allocated, self.peak_reserved = self.allocated, self.reserved
+
+    def round_size(self, size: int) -> int:
+        """``round_size``: to 512 bytes, or to a division of a power of two."""
+        if size < MIN_BLOCK:
+            return MIN_BLOCK
+        divisions = self.settings.divisions(size)
+        if divisions > 1 and size > MIN_BLOCK * divisions:
+            return _next_division(size, divisions)
+        return (size + MIN_BLOCK - 1) // MIN_BLOCK * MIN_BLOCK
+
+    def segments(self) -> Iterator[SegmentView]:
+        """All segments, by address; of expandable ones their mapped stretches."""
+        for _, head in sorted(self._heads.items()):
+            block: Block | None = head
+            while block is not None and block.previous is not None:
+                block = block.previous
+            stretch: list[Block] = []
+            while block is not None:
+                if block.mapped:
+                    stretch.append(block)
+                if stretch and (not block.mapped or block.next is None):
+                    yield _view(stretch)
+                    stretch = []
+                block = block.next
+
+    # -- finding a block -------------------------------------------------------------------------------
+
+    def _pool(self, stream: int, small: bool) -> Pool:
+        return self._pools.setdefault((stream, small), Pool(small, stream))
+
+    def _get_free_block(self, pool: Pool, size: int) -> Block | None:
+        """``get_free_block``: the smallest free block that is large enough, of these the lowest."""
+        blocks = pool.blocks
+        if self._collects:
+            pool.searches += 1
+        at = bisect_left(blocks, (size,))
+        if at == len(blocks):
+            return None
+        if not self._plain:
+            at = self._fitting(blocks, at, size)
+            if at < 0:
+                return None
+        return blocks.pop(at)[2]
+
+    def _fitting(self, blocks: list[tuple[int, int, Block]], at: int, size: int) -> int:
+        """The same with settings that are not the default; -1 for none."""
+        if blocks[at][2].expandable is not None:
+            # a block that can grow counts as large as it can become
+            while at + 1 < len(blocks) and _growth(blocks[at + 1][2]) < _growth(blocks[at][2]):
+                at += 1
+        largest_split = self.settings.max_split_size
+        if largest_split:
+            found = blocks[at][0]
+            if size < largest_split <= found:
+                return -1  # an oversized block is not for a small request
+            if size >= largest_split and found >= size + self.settings.max_non_split_rounding:
+                return -1
+        return at
+
+    def _new_block(self, pool: Pool, size: int) -> Block:
+        """What ``malloc`` does when no free block fits: collect, ask the driver, release, ask again."""
+        if self._collects:
+            self._garbage_collect(pool)
+        needed = self.allocation_size(size)
+        block = self._alloc_block(pool, size, needed)
+        if block is None and self._release_available(pool, size):
+            block = self._alloc_block(pool, size, needed)
+        if block is None:
+            self._release_cached_blocks()
+            self.retries += 1
+            block = self._alloc_block(pool, size, needed)
+        if block is None:
+            raise OutOfMemory(size, self.reserved)
+        return block
+
+    def allocation_size(self, size: int) -> int:
+        """``get_allocation_size``: the segment that is asked for when ``size`` bytes are needed."""
+        if size <= SMALL:
+            return SMALL_SEGMENT
+        if size < MIN_LARGE:
+            return self.settings.large_segment_size
+        return (size + ROUND_LARGE - 1) // ROUND_LARGE * ROUND_LARGE
+
+    def _alloc_block(self, pool: Pool, size: int, needed: int) -> Block | None:
+        if self.limit is not None and self.reserved + needed > self.limit:
+            return None
+        if self.settings.expandable_segments:
+            return self._expand(pool, size)
+        if self._bound is not None and self.reserved + needed > self._bound:
+            return None
+        block = Block(pool, self.place(needed), needed)
+        self._heads[block.address] = block
+        self._reserve(block.address, needed)
+        return block
+
+    def _should_split(self, pool: Pool, size: int, remaining: int) -> bool:
+        if pool.small or self.settings.expandable_segments:
+            return remaining >= MIN_BLOCK
+        largest = self.settings.max_split_size
+        return remaining > SMALL and (not largest or size < largest)
+
+    def _merge(self, block: Block, other: Block, pool: Pool) -> None:
+        """``try_merge_blocks``: ``block`` takes in its neighbour ``other``, which is free."""
+        if other.mapped:
+            pool.remove(other)
+        else:
+            pool.remove_unmapped(other)
+        if other is block.previous:
+            block.address = other.address
+            block.previous = other.previous
+            if block.previous is not None:
+                block.previous.next = block
+        else:
+            block.next = other.next
+            if block.next is not None:
+                block.next.previous = block
+        block.size += other.size
+        if block.previous is None:
+            start = block.expandable.address if block.expandable else block.address
+            self._heads[start] = block
+
+    # -- what the driver gives and takes ---------------------------------------------------------------
+
+    def _next_address(self, size: int) -> int:
+        address = self._top
+        self._top += (size + ROUND_LARGE - 1) // ROUND_LARGE * ROUND_LARGE
+        return address
+
+    def _reserve(self, address: int, change: int) -> None:
+        self.reserved += change
+        if self.reserved > self.peak_reserved:
+            self.peak_reserved = self.reserved
+        if self.on_segment is not None:
+            self.on_segment(address, change)
+
+    def _release(self, block: Block) -> None:
+        """``release_block``: give a segment back."""
+        block.pool.remove(block)
+        del self._heads[block.address]
+        self._reserve(block.address, -block.size)
+
+    def _release_available(self, pool: Pool, size: int) -> bool:
+        """``release_available_cached_blocks``: only enough oversized blocks for the request."""
+        largest = self.settings.max_split_size
+        if not largest:
+            return False
+        wanted = max(size, largest)
+        blocks = pool.blocks
+        at = bisect_left(blocks, (wanted,))
+        if at < len(blocks):
+            self._release(blocks[at][2])
+            return True
+        released = 0
+        while blocks and released < wanted and blocks[-1][0] >= largest:
+            released += blocks[-1][0]
+            self._release(blocks[-1][2])
+        return released >= wanted
+
+    def _release_cached_blocks(self) -> None:
+        for pool in sorted(self._pools.values(), key=lambda pool: pool.small):
+            expandable = []
+            for _, _, block in list(pool.blocks):
+                if block.expandable is not None:
+                    expandable.append(block)
+                elif not block.is_split:
+                    self._release(block)
+            for block in expandable:
+                self._unmap(block)
+
+    def _garbage_collect(self, pool: Pool) -> None:
+        """``garbage_collect_cached_blocks``: above the threshold, give back what was longest unused."""
+        assert self.limit is not None
+        threshold = int(self.settings.garbage_collection_threshold * self.limit)
+        if self.reserved <= threshold:
+            return
+        target = self.reserved - threshold
+        large = self._pool(pool.stream, False)
+        whole = [block for _, _, block in large.blocks if not block.is_split]
+        age = sum(large.searches - block.born for block in whole)
+        count, reclaimed, freed = len(whole), 0, True
+        while reclaimed < target and freed and count:
+            limit = age / count
+            freed = False
+            for block in whole[:]:
+                if large.searches - block.born >= limit:
+                    freed = True
+                    reclaimed += block.size
+                    age -= large.searches - block.born
+                    count -= 1
+                    whole.remove(block)
+                    self._release(block)
+
+    # -- expandable segments ---------------------------------------------------------------------------
+
+    def _expand(self, pool: Pool, size: int) -> Block | None:
+        """``try_allocate_expandable_block``: map memory at the lowest address where the request fits."""
+        block = self._find_expandable(pool, size)
+        if not block.mapped and not self._map(block, min(block.size, size)):
+            return None
+        while block.size < size:
+            rest = block.next
+            assert rest is not None
+            if not self._map(rest, min(size - block.size, rest.size)):
+                return None
+            block = rest
+        pool.remove(block)
+        return block
+
+    def _find_expandable(self, pool: Pool, size: int) -> Block:
+        """``find_expandable_block``: free memory followed by address space, or address space alone."""
+        for _, unmapped in pool.unmapped:
+            start = unmapped
+            if start.previous is not None and start.previous.free:
+                start = start.previous
+            room, block = 0, start
+            while room < size and block is not None and block.free:
+                room += block.size
+                block = block.next  # type: ignore[assignment]
+            if room >= size:
+                return start
+        page = SMALL_SEGMENT if pool.small else self.settings.large_segment_size
+        # address space for 1 1/8 of the card
+        space = -(-max(self._bound or 0, 1 << 40) * 9 // (8 * page)) * page
+        segment = Expandable(self.place(space), space, page)
+        self._expandables.append(segment)
+        fresh = Block(pool, segment.address, space, expandable=segment)
+        fresh.mapped = False
+        self._heads[segment.address] = fresh
+        insort(pool.unmapped, (fresh.address, fresh))
+        return fresh
+
+    def _map(self, block: Block, size: int) -> bool:
+        """``map_block``: whole pages from the block's address on. False where the driver has no more."""
+        segment, pool = block.expandable, block.pool
+        assert segment is not None
+        size = (size + segment.page - 1) // segment.page * segment.page
+        if self._bound is not None and self.reserved + size > self._bound:
+            return False
+        pool.remove_unmapped(block)
+        block.mapped = True
+        if size < block.size:
+            rest = Block(pool, block.address + size, block.size - size, expandable=segment)
+            rest.mapped = False
+            rest.previous, rest.next = block, block.next
+            if rest.next is not None:
+                rest.next.previous = rest
+            block.next, block.size = rest, size
+            insort(pool.unmapped, (rest.address, rest))
+        self._reserve(block.address, size)
+        for neighbour in (block.previous, block.next):
+            if neighbour is not None and neighbour.free and neighbour.mapped:
+                self._merge(block, neighbour, pool)
+        pool.insert(block)
+        return True
+
+    def _unmap(self, block: Block) -> None:
+        """``unmap_block``: give back the whole pages that a free block covers."""
+        segment, pool = block.expandable, block.pool
+        assert segment is not None
+        first = -(-(block.address - segment.address) // segment.page) * segment.page + segment.address
+        last = (block.address + block.size - segment.address) // segment.page * segment.page + segment.address
+        if first >= last:
+            return
+        pool.remove(block)
+        end = block.address + block.size
+        for address, size in ((block.address, first - block.address), (last, end - last)):
+            if not size:
+                continue
+            piece = Block(pool, address, size, expandable=segment)
+            if address < first:
+                piece.previous, piece.next = block.previous, block
+                if piece.previous is not None:
+                    piece.previous.next = piece
+                block.previous = piece
+            else:
+                piece.previous, piece.next = block, block.next
+                if piece.next is not None:
+                    piece.next.previous = piece
+                block.next = piece
+            pool.insert(piece)
+        block.address, block.size, block.mapped = first, last - first, False
+        self._reserve(first, first - last)
+        for neighbour in (block.previous, block.next):
+            if neighbour is not None and neighbour.free and not neighbour.mapped:
+                self._merge(block, neighbour, pool)
+        insort(pool.unmapped, (block.address, block))
+
+
+def _growth(block: Block) -> int:
+    after = block.next
+    return block.size + (after.size if after is not None and not after.mapped else 0)
+
+
+def _next_division(size: int, divisions: int) -> int:
+    """``roundup_power2_next_division``: the next of ``divisions`` equal steps between powers of two."""
+    if size <= 4 or divisions <= 1:
+        return size
+    if size & (size - 1) == 0:
+        return size
+    floor = 1 << (size.bit_length() - 1)
+    step = floor >> (divisions.bit_length() - 1)
+    if step == 0:
+        return floor << 1
+    down = size & ~(step - 1)
+    return down if down == size else down + step
+
+
+def _view(blocks: list[Block]) -> SegmentView:
+    first = blocks[0]
+    return SegmentView(
+        first.address,
+        sum(block.size for block in blocks),
+        first.pool.stream,
+        first.pool.small,
+        tuple((block.size, not block.free) for block in blocks),
+    )

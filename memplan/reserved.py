@@ -1,0 +1,200 @@
+"""What the caching allocator reserves for a run: its loading, its first step, and the steps after it.
+
+A tape is one steady-state step. The allocator, though, remembers what came before: segments lie as loading
+left them, and optimizer states are born at the end of the first step, into what that step has cached. So a
+run is played from the start, on the simulated allocator: loading, then the step without the states until
+its update makes them, then the step as it stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from memplan.allocator import Allocator, Block, OutOfMemory
+from memplan.allocator_settings import AllocatorSettings
+from memplan.tape import Category, Phase, Tape
+
+LOADING, FIRST_STEP, LATER_STEP = "loading", "first step", "later step"
+
+
+@dataclass(frozen=True, slots=True)
+class RanOut:
+    """Where a run went out of memory. ``requested``: bytes that were asked for; ``reserved``: bytes held
+    then."""
+
+    stage: str
+    phase: Phase
+    operation: str
+    module: str
+    layer: int | None
+    requested: int
+    reserved: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """What a run took. Bytes.
+
+    ``allocated``: ``torch.cuda.max_memory_allocated`` of a steady-state step, whole blocks as the allocator
+    counts them; ``reserved``: ``max_memory_reserved`` of the whole run, up to where it ran out if it did;
+    ``after_step``: what stays reserved then; ``retries``: how often cached memory was given back to the
+    driver so that a request could be met (``num_alloc_retries``); ``changes``: bytes reserved in the
+    steady-state step, as (event of the tape, bytes) whenever they change.
+    """
+
+    allocated: int
+    reserved: int
+    after_step: int
+    retries: int
+    ran_out: RanOut | None = None
+    changes: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def fragmentation(self) -> int:
+        """Bytes reserved at most beyond what was allocated at most."""
+        return self.reserved - self.allocated
+
+
+def simulate(
+    tape: Tape,
+    loading: Iterable[tuple[str, int]] | None = None,
+    settings: AllocatorSettings | None = None,
+    *,
+    capacity: int | None = None,
+    limit: int | None = None,
+) -> Reserved:
+    """Play the run that the unfolded ``tape`` is a step of.
+
+    ``loading`` as :func:`memplan.models.loading.loading` gives it; without it, what rests is allocated in
+    the tape's order. ``capacity`` and ``limit`` as in :class:`memplan.allocator.Allocator`.
+    """
+    allocator = Allocator(settings, capacity=capacity, limit=limit)
+    run = _Run(tape, allocator)
+    try:
+        run.load(loading)
+        run.step(FIRST_STEP)
+        allocator.peak_allocated = allocator.allocated
+        run.watch()
+        run.step(LATER_STEP)
+    except OutOfMemory as error:
+        return Reserved(
+            allocator.peak_allocated,
+            allocator.peak_reserved,
+            allocator.reserved,
+            allocator.retries,
+            run.place(error),
+            tuple(run.changes),
+        )
+    return Reserved(
+        allocator.peak_allocated,
+        allocator.peak_reserved,
+        allocator.reserved,
+        allocator.retries,
+        changes=tuple(run.changes),
+    )
+
+
+class _Run:
+    def __init__(self, tape: Tape, allocator: Allocator) -> None:
+        self.tape, self.allocator = tape, allocator
+        self.live: dict[int, Block] = {}
+        self.stage = LOADING
+        self.position = 0
+        self.changes: list[tuple[int, int]] = []
+        setup = [segment for segment in tape.segments if segment.phase is Phase.SETUP]
+        self.begin = setup[-1].stop if setup else 0
+        rest = tape.events[: self.begin]
+        self.states = [e for e in rest if e >= 0 and tape.categories[e] is Category.OPTIMIZER_STATE]
+        self.others = [e for e in rest if e >= 0 and tape.categories[e] is not Category.OPTIMIZER_STATE]
+        self.update = next(
+            (s.start for s in tape.segments if s.phase is Phase.OPTIMIZER and s.name == "step"),
+            len(tape.events),
+        )
+
+    def load(self, loading: Iterable[tuple[str, int]] | None) -> None:
+        """Everything that is there before the first step but the optimizer's states."""
+        malloc, sizes, live = self.allocator.malloc, self.tape.sizes, self.live
+        scratch: list[Block | None] = []
+        for what, number in loading or ():
+            if what == "alloc":
+                self.position = number
+                live[number] = malloc(sizes[number])
+            elif what == "scratch":
+                scratch.append(malloc(number))
+            elif what == "drop":
+                block, scratch[number] = scratch[number], None
+                assert block is not None
+                self.allocator.free(block)
+            else:
+                self.allocator.empty_cache()
+        for number in self.others:
+            if number not in live:
+                self.position = number
+                live[number] = malloc(sizes[number])
+
+    def step(self, stage: str) -> None:
+        """One step; the first one makes the states before it updates."""
+        self.stage = stage
+        before = set(self.live)
+        self._play(self.begin, self.update)
+        if stage == FIRST_STEP:
+            malloc, sizes = self.allocator.malloc, self.tape.sizes
+            for self.position in self.states:
+                self.live[self.position] = malloc(sizes[self.position])
+            before.update(self.states)
+        self._play(self.update, len(self.tape.events))
+        self._hand_on(before)
+
+    def _play(self, start: int, stop: int) -> None:
+        malloc, free, live = self.allocator.malloc, self.allocator.free, self.live
+        sizes = self.tape.sizes
+        for position, event in enumerate(self.tape.events[start:stop], start):
+            self.position = position
+            if event >= 0:
+                live[event] = malloc(sizes[event])
+            else:
+                free(live.pop(~event))
+
+    def _hand_on(self, before: set[int]) -> None:
+        """What a step puts in the place of something that was there (Adafactor's scales) is what the next
+        one finds there."""
+        gone = sorted(before - self.live.keys())
+        if not gone:
+            return
+        left = sorted(self.live.keys() - before)
+        for old in gone:
+            match = next((new for new in left if self.tape.sizes[new] == self.tape.sizes[old]), None)
+            if match is not None:
+                left.remove(match)
+                self.live[old] = self.live.pop(match)
+
+    def watch(self) -> None:
+        """From here on, note what is reserved."""
+        self.changes.append((self.begin, self.allocator.reserved))
+
+        def changed(_address: int, _change: int) -> None:
+            self.changes.append((self.position, self.allocator.reserved))
+
+        self.allocator.on_segment = changed
+
+    def place(self, error: OutOfMemory) -> RanOut:
+        """What the run was doing when it went out of memory."""
+        tape = self.tape
+        if self.stage == LOADING or self.position < self.begin:
+            storage, phase, layer = self.position, Phase.SETUP, None
+            if self.stage != LOADING:
+                phase = Phase.OPTIMIZER
+        else:
+            storage = tape.events[self.position]
+            at = next(s for s in reversed(tape.segments) if s.start <= self.position)
+            phase, layer = at.phase, at.layer
+        return RanOut(
+            self.stage,
+            phase,
+            tape.operations[storage],
+            tape.modules[storage],
+            layer,
+            error.requested,
+            error.reserved,
+        )
