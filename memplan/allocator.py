@@ -40,7 +40,7 @@ class Block:
 
     __slots__ = ("address", "born", "expandable", "free", "mapped", "next", "pool", "previous", "size")
 
-    def __init__(self, pool: Pool, address: int, size: int, *, expandable: Expandable | None = None) -> None:
+    def __init__(self, pool: Pool, address: int, size: int, expandable: Expandable | None = None) -> None:
         self.pool, self.address, self.size = pool, address, size
         self.previous: Block | None = None
         self.next: Block | None = None
@@ -67,14 +67,17 @@ class Pool:
         self.searches = 0
 
     def insert(self, block: Block) -> None:
+        """Keep a free block."""
         block.born = self.searches
         insort(self.blocks, (block.size, block.address, block))
 
     def remove(self, block: Block) -> None:
+        """Forget a free block."""
         blocks = self.blocks
         del blocks[bisect_left(blocks, (block.size, block.address))]
 
     def remove_unmapped(self, block: Block) -> None:
+        """Forget a stretch of address space."""
         unmapped = self.unmapped
         del unmapped[bisect_left(unmapped, (block.address,))]
 
@@ -138,24 +141,32 @@ class Allocator:
 
     def malloc(self, size: int, stream: int = 0) -> Block:
         """A block for a request of ``size`` bytes. Raises OutOfMemory."""
-        rounded = self.round_size(size)
-        small = rounded <= SMALL
+        size = self.round_size(size)
+        small = size <= SMALL
         pool = self._pools.get((stream, small)) or self._pool(stream, small)
-        block = self._get_free_block(pool, rounded) or self._new_block(pool, rounded)
-        remaining = block.size - rounded
-        if remaining and self._should_split(pool, rounded, remaining):
-            rest = Block(pool, block.address + rounded, remaining, expandable=block.expandable)
-            after = rest.next = block.next
-            if after is not None:
-                after.previous = rest
-            rest.previous = block
-            block.next = rest
-            block.size = rounded
-            pool.insert(rest)
+        blocks = pool.blocks
+        if self._plain:
+            # get_free_block: the smallest block that is large enough, of these the lowest
+            at = bisect_left(blocks, (size,))
+            block = blocks.pop(at)[2] if at < len(blocks) else self._new_block(pool, size)
+        else:
+            block = self._get_free_block(pool, size) or self._new_block(pool, size)
+        remaining = block.size - size
+        if remaining and (remaining > SMALL or small or not self._plain):
+            if self._plain or self._should_split(pool, size, remaining):
+                rest = Block(pool, block.address + size, remaining, block.expandable)
+                after = rest.next = block.next
+                if after is not None:
+                    after.previous = rest
+                rest.previous = block
+                block.next = rest
+                block.size = size
+                rest.born = pool.searches
+                insort(blocks, (remaining, rest.address, rest))
         block.free = False
-        self.allocated += block.size
-        if self.allocated > self.peak_allocated:
-            self.peak_allocated = self.allocated
+        allocated = self.allocated = self.allocated + block.size
+        if allocated > self.peak_allocated:
+            self.peak_allocated = allocated
         return block
 
     def free(self, block: Block) -> None:
@@ -168,7 +179,8 @@ class Allocator:
             self._merge(block, before, pool)
         if after is not None and after.free and after.mapped:
             self._merge(block, after, pool)
-        pool.insert(block)
+        block.born = pool.searches
+        insort(pool.blocks, (block.size, block.address, block))
 
     def empty_cache(self) -> None:
         """``torch.cuda.empty_cache``: give back every segment that nothing lies in."""
@@ -182,9 +194,10 @@ class Allocator:
         """``round_size``: to 512 bytes, or to a division of a power of two."""
         if size < MIN_BLOCK:
             return MIN_BLOCK
-        divisions = self.settings.divisions(size)
-        if divisions > 1 and size > MIN_BLOCK * divisions:
-            return _next_division(size, divisions)
+        if self.settings.roundup:
+            divisions = self.settings.divisions(size)
+            if divisions > 1 and size > MIN_BLOCK * divisions:
+                return _next_division(size, divisions)
         return (size + MIN_BLOCK - 1) // MIN_BLOCK * MIN_BLOCK
 
     def segments(self) -> Iterator[SegmentView]:
@@ -208,21 +221,13 @@ class Allocator:
         return self._pools.setdefault((stream, small), Pool(small, stream))
 
     def _get_free_block(self, pool: Pool, size: int) -> Block | None:
-        """``get_free_block``: the smallest free block that is large enough, of these the lowest."""
+        """``get_free_block`` with settings that are not the default."""
         blocks = pool.blocks
         if self._collects:
             pool.searches += 1
         at = bisect_left(blocks, (size,))
         if at == len(blocks):
             return None
-        if not self._plain:
-            at = self._fitting(blocks, at, size)
-            if at < 0:
-                return None
-        return blocks.pop(at)[2]
-
-    def _fitting(self, blocks: list[tuple[int, int, Block]], at: int, size: int) -> int:
-        """The same with settings that are not the default; -1 for none."""
         if blocks[at][2].expandable is not None:
             # a block that can grow counts as large as it can become
             while at + 1 < len(blocks) and _growth(blocks[at + 1][2]) < _growth(blocks[at][2]):
@@ -231,10 +236,10 @@ class Allocator:
         if largest_split:
             found = blocks[at][0]
             if size < largest_split <= found:
-                return -1  # an oversized block is not for a small request
+                return None  # an oversized block is not for a small request
             if size >= largest_split and found >= size + self.settings.max_non_split_rounding:
-                return -1
-        return at
+                return None
+        return blocks.pop(at)[2]
 
     def _new_block(self, pool: Pool, size: int) -> Block:
         """What ``malloc`` does when no free block fits: collect, ask the driver, release, ask again."""
@@ -281,7 +286,8 @@ class Allocator:
     def _merge(self, block: Block, other: Block, pool: Pool) -> None:
         """``try_merge_blocks``: ``block`` takes in its neighbour ``other``, which is free."""
         if other.mapped:
-            pool.remove(other)
+            blocks = pool.blocks
+            del blocks[bisect_left(blocks, (other.size, other.address))]
         else:
             pool.remove_unmapped(other)
         if other is block.previous:
@@ -402,7 +408,7 @@ class Allocator:
         space = -(-max(self._bound or 0, 1 << 40) * 9 // (8 * page)) * page
         segment = Expandable(self.place(space), space, page)
         self._expandables.append(segment)
-        fresh = Block(pool, segment.address, space, expandable=segment)
+        fresh = Block(pool, segment.address, space, segment)
         fresh.mapped = False
         self._heads[segment.address] = fresh
         insort(pool.unmapped, (fresh.address, fresh))
@@ -418,7 +424,7 @@ class Allocator:
         pool.remove_unmapped(block)
         block.mapped = True
         if size < block.size:
-            rest = Block(pool, block.address + size, block.size - size, expandable=segment)
+            rest = Block(pool, block.address + size, block.size - size, segment)
             rest.mapped = False
             rest.previous, rest.next = block, block.next
             if rest.next is not None:
@@ -445,7 +451,7 @@ class Allocator:
         for address, size in ((block.address, first - block.address), (last, end - last)):
             if not size:
                 continue
-            piece = Block(pool, address, size, expandable=segment)
+            piece = Block(pool, address, size, segment)
             if address < first:
                 piece.previous, piece.next = block.previous, block
                 if piece.previous is not None:

@@ -89,8 +89,8 @@ def parse_settings(text: str) -> AllocatorSettings:
     for name in ("max_split_size", "max_non_split_rounding"):
         if name in values and getattr(settings, name) < settings.large_segment_size:
             raise MemplanError(
-                f"allocator setting {name}_mb: {getattr(settings, name) // MIB} is too small, PyTorch wants at "
-                f"least {settings.large_segment_size // MIB} (large_segment_size_mb)"
+                f"allocator setting {name}_mb: {getattr(settings, name) // MIB} is too small, PyTorch wants "
+                f"at least {settings.large_segment_size // MIB} (large_segment_size_mb)"
             )
     return settings
 
@@ -155,7 +155,7 @@ def _divisions(name: str, value: str) -> tuple[int, ...]:
                 f"allocator setting {name}:{value}: write size:divisions pairs, such as [256:1,512:2,>:4]"
             )
         divisor = 0 if divisor_text == "0" else _power(name, divisor_text)
-        if size == ">":
+        if size == ">":  # from the last one named on, itself included, as PyTorch has it
             divisors[last:] = [divisor] * (_INTERVALS - last)
             continue
         at = min(_power(name, size).bit_length() - 1, _INTERVALS - 1)

@@ -84,9 +84,30 @@ class Run:
         return simulate(self.tape, self.loading(room), self.settings, capacity=room, limit=limit)
 
 
-def judge(gpu: Gpu, run: Run, *, total: int | None = None) -> Fit:
-    """Hold a run against a card, of which ``total`` bytes are visible (default: as listed)."""
-    total = gpu.visible_bytes if total is None else total
+def glance(gpu: Gpu, allocated: int, loaded: int) -> Verdict | None:
+    """The verdict where it can be told without the simulation, which takes longer than the rest of a plan;
+    else None. ``allocated``: bytes at the peak, ``loaded``: those of them that loading brings.
+
+    It does not fit if the peak alone does not. It fits if the allocator may lose as much again as training
+    adds to what was loaded, and 25 of its smallest large segments: tests/test_fit.py looks for runs that lose
+    more.
+    """
+    room = usable_bytes(gpu) - context_bytes(gpu, Card())
+    if allocated > room:
+        return "does not fit"
+    return "fits" if 2 * allocated - loaded + 500 * MIB <= room else None
+
+
+def usable_bytes(gpu: Gpu) -> int:
+    """What PyTorch can see of a card: as its driver says if the card is in this machine, else as listed."""
+    from memplan import driver
+
+    return driver.present().get(gpu.name, gpu.visible_bytes)
+
+
+def judge(gpu: Gpu, run: Run) -> Fit:
+    """Hold a run against a card."""
+    total = usable_bytes(gpu)
     outside = context_bytes(gpu, run.card)
     free = run.free
     room = total - outside

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, computed_field, 
 
 from memplan.card import FLASH_CAPABILITY, Card
 from memplan.errors import MemplanError
-from memplan.fit import Fit, Run, judge
+from memplan.fit import Fit, Run, Verdict, glance, judge
 from memplan.gpu import Gpu
 from memplan.recipe import Mode, Recipe
 from memplan.spec import ModelSpec
@@ -151,6 +151,22 @@ class Plan(_Record):
             raise MemplanError("a plan read from JSON has no tape, so no timeline: call plan() again")
         return timeline(self._tape)
 
+    def glances(self) -> Iterator[tuple[Gpu, Verdict]]:
+        """The verdict for each card, without the allocator's simulation where it can be told without."""
+        if self._runs is None:  # read from JSON
+            from memplan.gpu import find_gpu
+
+            yield from ((find_gpu(fit.gpu), fit.verdict) for fit in self.fits)
+            return
+        resting = sum(self.static_bytes.model_dump().values())
+        loaded = resting - self.static_bytes.optimizer_state
+        for gpu, card in self._runs.cards:
+            # of a card that runs other kernels only what rests is known
+            told = glance(gpu, self.peak.allocated_bytes if card is None else resting, loaded)
+            if card is not None and told == "fits":
+                told = None
+            yield gpu, told or judge(gpu, self._runs.run(card)).verdict
+
     def _simulated(self) -> _Runs:
         if self._runs is None:
             raise MemplanError("a plan read from JSON can't be simulated: call plan() again")
@@ -255,10 +271,10 @@ def predicted_run(spec: ModelSpec, recipe: Recipe, card: Card | None = None) -> 
     """The whole run of a resolved recipe, for the allocator: loading, and a step with every layer played."""
     from memplan.allocator_settings import parse_settings
     from memplan.models.loading import loading
-    from memplan.models.step import write_tape
+    from memplan.models.step import write_long_tape
 
     with _one_at_a_time, _without_cycle_collector():
-        tape = write_tape(spec, recipe, card=card, folded=False)
+        tape = write_long_tape(spec, recipe, card=card)
     return Run(
         tape,
         lambda capacity: list(loading(spec, recipe, tape, capacity)),
@@ -320,12 +336,10 @@ def _as_it_lies(tape: Tape, recipe: Recipe) -> Run:
     return Run(tape, lambda _capacity: None, parse_settings(recipe.alloc_conf))
 
 
-def _cards(
-    tape: Tape, gpus: Iterable[str] | None, *, rewritable: bool
-) -> Iterator[tuple[Gpu, Card | None]]:
+def _cards(tape: Tape, gpus: Iterable[str] | None, *, rewritable: bool) -> Iterator[tuple[Gpu, Card | None]]:
     """The cards to judge, each with what the run has to be written for. Before Ampere there is no
-    FlashAttention: PyTorch then takes kernels that need more, so the step is written again; flash-attn itself,
-    and a trace made for Ampere, can't be judged."""
+    FlashAttention: PyTorch then takes kernels that need more, so the step is written again; flash-attn
+    itself, and a trace made for Ampere, can't be judged."""
     package = "_flash_attn_forward" in tape.operations
     flash = package or "_scaled_dot_product_flash_attention" in tape.operations
     for gpu in judged(gpus):

@@ -140,8 +140,9 @@ class _Run:
         self._play(self.begin, self.update)
         if stage == FIRST_STEP:
             malloc, sizes = self.allocator.malloc, self.tape.sizes
-            for self.position in self.states:
-                self.live[self.position] = malloc(sizes[self.position])
+            for index in self.states:
+                self.position = index
+                self.live[index] = malloc(sizes[index])
             before.update(self.states)
         self._play(self.update, len(self.tape.events))
         self._hand_on(before)

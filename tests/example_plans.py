@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from memplan.fit import Fit
 from memplan.planner import (
+    AllocatorInfo,
     CategoryBytes,
     ModelInfo,
     ParameterCounts,
@@ -17,6 +18,13 @@ from memplan.planner import (
 from memplan.recipe import make_recipe
 
 GIB = 2**30
+
+_NOTES = {
+    "fits": None,
+    "tight": "leaves less than 2 % of what it reserves",
+    "does not fit": "out of memory in the first step's forward of layer 41, at mm: 448.0 MiB asked for with "
+    "21.95 GiB reserved",
+}
 
 
 def example_plan(**options: Any) -> Plan:
@@ -34,8 +42,15 @@ def example_plan(**options: Any) -> Plan:
         temporaries=3 * GIB // 2,
     )
     total = sum(categories.model_dump().values())
-    needed = total + GIB
-    return Plan(
+    reserved, beside = total + 2 * GIB, GIB // 2
+    needed = reserved + beside
+    allocator = AllocatorInfo(
+        settings=recipe.alloc_conf,
+        allocated_bytes=total + 2**20,
+        reserved_bytes=reserved,
+        fragmentation_bytes=reserved - total - 2**20,
+    )
+    return Plan(  # type: ignore[call-arg]  # what is simulated is no field
         memplan_version="0.0.0",
         model=ModelInfo(
             name="llama-70b",
@@ -65,18 +80,22 @@ def example_plan(**options: Any) -> Plan:
             optimizer_state=categories.gradients + categories.optimizer_state,
             activations=categories.activations + categories.logits_and_loss + categories.temporaries,
         ),
+        allocator=allocator,
         fits=tuple(
             Fit(
                 gpu=gpu,
                 total_bytes=usable,
+                reserved_bytes=reserved,
+                context_bytes=beside,
                 needed_bytes=needed,
                 headroom_bytes=usable - needed,
                 verdict=_verdict(usable - needed),
+                note=_NOTES[_verdict(usable - needed)],
             )
             for gpu, usable in (
                 ("NVIDIA GeForce RTX 4090", 23 * GIB),
                 ("NVIDIA RTX A6000", 48537 * 2**20),
-                ("Tight example", needed + GIB),
+                ("NVIDIA A40", needed + GIB),
                 ("NVIDIA H100 80GB HBM3", 79 * GIB),
             )
         ),

@@ -9,7 +9,7 @@ from small_specs import config
 
 from memplan import MemplanError, Recipe, plan
 from memplan.card import Card
-from memplan.fit import judge
+from memplan.fit import context_bytes
 from memplan.gpu import find_gpu
 from memplan.importers.hf import spec_from_config
 from memplan.models.parameters import resolve_recipe
@@ -43,8 +43,7 @@ def test_the_package_can_not_be_asked_of_an_older_card() -> None:
     ("gpu", "extra"), [("a100-80", 0), ("h100", 2 * 25_034_752), ("b200", 2 * 25_034_752)]
 )
 def test_workspaces_are_as_large_as_the_card_makes_them(gpu: str, extra: int) -> None:
-    card = find_gpu(gpu)
-    assert judge(card, 1 << 30, 1 << 30).needed_bytes == (1 << 30) + (600 << 20) + extra
+    assert context_bytes(find_gpu(gpu), Card()) == (768 << 20) + extra
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

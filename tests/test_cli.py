@@ -87,7 +87,18 @@ def test_json_has_the_documented_keys_and_adds_up(memplan: Run, mode: str) -> No
     assert peak["phase"] in ("forward", "backward", "optimizer")
     assert document["recipe"]["mode"] == mode
     for fit in document["fits"]:
-        assert set(fit) == {"gpu", "total_bytes", "needed_bytes", "headroom_bytes", "verdict"}
+        assert set(fit) == {
+            "gpu",
+            "total_bytes",
+            "reserved_bytes",
+            "context_bytes",
+            "needed_bytes",
+            "headroom_bytes",
+            "verdict",
+            "retries",
+            "note",
+        }
+        assert fit["needed_bytes"] == fit["reserved_bytes"] + fit["context_bytes"]
         assert fit["headroom_bytes"] == fit["total_bytes"] - fit["needed_bytes"]
         assert fit["verdict"] in ("fits", "tight", "does not fit")
 

@@ -9,9 +9,9 @@ from small_specs import SPECS
 
 from memplan.models.fold import Played, layers_to_play
 from memplan.models.parameters import resolve_recipe
-from memplan.models.step import write_tape
+from memplan.models.step import write_long_tape, write_tape
 from memplan.recipe import make_recipe
-from memplan.tape import replay, static_bytes
+from memplan.tape import Tape, replay, static_bytes
 
 OPTIONS = {
     "mode": ["full", "lora", "qlora"],
@@ -45,6 +45,53 @@ def test_folded_and_unfolded_agree_to_the_byte(
     folded, unfolded = write_tape(spec, recipe), write_tape(spec, recipe, folded=False)
     assert replay(folded) == replay(unfolded)
     assert static_bytes(folded) == static_bytes(unfolded)
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    st.sampled_from(sorted(SPECS)),
+    st.integers(3, 23),
+    st.fixed_dictionaries({name: st.sampled_from(values) for name, values in OPTIONS.items()}),
+)
+def test_a_tape_written_out_is_the_tape_played(family: str, layers: int, options: dict[str, object]) -> None:
+    spec = SPECS[family](layers)
+    recipe = resolve_recipe(spec, make_recipe(**options))
+    assert told(write_long_tape(spec, recipe)) == told(write_tape(spec, recipe, folded=False))
+
+
+def told(tape: Tape) -> list[object]:
+    """A tape without its numbering: births with all that is known of them, and which births have died since
+    the last one (what dies together does so in no order that counts)."""
+    story: list[object] = []
+    numbers: dict[int, int] = {}
+    for segment in tape.segments:
+        story.append((segment.phase, segment.name, segment.layer))
+        dead: set[int] = set()
+        for event in tape.events[segment.start : segment.stop]:
+            if event < 0:
+                dead.add(numbers[~event])
+                continue
+            story.append(dead)
+            dead = set()
+            numbers[event] = len(numbers)
+            story.append(
+                (tape.sizes[event], tape.categories[event], tape.operations[event], tape.modules[event])
+            )
+        story.append(dead)
+    return story
+
+
+def test_most_tapes_need_not_be_played() -> None:
+    # the ones that PEFT's preparation makes, and the Trainer's checkpointing: an eighth of the time
+    from memplan.models import fold, step
+
+    for options in ({}, {"kbit_prep": False}, {"mode": "lora"}, {"mode": "full"}):
+        spec = SPECS["llama"](36)
+        recipe = resolve_recipe(spec, make_recipe(seq_len=130, **options))
+        played = layers_to_play(step.kinds(spec, recipe), first_is_like_others=recipe.mode.value == "full")
+        tape = step._play(spec, recipe, None, played)
+        assert fold.fold(tape, played)
+        assert fold.unfold(tape, played) is not None, options
 
 
 @pytest.mark.parametrize("family", sorted(SPECS))

@@ -63,7 +63,8 @@ def test_a_terminal_gets_colour_and_a_file_none() -> None:
 
 
 def test_a_plan_without_cards_prints_none() -> None:
-    plan = example_plan().model_copy(update={"fits": ()})
+    plan = example_plan()
+    plan._fits = ()
     text = printed(lambda console: show_plan(plan, console))
     assert "Cards" not in text
     assert "simulated" not in text
@@ -106,6 +107,7 @@ def test_phrases_tell_recipes_apart() -> None:
         "loss": "liger",
         "batch_size": 2,
         "seq_len": 4096,
+        "alloc_conf": "expandable_segments:True",
     }
     usual = phrases(example_plan().recipe)
     for field, value in options.items():

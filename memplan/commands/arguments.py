@@ -154,6 +154,11 @@ def _add_step(group: argparse._ArgumentGroup) -> None:
         help="attention kernel (default: sdpa; flash is short for flash_attention_2)",
     )
     group.add_argument(
+        "--alloc-conf",
+        metavar="CONF",
+        help="PYTORCH_ALLOC_CONF of the run, such as expandable_segments:True (default: none)",
+    )
+    group.add_argument(
         "--loss",
         choices=_values(Loss),
         help="standard: as transformers; chunked: as TRL; liger: fused with lm_head" + _default("loss"),

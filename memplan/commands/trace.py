@@ -93,4 +93,4 @@ def show(answer: Plan, arguments: argparse.Namespace, options: dict[str, Any]) -
         from memplan.report.console import terminal
         from memplan.report.plan import show_plan
 
-        show_plan(answer, terminal(), given=options)
+        show_plan(answer, terminal(), given=options, simulated=arguments.gpu is not None)

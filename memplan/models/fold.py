@@ -8,6 +8,7 @@ more are played, at last all of them. ``tests/test_fold.py`` plays all of them a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -175,3 +176,187 @@ def _shape(tape: Tape, unit: list[Segment]) -> Any:
         for event in events[start:stop]
     ]
     return [segment.stop - segment.start for segment in unit], sizes[start:stop], named
+
+
+# -- unfolding ---------------------------------------------------------------------------------------
+
+
+def unfold(tape: Tape, played: Played) -> Tape | None:
+    """The tape with every layer on it, written out from a folded one: far faster than playing them all.
+
+    A storage is known by the run of layers that it was born in, its layer there, and how many births of that
+    layer came before. Where a layer releases what another one made, the other's distance is what repeats.
+    None where that does not tell which storage is meant; then the layers have to be played.
+    """
+    unfolding = _Unfolding(tape, played)
+    return unfolding.tape if unfolding.run() else None
+
+
+@dataclass(slots=True)
+class _Part:
+    """The events of one layer in one run of layer segments. ``births``: storages, in order."""
+
+    run: int
+    layer: int  # as played
+    start: int
+    stop: int
+    births: list[int]
+
+
+_BIRTH, _FIXED = -2, -1  # in place of a run
+
+# What an event is about: (_BIRTH, -, number of birth), (_FIXED, -, storage that no layer made), or (run,
+# distance, number of birth) of what a layer at that distance made in that run.
+_Template = list[tuple[int, int, int]]
+
+
+class _Unfolding:
+    def __init__(self, tape: Tape, played: Played) -> None:
+        self.old, self.played = tape, played
+        self.tape = Tape(provenance=tape.provenance)
+        self.order = {layer: position for position, layer in enumerate(played.indices)}
+        self.first = (played.units - 2) * played.period  # the unit's first layer
+        self.last = self.first + played.period
+        self.home: dict[int, tuple[int, int, int]] = {}  # storage -> run, layer as played, number of birth
+        self.moved: dict[int, int] = {}  # storages that no layer made, and their new numbers
+        self.made: dict[tuple[int, int], list[Any]] = {}  # what a run makes in a layer as played
+        self.bases: list[list[int]] = []  # of each run, by real layer: the new number of its first birth
+        self.origin: list[int] = []  # the storage on the old tape of each on the new one
+        # of each run and layer as played: the runs and distances that it refers to, and the layer meant there
+        self.references: dict[tuple[int, int], dict[tuple[int, int], int]] = {}
+
+    def run(self) -> bool:
+        old, tape = self.old, self.tape
+        parts = list(self._parts())
+        self.bases = [
+            [-1] * self.played.layers for _ in range(1 + max((r for r, _ in self.made), default=-1))
+        ]
+        for segment, layers in parts:
+            if not (self._layers(segment, layers) if layers else self._plain(segment)):
+                return False
+        origin = self.origin
+        tape.sizes = [old.sizes[index] for index in origin]
+        tape.categories = [old.categories[index] for index in origin]
+        tape.operations = [old.operations[index] for index in origin]
+        tape.modules = [old.modules[index] for index in origin]
+        tape.finish()
+        return True
+
+    def _parts(self) -> Iterator[tuple[Segment, list[_Part]]]:
+        """Segments with their layers; a run ends where a layer comes again or something else comes."""
+        run, seen, key = -1, set[int](), None
+        old = self.old
+        for segment in old.segments:
+            if segment.layer is None:
+                key = None
+                yield segment, []
+                continue
+            layers = self._played_layers(segment)
+            if key != (segment.phase, segment.name) or seen.intersection(layers):
+                run, key, seen = run + 1, (segment.phase, segment.name), set()
+            seen.update(layers)
+            starts = list(segment.marks) or [segment.start]
+            parts = []
+            for layer, start, stop in zip(layers, starts, [*starts[1:], segment.stop], strict=True):
+                births = [event for event in old.events[start:stop] if event >= 0]
+                for number, birth in enumerate(births):
+                    self.home[birth] = run, layer, number
+                self.made[run, layer] = [
+                    (old.sizes[birth], old.operations[birth], old.modules[birth]) for birth in births
+                ]
+                parts.append(_Part(run, layer, start, stop, births))
+            yield segment, parts
+
+    def _played_layers(self, segment: Segment) -> list[int]:
+        assert segment.layer is not None
+        if segment.repeat == 1:
+            return [segment.layer]
+        unit = list(range(self.first, self.last))
+        return unit if segment.direction > 0 else unit[::-1]
+
+    def _in_unit(self, layer: int) -> bool:
+        return self.first <= layer < self.last
+
+    def _as_played(self, layer: int) -> int:
+        """The played layer that stands for a real one."""
+        if self.first <= layer < self.first + self.played.repeat * self.played.period:
+            return self.first + (layer - self.first) % self.played.period
+        return layer
+
+    def _plain(self, segment: Segment) -> bool:
+        """A segment outside the layers."""
+        self.tape.begin(segment.phase, segment.name, None)
+        events = self.tape.events
+        for event in self.old.events[segment.start : segment.stop]:
+            if event >= 0:
+                self.moved[event] = len(self.origin)
+                events.append(len(self.origin))
+                self.origin.append(event)
+                continue
+            made = self.moved.get(~event)
+            if made is None:
+                run, layer, number = self.home[~event]
+                if self._in_unit(layer):
+                    return False  # of each repetition, or of one?
+                made = self.bases[run][layer] + number
+            events.append(~made)
+        return True
+
+    def _layers(self, segment: Segment, parts: list[_Part]) -> bool:
+        """A segment of layers, its repetitions one by one."""
+        templates = [self._template(part) for part in parts]
+        rounds = range(segment.repeat) if segment.direction > 0 else range(segment.repeat - 1, -1, -1)
+        tape, events, origin, bases = self.tape, self.tape.events, self.origin, self.bases
+        for round_ in rounds:
+            for part, template in zip(parts, templates, strict=True):
+                if template is None:
+                    return False
+                layer = part.layer + round_ * self.played.period
+                base = bases[part.run][layer] = len(origin)
+                if not self._meant(part, layer):
+                    return False
+                tape.begin(segment.phase, segment.name, layer)
+                origin += part.births
+                events += [
+                    base + number
+                    if run == _BIRTH
+                    else ~number
+                    if run == _FIXED
+                    else ~(bases[run][layer + distance] + number)
+                    for run, distance, number in template
+                ]
+        return True
+
+    def _template(self, part: _Part) -> _Template | None:
+        """What each event of a layer is about; None if a repetition would release what is there once."""
+        template: _Template = []
+        references: dict[tuple[int, int], int] = {}
+        self.references[part.run, part.layer] = references
+        births = 0
+        for event in self.old.events[part.start : part.stop]:
+            if event >= 0:
+                template.append((_BIRTH, 0, births))
+                births += 1
+            elif ~event in self.moved:
+                if self._in_unit(part.layer) and self.played.repeat > 1:
+                    return None
+                template.append((_FIXED, 0, self.moved[~event]))
+            else:
+                run, layer, number = self.home[~event]
+                if self._in_unit(layer) or self._in_unit(part.layer):
+                    distance = self.order[layer] - self.order[part.layer]
+                else:
+                    distance = layer - part.layer
+                references[run, distance] = layer
+                template.append((run, distance, number))
+        return template
+
+    def _meant(self, part: _Part, layer: int) -> bool:
+        """Whether the layers that a real layer refers to were born like those that the played one does."""
+        for (run, distance), played in self.references[part.run, part.layer].items():
+            there = layer + distance
+            if not 0 <= there < self.played.layers or self.bases[run][there] < 0:
+                return False
+            if self.made[run, self._as_played(there)] != self.made[run, played]:
+                return False
+        return True

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from math import prod
 
 from memplan.models import blueprint
-from memplan.models.modules import NESTED_BLOCK, NF4_BLOCK
+from memplan.models.modules import NF4_BLOCK
 from memplan.recipe import DTypeName, Mode, Recipe
 from memplan.spec import ModelSpec
 from memplan.tape import Category, Phase, Tape

@@ -40,6 +40,15 @@ def write_tape(spec: ModelSpec, recipe: Recipe, *, card: Card | None = None, fol
     ``card`` is the reference card unless given. ``folded=False`` plays every layer.
     Raises RecipeError if the recipe does not suit the model.
     """
+    return _written(spec, recipe, card, folded=folded, unfolded=False)
+
+
+def write_long_tape(spec: ModelSpec, recipe: Recipe, *, card: Card | None = None) -> Tape:
+    """The tape of ``write_tape(folded=False)``, written out from the folded one where that can be done."""
+    return _written(spec, recipe, card, folded=True, unfolded=True)
+
+
+def _written(spec: ModelSpec, recipe: Recipe, card: Card | None, *, folded: bool, unfolded: bool) -> Tape:
     played = fold.all_layers(spec.num_hidden_layers)
     if folded:
         played = fold.layers_to_play(kinds(spec, recipe), first_is_like_others=recipe.mode is Mode.FULL)
@@ -48,6 +57,8 @@ def write_tape(spec: ModelSpec, recipe: Recipe, *, card: Card | None = None, fol
         if played.complete or fold.fold(tape, played):
             break
         played = played.longer()
+    if unfolded and not played.complete:
+        tape = fold.unfold(tape, played) or _play(spec, recipe, card, fold.all_layers(spec.num_hidden_layers))
     for segment in tape.segments:
         if segment.phase is Phase.OPTIMIZER:
             segment.layer = None  # an update goes by parameters, not by layers: folding alone needed to know

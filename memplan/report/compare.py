@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from memplan.report.console import HEADING, QUIET, Cell, note, paragraph, table
-from memplan.report.plan import ESTIMATE, FOOTNOTE, SUMMARY, VERDICT_STYLES, short_card, show_model
+from memplan.report.plan import FOOTNOTE, SUMMARY, VERDICT_STYLES, short_card, show_model
 from memplan.report.units import count, gib, ratio
 from memplan.report.wording import common_and_own
 
@@ -44,16 +44,15 @@ def show_comparison(plans: Sequence[Plan], console: Console) -> None:
             lambda plan: ratio(plan.parameters.trainable, plan.parameters.total),
         ),
     ]
-    if plans[0].fits:
+    cards = [list(plan.glances()) for plan in plans]
+    if cards[0]:
         rows.append(row("", lambda plan: ""))
-        rows.append(row("needed", lambda plan: gib(max(fit.needed_bytes for fit in plan.fits))))
-    for number, fit in enumerate(plans[0].fits):
-        verdicts = [plan.fits[number].verdict for plan in plans]
-        name = f"  {short_card(fit.gpu)}, {gib(fit.total_bytes)}"
-        rows.append([name, *(Text(_WORDS[verdict], VERDICT_STYLES[verdict]) for verdict in verdicts)])
+    for verdicts in zip(*cards, strict=True):
+        gpu = verdicts[0][0]
+        cells = (Text(_WORDS[verdict], VERDICT_STYLES[verdict]) for _, verdict in verdicts)
+        rows.append([f"  {short_card(gpu.name)}, {gib(gpu.visible_bytes)}", *cells])
     table(console, rows, "<" + ">" * len(plans))
     note(console, FOOTNOTE)
-    note(console, ESTIMATE)
 
 
 def _summary_cell(field: str) -> Callable[[Plan], str]:

@@ -38,9 +38,14 @@ FOOTNOTE = (
     "Quantisation state counts as weights, gradients as optimizer state, "
     "logits and temporaries as activations."
 )
-ESTIMATE = (
-    "Needed is an estimate until the allocator is simulated: peak, CUDA context and allocator slack "
-    "(tight: it fits without the slack only)."
+NEEDED = (
+    "Needed is what PyTorch's allocator reserves over loading, the first step and a later one, simulated, "
+    "and what a process takes beside it (assumed)."
+)
+TIGHT = "Tight: it gets through, but only just, or only by giving cached memory back in between."
+LEFT = (
+    "Left is what the peak and the context leave; what the allocator loses comes out of it. "
+    "`memplan fit MODEL --gpu NAME` says how much that is."
 )
 VERDICT_STYLES = {"fits": "bold green", "tight": "bold yellow", "does not fit": "red"}
 
@@ -48,8 +53,10 @@ _LABEL_WIDTH = 18  # of the longest category, so that the tables of a report lin
 _BAR_MARGIN = 2 + _LABEL_WIDTH + 2 + len("1,000.00 GiB") + 2 + len("100.0 %") + 2
 
 
-def show_plan(plan: Plan, console: Console, given: Collection[str] = ()) -> None:
-    """Print a plan. ``given`` are the recipe's fields that were asked for; the rest are shown as defaults."""
+def show_plan(plan: Plan, console: Console, given: Collection[str] = (), *, simulated: bool = True) -> None:
+    """Print a plan. ``given`` are the recipe's fields that were asked for; the rest are shown as defaults.
+    ``simulated=False`` leaves out what only the allocator's simulation says, where a verdict can do without.
+    """
     show_model(plan.model, console)
     total, trainable = plan.parameters.total, plan.parameters.trainable
     console.print(
@@ -62,10 +69,35 @@ def show_plan(plan: Plan, console: Console, given: Collection[str] = ()) -> None
     _show_peak(plan, console)
     console.print()
     _show_summary(plan.summary, plan.peak.allocated_bytes, console)
-    if plan.fits:
-        console.print()
-        heading(console, "Cards")
+    console.print()
+    if not simulated:
+        _show_glances(plan, console)
+    elif plan.fits:
+        reserved = gib(plan.allocator.reserved_bytes)
+        heading(console, "Cards", f"{reserved} GiB reserved ({plan.provenance}, allocator simulated)")
         show_fits(plan.fits, console)
+
+
+def _show_glances(plan: Plan, console: Console) -> None:
+    """Print each card, what the peak leaves of it, and the verdict."""
+    from memplan.card import Card
+    from memplan.fit import context_bytes, usable_bytes
+
+    heading(console, "Cards")
+    rows = [[Text(cell, QUIET) for cell in ("GiB", "usable", "left", "")]]
+    for gpu, verdict in plan.glances():
+        usable = usable_bytes(gpu)
+        left = usable - plan.peak.allocated_bytes - context_bytes(gpu, Card())
+        rows.append(
+            [
+                Text(short_card(gpu.name)),
+                Text(gib(usable)),
+                Text(gib(left)),
+                Text(verdict, VERDICT_STYLES[verdict]),
+            ]
+        )
+    table(console, rows, "<>><", _LABEL_WIDTH)
+    note(console, LEFT)
 
 
 def show_model(model: ModelInfo, console: Console) -> None:
@@ -83,7 +115,9 @@ def show_fits(fits: Sequence[Fit], console: Console) -> None:
         sizes = (Text(gib(size)) for size in (fit.total_bytes, fit.needed_bytes, fit.headroom_bytes))
         rows.append([Text(short_card(fit.gpu)), *sizes, Text(fit.verdict, VERDICT_STYLES[fit.verdict])])
     table(console, rows, "<>>><", _LABEL_WIDTH)
-    note(console, ESTIMATE)
+    note(console, NEEDED)
+    if any(fit.verdict == "tight" for fit in fits):
+        note(console, TIGHT)
 
 
 def short_card(gpu: str) -> str:

@@ -1,0 +1,153 @@
+"""Verdicts: what they say and what they mean."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_specs import SPECS
+
+from memplan import Recipe, plan
+from memplan.allocator import MIB
+from memplan.allocator_settings import AllocatorSettings
+from memplan.errors import MemplanError
+from memplan.fit import MARGIN_PER_CENT, Run, context_bytes, glance, judge
+from memplan.gpu import Gpu, find_gpu
+from memplan.models.parameters import resolve_recipe
+from memplan.planner import Plan, predicted_run
+from memplan.recipe import make_recipe
+from memplan.tape import Category, Phase, Tape, replay, static_bytes
+
+A6000 = find_gpu("a6000")
+
+
+def card(room: int) -> Gpu:
+    """A card that leaves ``room`` bytes (a multiple of a MiB) beside the context."""
+    visible = room + context_bytes(A6000, Run(Tape(), lambda _: None, AllocatorSettings()).card)
+    return A6000.model_copy(update={"name": "test", "torch_visible_mib": visible // MIB})
+
+
+def sawtooth() -> Run:
+    """A step that caches 64 MiB it has no more use for, then needs 66: 130 reserved, 66 at the peak."""
+    tape = Tape()
+    tape.begin(Phase.SETUP, "weights")
+    tape.begin(Phase.FORWARD, "forward")
+    for size in (64, 66):
+        tape.free(tape.alloc(size * MIB, "mm", Category.TEMPORARIES))
+    tape.finish()
+    return Run(tape, lambda _: None, AllocatorSettings())
+
+
+@pytest.mark.parametrize(
+    ("room", "verdict", "retries"),
+    [
+        (140, "fits", 0),
+        (131, "tight", 0),  # less than 2 % to spare
+        (130, "tight", 0),
+        (129, "tight", 4),  # each step gives back what it cached, twice
+        (66, "tight", 4),
+        (65, "does not fit", 1),
+    ],
+)
+def test_verdicts(room: int, verdict: str, retries: int) -> None:
+    fit = judge(card(room * MIB), sawtooth())
+    assert (fit.verdict, fit.needed_bytes - fit.context_bytes) == (verdict, 130 * MIB)
+    assert fit.retries <= retries
+    assert (fit.retries > 0) is (retries > 0)
+    assert (fit.note is None) is (verdict == "fits")
+
+
+def test_a_fraction_of_the_card_is_a_limit() -> None:
+    run = sawtooth()
+    half = Run(run.tape, run.loading, AllocatorSettings(memory_fraction=0.1))
+    gpu = card(600 * MIB)
+    assert judge(gpu, run).verdict == "fits"
+    assert judge(gpu, half).verdict == "tight"  # a tenth of it and of the context is 124 MiB
+
+
+def test_the_70b_on_an_a6000() -> None:
+    """The example that the project is about."""
+    (with_upcasts,) = plan("llama-70b", Recipe(mode="qlora", r=8), gpus=["a6000"]).fits
+    assert with_upcasts.verdict == "does not fit"
+    assert with_upcasts.note is not None
+    assert with_upcasts.note.startswith("out of memory in the first step's forward")
+    (without,) = plan("llama-70b", Recipe(mode="qlora", r=8, kbit_prep=False), gpus=["a6000"]).fits
+    assert without.verdict == "fits"
+    (large,) = plan("llama-70b", Recipe(mode="qlora", r=8), gpus=["h100"]).fits
+    assert large.verdict == "fits"
+
+
+def test_settings_of_the_allocator_are_part_of_the_run() -> None:
+    usual = plan("llama-3.2-1b", Recipe(mode="full", optimizer="adamw_torch"), gpus=["a6000"])
+    expandable = plan(
+        "llama-3.2-1b",
+        Recipe(mode="full", optimizer="adamw_torch", alloc_conf="expandable_segments:True"),
+        gpus=["a6000"],
+    )
+    assert usual.peak == expandable.peak
+    assert expandable.allocator.reserved_bytes < usual.allocator.reserved_bytes
+    assert expandable.allocator.settings == "expandable_segments:True"
+    with pytest.raises(MemplanError, match="allocator setting"):
+        Recipe(alloc_conf="expandable_segment:True")
+
+
+def test_a_plan_from_json_knows_its_verdicts_and_no_more() -> None:
+    answer = plan("llama-3.2-1b", Recipe(mode="lora"), gpus=["a6000"])
+    read = Plan.model_validate_json(answer.model_dump_json())
+    assert (read.fits, read.allocator) == (answer.fits, answer.allocator)
+    bare = Plan.model_validate(answer.model_dump(exclude={"fits", "allocator"}))
+    with pytest.raises(MemplanError, match="call plan"):
+        _ = bare.fits
+
+
+OPTIONS = {
+    "mode": ["full", "lora", "qlora"],
+    "seq_len": [128, 2048, 8192],
+    "batch_size": [1, 4],
+    "optimizer": ["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adafactor", "sgd"],
+    "gradient_checkpointing": [True, False],
+    "loss": ["standard", "liger"],
+    "attn": [None, "eager"],
+}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(sorted(SPECS)),
+    st.integers(2, 12),
+    st.fixed_dictionaries({name: st.sampled_from(values) for name, values in OPTIONS.items()}),
+)
+def test_what_a_glance_tells_the_simulation_confirms(
+    family: str, layers: int, options: dict[str, object]
+) -> None:
+    spec = SPECS[family](layers)
+    recipe = resolve_recipe(spec, make_recipe(**options))
+    run = predicted_run(spec, recipe)
+    peak = replay(run.tape).allocated_bytes
+    static = static_bytes(run.tape)
+    loaded = sum(static.values()) - static[Category.OPTIMIZER_STATE]
+    # the smallest card that a glance calls large enough, and the largest that it calls too small
+    enough = card(-(-(2 * peak - loaded + 500 * MIB) // MIB) * MIB)
+    assert glance(enough, peak, loaded) == "fits"
+    assert judge(enough, run).verdict != "does not fit"
+    small = card((peak - 1) // MIB * MIB)
+    assert glance(small, peak, loaded) == "does not fit"
+    assert judge(small, run).verdict == "does not fit"
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sampled_from(["llama-3.2-1b", "qwen2.5-7b", "gemma-2-9b", "mistral-7b-v0.1", "qwen3-0.6b"]),
+    st.fixed_dictionaries({name: st.sampled_from(values) for name, values in OPTIONS.items()}),
+)
+def test_of_true_sizes_as_well(model: str, options: dict[str, object]) -> None:
+    if model == "gemma-2-9b":
+        options["attn"] = "eager"
+    answer = plan(model, Recipe(**options))
+    for (gpu, told), fit in zip(answer.glances(), answer.fits, strict=True):
+        assert gpu.name == fit.gpu
+        assert told == fit.verdict, gpu.name
+
+
+def test_the_margin_is_what_is_promised() -> None:
+    assert MARGIN_PER_CENT == 2

@@ -1,0 +1,171 @@
+"""A run on the simulated allocator: loading, first step, later step."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_specs import SPECS
+
+from memplan.allocator import MIB
+from memplan.allocator_settings import AllocatorSettings
+from memplan.models.loading import loading
+from memplan.models.parameters import resolve_recipe
+from memplan.models.step import write_long_tape, write_tape
+from memplan.planner import predicted_run
+from memplan.recipe import make_recipe
+from memplan.reserved import simulate
+from memplan.resolve import resolve
+from memplan.tape import Category, Phase, Tape, replay, static_bytes
+
+
+def tape_of(*setup: tuple[int, Category], step: list[int | str]) -> Tape:
+    """A tape whose step allocates (MiB) and releases ("-2": the third storage of all)."""
+    tape = Tape()
+    tape.begin(Phase.SETUP, "weights")
+    for size, category in setup:
+        tape.alloc(size * MIB, "parameter", category)
+    tape.begin(Phase.FORWARD, "forward")
+    for event in step:
+        if event == "step":
+            tape.begin(Phase.OPTIMIZER, "step")
+        elif isinstance(event, str):
+            tape.free(int(event[1:]))
+        else:
+            tape.alloc(event * MIB, "mm", Category.TEMPORARIES)
+    tape.finish()
+    return tape
+
+
+def test_states_are_born_into_what_the_first_step_cached() -> None:
+    tape = tape_of((30, Category.WEIGHTS), (20, Category.OPTIMIZER_STATE), step=[64, "-2", "step"])
+    run = simulate(tape)
+    # the state takes 20 of the 64 MiB that the step had, so that the next step needs 64 more
+    assert (run.allocated, run.reserved) == ((30 + 20 + 64) * MIB, (30 + 64 + 64) * MIB)
+    assert run.fragmentation == 44 * MIB
+    assert [reserved // MIB for _, reserved in run.changes] == [94, 158]
+
+
+def test_what_a_step_replaces_the_next_one_finds() -> None:
+    tape = tape_of((30, Category.WEIGHTS), (2, Category.OPTIMIZER_STATE), step=[4, "step", 2, "-1", "-2"])
+    assert simulate(tape).ran_out is None
+
+
+def test_a_run_that_ends_says_where() -> None:
+    tape = tape_of((30, Category.WEIGHTS), (20, Category.OPTIMIZER_STATE), step=[64, "-2", "step"])
+    ran_out = simulate(tape, capacity=100 * MIB).ran_out
+    assert ran_out is not None
+    assert (ran_out.stage, ran_out.phase, ran_out.operation) == ("later step", Phase.FORWARD, "mm")
+    assert (ran_out.requested, ran_out.reserved) == (64 * MIB, 94 * MIB)
+    first = simulate(tape, capacity=80 * MIB).ran_out
+    assert first is not None
+    assert first.stage == "first step"
+    loading_ = simulate(tape, capacity=20 * MIB).ran_out
+    assert loading_ is not None
+    assert (loading_.stage, loading_.operation) == ("loading", "parameter")
+
+
+def test_a_card_that_is_large_enough_changes_nothing() -> None:
+    tape = tape_of((30, Category.WEIGHTS), (20, Category.OPTIMIZER_STATE), step=[64, "-2", "step"])
+    assert simulate(tape, capacity=158 * MIB) == simulate(tape)
+
+
+# -- real recipes ------------------------------------------------------------------------------------
+
+OPTIONS = {
+    "mode": ["full", "lora", "qlora"],
+    "seq_len": [1, 130],
+    "optimizer": ["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adafactor", "sgd"],
+    "gradient_accumulation_steps": [1, 2],
+    "autocast": [False, True],
+    "dtype": ["bfloat16", "float32"],
+}
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.sampled_from(sorted(SPECS)),
+    st.fixed_dictionaries({name: st.sampled_from(values) for name, values in OPTIONS.items()}),
+)
+def test_every_storage_is_loaded_once_and_the_step_is_the_tape_s(
+    family: str, options: dict[str, object]
+) -> None:
+    spec = SPECS[family](4)
+    recipe = resolve_recipe(spec, make_recipe(**options))
+    tape = write_long_tape(spec, recipe)
+    steps = list(loading(spec, recipe, tape))
+    resting = {
+        event
+        for segment in tape.segments
+        if segment.phase is Phase.SETUP and segment.name in ("weights", "layer weights")
+        for event in tape.events[segment.start : segment.stop]
+    }
+    loaded = Counter(number for what, number in steps if what == "alloc")
+    assert set(loaded) == resting
+    assert set(loaded.values()) <= {1}
+    scratch = sum(what == "scratch" for what, _ in steps)
+    assert Counter(number for what, number in steps if what == "drop") == Counter(range(scratch))
+    run = simulate(tape, steps)
+    peak = replay(tape).allocated_bytes
+    tails = len(tape.sizes) * MIB  # each block may be charged up to 1 MiB that is not split off
+    assert peak <= run.allocated <= peak + tails
+    assert run.allocated <= run.reserved
+    assert run.ran_out is None
+    # where every rest is split off, blocks are tensors
+    exact = simulate(tape, steps, AllocatorSettings(expandable_segments=True))
+    assert exact.allocated == peak
+
+
+def test_a_70b_loads_as_from_pretrained_does() -> None:
+    spec = resolve("llama-3.3-70b").spec
+    recipe = resolve_recipe(spec, make_recipe())
+    tape = write_long_tape(spec, recipe)
+    steps = list(loading(spec, recipe, tape))
+    # the warm-up's one block: half a byte a quantised weight, two a byte of the rest, in 16 bits as loaded
+    linear = 80 * (2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672)
+    rest = 2 * 128256 * 8192 + (2 * 80 + 1) * 8192
+    assert steps[:2] == [("scratch", linear // 2 + 2 * rest), ("drop", 0)]
+    # lm_head comes first, then the embedding, then layers in the order of numbers
+    first = [size for what, size in steps if what == "scratch"][1:4]
+    assert first == [2 * 128256 * 8192, 2 * 128256 * 8192, 2 * 8192]  # the last: layer 0's input_layernorm
+    assert ("empty_cache", 0) in steps
+    without = resolve_recipe(spec, make_recipe(kbit_prep=False))
+    assert ("empty_cache", 0) not in list(loading(spec, without, write_long_tape(spec, without)))
+
+
+def test_a_small_card_bounds_the_warm_up() -> None:
+    spec = resolve("llama-3.3-70b").spec
+    recipe = resolve_recipe(spec, make_recipe())
+    tape = write_long_tape(spec, recipe)
+    _, warm = next(loading(spec, recipe, tape, 24 << 30))
+    assert warm == (24 << 30) - int(1.2 * (1 << 30))
+
+
+def test_full_and_lora_are_moved_in_the_order_of_modules() -> None:
+    spec = SPECS["llama"](3)
+    for mode in ("full", "lora"):
+        recipe = resolve_recipe(spec, make_recipe(mode=mode))
+        tape = write_long_tape(spec, recipe)
+        steps = list(loading(spec, recipe, tape))
+        assert [number for _, number in steps] == sorted(number for _, number in steps)
+        assert {what for what, _ in steps} == {"alloc"}
+
+
+@pytest.mark.parametrize("kbit_prep", [True, False])
+def test_a_70b_is_simulated_in_less_than_a_second(kbit_prep: bool) -> None:
+    from time import process_time
+
+    spec = resolve("llama-3.3-70b").spec
+    run = predicted_run(spec, resolve_recipe(spec, make_recipe(kbit_prep=kbit_prep)))
+    start = process_time()
+    assert run.free.reserved > run.free.allocated
+    assert process_time() - start < 1
+
+
+def test_loading_leaves_what_rests() -> None:
+    spec = SPECS["llama"](6)
+    recipe = resolve_recipe(spec, make_recipe())
+    long, played = write_long_tape(spec, recipe), write_tape(spec, recipe, folded=False)
+    assert static_bytes(long) == static_bytes(played)
