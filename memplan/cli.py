@@ -14,7 +14,7 @@ from importlib import import_module
 from memplan import __version__
 from memplan.errors import MemplanError, UnknownName
 
-COMMANDS = ("plan", "fit", "compare", "trace", "diff", "models", "gpus", "completion")
+COMMANDS = ("plan", "fit", "frontier", "compare", "trace", "diff", "models", "gpus", "completion")
 
 STATUS_BAD_QUESTION = 2
 STATUS_BUG = 70  # EX_SOFTWARE of sysexits.h
@@ -33,6 +33,7 @@ MODEL is an alias (llama-70b), a Hub id, or a path to a config.json or folder.
 Commands:
   plan MODEL          memory of one training step; the same as memplan MODEL
   fit MODEL --gpu G   exit status 0: fits on G; 1: does not fit; 2: bad question
+  frontier MODEL      the longest sequences that a card has room for
   compare MODEL       the modes full, lora and qlora side by side
   trace MODEL         the same by running the libraries' code (memplan[verify])
   diff A B            where two plans or traces differ; exit status 0: nowhere

@@ -105,8 +105,9 @@ def usable_bytes(gpu: Gpu) -> int:
     return driver.present().get(gpu.name, gpu.visible_bytes)
 
 
-def judge(gpu: Gpu, run: Run) -> Fit:
-    """Hold a run against a card."""
+def judge(gpu: Gpu, run: Run, *, explain: bool = True) -> Fit:
+    """Hold a run against a card. Without ``explain`` it is not found out at which request a run ends that
+    needs more than there is: it is said not to fit, though it may be tight."""
     total = usable_bytes(gpu)
     outside = context_bytes(gpu, run.card)
     free = run.free
@@ -116,7 +117,9 @@ def judge(gpu: Gpu, run: Run) -> Fit:
     limit = None if fraction is None else int(fraction * total)
     retries, note = 0, None
     verdict: Verdict = "fits"
-    if free.reserved > min(room, limit or room):
+    if free.reserved > min(room, limit or room) and not explain:
+        verdict = "does not fit"
+    elif free.reserved > min(room, limit or room):
         bound = run.within(room, limit)
         retries = bound.retries
         if bound.ran_out is not None:

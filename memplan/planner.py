@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, computed_field, model_validator
 
+from memplan.advice import Advice
 from memplan.card import FLASH_CAPABILITY, Card
 from memplan.errors import MemplanError
 from memplan.fit import Fit, Run, Verdict, glance, judge
@@ -121,6 +122,7 @@ class Plan(_Record):
     _runs: _Runs | None = PrivateAttr(default=None)
     _allocator: AllocatorInfo | None = PrivateAttr(default=None)
     _fits: tuple[Fit, ...] | None = PrivateAttr(default=None)
+    _advice: tuple[Advice, ...] = PrivateAttr(default=())
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -144,6 +146,18 @@ class Plan(_Record):
             runs = self._simulated()
             self._fits = tuple(judge(gpu, runs.run(card)) for gpu, card in runs.cards)
         return self._fits
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def advice(self) -> tuple[Advice, ...]:
+        """What to change, for each card that it was asked for (:meth:`advised`)."""
+        return self._advice
+
+    def advised(self, advice: Iterable[Advice]) -> Plan:
+        """The same plan with advice."""
+        result = self.model_copy()
+        result._advice = tuple(advice)
+        return result
 
     def timeline(self) -> Iterator[Point]:
         """Live bytes by category after every event of the step (see :class:`memplan.tape.Point`)."""
@@ -179,12 +193,14 @@ class Plan(_Record):
         found = {}
         if isinstance(data, dict):
             data = dict(data)
-            found = {name: data.pop(name) for name in ("allocator", "fits") if name in data}
+            found = {name: data.pop(name) for name in ("allocator", "fits", "advice") if name in data}
         result: Plan = handler(data)
         if "allocator" in found:
             result._allocator = AllocatorInfo.model_validate(found["allocator"])
         if "fits" in found:
             result._fits = tuple(Fit.model_validate(fit) for fit in found["fits"])
+        if "advice" in found:
+            result._advice = tuple(Advice.model_validate(one) for one in found["advice"])
         return result
 
 
@@ -222,7 +238,7 @@ def plan(
     found = resolve(model)
     spec = found.spec
     resolved = parameters.resolve_recipe(spec, recipe or Recipe())
-    tape = _write(spec, resolved)
+    tape = write(spec, resolved)
     base, adapters, trainable = parameters.count(spec, resolved)
     return plan_from_tape(
         tape,
@@ -260,11 +276,12 @@ def _join(*sentences: str | None) -> str | None:
     return "; ".join(sentence for sentence in sentences if sentence) or None
 
 
-def _write(spec: ModelSpec, recipe: Recipe) -> Tape:
+def write(spec: ModelSpec, recipe: Recipe, card: Card | None = None) -> Tape:
+    """The folded tape of a step of a resolved recipe."""
     from memplan.models.step import write_tape
 
     with _one_at_a_time, _without_cycle_collector():
-        return write_tape(spec, recipe)
+        return write_tape(spec, recipe, card=card)
 
 
 def predicted_run(spec: ModelSpec, recipe: Recipe, card: Card | None = None) -> Run:

@@ -249,6 +249,18 @@ def applicable(options: dict[str, Any], mode: str) -> dict[str, Any]:
     return {field: value for field, value in options.items() if field not in foreign}
 
 
+def modes(text: str) -> list[str]:
+    """The modes in a list with commas. Raises UsageError, or UnknownName for one that does not exist."""
+    known = _values(Mode)
+    found = list(dict.fromkeys(mode.strip() for mode in text.split(",") if mode.strip()))
+    if not found:
+        raise UsageError(f"--modes names no mode; take some of {','.join(known)}")
+    for mode in found:
+        if mode not in known:
+            raise UnknownName("mode", mode, known, f"The modes are {', '.join(known)}.")
+    return found
+
+
 def completions(action: argparse.Action) -> Collection[str]:
     """The words that may follow an option or stand for a positional argument, where they can be listed."""
     if action.choices is not None:

@@ -11,6 +11,7 @@ from memplan.commands.arguments import (
     add_model,
     add_recipe,
     applicable,
+    modes,
     recipe_options,
 )
 
@@ -49,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     options = recipe_options(arguments)
     plans = [
         plan(arguments.model, make_recipe(mode=mode, **applicable(options, mode)), gpus=arguments.gpu)
-        for mode in _modes(arguments.modes)
+        for mode in modes(arguments.modes)
     ]
     if arguments.json:
         from memplan.report.machine import print_list
@@ -61,18 +62,3 @@ def run(arguments: argparse.Namespace) -> int:
 
         show_comparison(plans, terminal())
     return 0
-
-
-def _modes(text: str) -> list[str]:
-    from memplan.commands.arguments import UsageError
-    from memplan.errors import UnknownName
-    from memplan.recipe import Mode
-
-    known = [mode.value for mode in Mode]
-    modes = list(dict.fromkeys(mode.strip() for mode in text.split(",") if mode.strip()))
-    if not modes:
-        raise UsageError(f"--modes names no mode; take some of {ALL_MODES}")
-    for mode in modes:
-        if mode not in known:
-            raise UnknownName("mode", mode, known, f"The modes are {', '.join(known)}.")
-    return modes

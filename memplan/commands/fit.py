@@ -3,8 +3,22 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
-from memplan.commands.arguments import Parser, add_gpus, add_json, add_model, add_recipe, recipe_options
+from memplan.commands.arguments import (
+    Parser,
+    UsageError,
+    add_gpus,
+    add_json,
+    add_model,
+    add_recipe,
+    recipe_options,
+)
+
+if TYPE_CHECKING:
+    from memplan.frontier import What
+    from memplan.planner import Plan
+    from memplan.recipe import Recipe
 
 STATUS_FITS, STATUS_DOES_NOT_FIT = 0, 1
 
@@ -14,16 +28,32 @@ exit status: 0 if it fits on every card named (tight counts as fits), 1 if it do
 examples:
   memplan fit llama-8b --mode lora --gradient-checkpointing --gpu 4090
   memplan fit llama-70b --gpu a6000 && ./train.sh
+  memplan fit llama-8b --gpu 4090 --maximize seq-len
 """
 
 
 def parser() -> Parser:
     """The arguments that ``memplan fit`` takes."""
     result = Parser(
-        "fit", "Says whether a training step fits on a card.", "MODEL --gpu NAME [options]", EXAMPLES
+        "fit",
+        "Says whether a run fits on a card, and if not, what would make it fit.",
+        "MODEL --gpu NAME [options]",
+        EXAMPLES,
     )
     add_model(result)
     add_gpus(result, required=True)
+    result.add_argument(
+        "--maximize",
+        choices=("batch-size", "seq-len"),
+        default=None,
+        help="find the largest that fits, with the allocator simulated",
+    )
+    result.add_argument(
+        "--advise",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="say what to change, each change priced by planning it (default: where it does not fit)",
+    )
     add_json(result)
     add_recipe(result)
     return result
@@ -34,7 +64,42 @@ def run(arguments: argparse.Namespace) -> int:
     from memplan.planner import plan
     from memplan.recipe import make_recipe
 
-    answer = plan(arguments.model, make_recipe(**recipe_options(arguments)), gpus=arguments.gpu)
+    recipe = make_recipe(**recipe_options(arguments))
+    if arguments.maximize is not None:
+        recipe = _maximized(arguments, recipe)
+    answer = plan(arguments.model, recipe, gpus=arguments.gpu)
+    fits = all(fit.verdict != "does not fit" for fit in answer.fits)
+    if arguments.advise or (arguments.advise is None and not fits and arguments.maximize is None):
+        from memplan.advise import advise
+
+        answer = answer.advised(tuple(advise(arguments.model, recipe, name) for name in arguments.gpu))
+    _show(answer, arguments)
+    return STATUS_FITS if fits else STATUS_DOES_NOT_FIT
+
+
+def _maximized(arguments: argparse.Namespace, recipe: Recipe) -> Recipe:
+    """The recipe with the largest batch or sequence that fits. Raises MemplanError if not even 1 does."""
+    from memplan.errors import MemplanError
+    from memplan.frontier import largest
+    from memplan.gpu import find_gpu
+    from memplan.resolve import resolve
+
+    if len(arguments.gpu) > 1:
+        raise UsageError("--maximize asks about one card: give one --gpu")
+    what: What = "seq_len" if arguments.maximize == "seq-len" else "batch_size"
+    other = recipe.batch_size if what == "seq_len" else recipe.seq_len
+    gpu = find_gpu(arguments.gpu[0])
+    value = largest(resolve(arguments.model).spec, recipe, gpu, what, other)
+    if not value:
+        kept = f"batch size {other}" if what == "seq_len" else f"{other} tokens a sequence"
+        raise MemplanError(
+            f"not even 1 {'token' if what == 'seq_len' else 'sequence'} fits on the {gpu.name} with {kept}; "
+            "ask without --maximize what would make it fit"
+        )
+    return recipe.model_copy(update={what: value})
+
+
+def _show(answer: Plan, arguments: argparse.Namespace) -> None:
     if arguments.json:
         from memplan.report.machine import print_plan
 
@@ -44,5 +109,3 @@ def run(arguments: argparse.Namespace) -> int:
         from memplan.report.fit import show_fit
 
         show_fit(answer, terminal())
-    fits = all(fit.verdict != "does not fit" for fit in answer.fits)
-    return STATUS_FITS if fits else STATUS_DOES_NOT_FIT

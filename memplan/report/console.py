@@ -74,7 +74,8 @@ def table(
 
 def note(console: Console, sentence: str) -> None:
     """Print a sentence that may be passed over."""
-    for line in wrap(sentence, console.width):
+    indent = " " * (len(sentence) - len(sentence.lstrip()))
+    for line in wrap(sentence, console.width, subsequent_indent=indent, break_on_hyphens=False):
         console.print(Text(line, QUIET), soft_wrap=True)
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from memplan.report.console import QUIET, heading, note, paragraph, table
+from memplan.report.console import QUIET, Cell, heading, note, paragraph, table
 from memplan.report.plan import NEEDED, TIGHT, VERDICT_STYLES, moment, short_card, show_model
 from memplan.report.units import gib
 from memplan.report.wording import phrases
@@ -14,6 +14,7 @@ from memplan.report.wording import phrases
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from memplan.advice import Advice
     from memplan.planner import Plan
 
 _TOLD = ("mode", "r", "kbit_prep", "optimizer", "gradient_checkpointing", "batch_size", "alloc_conf")
@@ -30,8 +31,8 @@ def show_fit(plan: Plan, console: Console) -> None:
     heading(
         console,
         "Reserved",
-        f"{gib(allocator.reserved_bytes)} GiB (allocator simulated): {gib(allocator.allocated_bytes)} in "
-        f"blocks and {gib(allocator.fragmentation_bytes)} between them",
+        f"{gib(allocator.reserved_bytes)} GiB (allocator simulated), "
+        f"{gib(allocator.fragmentation_bytes)} of it between blocks",
     )
     rows = [[Text(cell, QUIET) for cell in ("GiB", "usable", "reserved", "beside", "needed", "headroom", "")]]
     for fit in plan.fits:
@@ -50,3 +51,40 @@ def show_fit(plan: Plan, console: Console) -> None:
     note(console, NEEDED)
     if any(fit.verdict == "tight" for fit in plan.fits):
         note(console, TIGHT)
+    for advice in plan.advice:
+        console.print()
+        show_advice(advice, console)
+
+
+def show_advice(advice: Advice, console: Console) -> None:
+    """Print what to change for a card, or what it leaves room for."""
+    card = short_card(advice.gpu)
+    if advice.room:
+        heading(console, f"Room on the {card}", "for one of these")
+        for line in advice.room:
+            note(console, f"  {line}")
+        return
+    if not advice.changes:
+        return
+    heading(console, f"To fit the {card}", "one change, each planned anew; what it saves at the peak")
+    rows: list[list[Cell]] = [[Text(cell, QUIET) for cell in ("GiB", "saves", "needed", "", "")]]
+    for change in advice.changes:
+        needed = "" if change.needed_bytes is None else gib(change.needed_bytes)
+        verdict = Text(change.verdict, VERDICT_STYLES[change.verdict])
+        rows.append(["", gib(change.saves_bytes), needed, verdict, change.title])
+    table(console, rows, "<>><<", gives_way=4)
+    for change in advice.changes:
+        if change.verdict != "does not fit":
+            heading(console, f"{change.title}")
+            note(console, f"  {change.command}")
+            note(console, f"  {change.config}")
+            note(console, f"  costs {change.cost}")
+    if advice.combination is not None:
+        together = advice.combination
+        heading(console, "Together", f"{gib(together.needed_bytes)} GiB needed: {together.verdict}")
+        note(console, f"  {together.command}")
+        note(console, f"  {'; '.join(together.titles)}")
+    elif advice.changes[0].verdict == "does not fit":
+        note(console, "No combination of these fits.")
+    if advice.cards:
+        note(console, f"As it is, it fits on {', '.join(short_card(card) for card in advice.cards)}.")

@@ -8,7 +8,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from memplan.planner import Plan
+
+
+def print_record(record: BaseModel) -> None:
+    """A record on its own, with the version that wrote it."""
+    from memplan import __version__
+
+    document = {"memplan_version": __version__, **record.model_dump(mode="json")}
+    sys.stdout.write(json.dumps(document, indent=2) + "\n")
 
 
 def print_plan(plan: Plan) -> None:

@@ -1,4 +1,4 @@
-"""How far a trace has come, on standard error while that is a terminal."""
+"""How far something that takes long has come, on standard error while that is a terminal."""
 
 from __future__ import annotations
 
@@ -13,6 +13,19 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from memplan.tape import Phase
+
+
+@contextmanager
+def points(total: int, *, shown: bool) -> Iterator[Callable[[], None] | None]:
+    """A function to call for each point of a table that is done, or None where nobody watches."""
+    console = Console(stderr=True, highlight=False)
+    if not shown or not console.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("{task.completed} of {task.total} points"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda: bar.advance(task)
 
 
 @contextmanager

@@ -79,7 +79,7 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, *, package: bool 
     saved = None if node is None else [save(query), save(key), save(value)]
     out = ops.pointwise(operation, query)
     logsumexp = empty((batch, heads, length), float32, operation)
-    splits = _splits(batch * heads, length, head_dim)
+    splits = key_splits(batch * heads, length, head_dim)
     accumulators = None
     if splits > 1:
         shape = (splits, batch, heads, length)
@@ -104,7 +104,7 @@ def _rounded_head(head_dim: int) -> int:
     return _up(head_dim, 32 if head_dim <= 128 else 64)
 
 
-def _splits(rows: int, length: int, head_dim: int) -> int:
+def key_splits(rows: int, length: int, head_dim: int) -> int:
     """flash_api.cpp, num_splits_heuristic: into how many parts keys are split to fill the card.
 
     ``rows`` are batch times heads. The fewest splits within 85 % of the best use of the card; more than

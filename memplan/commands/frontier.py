@@ -1,0 +1,135 @@
+"""``memplan frontier MODEL --gpu G``: the longest sequence for each batch, mode, optimizer, checkpointing."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from memplan.commands.arguments import (
+    Parser,
+    UsageError,
+    add_json,
+    add_model,
+    add_recipe,
+    applicable,
+    modes,
+    recipe_options,
+)
+
+if TYPE_CHECKING:
+    from memplan.recipe import Recipe
+
+BATCHES = "1,2,4,8,16,32"
+OPTIMIZERS = "adamw_torch_fused,adamw_bnb_8bit"
+MODES = "full,lora,qlora"
+MOST_POINTS = 2000
+
+EXAMPLES = """\
+Without --exact the answer takes less than a second and says what no run can do without: the peak of allocated
+bytes. What the allocator loses comes out of that; --exact simulates it for each point, which takes longer.
+
+examples:
+  memplan frontier llama-8b --gpu 4090
+  memplan frontier llama-70b --gpu h100 --modes qlora --batch-sizes 1,2,4 --exact
+"""
+
+
+def parser() -> Parser:
+    """The arguments that ``memplan frontier`` takes."""
+    result = Parser(
+        "frontier", "The longest sequences that a card has room for.", "MODEL --gpu NAME [options]", EXAMPLES
+    )
+    add_model(result)
+    result.add_argument("--gpu", metavar="NAME", required=True, help="the card, such as a6000 (memplan gpus)")
+    for option, default, what in (
+        ("--batch-sizes", BATCHES, "batch sizes"),
+        ("--modes", MODES, "modes"),
+        ("--optimizers", OPTIMIZERS, "optimizers, as the Trainer names them"),
+    ):
+        result.add_argument(
+            option, metavar="X,X", default=None, help=f"{what}, with commas between them (default: {default})"
+        )
+    result.add_argument(
+        "--exact", action="store_true", default=False, help="simulate the allocator for each point"
+    )
+    add_json(result)
+    add_recipe(result, mode=False)
+    return result
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the table; 0."""
+    from memplan.frontier import frontier
+    from memplan.gpu import find_gpu
+    from memplan.report.progress import points
+    from memplan.resolve import resolve
+
+    gpu = find_gpu(arguments.gpu)
+    batches = _batches(arguments.batch_sizes or BATCHES)
+    recipes = _recipes(arguments)
+    if len(batches) * len(recipes) > MOST_POINTS:
+        raise UsageError(f"{len(batches) * len(recipes)} points are more than the {MOST_POINTS} of a table")
+    spec = resolve(arguments.model).spec
+    with points(len(batches) * len(recipes), shown=arguments.exact) as progress:
+        answer = frontier(spec, recipes, gpu, batches, simulated=arguments.exact, progress=progress)
+    if arguments.json:
+        from memplan.report.machine import print_record
+
+        print_record(answer)
+    else:
+        from memplan.report.console import terminal
+        from memplan.report.frontier import show_frontier
+
+        show_frontier(answer, terminal())
+    return 0
+
+
+def _recipes(arguments: argparse.Namespace) -> list[Recipe]:
+    """Every mode with and without checkpointing and with each optimizer, as far as they were not given."""
+    from memplan.recipe import make_recipe
+
+    options = recipe_options(arguments)
+    for option in ("batch_size", "seq_len"):
+        if option in options:
+            raise UsageError(
+                f"--{option.replace('_', '-')} is what the frontier looks for; see --batch-sizes"
+            )
+    if "optimizer" in options and arguments.optimizers is not None:
+        raise UsageError("--optimizer and --optimizers say the same; give one")
+    optimizers = _words(arguments.optimizers or options.pop("optimizer", None) or OPTIMIZERS)
+    checkpointing = (
+        [options.pop("gradient_checkpointing")] if "gradient_checkpointing" in options else [True, False]
+    )
+    reentrant: dict[str, Any] = {}
+    if "use_reentrant" in options:
+        reentrant = {"use_reentrant": options.pop("use_reentrant")}
+    return [
+        make_recipe(
+            mode=mode,
+            optimizer=optimizer,
+            gradient_checkpointing=on,
+            **(reentrant if on else {}),
+            **applicable(options, mode),
+        )
+        for mode in modes(arguments.modes or MODES)
+        for on in checkpointing
+        for optimizer in optimizers
+    ]
+
+
+def _words(text: str) -> list[str]:
+    found = list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+    if not found:
+        raise UsageError("--optimizers names none")
+    return found
+
+
+def _batches(text: str) -> list[int]:
+    numbers = []
+    for word in text.split(","):
+        if not word.strip().isdigit() or not 0 < int(word) <= 1 << 20:
+            raise UsageError(
+                f"--batch-sizes takes whole numbers from 1 on with commas between them, not {word.strip()!r}"
+            )
+        numbers.append(int(word))
+    return sorted(set(numbers))

@@ -1,0 +1,314 @@
+"""The frontier: the largest batch or sequence of a recipe that a card has room for.
+
+Playing a step costs milliseconds, and a table of a hundred points asks for thousands of steps. What does not
+change between them is reused: a step of other tokens has the same events, only its sizes differ, and each
+size is a polynomial in batch and sequence length. Four played steps give all coefficients
+(:class:`SizedTape`); tests/test_frontier.py plays what it says.
+
+Two answers: :func:`at_most` by the peak of allocated bytes alone, which no run can do without;
+:func:`largest` by the verdict, with the allocator simulated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import accumulate
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from memplan.card import FLASH_CAPABILITY, Card
+from memplan.errors import MemplanError
+from memplan.fit import MARGIN_PER_CENT, context_bytes, judge, usable_bytes
+from memplan.gpu import Gpu
+from memplan.models.parameters import resolve_recipe
+from memplan.planner import predicted_run
+from memplan.planner import write as played
+from memplan.recipe import Attention, Loss, Mode, Recipe
+from memplan.shadow.attention import key_splits
+from memplan.spec import ModelSpec
+from memplan.tape import Tape, replay
+
+What = Literal["batch_size", "seq_len"]
+
+LONGEST = 1 << 20  # tokens in a sequence, batches: beyond them the answer is "enough"
+_SORTED_FROM = 3072  # tokens: an embedding's gradient is sorted above (memplan.models.modules)
+_NEAR = 1 << 16
+_SHORT = 32  # tokens
+_NEVER_FUSED_ABOVE = 1536  # tokens (memplan.models.gemm_4bit)
+
+
+class Cell(BaseModel):
+    """One point of the frontier. ``seq_len``: the longest sequence there is room for, None for none;
+    ``capped``: it is the model's own limit, not the card's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    batch_size: int
+    seq_len: int | None
+    capped: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Tokens a step."""
+        return self.batch_size * (self.seq_len or 0)
+
+
+class Row(BaseModel):
+    """The cells of one recipe."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    recipe: Recipe
+    cells: tuple[Cell, ...]
+
+
+class Frontier(BaseModel):
+    """A table. ``simulated``: its cells fit with the allocator simulated; else they are the most that the
+    peak of allocated bytes leaves room for, and less may really fit."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    gpu: str
+    usable_bytes: int
+    simulated: bool
+    rows: tuple[Row, ...]
+
+
+def frontier(
+    spec: ModelSpec,
+    recipes: Iterable[Recipe],
+    gpu: Gpu,
+    batches: Iterable[int],
+    *,
+    simulated: bool = False,
+    progress: Callable[[], None] | None = None,
+) -> Frontier:
+    """The longest sequence for each recipe and batch. ``progress`` is told of each cell that is done.
+
+    Raises RecipeError where a recipe does not suit the model.
+    """
+    batches = list(batches)
+    rows = []
+    for recipe in recipes:
+        sizes = Peaks(spec, resolve_recipe(spec, recipe), gpu)
+        cells: list[Cell] = []
+        tokens, before = 2048, 1
+        for batch in batches:
+            # more of the same sequences never need less
+            bound = at_most(sizes, "seq_len", batch, max(tokens // batch, 1)) if before else 0
+            before, tokens = bound if batch >= max(batches[: len(cells)], default=1) else 1, bound * batch
+            if simulated and bound:
+                bound = largest(spec, recipe, gpu, "seq_len", batch, peaks=sizes)
+            cells.append(Cell(batch_size=batch, seq_len=bound or None, capped=bound == sizes.longest))
+            if progress is not None:
+                progress()
+        rows.append(Row(recipe=sizes.recipe, cells=tuple(cells)))
+    return Frontier(
+        model=spec.name,
+        gpu=gpu.name,
+        usable_bytes=usable_bytes(gpu),
+        simulated=simulated,
+        rows=tuple(rows),
+    )
+
+
+def at_most(peaks: Peaks, what: What, other: int, hint: int = 2048) -> int:
+    """The largest value whose peak of allocated bytes there is room for; 0 for none. ``other``: the batch
+    size where the sequence length is asked for, and the other way round; ``hint``: where to look first."""
+
+    def excess(value: int) -> int:
+        batch, length = (other, value) if what == "seq_len" else (value, other)
+        over = peaks.allocated(batch, length) - peaks.room
+        return over if abs(over) > _NEAR else peaks.played(batch, length) - peaks.room
+
+    return _last_not_above_zero(excess, peaks.longest if what == "seq_len" else LONGEST, hint)
+
+
+def largest(
+    spec: ModelSpec, recipe: Recipe, gpu: Gpu, what: What, other: int, *, peaks: Peaks | None = None
+) -> int:
+    """The largest value that the verdict calls *fits*, while it does not call the next one so; 0 for none.
+
+    The allocator's losses go up and down, so that a still larger value may fit by luck; it is not looked for.
+    """
+    peaks = peaks or Peaks(spec, resolve_recipe(spec, recipe), gpu)
+    recipe, card = peaks.recipe, peaks.card
+
+    def excess(value: int) -> int:
+        batch, length = (other, value) if what == "seq_len" else (value, other)
+        asked = recipe.model_copy(update={"batch_size": batch, "seq_len": length})
+        fit = judge(gpu, predicted_run(spec, asked, card), explain=False)
+        margin = fit.reserved_bytes * MARGIN_PER_CENT // 100 - fit.headroom_bytes
+        return min(margin, 0) if fit.verdict == "fits" else max(margin, 1)
+
+    bound = at_most(peaks, what, other)
+    return _last_not_above_zero(excess, bound, bound - bound // 16) if bound else 0
+
+
+def _last_not_above_zero(excess: Callable[[int], int], last: int, hint: int) -> int:
+    """A value up to ``last`` whose excess is not above zero while the next one's is (``last`` itself if its
+    own is not; 0 if that of 1 is). ``hint`` is where to look first.
+
+    Excess is nearly straight, and bent upwards where it is not. So a line through two values on one side of
+    the place sought crosses zero behind it, and one through values on both sides before it: the guesses close
+    in from both ends. Halving helps where they don't.
+    """
+    low, high = 0, last + 1  # not asked about themselves
+    below: list[tuple[int, int]] = []
+    above: list[tuple[int, int]] = []
+    guess = hint
+    for turn in range(200):
+        if high - low <= 1:
+            break
+        guess = min(max(guess, low + 1), high - 1)
+        over = excess(guess)
+        if over > 0:
+            high = guess
+            above.append((guess, over))
+        else:
+            low = guess
+            below.append((guess, over))
+        if turn > 12 or high - low <= 3:
+            guess = (low + high) // 2
+        elif below and above and turn % 2:
+            guess = _crossing(below[-1], above[-1])
+        elif len(below) > 1:
+            guess = _crossing(below[-2], below[-1]) + 1
+        elif len(above) > 1:
+            guess = _crossing(above[-1], above[-2]) - turn
+        elif below and above:
+            guess = _crossing(below[-1], above[-1])
+        else:
+            guess = low + low // 8 + 1 if below else high - high // 8 - 1
+    return low
+
+
+def _crossing(one: tuple[int, int], two: tuple[int, int]) -> int:
+    """Where the line through two points is zero."""
+    (x1, y1), (x2, y2) = one, two
+    return x1 if y2 == y1 else x1 - y1 * (x2 - x1) // (y2 - y1)
+
+
+class Peaks:
+    """Peaks of allocated bytes of one recipe (resolved) on a card, by batch and sequence length."""
+
+    def __init__(self, spec: ModelSpec, recipe: Recipe, gpu: Gpu) -> None:
+        self.spec, self.recipe = spec, recipe
+        self.card = _card_for(recipe, gpu)
+        self.room = usable_bytes(gpu) - context_bytes(gpu, self.card or Card())
+        self.longest = min(spec.max_position_embeddings or LONGEST, LONGEST)
+        self._sized: dict[object, SizedTape | None] = {}
+
+    def allocated(self, batch: int, length: int) -> int:
+        """Bytes allocated at the peak."""
+        regime = self._regime(batch, length)
+        if regime not in self._sized:
+            self._sized[regime] = None if regime is None else self._sample(regime)
+        sized = self._sized[regime]
+        return self.played(batch, length) if sized is None else sized.peak(batch, length)
+
+    def played(self, batch: int, length: int) -> int:
+        """The same by playing the step, whatever is known: the polynomials round a few sizes up together that
+        the allocator rounds one by one, and are up to ``_NEAR`` bytes too high."""
+        return replay(self._play(batch, length)).allocated_bytes
+
+    def _regime(self, batch: int, length: int) -> object:
+        """What decides which kernels run: steps of one regime have the same events. None for those that are
+        played one by one: masks of a window are padded to 8 columns, eager attention copies what cuBLAS
+        can't read as it lies, fused losses go by chunks, FlashAttention splits the keys where few rows leave
+        the card idle, bitsandbytes has kernels of its own for few rows, and of short sequences tensors are
+        large that have nothing to do with tokens."""
+        spec, recipe = self.spec, self.recipe
+        tokens = batch * length
+        if spec.sliding_window is not None and length >= spec.sliding_window:
+            return None
+        if recipe.mode is Mode.QLORA and tokens <= _NEVER_FUSED_ABOVE:
+            return None
+        if length < _SHORT or recipe.attn is Attention.EAGER or recipe.loss is not Loss.STANDARD:
+            return None
+        if key_splits(batch * spec.num_attention_heads, length, spec.head_dim) > 1:
+            return None
+        embedding_is_trained = recipe.mode is Mode.FULL or bool(recipe.modules_to_save)
+        return tokens > _SORTED_FROM or not embedding_is_trained
+
+    def _sample(self, regime: object) -> SizedTape | None:
+        """Four steps of the regime, if they have the same events."""
+        batch, length = (4, 2048) if regime else (1, 512)
+        window = self.spec.sliding_window
+        while window is not None and 2 * length >= window:
+            batch, length = 2 * batch, length // 2
+        points = [(batch, length), (2 * batch, length), (batch, 2 * length), (2 * batch, 2 * length)]
+        if length < 16 or any(self._regime(*point) != regime for point in points):
+            return None
+        return SizedTape.of([self._play(*point) for point in points], batch, length)
+
+    def _play(self, batch: int, length: int) -> Tape:
+        asked = self.recipe.model_copy(update={"batch_size": batch, "seq_len": length})
+        return played(self.spec, asked, self.card)
+
+
+class SizedTape:
+    """A tape whose sizes are polynomials: c0 + c1 B S + c2 S + c3 B S², for batch B and length S."""
+
+    def __init__(self, tape: Tape, terms: list[tuple[float, float, float, float]]) -> None:
+        self.terms = terms
+        self.segments = [(s.start, s.stop, s.repeat) for s in tape.segments if s.start < s.stop]
+        self.events = []  # storage, and how many of it come (or go: negative)
+        for event, delta in zip(tape.events, tape.deltas, strict=True):
+            index = event if event >= 0 else ~event
+            self.events.append((index, delta // tape.sizes[index]))  # in a folded tape many can go at once
+
+    @staticmethod
+    def of(samples: list[Tape], batch: int, length: int) -> SizedTape | None:
+        """From steps of (B, S), (2B, S), (B, 2S) and (2B, 2S); None if their events differ."""
+        first = samples[0]
+        if any(
+            tape.events != first.events or tape.operations != first.operations for tape in samples[1:]
+        ) or any(
+            [(s.start, s.stop, s.repeat) for s in tape.segments]
+            != [(s.start, s.stop, s.repeat) for s in first.segments]
+            for tape in samples[1:]
+        ):
+            return None
+        terms = []
+        for a, b, c, d in zip(*(tape.sizes for tape in samples), strict=True):
+            # B, S and powers of two: every coefficient is exact in floating point
+            square = (d - c - 2 * (b - a)) / 2
+            both = b - a - square
+            alone = c - b - 2 * square
+            terms.append(
+                (
+                    a - both - alone - square,
+                    both / (batch * length),
+                    alone / length,
+                    square / (batch * length * length),
+                )
+            )
+        return SizedTape(first, terms)
+
+    def peak(self, batch: int, length: int) -> int:
+        """Bytes allocated at the peak."""
+        tokens, square = batch * length, batch * length * length
+        sizes = [
+            -int(-(c0 + c1 * tokens + c2 * length + c3 * square) // 512) * 512
+            for c0, c1, c2, c3 in self.terms
+        ]
+        deltas = [sizes[index] * times for index, times in self.events]
+        live = best = 0
+        for start, stop, repeat in self.segments:
+            profile = list(accumulate(deltas[start:stop]))
+            net = profile[-1]
+            best = max(best, live + max(profile) + max(net, 0) * (repeat - 1))
+            live += repeat * net
+        return best
+
+
+def _card_for(recipe: Recipe, gpu: Gpu) -> Card | None:
+    """What steps are written for: the card's own kernels where it has no FlashAttention."""
+    if gpu.capability is None or gpu.capability >= FLASH_CAPABILITY:
+        return None
+    if recipe.attn is Attention.FLASH:
+        raise MemplanError(f"this step runs FlashAttention, which the {gpu.name} can't: use attn 'sdpa'")
+    return Card(gpu.capability)

@@ -1,0 +1,52 @@
+"""The frontier on the terminal: a line a recipe, a column a batch size."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from memplan.report.console import HEADING, QUIET, Cell, heading, note, table
+from memplan.report.plan import short_card
+from memplan.report.units import gib
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from memplan.frontier import Frontier, Row
+
+AT_MOST = (
+    "At most: what the peak of allocated bytes leaves room for. What the allocator loses comes out of it; "
+    "--exact simulates that."
+)
+EXACT = "With the allocator simulated: this fits, and one token more is not said to."
+CAPPED = "* the model's own limit"
+
+
+def show_frontier(frontier: Frontier, console: Console) -> None:
+    """Print the table."""
+    heading(
+        console, frontier.model, f"on {short_card(frontier.gpu)}, {gib(frontier.usable_bytes)} GiB usable"
+    )
+    how = "longest sequence" if frontier.simulated else "longest sequence, at most"
+    console.print(f"{how}, by batch size; most tokens a step (ckpt: checkpointing)")
+    batches = [cell.batch_size for cell in frontier.rows[0].cells] if frontier.rows else []
+    rows: list[list[Cell]] = [
+        [Text(cell, QUIET) for cell in ("recipe", *(str(batch) for batch in batches), "tokens")]
+    ]
+    for row in frontier.rows:
+        best = max((cell.tokens for cell in row.cells), default=0)
+        cells: list[Cell] = []
+        for cell in row.cells:
+            text = "-" if cell.seq_len is None else f"{cell.seq_len:,}{'*' if cell.capped else ''}"
+            cells.append(Text(text, HEADING if cell.tokens == best > 0 else ""))
+        rows.append([_label(row), *cells, f"{best:,}" if best else "-"])
+    table(console, rows, "<" + ">" * (len(batches) + 1))
+    if any(cell.capped for row in frontier.rows for cell in row.cells):
+        note(console, CAPPED)
+    note(console, EXACT if frontier.simulated else AT_MOST)
+
+
+def _label(row: Row) -> str:
+    checkpointing = "ckpt" if row.recipe.gradient_checkpointing else ""
+    return f"{row.recipe.mode.value:5} {checkpointing:4} {row.recipe.optimizer.value}"

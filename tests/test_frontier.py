@@ -1,0 +1,206 @@
+"""The frontier: polynomials against played steps, and the edge that is found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+from conftest import Outcome
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_specs import SPECS
+
+from memplan.errors import MemplanError
+from memplan.fit import judge
+from memplan.frontier import _NEAR, Peaks, _last_not_above_zero, at_most, frontier, largest
+from memplan.gpu import Gpu, find_gpu
+from memplan.models.parameters import resolve_recipe
+from memplan.planner import predicted_run
+from memplan.recipe import Recipe, make_recipe
+from memplan.resolve import resolve
+
+Run = Callable[..., Outcome]
+
+OPTIONS = {
+    "mode": ["full", "lora", "qlora"],
+    "gradient_checkpointing": [True, False],
+    "optimizer": ["adamw_torch", "adamw_torch_fused", "adafactor"],
+    "dtype": ["bfloat16", "float32"],
+    "autocast": [False, True],
+}
+MODELS = [
+    "llama-3.2-1b",
+    "qwen2.5-0.5b",
+    "mistral-7b-v0.1",
+    "phi-4-mini",
+    "olmo-2-1b",
+    "qwen3-0.6b",
+    "gemma-3-1b",
+]
+
+
+def peaks(model: str, gpu: str = "h200", **options: object) -> Peaks:
+    spec = resolve(model).spec
+    return Peaks(spec, resolve_recipe(spec, make_recipe(**options)), find_gpu(gpu))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(MODELS),
+    st.fixed_dictionaries({name: st.sampled_from(values) for name, values in OPTIONS.items()}),
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 6000)), min_size=1, max_size=4),
+)
+def test_a_polynomial_is_what_is_played(
+    model: str, options: dict[str, object], points: list[tuple[int, int]]
+) -> None:
+    known = peaks(model, **options)
+    for batch, length in points:
+        over = known.allocated(batch, length) - known.played(batch, length)
+        assert 0 <= over < _NEAR, (batch, length)
+
+
+def test_polynomials_are_used_where_they_save_time() -> None:
+    known = peaks("llama-3.3-70b", mode="qlora")
+    assert known.allocated(1, 4096) == known.played(1, 4096)
+    assert known.allocated(3, 5001) == known.played(3, 5001)
+    assert [sized is not None for sized in known._sized.values()] == [True]
+
+
+@given(
+    st.integers(0, 3000).flatmap(
+        lambda last: st.tuples(
+            st.just(last), st.integers(0, last), st.integers(1, max(last, 1)), st.integers(1, 99)
+        )
+    )
+)
+def test_the_edge_is_found(case: tuple[int, int, int, int]) -> None:
+    last, edge, hint, slope = case
+
+    def excess(value: int) -> int:
+        assert 1 <= value <= last
+        return (value - edge) * slope + max(value - edge - 40, 0) ** 2 - (value <= edge)
+
+    assert _last_not_above_zero(excess, last, hint) == edge
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(-5, 5), min_size=1, max_size=200), st.integers(1, 300))
+def test_of_any_function_an_edge_is_found(values: list[int], hint: int) -> None:
+    found = _last_not_above_zero(lambda value: values[value - 1], len(values), hint)
+    assert found == 0 or values[found - 1] <= 0
+    assert found == len(values) or values[found] > 0
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.sampled_from(["llama-3.2-1b", "qwen2.5-0.5b", "qwen3-0.6b", "gemma-3-1b"]),
+    st.sampled_from(["full", "lora", "qlora"]),
+    st.booleans(),
+    st.sampled_from(["t4", "4090", "a6000"]),
+    st.integers(1, 4),
+)
+def test_what_is_found_has_room_and_the_next_has_not(
+    model: str, mode: str, checkpointing: bool, gpu: str, batch: int
+) -> None:
+    known = peaks(model, gpu, mode=mode, gradient_checkpointing=checkpointing)
+    length = at_most(known, "seq_len", batch)
+    assert length == 0 or known.played(batch, length) <= known.room
+    assert length == known.longest or known.played(batch, length + 1) > known.room
+    assert at_most(known, "seq_len", batch + 1) <= length or length == known.longest
+    if length:
+        assert at_most(known, "batch_size", length) >= batch
+
+
+def verdict(model: str, recipe: Recipe, gpu: Gpu, **fields: int) -> str:
+    spec = resolve(model).spec
+    asked = resolve_recipe(spec, recipe).model_copy(update=fields)
+    return judge(gpu, predicted_run(spec, asked)).verdict
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "what", "other"),
+    [
+        ("llama-3.2-1b", {"mode": "full"}, "seq_len", 2),
+        ("llama-3.2-1b", {"mode": "qlora"}, "batch_size", 512),
+        ("llama-3.1-8b", {"mode": "lora", "gradient_checkpointing": True}, "seq_len", 1),
+    ],
+)
+def test_the_largest_fits_and_the_next_does_not(
+    model: str, options: dict[str, object], what: str, other: int
+) -> None:
+    recipe, gpu = make_recipe(**options), find_gpu("4090")
+    found = largest(resolve(model).spec, recipe, gpu, what, other)  # type: ignore[arg-type]
+    kept = "batch_size" if what == "seq_len" else "seq_len"
+    assert verdict(model, recipe, gpu, **{what: found, kept: other}) == "fits"
+    assert verdict(model, recipe, gpu, **{what: found + 1, kept: other}) != "fits"
+    bound = at_most(peaks(model, "4090", **options), what, other)  # type: ignore[arg-type]
+    assert found <= bound
+
+
+def test_exact_cells_fit() -> None:
+    spec, gpu = SPECS["llama"](4), find_gpu("t4")
+    recipe = make_recipe(mode="lora", attn="eager")
+    quick = frontier(spec, [recipe], gpu, [1, 2])
+    exact = frontier(spec, [recipe], gpu, [1, 2], simulated=True)
+    for bound, found in zip(quick.rows[0].cells, exact.rows[0].cells, strict=True):
+        assert found.seq_len is not None
+        assert bound.seq_len is not None
+        assert found.seq_len <= bound.seq_len
+
+
+def test_the_model_s_own_limit_is_told() -> None:
+    spec = SPECS["llama"](2)
+    table = frontier(spec, [make_recipe(mode="qlora")], find_gpu("b200"), [1])
+    cell = table.rows[0].cells[0]
+    assert (cell.seq_len, cell.capped) == (spec.max_position_embeddings, True)
+
+
+# -- on the command line -----------------------------------------------------------------------------
+
+
+def test_the_table(memplan: Run) -> None:
+    result = memplan("frontier", "llama-3.2-1b", "--gpu", "4090", "--batch-sizes", "1,8", "--modes", "lora")
+    assert result.status == 0
+    assert "lora  ckpt adamw_torch_fused" in result.out
+    assert max(map(len, result.out.splitlines())) <= 80
+    as_json = json.loads(
+        memplan("frontier", "llama-3.2-1b", "--gpu", "4090", "--batch-sizes", "1,8", "--json").out
+    )
+    assert [cell["batch_size"] for cell in as_json["rows"][0]["cells"]] == [1, 8]
+    assert len(as_json["rows"]) == 3 * 2 * 2
+    assert as_json["simulated"] is False
+
+
+def test_maximize(memplan: Run) -> None:
+    result = memplan(
+        "fit", "qwen2.5-0.5b", "--gpu", "t4", "--maximize", "batch-size", "--seq-len", "256", "--json"
+    )
+    document = json.loads(result.out)
+    assert document["fits"][0]["verdict"] == "fits"
+    assert document["recipe"]["batch_size"] > 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("frontier", "llama-8b", "--gpu", "4090", "--batch-sizes", "0"), "whole numbers from 1 on"),
+        (("frontier", "llama-8b", "--gpu", "4090", "--batch-sizes", "1,x"), "not 'x'"),
+        (("frontier", "llama-8b", "--gpu", "4090", "--seq-len", "7"), "what the frontier looks for"),
+        (("frontier", "llama-8b", "--gpu", "4090", "--modes", "half"), "mode"),
+        (("frontier", "llama-8b"), "--gpu"),
+        (("fit", "llama-8b", "--gpu", "4090", "--gpu", "t4", "--maximize", "seq-len"), "one --gpu"),
+        (("fit", "llama-70b", "--gpu", "t4", "--maximize", "seq-len"), "not even 1 token fits"),
+        (("fit", "llama-8b", "--gpu", "t4", "--alloc-conf", "max_split_size_mb:1"), "too small"),
+    ],
+)
+def test_bad_questions(memplan: Run, arguments: tuple[str, ...], complaint: str) -> None:
+    result = memplan(*arguments)
+    assert result.status == 2
+    assert complaint in result.err
+    assert result.err.count("\n") == 1
+
+
+def test_flash_attn_can_not_be_asked_of_an_older_card() -> None:
+    with pytest.raises(MemplanError, match="Tesla T4 can't"):
+        peaks("llama-3.2-1b", "t4", mode="lora", attn="flash_attention_2")
