@@ -31,7 +31,10 @@ from pathlib import Path
 from typing import Any
 
 from memplan import Plan, __version__, plan
+from memplan.fit import context_bytes
+from memplan.gpu import find_gpu
 from memplan.models.step import write_tape
+from memplan.planner import predicted_run
 from memplan.recipe import Recipe, make_recipe
 from memplan.resolve import resolve
 from memplan.spec import ModelSpec
@@ -176,6 +179,20 @@ def moments(result: Plan) -> dict[str, int]:
     return levels
 
 
+def reserved(spec: ModelSpec, recipe: Recipe, row: dict[str, Any]) -> dict[str, Any]:
+    """What the allocator would reserve for today's run on the row's card, beside what nvidia-smi showed."""
+    gpu = find_gpu("a100-80")
+    run = predicted_run(spec, recipe)
+    found = run.within(gpu.visible_bytes - context_bytes(gpu, run.card))
+    return {
+        "published_driver_bytes": row["nvidia_smi_peak"],
+        "simulated_peak_bytes": found.reserved,
+        "simulated_after_step_bytes": found.after_step,
+        "simulated_retries": found.retries,
+        "simulated_runs_out": found.ran_out is not None,
+    }
+
+
 # -- the comparison -------------------------------------------------------------------------------------
 
 
@@ -213,6 +230,7 @@ def compare(row: dict[str, Any]) -> dict[str, Any]:
     entry["peak"] = error(result.peak.allocated_bytes, row["bytes"])
     entry["peak"] |= {"phase": result.peak.phase, "operation": result.peak.operation}
     entry["after_step"] = error(sum(before.values()), row["torch_alloc_after_train"])
+    entry["reserved"] = reserved(spec, recipe, row)
     if status == "planned":
         named = differences(row, spec)
         levels = entry["peak"]["moments"] = moments(result)

@@ -43,7 +43,7 @@ def test_the_package_can_not_be_asked_of_an_older_card() -> None:
     ("gpu", "extra"), [("a100-80", 0), ("h100", 2 * 25_034_752), ("b200", 2 * 25_034_752)]
 )
 def test_workspaces_are_as_large_as_the_card_makes_them(gpu: str, extra: int) -> None:
-    assert context_bytes(find_gpu(gpu), Card()) == (768 << 20) + extra
+    assert context_bytes(find_gpu(gpu), Card()) == (832 << 20) + extra
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
