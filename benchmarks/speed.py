@@ -1,4 +1,5 @@
-"""How fast a plan is: the whole command from cold beside bare Python, and plan() once everything is loaded.
+"""How fast memplan is: the whole command from cold beside bare Python, plan() once everything is loaded, the
+allocator's simulation, and the frontier.
 
     python benchmarks/speed.py [--runs N]
 
@@ -18,6 +19,8 @@ from statistics import median
 
 COMMAND_BUDGET = 0.200
 WARM_BUDGETS = {"llama-3.2-1b": 0.005, "llama-3.3-70b": 0.010}
+SIMULATION_BUDGET = 1.0
+FRONTIER_BUDGET = 0.5
 
 
 def main() -> None:
@@ -34,11 +37,33 @@ def main() -> None:
     report(f"cold: memplan {' '.join(question)}", times, COMMAND_BUDGET)
 
     from memplan import Recipe, plan
+    from memplan.reserved import simulate
 
     for model, budget in WARM_BUDGETS.items():
         for mode in ("qlora", "lora", "full"):
             recipe = Recipe(mode=mode)
             report(f"warm: plan({model!r}, {mode})", timed(lambda: plan(model, recipe), runs), budget)  # noqa: B023
+
+    from memplan.frontier import frontier
+    from memplan.gpu import find_gpu
+    from memplan.models.parameters import resolve_recipe
+    from memplan.planner import predicted_run
+    from memplan.resolve import resolve
+
+    spec, card = resolve("llama-3.3-70b").spec, find_gpu("h200")
+    run = predicted_run(spec, resolve_recipe(spec, Recipe(mode="qlora")))
+    loading = run.loading(None)
+    simulated = timed(lambda: simulate(run.tape, loading, run.settings), runs)
+    report(f"allocator: llama-3.3-70b, {len(run.tape.events)} events, twice", simulated, SIMULATION_BUDGET)
+    recipes = [
+        Recipe(mode=mode, gradient_checkpointing=on, optimizer=optimizer)
+        for mode in ("full", "lora", "qlora")
+        for on in (True, False)
+        for optimizer in ("adamw_torch_fused", "adamw_bnb_8bit")
+    ]
+    batches = [1, 2, 4, 8, 16, 32, 64, 128]
+    times = timed(lambda: frontier(spec, recipes, card, batches), max(runs // 5, 1))
+    report(f"frontier: llama-3.3-70b, {len(recipes) * len(batches)} points", times, FRONTIER_BUDGET)
 
 
 def process(command: list[str]) -> None:
