@@ -13,9 +13,11 @@ from memplan.card import Card
 from memplan.models import blueprint, fold, masks, optimizers, parameters
 from memplan.models.build import Builder, Model
 from memplan.models.checkpoint import checkpoint
+from memplan.models.chunked_loss import Output, fused_head, sft_loss
 from memplan.models.decoder import FAMILIES, Context
 from memplan.models.fold import Played
-from memplan.models.loss import causal_lm_loss, chunked_loss, liger_loss
+from memplan.models.liger_loss import liger_loss
+from memplan.models.loss import causal_lm_loss
 from memplan.recipe import Attention, DTypeName, Loss, Mode, Recipe
 from memplan.shadow import autograd, ops
 from memplan.shadow.tensor import (
@@ -127,6 +129,8 @@ def _forward(model: Model, ids: Tensor, attention_mask: Tensor, labels: Tensor, 
         # convert_outputs_to_fp32 (accelerate/utils/operations.py): all 16-bit outputs, logits too
         converted = None if logits is None else ops.to(logits, float32)
         del logits, converted
+    if isinstance(loss, Output):
+        loss = sft_loss(loss)
     state.category = Category.TEMPORARIES
     del cache
     return loss
@@ -134,7 +138,7 @@ def _forward(model: Model, ids: Tensor, attention_mask: Tensor, labels: Tensor, 
 
 def _causal_lm(
     model: Model, ids: Tensor, attention_mask: Tensor, labels: Tensor, played: list[int]
-) -> tuple[Tensor, Tensor | None, Any]:
+) -> tuple[Tensor | Output, Tensor | None, Any]:
     """``ForCausalLM.forward``: the loss, and the outputs that live until the caller drops them."""
     tape = state.tape
     tape.begin(Phase.FORWARD, "embed")
@@ -142,7 +146,8 @@ def _causal_lm(
     tape.begin(Phase.FORWARD, "head")
     state.category = Category.LOGITS_AND_LOSS
     if model.recipe.loss is not Loss.STANDARD:
-        fused = chunked_loss if model.recipe.loss is Loss.CHUNKED else liger_loss
+        tape.module = "loss"
+        fused = fused_head if model.recipe.loss is Loss.CHUNKED else liger_loss
         return fused(hidden, model.head.weight, labels), None, cache
     logits = model.head(hidden)
     if model.spec.final_logit_softcapping is not None:
