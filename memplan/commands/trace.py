@@ -62,7 +62,7 @@ def traced(model: str, options: dict[str, Any], gpus: list[str] | None) -> tuple
 
     recipe = make_recipe(**options)
     found = resolve_config(model)
-    for warning in stack.untested(stack.installed()):
+    for warning in stack.untested(stack.installed(recipe.loss.value)):
         sys.stderr.write(f"memplan: warning: {warning}\n")
     with tracing(layers(found.config)) as progress:
         return trace_plan(found, recipe, gpus=gpus, progress=progress)

@@ -1,5 +1,8 @@
-"""Indexing on CUDA, as :mod:`memplan.trace.indexing` has it from PyTorch's source (2.13): masks become indices
-first, and gradients are added to rows in sorted order. cub's scratch (some bytes an index) is left out."""
+"""Indexing on CUDA, as :mod:`memplan.trace.indexing` has it from PyTorch's source (2.13).
+
+Masks become indices first, and gradients are added to rows in sorted order. cub's scratch (some bytes an
+index) is left out.
+"""
 
 from __future__ import annotations
 

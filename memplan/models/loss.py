@@ -1,8 +1,8 @@
 """From hidden states to the loss.
 
-``causal_lm_loss`` is transformers' ForCausalLMLoss (loss/loss_utils.py, 5.23), on logits. The other losses take
-the last hidden states and the head's weight and never make all logits: :mod:`memplan.models.chunked_loss` and
-:mod:`memplan.models.liger_loss`.
+``causal_lm_loss`` is transformers' ForCausalLMLoss (loss/loss_utils.py, 5.23), on logits. The other losses
+take the last hidden states and the head's weight and never make all logits:
+:mod:`memplan.models.chunked_loss` and :mod:`memplan.models.liger_loss`.
 """
 
 from __future__ import annotations

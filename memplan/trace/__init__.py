@@ -117,16 +117,20 @@ def _play(recorder: Recorder, model: nn.Module, recipe: Recipe) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps transformers from advising on a training that nobody runs, and torch from printing the traceback
-    of an operator that refuses fake tensors: the error itself says which."""
+    """Keeps transformers and Liger-Kernel from advising on a training that nobody runs, and torch from
+    printing the traceback of an operator that refuses fake tensors: the error itself says which."""
     from transformers.utils import logging as transformers_logging
 
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     fake_tensors = logging.getLogger("torch._subclasses.fake_tensor")
     disabled, fake_tensors.disabled = fake_tensors.disabled, True
+    liger = logging.getLogger("liger_kernel")
+    level = liger.level
+    liger.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        liger.setLevel(level)
         fake_tensors.disabled = disabled
         transformers_logging.set_verbosity(verbosity)

@@ -1,8 +1,8 @@
 """Indexing on CUDA: masks become indices first, and gradients are added to rows in sorted order.
 
 Sources: pytorch aten/src/ATen/native/TensorAdvancedIndexing.cpp, IndexingUtils.h ``expandTensors``,
-cuda/Nonzero.cu, cuda/Indexing.cu, cuda/IndexKernel.cpp (2.13). cub's scratch for counting, scanning and sorting
-(some bytes an index) is left out. Every label counts, so every element of a mask is true.
+cuda/Nonzero.cu, cuda/Indexing.cu, cuda/IndexKernel.cpp (2.13). cub's scratch for counting, scanning and
+sorting (some bytes an index) is left out. Every label counts, so every element of a mask is true.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def _linear_index(given: Any) -> Any:
 
 @operator(aten.equal.default)
 def equal(recorder: Any, x: Any, y: Any) -> bool:
-    """cuda/Equal.cpp ``cuda_equal``: a comparison of each element, then whether all hold. Liger-Kernel compares
-    the loss's gradient with a number that it puts on the card. The answer changes no memory there."""
+    """cuda/Equal.cpp ``cuda_equal``: a comparison of each element, then whether all hold. Liger-Kernel
+    compares the loss's gradient with a number that it puts on the card. The answer changes no memory there."""
     _number = torch.empty(y.shape, dtype=y.dtype)
     compared = torch.empty(x.shape, dtype=torch.bool)
     _all = torch.empty((), dtype=torch.bool)

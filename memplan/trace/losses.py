@@ -6,7 +6,8 @@ Both multiply hidden states and the head's weight tile by tile and never make al
 - questions of that code about the device (``x.device.type == "cuda"``), which get CUDA's answer.
 
 Sources: trl 1.16 kernels/chunked_logprob.py, trainer/utils.py ``add_fused_lm_head``, trainer/sft_trainer.py
-``SFTTrainer.compute_loss``; liger-kernel 0.8.5 ops/fused_linear_cross_entropy.py, transformers/monkey_patch.py.
+``SFTTrainer.compute_loss``; liger-kernel 0.8.5 ops/fused_linear_cross_entropy.py and
+transformers/monkey_patch.py.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ ANSWERS = {
 
 
 def attach(model: nn.Module, loss: Loss) -> None:
-    """Patch a model, PEFT's around it or not, as its user's trainer does. Raises TraceError if it can't be."""
+    """Patch a model, PEFT's around it or not, as its user's trainer does. Raises TraceError if it can't."""
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     if loss is Loss.CHUNKED:
         _add_trl_head(base)
@@ -56,7 +57,7 @@ def _add_trl_head(base: Any) -> None:
 
 
 def aux_loss_enabled(config: Any) -> bool:
-    """Whether SFTTrainer adds a mixture of experts' load-balancing loss: where its config has a weight for it."""
+    """Whether SFTTrainer adds a mixture of experts' load-balancing loss: where the config weighs it."""
     return hasattr(config, "output_router_logits") and getattr(config, "router_aux_loss_coef", 0.0) != 0.0
 
 
@@ -155,9 +156,13 @@ def in_force(loss: Loss, card: Card) -> Iterator[None]:
             from trl.trainer import utils
 
             patches += [(module, "_use_triton", _always) for module in (chunked_logprob, utils)]
-            patches += [(chunked_logprob, name, _Launch()) for name in ("_forward_kernel", "_backward_kernel")]
+            patches += [
+                (chunked_logprob, name, _Launch()) for name in ("_forward_kernel", "_backward_kernel")
+            ]
             patches += [(chunked_logprob, "_addmm_fp32", on_cuda(chunked_logprob._addmm_fp32))]
-            patches += [(chunked_logprob, "triton", SimpleNamespace(cdiv=_ceiling))]  # it comes with CUDA's torch
+            patches += [
+                (chunked_logprob, "triton", SimpleNamespace(cdiv=_ceiling))
+            ]  # it comes with CUDA's torch
         elif loss is Loss.LIGER:
             module = _liger_module()
             kernels = ("liger_cross_entropy_kernel", "element_mul_kernel")
