@@ -40,10 +40,10 @@ def both(given: dict[str, Any], **options: Any) -> tuple[Tape, Tape]:
     return write_tape(spec, recipe, folded=False), trace(dict(given), recipe)
 
 
-def births(tape: Tape) -> list[tuple[int, str, str]]:
-    """Each allocation after setup: bytes, phase, operation."""
+def births(tape: Tape) -> list[tuple[int, str]]:
+    """Each allocation after setup: bytes and phase."""
     return [
-        (tape.sizes[event], segment.phase.value, tape.operations[event])
+        (tape.sizes[event], segment.phase.value)
         for segment in tape.segments
         if segment.phase.value != "setup"
         for event in tape.events[segment.start : segment.stop]
@@ -70,6 +70,17 @@ def test_each_allocation_is_predicted(loss: str, options: dict[str, Any]) -> Non
     assert births(predicted) == births(traced)
     one, two = replay(predicted), replay(traced)
     assert (one.allocated_bytes, one.operation) == (two.allocated_bytes, two.operation)
+
+
+@pytest.mark.parametrize("checkpointing", [{}, {"gradient_checkpointing": True, "use_reentrant": True}])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_trl_adds_the_load_balancing_loss_of_experts(family: str, checkpointing: dict[str, bool]) -> None:
+    options: dict[str, Any] = {"mode": "lora", "target_modules": "attention", "seq_len": 96, **checkpointing}
+    predicted, traced = both(config(family, 3), loss="chunked", **options)
+    assert births(predicted) == births(traced)
+    without = {**config(family, 3), "router_aux_loss_coef": 0.0}
+    predicted, traced = both(without, loss="chunked", **options)
+    assert births(predicted) == births(traced)
 
 
 @pytest.mark.parametrize("loss", ["chunked", "liger"])

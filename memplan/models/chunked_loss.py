@@ -10,9 +10,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from memplan.models.indexing import by_mask, masked_scatter
+from memplan.models.moe import top_k
 from memplan.shadow import ops
 from memplan.shadow.autograd import Node, attach, save, save_output, unpack
 from memplan.shadow.tensor import DType, Tensor, bool_, empty, float32, int64, state
+from memplan.spec import ModelSpec
 
 TOKEN_CHUNK = 4096  # TOKEN_CHUNK_SIZE
 VOCABULARY_CHUNK = 32_768  # _CHUNKED_LOGPROB_CHUNK_SIZE
@@ -26,17 +28,25 @@ class Output(NamedTuple):
     entropy: Tensor
     is_top1: Tensor
     label_mask: Tensor
+    aux_loss: Tensor | None
 
 
-def fused_head(hidden: Tensor, weight: Tensor, labels: Tensor) -> Output:
-    """``_fused_forward`` after the decoder."""
+def fused_head(
+    hidden: Tensor, weight: Tensor, labels: Tensor, router_logits: list[Tensor] | None, spec: ModelSpec
+) -> Output:
+    """``_fused_forward`` after the decoder. ``router_logits`` are given if the load-balancing loss is added."""
     hidden_states = _all_but_last(hidden)
     mask = empty((labels.shape[0], labels.shape[1] - 1), bool_, "ne")
     per_token = _log_probabilities(by_mask(hidden_states, mask), weight, by_mask(labels, mask))
     log_probs, entropy, is_top1 = (masked_scatter(mask, x) for x in per_token)
     del per_token
     loss = ops.divide(ops.neg(_total(log_probs)), _count(mask))
-    return Output(loss, log_probs, entropy, is_top1, mask)
+    aux_loss = None
+    if router_logits is not None:
+        aux_loss = load_balancing_loss(router_logits, labels.shape, spec)
+        loss = ops.add(loss, ops.scale(aux_loss))
+        router_logits.clear()
+    return Output(loss, log_probs, entropy, is_top1, mask, aux_loss)
 
 
 def sft_loss(output: Output) -> Tensor:
@@ -46,6 +56,10 @@ def sft_loss(output: Output) -> Tensor:
     total = _total(per_token_loss)
     loss = ops.divide(total, empty((), int64, "clamp"))
     del total
+    weighted_aux_loss = None
+    if output.aux_loss is not None:
+        weighted_aux_loss = ops.scale(output.aux_loss)
+        loss = ops.add(loss, ops.scale(weighted_aux_loss, "div"))
     num_valid = _gathered(int64)
     entropy_sum = _gathered(float32)
     num_correct = _gathered(int64)
@@ -55,8 +69,56 @@ def sft_loss(output: Output) -> Tensor:
         quotient = empty((), float32, "div")
         del quotient
     total = _gathered(int64)  # of the attention mask
-    del total, num_tokens, num_valid, entropy_sum, num_correct
+    del total
+    if weighted_aux_loss is not None:
+        mean = empty((), float32, "mean")
+        del mean
+    del num_tokens, num_valid, entropy_sum, num_correct
     return loss
+
+
+def load_balancing_loss(router_logits: list[Tensor], shape: tuple[int, ...], spec: ModelSpec) -> Tensor:
+    """``load_balancing_loss_func`` with a mask (transformers/models/mixtral/modeling_mixtral.py, 5.23).
+    T tokens, X experts."""
+    experts, tokens = (spec.num_experts,), shape[0] * shape[1]
+    tokens_per_expert_sum = empty(experts, float32, "zeros")
+    router_prob_sum = empty(experts, float32, "zeros")
+    total_rows: Tensor | None = None
+    flat_mask = empty((tokens,), float32, "_to_copy")
+    for layer_gate in router_logits:
+        dtype = layer_gate.dtype if state.autocast is None else float32
+        routing_weights_TX = ops.softmax(layer_gate, dtype)
+        _values, _selected_experts = top_k(routing_weights_TX, spec.num_experts_per_tok)
+        zeros = empty(experts, float32, "zeros")
+        repeated = empty((tokens * spec.num_experts_per_tok,), float32, "clone")
+        del repeated
+        tokens_per_expert_sum = ops.add(tokens_per_expert_sum, zeros)
+        del zeros
+        router_prob_sum = ops.add(router_prob_sum, _sum_tokens(_masked(routing_weights_TX, flat_mask)))
+        rows = empty((), float32, "sum")
+        total_rows = ops.pointwise("add", rows, total_rows)
+        del rows
+    assert total_rows is not None
+    tokens_per_expert = ops.pointwise("div", tokens_per_expert_sum)
+    router_prob_per_expert = ops.divide(router_prob_sum, total_rows)
+    weighted = ops.mul(tokens_per_expert, ops.view(router_prob_per_expert, (1, *experts)))
+    overall_loss = _total(weighted)
+    del weighted
+    return ops.scale(overall_loss)
+
+
+def _masked(routing_weights_TX: Tensor, flat_mask: Tensor) -> Tensor:
+    """``routing_weights.float() * flat_mask.unsqueeze(-1)``."""
+    return ops.mul(ops.to(routing_weights_TX, float32), ops.view(flat_mask, (flat_mask.shape[0], 1)))
+
+
+def _sum_tokens(x: Tensor) -> Tensor:
+    """``x.sum(dim=0)``."""
+    node = Node(ops._expand_backward, x) if ops.tracked(x) else None
+    out = empty(x.shape[1:], x.dtype, "sum")
+    if node is not None:
+        attach(node, out)
+    return out
 
 
 def _all_but_last(hidden: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Liger-Kernel's fused linear cross entropy: logits chunk by chunk, and gradients already in forward.
 
 Source: liger_kernel/transformers/model/loss_utils.py ``LigerForCausalLMLoss`` and
-ops/fused_linear_cross_entropy.py (0.8.5), on a card of compute capability 8.0 or more. Its Triton kernels turn
-logits into their gradient in place.
+ops/fused_linear_cross_entropy.py (0.8.5), on a card of compute capability 8.0 or more. Its Triton kernels
+turn logits into their gradient in place.
 """
 
 from __future__ import annotations

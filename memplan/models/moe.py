@@ -17,13 +17,19 @@ from memplan.shadow.autograd import Node, attach, save, save_output, unpack
 from memplan.shadow.matmul import linear
 from memplan.shadow.tensor import Tensor, empty, float32, int32, int64, state
 from memplan.spec import ModelSpec
+from memplan.tape import Phase
 
 
-def sparse_mlp(m: dict[str, Any], hidden_states: Tensor, spec: ModelSpec) -> Tensor:
-    """``MixtralSparseMoeBlock``, ``Qwen3MoeSparseMoeBlock``."""
+def sparse_mlp(
+    m: dict[str, Any], hidden_states: Tensor, spec: ModelSpec, captured: list[Tensor] | None = None
+) -> Tensor:
+    """``MixtralSparseMoeBlock``, ``Qwen3MoeSparseMoeBlock``. The router's logits go to ``captured``, as
+    transformers' hooks collect them (utils/output_capturing.py), but not when the layer is recomputed."""
     shape = hidden_states.shape
     hidden_states = ops.view(hidden_states, (shape[0] * shape[1], shape[2]))
-    _, top_k_weights, top_k_index = _gate_forward(m["mlp.gate"]["weight"], hidden_states, spec)
+    router_logits, top_k_weights, top_k_index = _gate_forward(m["mlp.gate"]["weight"], hidden_states, spec)
+    if captured is not None and state.tape.segments[-1].phase is Phase.FORWARD:
+        captured.append(router_logits)
     hidden_states = _experts_forward(m["mlp.experts"], hidden_states, top_k_index, top_k_weights, spec)
     return ops.view(hidden_states, shape)
 
@@ -76,7 +82,7 @@ def _route(weight: Tensor, hidden_states: Tensor, spec: ModelSpec) -> tuple[Tens
         router_probs = ops.softmax(router_logits, float32)
     else:
         router_probs = ops.softmax(ops.to(router_logits, float32), float32)
-    values, indices = _top_k(router_probs, spec.num_experts_per_tok)
+    values, indices = top_k(router_probs, spec.num_experts_per_tok)
     if spec.norm_topk_prob:
         values = _normalize_(values)
     if spec.model_type == "qwen3_moe":
@@ -84,7 +90,7 @@ def _route(weight: Tensor, hidden_states: Tensor, spec: ModelSpec) -> tuple[Tens
     return router_logits, values, indices
 
 
-def _top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     shape = (*x.shape[:-1], k)
     node = Node(_top_k_backward, x) if ops.tracked(x) else None
     values = empty(shape, x.dtype, "topk")

@@ -43,7 +43,7 @@ def write_tape(spec: ModelSpec, recipe: Recipe, *, card: Card | None = None, fol
     Raises RecipeError if the recipe does not suit the model.
     """
     played = fold.all_layers(spec.num_hidden_layers)
-    if folded:
+    if folded and not router_loss(spec, recipe):  # which goes over all layers again, in the head
         played = fold.layers_to_play(kinds(spec, recipe), first_is_like_others=recipe.mode is Mode.FULL)
     while True:
         tape = _play(spec, recipe, card, played)
@@ -76,6 +76,12 @@ def uses_cache(spec: ModelSpec, recipe: Recipe) -> bool:
     """Whether training fills a cache of keys and values: a Trainer leaves ``use_cache`` as the config says;
     checkpointing and TRL's trainer turn it off."""
     return spec.use_cache and not recipe.gradient_checkpointing and recipe.loss is not Loss.CHUNKED
+
+
+def router_loss(spec: ModelSpec, recipe: Recipe) -> bool:
+    """Whether the load-balancing loss of a mixture of experts is added: SFTTrainer does (trl 1.16,
+    trainer/sft_trainer.py, aux_loss_enabled), other trainers where the config says so, which is refused."""
+    return recipe.loss is Loss.CHUNKED and any(spec.sparse_layers) and spec.router_aux_loss_coef != 0.0
 
 
 def _play(spec: ModelSpec, recipe: Recipe, card: Card | None, played: Played) -> Tape:
@@ -142,13 +148,15 @@ def _causal_lm(
     """``ForCausalLM.forward``: the loss, and the outputs that live until the caller drops them."""
     tape = state.tape
     tape.begin(Phase.FORWARD, "embed")
-    hidden, cache = _decoder(model, ids, attention_mask, played)
+    router_logits: list[Tensor] | None = [] if router_loss(model.spec, model.recipe) else None
+    hidden, cache = _decoder(model, ids, attention_mask, played, router_logits)
     tape.begin(Phase.FORWARD, "head")
     state.category = Category.LOGITS_AND_LOSS
     if model.recipe.loss is not Loss.STANDARD:
         tape.module = "loss"
-        fused = fused_head if model.recipe.loss is Loss.CHUNKED else liger_loss
-        return fused(hidden, model.head.weight, labels), None, cache
+        if model.recipe.loss is Loss.LIGER:
+            return liger_loss(hidden, model.head.weight, labels), None, cache
+        return fused_head(hidden, model.head.weight, labels, router_logits, model.spec), None, cache
     logits = model.head(hidden)
     if model.spec.final_logit_softcapping is not None:
         logits = ops.scale(logits, "div")
@@ -159,7 +167,13 @@ def _causal_lm(
     return loss, logits, cache
 
 
-def _decoder(model: Model, ids: Tensor, attention_mask: Tensor, played: list[int]) -> tuple[Tensor, Any]:
+def _decoder(
+    model: Model,
+    ids: Tensor,
+    attention_mask: Tensor,
+    played: list[int],
+    router_logits: list[Tensor] | None,
+) -> tuple[Tensor, Any]:
     spec, recipe, tape = model.spec, model.recipe, state.tape
     embeds = model.embedding(ids)
     tape.module = "model"
@@ -188,6 +202,7 @@ def _decoder(model: Model, ids: Tensor, attention_mask: Tensor, played: list[int
             positions,
             kind == "sliding_attention",
             cache,
+            router_logits,
         )
         if recipe.gradient_checkpointing:
             hidden = checkpoint(layer, modules, hidden, context, reentrant=bool(recipe.use_reentrant))

@@ -71,8 +71,8 @@ class Recorder(TorchDispatchMode):
     """Writes a tape while it is active.
 
     ``standins`` replace operators whose CUDA kernels allocate otherwise, unless they return NotImplemented;
-    ``card`` is what they look up; ``answers`` are values of fake tensors, by the name of the function that asks
-    for one.
+    ``card`` is what they look up; ``answers`` are values of fake tensors, by the name of the function that
+    asks for one.
     """
 
     def __init__(
