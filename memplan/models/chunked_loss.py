@@ -34,7 +34,7 @@ class Output(NamedTuple):
 def fused_head(
     hidden: Tensor, weight: Tensor, labels: Tensor, router_logits: list[Tensor] | None, spec: ModelSpec
 ) -> Output:
-    """``_fused_forward`` after the decoder. ``router_logits`` are given if the load-balancing loss is added."""
+    """``_fused_forward`` after the decoder; ``router_logits`` where the load-balancing loss is added."""
     hidden_states = _all_but_last(hidden)
     mask = empty((labels.shape[0], labels.shape[1] - 1), bool_, "ne")
     per_token = _log_probabilities(by_mask(hidden_states, mask), weight, by_mask(labels, mask))

@@ -82,7 +82,7 @@ def _linear_index(given: Any) -> Any:
 @operator(aten.equal.default)
 def equal(recorder: Any, x: Any, y: Any) -> bool:
     """cuda/Equal.cpp ``cuda_equal``: a comparison of each element, then whether all hold. Liger-Kernel
-    compares the loss's gradient with a number that it puts on the card; the answer changes no memory there."""
+    compares the loss's gradient with a number that it puts on the card; the answer changes no memory."""
     _number = torch.empty(y.shape, dtype=y.dtype)
     compared = torch.empty(x.shape, dtype=torch.bool)
     _all = torch.empty((), dtype=torch.bool)
