@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from memplan.tape import Tape
 
 EXAMPLES = """\
-Needs pip install 'memplan[verify]' and no GPU: tensors have shapes but no data. It answers for every causal
-language model that transformers has, also for those that have no predicted plan (docs/architectures.md).
+Needs pip install 'memplan[verify]' and no GPU: tensors have shapes but no data.
+It answers for every causal language model that transformers has, also for those
+that have no predicted plan (docs/architectures.md).
 
 examples:
   memplan trace llama-8b --mode qlora --r 8
