@@ -33,11 +33,12 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' warnings are
 LLAMA = {**config("llama", 2), "vocab_size": 40_000}
 
 
-def both(given: dict[str, Any], **options: Any) -> tuple[Tape, Tape]:
+def both(given: dict[str, Any], capability: tuple[int, int] = (8, 0), **options: Any) -> tuple[Tape, Tape]:
     """The plan's tape and the trace's."""
     spec = spec_from_config(given, "test")
     recipe = resolve_recipe(spec, Recipe(**options))
-    return write_tape(spec, recipe, folded=False), trace(dict(given), recipe)
+    predicted = write_tape(spec, recipe, card=Card(capability), folded=False)
+    return predicted, trace(dict(given), recipe, compute_capability=capability)
 
 
 def births(tape: Tape) -> list[tuple[int, str]]:
@@ -70,6 +71,15 @@ def test_each_allocation_is_predicted(loss: str, options: dict[str, Any]) -> Non
     assert births(predicted) == births(traced)
     one, two = replay(predicted), replay(traced)
     assert (one.allocated_bytes, one.operation) == (two.allocated_bytes, two.operation)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("loss", ["chunked", "liger"])
+def test_older_cards_have_no_addmm_into_fp32(loss: str, autocast: bool) -> None:
+    dtype = "float32" if autocast else "float16"
+    options = {"mode": "full", "seq_len": 96, "dtype": dtype, "autocast": autocast, "attn": "eager"}
+    predicted, traced = both(LLAMA, (7, 5), loss=loss, **options)
+    assert births(predicted) == births(traced)
 
 
 @pytest.mark.parametrize("checkpointing", [{}, {"gradient_checkpointing": True, "use_reentrant": True}])

@@ -1,8 +1,7 @@
 """Liger-Kernel's fused linear cross entropy: logits chunk by chunk, and gradients already in forward.
 
 Source: liger_kernel/transformers/model/loss_utils.py ``LigerForCausalLMLoss`` and
-ops/fused_linear_cross_entropy.py (0.8.5), on a card of compute capability 8.0 or more. Its Triton kernels
-turn logits into their gradient in place.
+ops/fused_linear_cross_entropy.py (0.8.5). Its Triton kernels turn logits into their gradient in place.
 """
 
 from __future__ import annotations
@@ -81,13 +80,13 @@ def _chunk(
         del cached_weight, product
     if grad_weight is None:
         return
-    if dtype is float32:
-        # parameter-sized products, where neither kind of addmm applies
+    cast_hidden = None if hidden.dtype is dtype else empty((rows, width), dtype, "_to_copy")
+    if dtype is float32 or state.card.capability < (8, 0):
+        # parameter-sized products and their fp32 copies, where neither kind of addmm applies
         product = empty(weight.shape, dtype, "mm")
-        del product
-    elif hidden.dtype is not dtype:
-        cast_hidden = empty((rows, width), dtype, "_to_copy")
         del cast_hidden
+        product = ops.to(product, float32)
+        del product
 
 
 def _backward(node: Node, grad: Tensor) -> Any:
