@@ -114,8 +114,13 @@ def test_a_family_that_liger_does_not_know() -> None:
         "model_type": "falcon", "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
         "vocab_size": 500,
     }  # fmt: skip
-    with pytest.raises(TraceError, match="Liger-Kernel has no loss for models of the type 'falcon'"):
-        trace(falcon, Recipe(mode="full", loss="liger", seq_len=8))
+    granite = {**LLAMA, "model_type": "granite"}  # of which it has kernels, but no loss
+    for given in (falcon, granite):
+        kind = given["model_type"]
+        with pytest.raises(
+            TraceError, match=f"Liger-Kernel has no fused loss for models of the type '{kind}'"
+        ):
+            trace(given, Recipe(mode="full", loss="liger", seq_len=8))
     assert (
         replay(trace(falcon, Recipe(mode="full", loss="chunked", seq_len=8).resolved())).allocated_bytes > 0
     )

@@ -18,8 +18,8 @@ import inspect
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from types import ModuleType, SimpleNamespace
+from contextlib import ExitStack, contextmanager, suppress
+from types import MethodType, ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -63,18 +63,22 @@ def aux_loss_enabled(config: Any) -> bool:
 
 def _add_liger(base: Any) -> None:
     """As ``apply_liger_kernel`` of transformers' Trainer, with the loss alone."""
-    from liger_kernel.transformers.monkey_patch import (
-        MODEL_TYPE_TO_APPLY_LIGER_FN,
-        _apply_liger_kernel_to_instance,
-    )
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
-    kind = base.config.model_type
-    if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:
-        raise TraceError(f"Liger-Kernel has no loss for models of the type {kind!r}: use the standard loss")
-    others = ("rope", "rms_norm", "layer_norm", "swiglu", "geglu", "cross_entropy")
-    _apply_liger_kernel_to_instance(
-        model=base, fused_linear_cross_entropy=True, **dict.fromkeys(others, False)
-    )
+    kind, forward = type(base), type(base).forward
+    apply = MODEL_TYPE_TO_APPLY_LIGER_FN.get(base.config.model_type)
+    if apply is not None:
+        kernels = {name for name in inspect.signature(apply).parameters if name != "model"}
+        with suppress(NotImplementedError):  # Granite's, of a kernel that it has not got
+            apply(model=base, **{name: name == "fused_linear_cross_entropy" for name in kernels})
+    if kind.forward is not forward:  # of some families it patches the class, which others may use
+        base.forward = MethodType(kind.forward, base)
+        kind.forward = forward
+    if "forward" not in vars(base):
+        raise TraceError(
+            f"Liger-Kernel has no fused loss for models of the type {base.config.model_type!r}: "
+            "use the standard loss"
+        )
 
 
 def loss_of(model: nn.Module, run: Callable[..., Any], batch: dict[str, torch.Tensor], loss: Loss) -> Any:
