@@ -33,7 +33,9 @@ from memplan.recipe import Loss
 # Values that the code asks for, by the function that asks: no label is masked.
 ANSWERS = {
     "fused_linear_cross_entropy_forward": 1,  # how many labels count
+    "fused_linear_cross_entropy_backward": False,  # whether the loss's gradient is 1
     "compute_loss": 1,  # of SFTTrainer: what it logs
+    "_fused_forward": True,  # of TRL's head: which labels count
 }
 
 
