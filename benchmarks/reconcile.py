@@ -39,7 +39,7 @@ from memplan.tape import Peak, Phase, Tape, replay, static_bytes
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "data" / "reconciliation.json"
 DEVIATIONS = ROOT / "benchmarks" / "deviations.json"
-LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl", "liger-kernel")
 
 Case = dict[str, Any]  # model, layers (None: all), and a recipe's options
 
@@ -81,6 +81,7 @@ FACTORS: dict[str, list[Any]] = {
     "target_modules": [None, "all-linear", "attention", "q,v"],
     "checkpointing": ["none", "reentrant", "not reentrant"],
     "attn": ["sdpa", "eager", "flash_attention_2"],
+    "loss": ["standard", "chunked", "liger"],
     "shape": [(1, 2048), (2, 513), (3, 7), (4, 1), (1, 127)],
     "dtype": ["bfloat16", "float16", "float32"],
     "autocast": [False, True],
@@ -107,6 +108,14 @@ FULL_DEPTH: list[Case] = [
     {"model": "llama-3.3-70b", "mode": "qlora"},
     {"model": "llama-3.3-70b", "mode": "qlora", "kbit_prep": False},
     {"model": "qwen3-30b-a3b", "mode": "lora", "target_modules": "attention", "gradient_checkpointing": True},
+    {
+        "model": "llama-3.1-8b",
+        "mode": "lora",
+        "loss": "liger",
+        "gradient_checkpointing": True,
+        "seq_len": 8192,
+    },
+    {"model": "qwen3-30b-a3b", "mode": "qlora", "target_modules": "attention", "loss": "chunked"},
 ]
 
 

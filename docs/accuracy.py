@@ -23,9 +23,9 @@ fake tensors on a CPU ([how-it-works.md](how-it-works.md)).
 
 {count} cases, {date}, {versions}.
 They are chosen by pairwise cover: every two values of any two options
-(model, mode, optimizer, targets, adapter dtype, checkpointing, attention, dtype, autocast, dropout, DoRA,
-modules to save, upcasts, double quantisation, batch and length, accumulation, clipping …) meet in some case,
-as far as the libraries let them. Layers have their true sizes; {deep} cases have all of their layers.
+(model, mode, optimizer, targets, adapter dtype, checkpointing, attention, loss, dtype, autocast, dropout,
+DoRA, modules to save, upcasts, double quantisation, batch and length, accumulation, clipping …) meet in some
+case, as far as the libraries let them. Layers have their true sizes; {deep} cases have all of their layers.
 
 A case **agrees** when both peaks have the same bytes in the same phase, operation and layer.
 
@@ -41,9 +41,11 @@ after each, all through the step. The split of a peak into categories is no part
 activations and temporaries apart by when a storage is born and dies, the plan by what made it, and
 {categories} of {count} cases have the same split to the byte.
 
-The losses `chunked` and `liger` run kernels of their own that a CPU can't trace: they are read from source,
-and `liger` is compared with nothing but the published rows below.
+Each loss is traced in the code of the library that it comes from ([tracing.md](tracing.md#fused-losses)):
 
+| loss | library | cases | agree | every allocation of the step agrees |
+| --- | --- | ---: | ---: | ---: |
+{losses}
 ### A 70B on a 48 GB card
 
 Llama-3.3-70B, QLoRA r=8 on all linear layers, 1 × 2048 tokens, all 80 layers:
@@ -75,7 +77,12 @@ def page() -> str:
         ]
         text += f"| {family} | {len(members)} | {' | '.join(map(str, sums))} |\n"
     categories = sum(bool(result.get("categories_agree")) for result in results)
-    text += BELOW.format(deviations=_deviations(), categories=categories, count=len(results))
+    text += BELOW.format(
+        deviations=_deviations(),
+        categories=categories,
+        count=len(results),
+        losses=_losses(results, run["versions"]),
+    )
     for result in results:
         if result["case"]["model"] == "llama-3.3-70b":
             prepared = result["case"].get("kbit_prep", True)
@@ -83,6 +90,15 @@ def page() -> str:
             name = "with the upcasts (default)" if prepared else "without them (`--no-kbit-prep`)"
             text += f"| {name} | {peaks[0]} | {peaks[1]} | `{result['traced']['operation']}` |\n"
     return text + ABOUT_70B + published.section()
+
+
+def _losses(results: list[dict[str, Any]], versions: dict[str, str]) -> str:
+    rows = ""
+    for loss, library in (("standard", "transformers"), ("chunked", "trl"), ("liger", "liger-kernel")):
+        members = [result for result in results if result["case"].get("loss", "standard") == loss]
+        sums = [sum(bool(member.get(key)) for member in members) for key in ("agrees", "step_agrees")]
+        rows += f"| `{loss}` | {library} {versions[library]} | {len(members)} | {sums[0]} | {sums[1]} |\n"
+    return rows
 
 
 def _deviations() -> str:

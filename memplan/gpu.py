@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from difflib import SequenceMatcher
 from functools import cache
 from typing import Annotated, Literal
 
@@ -126,6 +125,8 @@ def _gpus_by_key() -> dict[str, Gpu]:
 
 
 def _closest_alias(gpu: Gpu, name: str) -> str:
+    from difflib import SequenceMatcher
+
     # One alias a card: otherwise "5090" and "rtx5090" would fill the three places of a suggestion.
     return max(gpu.aliases, key=lambda alias: SequenceMatcher(None, alias, name.lower()).ratio())
 

@@ -50,6 +50,7 @@ class ModelSpec(BaseModel):
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
     norm_topk_prob: bool = False
+    router_aux_loss_coef: float = 0.0  # the weight of the load-balancing loss, where a trainer asks for it
     sparse_layers: tuple[bool, ...] = ()
 
     @model_validator(mode="after")

@@ -45,13 +45,13 @@ def trace_plan(
         ParameterCounts(total=traced.parameters, trainable=traced.trainable),
         traced.recipe,
         gpus,
-        stack.installed(),
+        stack.installed(traced.recipe.loss.value),
     )
     return answer, traced.tape
 
 
 def _trace(found: ResolvedConfig, recipe: Recipe, progress: Progress | None) -> Traced:
-    stack.require()
+    stack.require(recipe.loss.value)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the libraries deprecate is for those who call them
         try:

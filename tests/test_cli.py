@@ -50,6 +50,12 @@ def test_a_model_alone_is_a_question(memplan: Run, arguments: tuple[str, ...]) -
     assert "\x1b" not in outcome.out
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_80_columns_wide(command: str) -> None:
+    text = import_module(f"memplan.commands.{command}").parser().format_help()
+    assert max(map(len, text.splitlines())) <= 80
+
+
 def test_llama_70b_is_the_current_one_and_says_so(memplan: Run) -> None:
     outcome = memplan("llama-70b", "--mode", "qlora", "--r", "8")
     assert outcome.status == 0

@@ -15,7 +15,7 @@ import pytest
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what the libraries deprecate while they are imported
-    for package in ("torch", "transformers", "peft", "bitsandbytes", "accelerate"):
+    for package in ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl", "liger_kernel"):
         pytest.importorskip(package)
 
 ROOT = Path(__file__).parent.parent

@@ -156,6 +156,15 @@ def test_only_the_card_counts_where_there_is_one() -> None:
     assert [tape.sizes[event] for event in tape.events if event >= 0] == [4_000_256, 4_000_256]
 
 
+def test_how_much_of_a_mask_is_true_is_not_guessed() -> None:
+    with FakeTensorMode():
+        x, mask = torch.zeros(4, 8), torch.zeros(4, dtype=torch.bool)
+        with pytest.raises(Exception, match="nonzero"), record(x, mask):
+            x[mask]
+        with pytest.raises(Exception, match="equal"), record(x, mask):
+            torch.equal(x, x + 1)
+
+
 def test_patches_are_gone_afterwards() -> None:
     before = torch.autograd.backward, torch.autograd.grad, len(nn.modules.module._global_forward_pre_hooks)
     step, there = own_step()

@@ -45,7 +45,7 @@ SHORT = ("--seq-len", "64")
 def tested_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is installed here; the test of the warning sets its own."""
     numbers = {name: f"{number}.0" for name, number in stack.TESTED.items()}
-    monkeypatch.setattr(stack, "installed", lambda: numbers)
+    monkeypatch.setattr(stack, "installed", lambda loss="standard": numbers)
 
 
 @pytest.fixture
@@ -182,7 +182,7 @@ def test_what_fails_is_named_with_module_and_phase(memplan: Run, tmp_path: Path)
 
 def test_an_untested_version_is_named(memplan: Run, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = {name: f"{number}.0" for name, number in stack.TESTED.items()} | {"transformers": "5.1.2"}
-    monkeypatch.setattr(stack, "installed", lambda: numbers)
+    monkeypatch.setattr(stack, "installed", lambda loss="standard": numbers)
     outcome = memplan("trace", llama, *SHORT)
     assert outcome.status == 0
     assert outcome.err.startswith("memplan: warning: transformers 5.1.2 is not the version")
@@ -196,7 +196,8 @@ def test_versions() -> None:
 
 def test_tested_versions_are_the_pinned_ones() -> None:
     pins = (Path(__file__).parent.parent / "constraints.txt").read_text(encoding="utf-8")
-    for name, number in stack.TESTED.items():
+    losses = {name.replace("-", "_"): number for name, number, _ in stack.OF_LOSS.values()}
+    for name, number in (stack.TESTED | losses).items():
         assert re.search(rf"^{name}=={re.escape(number)}\.", pins, re.MULTILINE), name
 
 
@@ -205,6 +206,20 @@ def test_a_missing_extra_is_one_command(memplan: Run, llama: Path, monkeypatch: 
     outcome = memplan("trace", llama)
     assert (outcome.status, outcome.out) == (2, "")
     assert "torch and peft, which are not installed: run `pip install 'memplan[verify]'`" in outcome.err
+
+
+@pytest.mark.parametrize(("loss", "package"), [("chunked", "trl"), ("liger", "liger-kernel")])
+def test_a_loss_of_a_missing_library_is_one_command(
+    loss: str, package: str, memplan: Run, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = package.replace("-", "_")
+    monkeypatch.setattr(stack, "find_spec", lambda name: None if name == module else object())
+    outcome = memplan("trace", llama, "--loss", loss)
+    assert (outcome.status, outcome.out) == (2, "")
+    assert (
+        f"needs {package}, which is not installed: run `pip install 'memplan[verify,losses]'`" in outcome.err
+    )
+    assert outcome.err.count("\n") == 1
 
 
 def test_without_the_extra_nothing_else_is_asked_for(llama: Path) -> None:

@@ -18,7 +18,8 @@ from memplan.commands.arguments import (
 ALL_MODES = "full,lora,qlora"
 
 EXAMPLES = """\
-An option that a mode has no use for (--r in full, --kbit-prep in lora) is left out there.
+An option that a mode has no use for (--r in full, --kbit-prep in lora) is left
+out there.
 
 examples:
   memplan compare llama-70b

@@ -16,8 +16,8 @@ from memplan.commands.arguments import Parser, completions
 
 EXAMPLES = """\
 examples:
-  eval "$(memplan completion bash)"                        (in ~/.bashrc)
-  eval "$(memplan completion zsh)"                         (in ~/.zshrc, after compinit)
+  eval "$(memplan completion bash)"           (in ~/.bashrc)
+  eval "$(memplan completion zsh)"            (in ~/.zshrc, after compinit)
   memplan completion fish > ~/.config/fish/completions/memplan.fish
 """
 

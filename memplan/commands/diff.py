@@ -14,12 +14,14 @@ if TYPE_CHECKING:
 STATUS_EQUAL, STATUS_DIFFERENT = 0, 1
 
 EXAMPLES = """\
-exit status: 0 if the tapes are equal (the same peak, the same sizes in the same order), 1 if not, 2 for a bad
-question. Differences in names alone are printed and make no tapes unequal.
+exit status: 0 if the tapes are equal (the same peak, the same sizes in the same
+order), 1 if not, 2 for a bad question. Differences in names alone are printed
+and make no tapes unequal.
 
 examples:
   memplan diff plan:llama-8b trace:llama-8b --mode qlora --r 8
-  memplan plan llama-8b --r 8 --tape r8.json.gz && memplan diff r8.json.gz plan:llama-8b --r 16
+  memplan plan llama-8b --r 8 --tape r8.json.gz
+  memplan diff r8.json.gz plan:llama-8b --r 16
 """
 
 

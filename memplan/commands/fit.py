@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 STATUS_FITS, STATUS_DOES_NOT_FIT = 0, 1
 
 EXAMPLES = """\
-exit status: 0 if it fits on every card named (tight counts as fits), 1 if it does not, 2 for a bad question
+exit status: 0 if it fits on every card named (tight counts as fits), 1 if it
+does not, 2 for a bad question
 
 examples:
   memplan fit llama-8b --mode lora --gradient-checkpointing --gpu 4090

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from memplan.resolve import RegistryEntry
 
 EXAMPLES = """\
-Any other model of a known family works too: give its Hub id or the path to its config.json.
+Any other model of a known family works too: give its Hub id or the path to its
+config.json.
 
 examples:
   memplan models

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from memplan.tape import Tape
 
 EXAMPLES = """\
-Needs pip install 'memplan[verify]' and no GPU: tensors have shapes but no data. It answers for every causal
-language model that transformers has, also for those that have no predicted plan (docs/architectures.md).
+Needs pip install 'memplan[verify]' and no GPU: tensors have shapes but no data.
+It answers for every causal language model that transformers has, also for those
+that have no predicted plan (docs/architectures.md).
 
 examples:
   memplan trace llama-8b --mode qlora --r 8
@@ -62,7 +63,7 @@ def traced(model: str, options: dict[str, Any], gpus: list[str] | None) -> tuple
 
     recipe = make_recipe(**options)
     found = resolve_config(model)
-    for warning in stack.untested(stack.installed()):
+    for warning in stack.untested(stack.installed(recipe.loss.value)):
         sys.stderr.write(f"memplan: warning: {warning}\n")
     with tracing(layers(found.config)) as progress:
         return trace_plan(found, recipe, gpus=gpus, progress=progress)

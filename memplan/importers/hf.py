@@ -188,6 +188,7 @@ def _experts(fields: Fields, family: Family, layers: int) -> dict[str, Any]:
             "num_experts_per_tok": fields.size("num_experts_per_tok"),
             "moe_intermediate_size": fields.size("intermediate_size"),
             "norm_topk_prob": True,
+            "router_aux_loss_coef": _weight(fields),
             "sparse_layers": (True,) * layers,
         }
     if family.model_type == "qwen3_moe":
@@ -201,11 +202,16 @@ def _experts(fields: Fields, family: Family, layers: int) -> dict[str, Any]:
             "num_experts_per_tok": fields.size("num_experts_per_tok"),
             "moe_intermediate_size": fields.size("moe_intermediate_size"),
             "norm_topk_prob": fields.flag("norm_topk_prob"),
+            "router_aux_loss_coef": _weight(fields),
             "sparse_layers": tuple(
                 experts > 0 and layer not in dense and (layer + 1) % step == 0 for layer in range(layers)
             ),
         }
     return {}
+
+
+def _weight(fields: Fields) -> float:
+    return fields.number("router_aux_loss_coef", "a number", lambda value: True)
 
 
 def _present(fields: Fields, other: str, own: str) -> str:

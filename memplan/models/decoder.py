@@ -33,6 +33,7 @@ class Context(NamedTuple):
     position_ids: Tensor  # not read, but kept alive: a checkpoint's closure holds all arguments
     sliding: bool
     cache: list[Tensor] | None  # keys and values that a DynamicCache keeps, or None without a cache
+    router_logits: list[Tensor] | None  # what each layer's router said, where the loss asks for it
 
 
 Layer = Callable[[Modules, Tensor, Context], Tensor]
@@ -241,7 +242,7 @@ def _phi3_attention(m: Modules, x: Tensor, context: Context) -> tuple[Tensor, Te
 
 def _mlp(m: Modules, x: Tensor, context: Context) -> Tensor:
     if "mlp.experts" in m:
-        return sparse_mlp(m, x, context.spec)
+        return sparse_mlp(m, x, context.spec, context.router_logits)
     return m["mlp.down_proj"](_gated(_act(context.spec, m["mlp.gate_proj"](x)), m["mlp.up_proj"](x)))  # type: ignore[no-any-return]
 
 

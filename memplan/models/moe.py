@@ -11,18 +11,25 @@ from collections.abc import Callable
 from typing import Any
 
 from memplan.models.adapters import ExpertLora, activate
+from memplan.models.indexing import by_rows
 from memplan.shadow import ops
 from memplan.shadow.autograd import Node, attach, save, save_output, unpack
 from memplan.shadow.matmul import linear
-from memplan.shadow.tensor import Shape, Tensor, empty, float32, int32, int64, state
+from memplan.shadow.tensor import Tensor, empty, float32, int32, int64, state
 from memplan.spec import ModelSpec
+from memplan.tape import Phase
 
 
-def sparse_mlp(m: dict[str, Any], hidden_states: Tensor, spec: ModelSpec) -> Tensor:
-    """``MixtralSparseMoeBlock``, ``Qwen3MoeSparseMoeBlock``."""
+def sparse_mlp(
+    m: dict[str, Any], hidden_states: Tensor, spec: ModelSpec, captured: list[Tensor] | None = None
+) -> Tensor:
+    """``MixtralSparseMoeBlock``, ``Qwen3MoeSparseMoeBlock``. The router's logits go to ``captured``, as
+    transformers' hooks collect them (utils/output_capturing.py), but not when the layer is recomputed."""
     shape = hidden_states.shape
     hidden_states = ops.view(hidden_states, (shape[0] * shape[1], shape[2]))
-    _, top_k_weights, top_k_index = _gate_forward(m["mlp.gate"]["weight"], hidden_states, spec)
+    router_logits, top_k_weights, top_k_index = _gate_forward(m["mlp.gate"]["weight"], hidden_states, spec)
+    if captured is not None and state.tape.segments[-1].phase is Phase.FORWARD:
+        captured.append(router_logits)
     hidden_states = _experts_forward(m["mlp.experts"], hidden_states, top_k_index, top_k_weights, spec)
     return ops.view(hidden_states, shape)
 
@@ -75,7 +82,7 @@ def _route(weight: Tensor, hidden_states: Tensor, spec: ModelSpec) -> tuple[Tens
         router_probs = ops.softmax(router_logits, float32)
     else:
         router_probs = ops.softmax(ops.to(router_logits, float32), float32)
-    values, indices = _top_k(router_probs, spec.num_experts_per_tok)
+    values, indices = top_k(router_probs, spec.num_experts_per_tok)
     if spec.norm_topk_prob:
         values = _normalize_(values)
     if spec.model_type == "qwen3_moe":
@@ -83,7 +90,7 @@ def _route(weight: Tensor, hidden_states: Tensor, spec: ModelSpec) -> tuple[Tens
     return router_logits, values, indices
 
 
-def _top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     shape = (*x.shape[:-1], k)
     node = Node(_top_k_backward, x) if ops.tracked(x) else None
     values = empty(shape, x.dtype, "topk")
@@ -142,8 +149,8 @@ def _experts(
     sample_weights = ops.view(top_k_weights, (rows,))
     expert_ids_g = empty((rows,), int64, "sort")
     perm = empty((rows,), int64, "sort")
-    selected = _index(hidden_states, empty((rows,), int64, "floor_divide"))
-    sample_weights_g = _index(sample_weights, perm)
+    selected = by_rows(hidden_states, empty((rows,), int64, "floor_divide"))
+    sample_weights_g = by_rows(sample_weights, perm)
     histc_input = empty((rows,), int32, "_to_copy")
     tokens_per_expert = empty((spec.num_experts,), int32, "histc")
     offsets = empty((spec.num_experts,), int32, "cumsum")
@@ -154,7 +161,7 @@ def _experts(
     inv_perm = empty((rows,), int64, "empty_like")
     positions = empty((rows,), int64, "arange")
     del positions
-    weighted_out = _index(weighted_out, inv_perm)
+    weighted_out = by_rows(weighted_out, inv_perm)
     final = ops.to(_sum_experts(ops.view(weighted_out, (tokens, k, width))), hidden_states.dtype)
     del expert_ids_g, histc_input, tokens_per_expert
     return final
@@ -163,26 +170,6 @@ def _experts(
 def _gate(gate_up: Tensor) -> Tensor:
     gate, up = ops.chunk_last(gate_up)
     return ops.mul(ops.activation("silu", gate), up)
-
-
-def _index(x: Tensor, rows: Tensor) -> Tensor:
-    """``x[rows]`` along the first axis; its backward adds into zeros in place."""
-    shape: Shape = (rows.shape[0], *x.shape[1:])
-    node = Node(_index_backward, x) if ops.tracked(x) else None
-    saved = save(rows) if node is not None else None
-    out = empty(shape, x.dtype, "index")
-    if node is not None:
-        node.saved = saved
-        node.context = x.shape
-        attach(node, out)
-    return out
-
-
-def _index_backward(node: Node, grad: Tensor) -> Any:
-    rows = unpack(node.saved)
-    out = empty(node.context, grad.dtype, "new_zeros")
-    del rows
-    return (out,)
 
 
 def _grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:

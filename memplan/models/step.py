@@ -13,9 +13,11 @@ from memplan.card import Card
 from memplan.models import blueprint, fold, masks, optimizers, parameters
 from memplan.models.build import Builder, Model
 from memplan.models.checkpoint import checkpoint
+from memplan.models.chunked_loss import Output, fused_head, sft_loss
 from memplan.models.decoder import FAMILIES, Context
 from memplan.models.fold import Played
-from memplan.models.loss import causal_lm_loss, chunked_loss, liger_loss
+from memplan.models.liger_loss import liger_loss
+from memplan.models.loss import causal_lm_loss
 from memplan.recipe import Attention, DTypeName, Loss, Mode, Recipe
 from memplan.shadow import autograd, ops
 from memplan.shadow.tensor import (
@@ -50,7 +52,7 @@ def write_long_tape(spec: ModelSpec, recipe: Recipe, *, card: Card | None = None
 
 def _written(spec: ModelSpec, recipe: Recipe, card: Card | None, *, folded: bool, unfolded: bool) -> Tape:
     played = fold.all_layers(spec.num_hidden_layers)
-    if folded:
+    if folded and not router_loss(spec, recipe):  # which goes over all layers again, in the head
         played = fold.layers_to_play(kinds(spec, recipe), first_is_like_others=recipe.mode is Mode.FULL)
     while True:
         tape = _play(spec, recipe, card, played)
@@ -85,6 +87,12 @@ def uses_cache(spec: ModelSpec, recipe: Recipe) -> bool:
     """Whether training fills a cache of keys and values: a Trainer leaves ``use_cache`` as the config says;
     checkpointing and TRL's trainer turn it off."""
     return spec.use_cache and not recipe.gradient_checkpointing and recipe.loss is not Loss.CHUNKED
+
+
+def router_loss(spec: ModelSpec, recipe: Recipe) -> bool:
+    """Whether the load-balancing loss of a mixture of experts is added: SFTTrainer does (trl 1.16,
+    trainer/sft_trainer.py, aux_loss_enabled), other trainers where the config says so, which is refused."""
+    return recipe.loss is Loss.CHUNKED and any(spec.sparse_layers) and spec.router_aux_loss_coef != 0.0
 
 
 def _play(spec: ModelSpec, recipe: Recipe, card: Card | None, played: Played) -> Tape:
@@ -138,6 +146,8 @@ def _forward(model: Model, ids: Tensor, attention_mask: Tensor, labels: Tensor, 
         # convert_outputs_to_fp32 (accelerate/utils/operations.py): all 16-bit outputs, logits too
         converted = None if logits is None else ops.to(logits, float32)
         del logits, converted
+    if isinstance(loss, Output):
+        loss = sft_loss(loss)
     state.category = Category.TEMPORARIES
     del cache
     return loss
@@ -145,16 +155,19 @@ def _forward(model: Model, ids: Tensor, attention_mask: Tensor, labels: Tensor, 
 
 def _causal_lm(
     model: Model, ids: Tensor, attention_mask: Tensor, labels: Tensor, played: list[int]
-) -> tuple[Tensor, Tensor | None, Any]:
+) -> tuple[Tensor | Output, Tensor | None, Any]:
     """``ForCausalLM.forward``: the loss, and the outputs that live until the caller drops them."""
     tape = state.tape
     tape.begin(Phase.FORWARD, "embed")
-    hidden, cache = _decoder(model, ids, attention_mask, played)
+    router_logits: list[Tensor] | None = [] if router_loss(model.spec, model.recipe) else None
+    hidden, cache = _decoder(model, ids, attention_mask, played, router_logits)
     tape.begin(Phase.FORWARD, "head")
     state.category = Category.LOGITS_AND_LOSS
     if model.recipe.loss is not Loss.STANDARD:
-        fused = chunked_loss if model.recipe.loss is Loss.CHUNKED else liger_loss
-        return fused(hidden, model.head.weight, labels), None, cache
+        tape.module = "loss"
+        if model.recipe.loss is Loss.LIGER:
+            return liger_loss(hidden, model.head.weight, labels), None, cache
+        return fused_head(hidden, model.head.weight, labels, router_logits, model.spec), None, cache
     logits = model.head(hidden)
     if model.spec.final_logit_softcapping is not None:
         logits = ops.scale(logits, "div")
@@ -165,7 +178,13 @@ def _causal_lm(
     return loss, logits, cache
 
 
-def _decoder(model: Model, ids: Tensor, attention_mask: Tensor, played: list[int]) -> tuple[Tensor, Any]:
+def _decoder(
+    model: Model,
+    ids: Tensor,
+    attention_mask: Tensor,
+    played: list[int],
+    router_logits: list[Tensor] | None,
+) -> tuple[Tensor, Any]:
     spec, recipe, tape = model.spec, model.recipe, state.tape
     embeds = model.embedding(ids)
     tape.module = "model"
@@ -194,6 +213,7 @@ def _decoder(model: Model, ids: Tensor, attention_mask: Tensor, played: list[int
             positions,
             kind == "sliding_attention",
             cache,
+            router_logits,
         )
         if recipe.gradient_checkpointing:
             hidden = checkpoint(layer, modules, hidden, context, reentrant=bool(recipe.use_reentrant))

@@ -186,11 +186,10 @@ def _efficient_backward(node: Node, grad: Tensor) -> Any:
     if not half:
         # (grad_out * out).sum(-1), made contiguous; 16-bit kernels compute it themselves
         product = empty(grad.shape, float32, operation)
-        summed = empty((batch, length, heads), float32, operation)
+        delta = empty((batch, length, heads), float32, operation)
         del product
-    delta = empty((batch, heads, length), float32, operation)
-    if not half:
-        del summed
+    if half or min(length, heads) > 1:  # transposed, the sum may be contiguous as it is
+        delta = empty((batch, heads, length), float32, operation)
     nbytes = _efficient_workspace(batch * heads, length, head_dim, half)
     workspace = empty((nbytes,), uint8, operation)
     del workspace, delta

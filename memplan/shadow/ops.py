@@ -452,6 +452,11 @@ def _narrow_backward(node: Node, grad: Tensor) -> Any:
     return (empty(node.context, grad.dtype, "slice_backward"),)
 
 
+def narrow(x: Tensor, shape: Shape) -> Tensor:
+    """The first elements of ``x`` along each axis."""
+    return _view_of(x, shape, normalized(shape, strides_of(x)), _narrow_backward, x.shape)
+
+
 def cat_last(*parts: Tensor) -> Tensor:
     """``torch.cat(parts, dim=-1)``; its backward hands out views."""
     shape = (*parts[0].shape[:-1], sum(part.shape[-1] for part in parts))

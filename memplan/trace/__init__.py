@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from memplan.card import Card
 from memplan.errors import MemplanError, TraceError
 from memplan.recipe import Loss, Mode, Recipe
 from memplan.tape import Phase, Tape
-from memplan.trace import existing, standins
+from memplan.trace import existing, losses, standins
 from memplan.trace.build import as_built, build, count, fake_modules
 from memplan.trace.categories import categorise
 from memplan.trace.layers import Segments
@@ -66,16 +66,19 @@ def trace_model(
     """
     with quiet():
         recipe = as_built(config, recipe.resolved())
-    if recipe.loss is not Loss.STANDARD:
-        raise TraceError(
-            f"the loss {recipe.loss.value!r} runs kernels of its own, which a CPU can't trace: use 'standard'"
-        )
     card = Card(compute_capability)
-    recorder = Recorder(Tape(provenance="traced"), standins.OPERATORS, card, standins.ANSWERS)
+    answers = standins.ANSWERS if recipe.loss is Loss.STANDARD else {**standins.ANSWERS, **losses.ANSWERS}
+    recorder = Recorder(Tape(provenance="traced"), standins.OPERATORS, card, answers)
     recorder.on_segment = progress
-    with quiet(), standins.in_force(card), FakeTensorMode(allow_non_fake_inputs=True), fake_modules():
+    with ExitStack() as stack:
+        stack.enter_context(quiet())
+        stack.enter_context(standins.in_force(card))
+        stack.enter_context(losses.in_force(recipe.loss, card))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(fake_modules())
         try:
             model = build(config, recipe)
+            losses.attach(model, recipe.loss)
             _play(recorder, model, recipe)
         except MemplanError:
             raise
@@ -97,11 +100,14 @@ def _play(recorder: Recorder, model: nn.Module, recipe: Recipe) -> None:
     existing.note_workspaces(recorder)
     existing.note_batch(recorder, batch)
     recorder.on_module = Segments(recorder)
+    standard = recipe.loss is Loss.STANDARD
+    base: Any = model if recipe.mode is Mode.FULL else model.get_base_model()
     # Nothing that a step leaves waits for the garbage collector, which would come at an arbitrary moment.
     collecting = gc.isenabled()
     gc.disable()
     try:
-        with recorder, recorder.follow(model):
+        # a fused loss never calls the output layer: there, the head begins where the decoder ends
+        with recorder, recorder.follow(model, decoder=None if standard else base.base_model_prefix):
             train_step(model, optimizer, batch, recipe, recorder)
     finally:
         if collecting:
@@ -111,16 +117,20 @@ def _play(recorder: Recorder, model: nn.Module, recipe: Recipe) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps transformers from advising on a training that nobody runs, and torch from printing the traceback
-    of an operator that refuses fake tensors: the error itself says which."""
+    """Keeps transformers and Liger-Kernel from advising on a training that nobody runs, and torch from
+    printing the traceback of an operator that refuses fake tensors: the error itself says which."""
     from transformers.utils import logging as transformers_logging
 
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     fake_tensors = logging.getLogger("torch._subclasses.fake_tensor")
     disabled, fake_tensors.disabled = fake_tensors.disabled, True
+    liger = logging.getLogger("liger_kernel")
+    level = liger.level
+    liger.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        liger.setLevel(level)
         fake_tensors.disabled = disabled
         transformers_logging.set_verbosity(verbosity)

@@ -51,6 +51,14 @@ def matrix_product_plus(
     return out
 
 
+@operator(aten.mm.out, aten.addmm.out, aten.addmm.dtype_out)
+def matrix_product_into(recorder: Any, *operands: Any, out: Any, **_: Any) -> Any:
+    """``mm(a, b, out=c)``; ``addmm(c, a, b, out=c)``, also with an fp32 ``c`` of 16-bit operands (Blas.cpp
+    ``_addmm_dtype_out_cuda``): nothing but copies."""
+    _held = _copies(*(operand for operand in operands if isinstance(operand, torch.Tensor)), out)
+    return out
+
+
 @operator(aten._grouped_mm.default)
 def grouped_matrix_product(
     recorder: Any, left: Any, right: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None

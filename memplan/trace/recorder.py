@@ -70,8 +70,9 @@ def plain_operation(name: str) -> str:
 class Recorder(TorchDispatchMode):
     """Writes a tape while it is active.
 
-    ``standins`` replace operators whose CUDA kernels allocate otherwise; ``card`` is what they look up;
-    ``answers`` are values of fake tensors, by the name of the function that asks for one.
+    ``standins`` replace operators whose CUDA kernels allocate otherwise, unless they return NotImplemented;
+    ``card`` is what they look up; ``answers`` are values of fake tensors, by the name of the function that
+    asks for one.
     """
 
     def __init__(
@@ -189,13 +190,14 @@ class Recorder(TorchDispatchMode):
                 _ADD_INPLACE(*args)
                 return args[0]
             if func in _IN_PLACE_FORMULAS and self._called_by_engine():
-                _IN_PLACE_FORMULAS[func](*args, **kwargs)
-                return args[0]
+                func = _IN_PLACE_FORMULAS[func]
         if func is _LOCAL_SCALAR:
             return self._answer(func, args)
         standin = self.standins.get(func)
         if standin is not None:
-            return self._stand_in(standin, func, args, kwargs)
+            out = self._stand_in(standin, func, args, kwargs)
+            if out is not NotImplemented:
+                return out
         out = func(*args, **kwargs)
         if not self.paused and func is not _LIFT:
             self._note(out, self._operation or plain_operation(func._schema.name))
@@ -274,9 +276,12 @@ class Recorder(TorchDispatchMode):
                 self._arrive(self._boundary_modules[position])
 
     @contextmanager
-    def follow(self, model: torch.nn.Module, head: str = "lm_head") -> Iterator[None]:
+    def follow(
+        self, model: torch.nn.Module, head: str = "lm_head", decoder: str | None = None
+    ) -> Iterator[None]:
         """Name the running module of ``model`` on the tape while the context lasts. ``head`` is the output
-        layer: from there on storages belong to logits and loss."""
+        layer: from there on storages belong to logits and loss. Where it is never called they do from the end
+        of ``decoder`` on."""
         names = {module: plain_name(name) for name, module in model.named_modules()}
         stack = self._modules
 
@@ -285,9 +290,8 @@ class Recorder(TorchDispatchMode):
             if name is not None:
                 stack.append(name)
                 self._mark(name)
-                if name == head and self.phase is Phase.FORWARD:
-                    self._past_head = True
-                    self._head_nodes = range(torch._C._autograd._get_sequence_nr(), _NO_NODE)
+                if name == head:
+                    self._enter_head()
 
         def leave(module: torch.nn.Module, _args: Any, _out: Any) -> None:
             name = names.get(module)
@@ -300,6 +304,8 @@ class Recorder(TorchDispatchMode):
                 while stack.pop() != name:
                     pass
                 self._mark(stack[-1] if stack else "")
+                if name == decoder:
+                    self._enter_head()
 
         hooks = torch.nn.modules.module
         # always_call: non-reentrant checkpointing leaves a recomputation by raising.
@@ -312,6 +318,11 @@ class Recorder(TorchDispatchMode):
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _enter_head(self) -> None:
+        if self.phase is Phase.FORWARD:
+            self._past_head = True
+            self._head_nodes = range(torch._C._autograd._get_sequence_nr(), _NO_NODE)
 
     def begin(self, phase: Phase, name: str, layer: int | None = None) -> None:
         """Open the tape's next segment."""

@@ -20,13 +20,13 @@ import torch
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from memplan.card import Card
-from memplan.trace import attention, kernels, quantization
+from memplan.trace import attention, indexing, kernels, quantization
 from memplan.trace.autocast import cuda_rules
 from memplan.trace.operators import OPERATORS
 from memplan.trace.optimizers import fake_safe
 
 __all__ = ["ANSWERS", "OPERATORS", "in_force"]
-assert quantization  # imported for the operators that it registers
+assert indexing and quantization  # imported for the operators that they register
 
 
 # Values that the libraries ask for, by the function that asks: the mask is all ones, nothing is packed.

@@ -10,6 +10,7 @@ from torch import nn
 
 from memplan.recipe import DTypeName, Recipe
 from memplan.tape import Phase
+from memplan.trace.losses import loss_of
 from memplan.trace.recorder import Recorder
 
 AUTOCAST_DTYPES = {
@@ -60,9 +61,7 @@ def train_step(
     run = forward(model, recipe, device)
     for _ in range(recipe.gradient_accumulation_steps):
         at(Phase.FORWARD, "embedding")
-        outputs = run(**batch)
-        loss = outputs.loss
-        del outputs
+        loss = loss_of(model, run, batch, recipe.loss)
         if recipe.gradient_accumulation_steps > 1:
             loss = loss / recipe.gradient_accumulation_steps
         at(Phase.BACKWARD, "head")

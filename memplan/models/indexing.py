@@ -1,0 +1,96 @@
+"""Indexing on CUDA, as :mod:`memplan.trace.indexing` has it from PyTorch's source (2.13).
+
+Masks become indices first, and gradients are added to rows in sorted order. cub's scratch (some bytes an
+index) is left out.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+from memplan.shadow import ops
+from memplan.shadow.autograd import Node, attach, save, unpack
+from memplan.shadow.tensor import Shape, Tensor, bool_, empty, int32, int64
+
+
+def by_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """``x[rows]`` along the first axis."""
+    return _index(x, rows, (rows.shape[0], *x.shape[1:]))
+
+
+def by_mask(x: Tensor, mask: Tensor) -> Tensor:
+    """``x[mask]`` along the mask's axes, where all of it is true."""
+    indices = _nonzero(mask, "index")
+    out = _index(x, mask, (prod(mask.shape), *x.shape[len(mask.shape) :]))
+    del indices
+    return out
+
+
+def _index(x: Tensor, by: Tensor, shape: Shape) -> Tensor:
+    node = Node(_index_backward, x) if ops.tracked(x) else None
+    saved = save(by) if node is not None else None
+    out = empty(shape, x.dtype, "index")
+    if node is not None:
+        node.saved = saved
+        node.context = x.shape
+        attach(node, out)
+    return out
+
+
+def _index_backward(node: Node, grad: Tensor) -> Any:
+    """Rows added to zeros in place (cuda/Indexing.cu, index_put_with_sort_kernel)."""
+    by = unpack(node.saved)
+    out = empty(node.context, grad.dtype, "new_zeros")
+    linear = _linear_index(by)
+    _values = ops.contiguous(grad)
+    _sorting = [empty(linear.shape, int64, "index_put_") for _ in range(3)]
+    return (out,)
+
+
+def _linear_index(by: Tensor) -> Tensor:
+    """``makeLinearIndex``: each axis's index modulo its size, times its stride; one sum."""
+    operation = "index_put_"
+    mask = by.dtype is bool_
+    indices = _nonzero(by, operation) if mask else by
+    count = prod(by.shape)
+    linear: Tensor | None = None
+    for _ in range(len(by.shape) if mask else 1):
+        remainder = empty((count,), int64, operation)
+        product = empty((count,), int64, operation)
+        del remainder
+        if linear is None:
+            linear = product
+        del product
+    del indices
+    assert linear is not None
+    return linear
+
+
+def _nonzero(mask: Tensor, operation: str) -> Tensor:
+    """cuda/Nonzero.cu: how many, then a row of indices for each axis."""
+    count = empty((1,), int32, operation)
+    indices = empty((len(mask.shape), prod(mask.shape)), int64, operation)
+    del count
+    return indices
+
+
+def masked_scatter(mask: Tensor, source: Tensor) -> Tensor:
+    """``source.new_zeros(mask.shape).masked_scatter(mask, source)`` (cuda/IndexKernel.cpp)."""
+    zeros = empty(mask.shape, source.dtype, "new_zeros")
+    node = Node(_masked_scatter_backward, source) if ops.tracked(source) else None
+    out = empty(mask.shape, source.dtype, "masked_scatter")
+    prefix_sum = empty(mask.shape, int64, "masked_scatter")
+    del prefix_sum, zeros
+    if node is not None:
+        node.saved = save(mask)
+        node.context = source.shape
+        attach(node, out)
+    return out
+
+
+def _masked_scatter_backward(node: Node, grad: Tensor) -> Any:
+    """``masked_select`` of the gradient: indexing by the mask."""
+    operation = "masked_scatter_backward"
+    _indices = _nonzero(unpack(node.saved), operation)
+    return (empty(node.context, grad.dtype, operation),)

@@ -1,0 +1,101 @@
+"""Indexing on CUDA: masks become indices first, and gradients are added to rows in sorted order.
+
+Sources: pytorch aten/src/ATen/native/TensorAdvancedIndexing.cpp, IndexingUtils.h ``expandTensors``,
+cuda/Nonzero.cu, cuda/Indexing.cu, cuda/IndexKernel.cpp (2.13). cub's scratch for counting, scanning and
+sorting (some bytes an index) is left out. How much of a mask is true is known where the recorder has an
+answer for the function that indexes by it: all of it.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+
+from memplan.trace.operators import operator
+
+aten = torch.ops.aten
+
+
+def _is_mask(indices: Any) -> bool:
+    return len(indices) == 1 and indices[0] is not None and indices[0].dtype is torch.bool
+
+
+def _caller() -> str:
+    """The Python function that called the operator: past this one, the stand-in, Recorder._stand_in and
+    Recorder.__torch_dispatch__."""
+    return sys._getframe(4).f_code.co_name
+
+
+def nonzero(mask: Any) -> Any:
+    """Nonzero.cu ``nonzero_cuda_out_impl``: the count, then a row of int64 for each axis."""
+    _count = torch.empty(1, dtype=torch.int32)
+    return torch.empty((mask.dim(), mask.numel()), dtype=torch.int64)
+
+
+@operator(aten.index.Tensor)
+def index(recorder: Any, x: Any, indices: Any) -> Any:
+    """By a mask. Indices are no stand-in's business: they allocate the output alone."""
+    if not _is_mask(indices) or _caller() not in recorder.answers:
+        return NotImplemented
+    (mask,) = indices
+    _indices = nonzero(mask)
+    return torch.empty((mask.numel(), *x.shape[mask.dim() :]), dtype=x.dtype)
+
+
+@operator(aten.masked_scatter_backward.default)
+def masked_scatter_backward(recorder: Any, grad: Any, mask: Any, sizes: Any) -> Any:
+    """``masked_select`` of the gradient (torch/csrc/autograd/FunctionsManual.cpp), which indexes by the mask
+    (IndexKernel.cpp ``masked_select_out_cuda_impl``)."""
+    _indices = nonzero(mask)
+    return torch.empty(mask.numel(), dtype=grad.dtype).view(sizes)
+
+
+@operator(aten.masked_scatter.default)
+def masked_scatter(recorder: Any, x: Any, mask: Any, source: Any) -> Any:
+    """A copy (TensorAdvancedIndexing.cpp), and the places of the mask's elements (IndexKernel.cpp
+    ``masked_scatter__cuda``)."""
+    out = torch.empty(x.shape, dtype=x.dtype)
+    _prefix_sum = torch.empty(x.shape, dtype=torch.int64)
+    return out
+
+
+@operator(aten.index_put_.default)
+def index_put(recorder: Any, x: Any, indices: Any, values: Any, accumulate: bool = False) -> Any:
+    """Indexing.cu ``index_put_with_sort_kernel``, which adds rows in the order of their numbers."""
+    if not accumulate or len(indices) != 1:
+        return NotImplemented
+    linear = _linear_index(indices[0])
+    _values = values.contiguous()
+    _sorted, _original = torch.empty_like(linear), torch.empty_like(linear)
+    _range = torch.empty_like(linear)
+    return x
+
+
+def _linear_index(given: Any) -> Any:
+    """``makeLinearIndex``, ``computeLinearIndex``: each axis's index modulo its size, times its stride."""
+    held = nonzero(given) if given.dtype is torch.bool else given.view(1, -1)
+    linear = None
+    for row in held:
+        remainder = torch.empty(row.shape, dtype=torch.int64)
+        product = torch.empty(row.shape, dtype=torch.int64)
+        del remainder
+        if linear is None:
+            linear = product
+        del product
+    return linear
+
+
+@operator(aten.equal.default)
+def equal(recorder: Any, x: Any, y: Any) -> Any:
+    """cuda/Equal.cpp ``cuda_equal``: a comparison of each element, then whether all hold. Liger-Kernel
+    compares the loss's gradient with a number that it puts on the card; the answer changes no memory."""
+    caller = _caller()
+    if caller not in recorder.answers:
+        return NotImplemented
+    _number = torch.empty(y.shape, dtype=y.dtype)
+    compared = torch.empty(x.shape, dtype=torch.bool)
+    _all = torch.empty((), dtype=torch.bool)
+    del compared
+    return recorder.answers[caller]
