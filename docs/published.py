@@ -109,10 +109,10 @@ RESERVED = """
 The same runs' highest figure of nvidia-smi, which somebody polled, beside what the simulated allocator
 reserves for today's plan on that card. nvidia-smi counts more: the context, and on this card the
 {hidden:,} bytes that PyTorch never sees. What it counts more is nearly the same in the four rows of full
-fine-tuning and LoRA with stock kernels, {low:.2f} to {high:.2f} GiB, although they reserve from 27 to 74 GiB. Full
-fine-tuning at batch 8 reserves 4 GiB *less* than at batch 4: there the simulated allocator runs into the end
-of the card, gives its cache back and asks again, as the published run must have done. In the other rows the
-peaks differ (above), and the columns with them.
+fine-tuning and LoRA with stock kernels, {low:.2f} to {high:.2f} GiB, although they reserve from 27 to 74 GiB.
+Full fine-tuning at batch 8 reserves 4 GiB *less* than at batch 4: there the simulated allocator runs into
+the end of the card, gives its cache back and asks again, as the published run must have done. In the other
+rows the peaks differ (above), and the columns with them.
 
 | run | batch | published, nvidia-smi | simulated, after the step | simulated, at most | retries |
 | --- | ---: | ---: | ---: | ---: | ---: |

@@ -25,12 +25,13 @@ MODES = "full,lora,qlora"
 MOST_POINTS = 2000
 
 EXAMPLES = """\
-Without --exact the answer takes less than a second and says what no run can do without: the peak of allocated
-bytes. What the allocator loses comes out of that; --exact simulates it for each point, which takes longer.
+Without --exact the answer takes less than a second and says what no run can do
+without: the peak of allocated bytes. What the allocator loses comes out of
+that; --exact simulates it for each point, which takes longer.
 
 examples:
   memplan frontier llama-8b --gpu 4090
-  memplan frontier llama-70b --gpu h100 --modes qlora --batch-sizes 1,2,4 --exact
+  memplan frontier llama-70b --gpu h100 --modes qlora --batch-sizes 1,2 --exact
 """
 
 
