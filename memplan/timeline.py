@@ -17,6 +17,7 @@ from itertools import accumulate
 
 from memplan.tape import Category, Phase, Tape
 
+IN_A_LAYER = "a layer"  # the module of what a layer does outside its modules
 _LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -118,6 +119,7 @@ def moments(tape: Tape, events: Iterable[int], largest: int = 0) -> Iterator[Mom
     totals = dict.fromkeys(Category, 0)
     alive: Counter[_Kind] = Counter()
     of_step: set[int] = set()
+    in_layers = _born_in_layers(tape) if largest else set()
     segments = iter(tape.segments)
     segment = next(segments)
     position = 0
@@ -130,9 +132,9 @@ def moments(tape: Tape, events: Iterable[int], largest: int = 0) -> Iterator[Mom
                 continue
             if index >= 0 and number >= begin:
                 of_step.add(storage)
-                alive[_kind(tape, storage)] += 1
+                alive[_kind(tape, storage, in_layers)] += 1
             elif storage in of_step:
-                alive[_kind(tape, storage)] -= 1
+                alive[_kind(tape, storage, in_layers)] -= 1
         position = event + 1
         while segment.stop <= event:
             segment = next(segments)
@@ -153,16 +155,22 @@ def resident(tape: Tape, largest: int) -> tuple[Held, ...]:
     """The ``largest`` of the tensors that are alive when the step begins."""
     _check(tape)
     alive: Counter[_Kind] = Counter()
+    in_layers = _born_in_layers(tape)
     for index in tape.events[: step_start(tape)]:
-        alive[_kind(tape, index if index >= 0 else ~index)] += 1 if index >= 0 else -1
+        alive[_kind(tape, index if index >= 0 else ~index, in_layers)] += 1 if index >= 0 else -1
     return _largest(alive, largest)
 
 
 _Kind = tuple[str, str, Category, int]
 
 
-def _kind(tape: Tape, storage: int) -> _Kind:
-    module = tape.modules[storage]
+def _born_in_layers(tape: Tape) -> set[int]:
+    layers = (segment for segment in tape.segments if segment.layer is not None)
+    return {index for segment in layers for index in tape.events[segment.start : segment.stop] if index >= 0}
+
+
+def _kind(tape: Tape, storage: int, in_layers: set[int]) -> _Kind:
+    module = tape.modules[storage] or (IN_A_LAYER if storage in in_layers else "")
     if "." in module:  # a trace has a layer's number in the module's name, a plan beside it
         module = _LAYER_NUMBER.sub("*", module)
     return module, tape.operations[storage], tape.categories[storage], tape.sizes[storage]

@@ -19,11 +19,13 @@ from memplan.tape import Category, Phase, Tape, replay, static_bytes
 from memplan.timeline import Held, live_bytes, moments, phases, resident, shown, step_start
 
 
-def drawn(tape: Tape, width: int = 80, encoding: str = "utf-8", **settings: object) -> str:
+def drawn(
+    tape: Tape, width: int = 80, encoding: str = "utf-8", micro_steps: int = 1, **settings: object
+) -> str:
     raw = io.BytesIO()
     file = io.TextIOWrapper(raw, encoding=encoding)
     console = Console(file=file, width=width, highlight=False, markup=False, **settings)  # type: ignore[arg-type]
-    show_timeline(tape, console)
+    show_timeline(tape, console, make_recipe(gradient_accumulation_steps=micro_steps))
     file.flush()
     return raw.getvalue().decode(encoding)
 
@@ -144,3 +146,9 @@ def test_the_pointer_stands_over_the_highest_column() -> None:
         top = lines[lines.index(pointer) + 1]
         assert top[pointer.index("▼")] not in " │"
         assert set(top[13 : pointer.index("▼")]) <= {" "}  # the first of the highest
+
+
+def test_micro_steps_that_are_left_out_are_told() -> None:
+    assert "micro-steps" not in drawn(example_tape(), micro_steps=2)
+    text = " ".join(drawn(example_tape(), micro_steps=8).split())
+    assert "Two of 8 micro-steps are shown: the others are like the second." in text

@@ -10,12 +10,14 @@ from rich.text import Text
 from memplan.report.console import heading, note, speaks_unicode
 from memplan.report.plan import CATEGORIES
 from memplan.report.units import gib
+from memplan.report.wording import micro_steps
 from memplan.tape import Category
 from memplan.timeline import Moment, Span, live_bytes, moments, phases, shown, step_start
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from memplan.recipe import Recipe
     from memplan.tape import Tape
 
 # What is there all the time lies at the bottom; the second glyph is for terminals without block characters.
@@ -35,7 +37,7 @@ _ROWS = 14
 _LABELS = len("1,000.00")
 
 
-def show_timeline(tape: Tape, console: Console) -> None:
+def show_timeline(tape: Tape, console: Console, recipe: Recipe) -> None:
     """Print the timeline of an unfolded tape with the first highest moment marked."""
     start = step_start(tape)
     live = live_bytes(tape)
@@ -49,7 +51,7 @@ def show_timeline(tape: Tape, console: Console) -> None:
     for line in chart.axis(phases(tape), start, len(live)):
         console.print(line, soft_wrap=True)
     _legend(chart, console)
-    _notes(chart, -(-(len(live) - start) // len(columns)), console)
+    _notes(chart, -(-(len(live) - start) // len(columns)), micro_steps(recipe), console)
 
 
 class _Chart:
@@ -139,7 +141,7 @@ def _legend(chart: _Chart, console: Console) -> None:
     console.print(line, soft_wrap=True)
 
 
-def _notes(chart: _Chart, events: int, console: Console) -> None:
+def _notes(chart: _Chart, events: int, micro: str, console: Console) -> None:
     hidden = [
         label
         for field, (label, _) in CATEGORIES.items()
@@ -150,5 +152,7 @@ def _notes(chart: _Chart, events: int, console: Console) -> None:
         sentences.append(f"The axis begins at {gib(round(chart.floor))} GiB.")
     if hidden:
         sentences.append(f"Below the axis or too thin to be drawn: {', '.join(hidden)}.")
+    if micro:
+        sentences.append(micro)
     if sentences:
         note(console, " ".join(sentences))
