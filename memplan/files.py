@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import tempfile
 from pathlib import Path
@@ -24,6 +25,12 @@ def write_whole(path: str | Path, content: bytes, what: str) -> None:
     except (OSError, ValueError, RuntimeError) as error:
         why = getattr(error, "strerror", None) or type(error).__name__
         raise MemplanError(f"{what} can't be written to {shown(str(path))}: {why}") from None
+
+
+def zipped(path: str | Path, content: bytes) -> bytes:
+    """The content as it belongs into a file of this name: compressed if it ends in ``.gz``. The same content
+    makes the same file."""
+    return gzip.compress(content, mtime=0) if str(path).endswith(".gz") else content
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -6,7 +6,6 @@ categories are numbers of entries in a list of strings. Reading checks that the 
 
 from __future__ import annotations
 
-import gzip
 import json
 import zlib
 from itertools import pairwise
@@ -16,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from memplan.errors import MemplanError
-from memplan.files import write_whole
+from memplan.files import write_whole, zipped
 from memplan.importers.fields import shown
 from memplan.tape import ALLOCATION_GRANULARITY, Category, Phase, Segment, Tape
 
@@ -39,7 +38,6 @@ class TapeInfo(BaseModel):
 
 def save(tape: Tape, path: str | Path, info: TapeInfo | None = None) -> None:
     """Write a tape. The file is there as a whole or not at all."""
-    path = Path(path)
     strings: dict[str, int] = {}
 
     def numbers(texts: list[str]) -> list[int]:
@@ -64,9 +62,7 @@ def save(tape: Tape, path: str | Path, info: TapeInfo | None = None) -> None:
         "strings": list(strings),
     }
     content = json.dumps(document, separators=(",", ":")).encode()
-    if path.name.endswith(".gz"):
-        content = gzip.compress(content, mtime=0)  # the same tape, the same file
-    write_whole(path, content, "the tape")
+    write_whole(path, zipped(path, content), "the tape")
 
 
 def load(path: str | Path) -> tuple[Tape, TapeInfo]:

@@ -152,3 +152,6 @@ def test_micro_steps_that_are_left_out_are_told() -> None:
     assert "micro-steps" not in drawn(example_tape(), micro_steps=2)
     text = " ".join(drawn(example_tape(), micro_steps=8).split())
     assert "Two of 8 micro-steps are shown: the others are like the second." in text
+    traced = example_tape()
+    traced.provenance = "traced"  # a trace runs them all
+    assert "micro-steps" not in drawn(traced, micro_steps=8)

@@ -235,7 +235,7 @@ def _timeline(plan: Plan, tape: Tape) -> str:
 </div>
 <p class="quiet small">Point at the chart, or use the arrow keys; drag to zoom, double-click to see all again.
 {events:,} allocations and releases{each}. Tensors that differ only in their layer are counted together.
-{micro_steps(plan.recipe)}</p>
+{micro_steps(plan.recipe, tape.provenance)}</p>
 </section>
 """
 

@@ -51,7 +51,7 @@ def show_timeline(tape: Tape, console: Console, recipe: Recipe) -> None:
     for line in chart.axis(phases(tape), start, len(live)):
         console.print(line, soft_wrap=True)
     _legend(chart, console)
-    _notes(chart, -(-(len(live) - start) // len(columns)), micro_steps(recipe), console)
+    _notes(chart, -(-(len(live) - start) // len(columns)), micro_steps(recipe, tape.provenance), console)
 
 
 class _Chart:
