@@ -17,11 +17,11 @@ def write_whole(path: str | Path, content: bytes, what: str) -> None:
     Raises MemplanError, which calls the file ``what``.
     """
     try:
-        target = Path(path).resolve()  # a link stays one, and what it leads to is replaced
+        target = Path(path)
         if target.exists() and not target.is_file() and not target.is_dir():
             target.write_bytes(content)
         else:
-            _replace(target, content)
+            _replace(target.resolve(), content)  # a link stays one, and what it leads to is replaced
     except (OSError, ValueError, RuntimeError) as error:
         why = getattr(error, "strerror", None) or type(error).__name__
         raise MemplanError(f"{what} can't be written to {shown(str(path))}: {why}") from None

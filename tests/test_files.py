@@ -39,6 +39,14 @@ def test_a_device_is_written_to_and_not_replaced() -> None:
     assert Path("/dev/null").is_char_device()
 
 
+def test_a_pipe_is_written_to() -> None:
+    reader, writer = os.pipe()
+    write_whole(f"/dev/fd/{writer}", b"through", "the thing")
+    os.close(writer)
+    with open(reader, "rb") as pipe:  # noqa: PTH123 (a descriptor is no path)
+        assert pipe.read() == b"through"
+
+
 @pytest.mark.parametrize("name", [".", "none/a", "x" * 300, "nul\0"])
 def test_what_cannot_be_written_is_one_sentence(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
