@@ -106,7 +106,9 @@ def test_the_chart_is_the_tapes(mode: str) -> None:
     start, live = step_start(tape), live_bytes(tape)
     assert chart["x"] == sorted(set(chart["x"]))
     sums = [512 * sum(column) for column in zip(*chart["live"], strict=True)]
-    assert sums == [live[start + x] for x in chart["x"]]
+    assert sums == [live[start + event] for event in chart["events"]]
+    wide = -(-(len(live) - start) // COLUMNS)
+    assert all(abs(x - event) < wide for x, event in zip(chart["x"], chart["events"], strict=True))
     peak, at = replay(tape), chart["peak"]
     assert sums[at] == peak.allocated_bytes == max(sums)
     for (field, _), column in zip(chart["categories"], chart["live"], strict=True):
@@ -210,6 +212,7 @@ def test_a_browser_runs_it(tmp_path: Path) -> None:
     size = f"{peak.allocated_bytes / 2**20:.1f} MiB"
     assert when[1] == (
         f"{size}, the peak: {peak.phase.value} of layer {peak.layer}, at {peak.operation} in {peak.module}"
+        f" (event {live_bytes(tape).index(peak.allocated_bytes) + 1 - step_start(tape):,})"
     )
     assert "<canvas" in process.stdout
     rows = re.search(r'<tbody id="tensors">(.*?)</tbody>', process.stdout)

@@ -4,8 +4,9 @@ escaped, and the page forbids itself to load anything."""
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     from memplan.fit import Fit
     from memplan.planner import Plan
 
-COLUMNS = 600  # of the chart; each has the lowest and the highest of its events
+# Of the chart, each with the lowest and the highest of its events: two for every pixel of the widest chart
+# would lose some between two pixels, one does not.
+COLUMNS = 480
 LARGEST = 8  # tensors told at each moment
 
 # What is there all the time lies at the bottom.
@@ -115,7 +118,8 @@ class _Numbers:
 def _chart(tape: Tape) -> dict[str, Any]:
     """What page.js draws. Sizes are in units of 512 bytes."""
     start, live = step_start(tape), live_bytes(tape)
-    chosen = [event for events in shown(live, start, COLUMNS) for event in events]
+    columns = shown(live, start, COLUMNS)
+    chosen = [event for events in columns for event in events]
     found = list(moments(tape, chosen, LARGEST))
     texts, kinds = _Numbers(), _Numbers()
     used = [field for field in STACK if any(m.by_category[Category(field)] for m in found)]
@@ -126,7 +130,8 @@ def _chart(tape: Tape) -> dict[str, Any]:
 
     return {
         "categories": [[field, CATEGORIES[field][0]] for field in used],
-        "x": [moment.event - start for moment in found],
+        "events": [event - start for event in chosen],
+        "x": list(_places(columns, len(live) - start)),
         "live": [
             [moment.by_category[Category(field)] // ALLOCATION_GRANULARITY for moment in found]
             for field in used
@@ -143,6 +148,14 @@ def _chart(tape: Tape) -> dict[str, Any]:
         "kinds": list(kinds.known),
         "texts": list(texts.known),
     }
+
+
+def _places(columns: Sequence[Sequence[int]], events: int) -> Iterator[int]:
+    """Where the moments are drawn: the first at the beginning of its column, the second in the middle, since
+    at its own event it could be thinner than a pixel."""
+    edges = [events * number // len(columns) for number in range(len(columns) + 1)]
+    for column, (begin, end) in zip(columns, pairwise(edges), strict=True):
+        yield from (begin, (begin + end) // 2)[: len(column)]
 
 
 def _name(held: Held) -> str:
@@ -223,8 +236,8 @@ def _timeline(plan: Plan, tape: Tape) -> str:
     each = f"{points}{-(-events // COLUMNS)}" if points else ""
     return f"""<section>
 <div class="top"><h2>The step</h2>
-<label class="small"><input type="checkbox" id="cut"> begin the axis at what is always there
-(<span id="lowest"></span>)</label></div>
+<label class="small"><input type="checkbox" id="cut"> axis from <span id="lowest"></span>,
+which is always there</label></div>
 <div id="chart" tabindex="0" role="img" aria-label="Live bytes over the step, by category"></div>
 <noscript><p>The chart needs JavaScript, which is in this page and loads nothing.</p></noscript>
 <div id="moment" aria-live="off">
@@ -255,7 +268,7 @@ def _fits(fits: Sequence[Fit]) -> str:
     head = "".join(f'<th class="number">{title}</th>' for title in ("usable", "needed", "headroom"))
     return f"""<section>
 <h2>Cards</h2>
-<table><thead><tr><th>GiB</th>{head}<th></th></tr></thead><tbody>{"".join(rows)}</tbody></table>
+<table class="cards"><thead><tr><th>GiB</th>{head}<th></th></tr></thead><tbody>{"".join(rows)}</tbody></table>
 <p class="quiet small">{ESTIMATE}</p>
 </section>
 """

@@ -53,7 +53,7 @@
     const place = data.texts[phase] + (layer === null ? "" : ` of layer ${layer}`);
     const inside = data.texts[module] ? ` in ${data.texts[module]}` : "";
     document.getElementById("when").textContent =
-      `${size(total[index])}${index === data.peak ? ", the peak" : ""}: ${place}, at ${data.texts[operation]}${inside}`;
+      `${size(total[index])}${index === data.peak ? ", the peak" : ""}: ${place}, at ${data.texts[operation]}${inside} (event ${(data.events[index] + 1).toLocaleString("en")})`;
     document.getElementById("live").replaceChildren(
       ...categories.map(([key, label], i) => row([[[swatch(key), label]], [size(live[i][index]), "number"]])).reverse());
     const held = data.held[index];
@@ -71,7 +71,25 @@
     document.getElementById("tensors").replaceChildren(...rows);
   }
 
-  let plot = null;
+  // Each point needs a pixel or it would be lost between two: where there are fewer, of some points only the
+  // lowest and the highest are drawn, in their order.
+  function thin(pixels) {
+    const count = data.x.length, some = Math.max(1, Math.ceil(count / (pixels * 1.05)));
+    const chosen = [], x = [];
+    for (let start = 0; start < count; start += some === 1 ? 1 : 2 * some) {
+      const stop = some === 1 ? start + 1 : Math.min(start + 2 * some, count);
+      let low = start, high = start;
+      for (let i = start; i < stop; i++) {
+        if (total[i] < total[low]) low = i;
+        if (total[i] > total[high]) high = i;
+      }
+      const pair = low === high ? [low] : low < high ? [low, high] : [high, low];
+      pair.forEach((point, i) => { chosen.push(point); x.push(data.x[i ? Math.min(start + some, stop - 1) : start]); });
+    }
+    return [chosen, x];
+  }
+
+  let plot = null, chosen = [], drawnAt = [];
 
   function annotate(u) {
     const ratio = uPlot.pxRatio, ctx = u.ctx, { left, top: above, width, height } = u.bbox;
@@ -99,7 +117,7 @@
       ctx.fillText(name, x + 6 * ratio, above - 18 * ratio);
     }
     ctx.setLineDash([]);
-    const x = u.valToPos(data.x[data.peak], "x", true), y = u.valToPos(top, "y", true);
+    const x = u.valToPos(drawnAt[chosen.indexOf(data.peak)], "x", true), y = u.valToPos(top, "y", true);
     if (x >= left && x <= left + width) {
       ctx.beginPath();
       ctx.arc(x, y, 4 * ratio, 0, 2 * Math.PI);
@@ -113,6 +131,7 @@
 
   function draw() {
     if (plot) plot.destroy();
+    [chosen, drawnAt] = thin((chart.clientWidth - 88) * devicePixelRatio);
     const quiet = colour("quiet"), line = colour("line");
     const axis = { stroke: quiet, grid: { stroke: line, width: 1 }, ticks: { stroke: line, width: 1 } };
     const floor = () => (cut.checked ? Math.max(0, lowest - 0.04 * (top - lowest)) : 0);
@@ -134,9 +153,9 @@
       cursor: { y: false, points: { show: false }, drag: { x: true, y: false } },
       hooks: {
         draw: [annotate],
-        setCursor: [(u) => show(u.cursor.idx === null || u.cursor.left < 0 ? data.peak : u.cursor.idx)],
+        setCursor: [(u) => show(u.cursor.idx === null || u.cursor.left < 0 ? data.peak : chosen[u.cursor.idx])],
       },
-    }, [data.x, ...stacked], chart);
+    }, [drawnAt, ...stacked.map((column) => chosen.map((point) => column[point]))], chart);
   }
 
   // Ticks at round numbers of GiB or MiB, not of bytes.
@@ -155,9 +174,10 @@
     const by = { ArrowLeft: -1, ArrowRight: 1, PageUp: -20, PageDown: 20 }[event.key];
     if (!by) return;
     event.preventDefault();
-    const now = plot.cursor.idx === null || plot.cursor.left < 0 ? data.peak : plot.cursor.idx;
-    const next = Math.min(Math.max(now + by, 0), data.x.length - 1);
-    plot.setCursor({ left: plot.valToPos(data.x[next], "x"), top: 0 });
+    const away = plot.cursor.idx === null || plot.cursor.left < 0;
+    const now = away ? chosen.indexOf(data.peak) : plot.cursor.idx;
+    const next = Math.min(Math.max(now + by, 0), chosen.length - 1);
+    plot.setCursor({ left: plot.valToPos(drawnAt[next], "x"), top: 0 });
   });
   // Where what never changes fills half the picture or more, the axis begins at its end.
   cut.checked = 2 * lowest > top && lowest < top;
