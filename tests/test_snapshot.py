@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -280,3 +281,14 @@ def test_the_example_is_sound() -> None:
     snapshot = example()
     assert replace(snapshot) == snapshot
     assert sum(block.size for block in snapshot.segments[0].blocks) == snapshot.segments[0].total_size
+
+
+def test_the_docs_python_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "pictures.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    save_snapshot(replace(example(), device=0), tmp_path / "dump_snapshot.pickle")
+    exec(compile(code, "docs/pictures.md", "exec"), {})
+    assert capsys.readouterr().out.startswith(f"{2 * MIB} 11 ")
