@@ -11,7 +11,7 @@ from small_specs import SPECS
 
 from memplan.models.step import write_tape
 from memplan.recipe import make_recipe
-from memplan.snapshot import Action, BlockState, Frame, Snapshot, load_snapshot, save_snapshot
+from memplan.snapshot import Action, BlockState, Frame, Snapshot, TraceEntry, load_snapshot, save_snapshot
 from memplan.snapshot.layout import Placed, first_fit, snapshot_of
 from memplan.tape import Category, Phase, Tape, replay
 
@@ -121,6 +121,7 @@ def test_an_allocators_own_placement_is_taken_as_it_is() -> None:
         Placed(Action.SEGMENT_UNMAP, spread + 2 * MIB, 2 * MIB),
         Placed(Action.FREE_COMPLETED, large + 5 * MIB, 3 * MIB, 1),
         Placed(Action.SEGMENT_FREE, small, 2 * MIB, pool="small"),
+        Placed(Action.OOM, 3 * MIB, 40 * MIB),
     ]
     snapshot = snapshot_of(toy(), placement, {"max_split_size": -1})
     assert [
@@ -135,6 +136,7 @@ def test_an_allocators_own_placement_is_taken_as_it_is() -> None:
     assert (block.size, block.requested_size, rest.size) == (5 * MIB, 4 * MIB, 15 * MIB)
     assert [block.size for block in snapshot.segments[2].blocks] == [MIB, MIB]
     assert snapshot.settings == {"max_split_size": -1}
+    assert snapshot.trace[-2] == TraceEntry(Action.OOM, 0, 40 * MIB, device_free=3 * MIB)
     pools = snapshot_of(toy(), placement[:1]).segments
     assert [segment.segment_type for segment in pools] == ["small"]
 

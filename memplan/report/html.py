@@ -4,7 +4,7 @@ escaped, and the page forbids itself to load anything."""
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from html import escape
 from itertools import pairwise
 from pathlib import Path
@@ -232,8 +232,8 @@ def _bar(plan: Plan) -> str:
 
 def _timeline(plan: Plan, tape: Tape) -> str:
     events = len(tape.events) - step_start(tape)
-    points = "" if events <= COLUMNS else ", of which the chart shows the lowest and the highest of each "
-    each = f"{points}{-(-events // COLUMNS)}" if points else ""
+    each = -(-events // COLUMNS)
+    thinned = f", of which the chart shows the lowest and the highest of each {each:,}" if each > 1 else ""
     return f"""<section>
 <div class="top"><h2>The step</h2>
 <label class="small"><input type="checkbox" id="cut"> axis from <span id="lowest"></span>,
@@ -247,7 +247,7 @@ which is always there</label></div>
 <th class="number">bytes</th></tr></thead><tbody id="tensors"></tbody></table></div>
 </div>
 <p class="quiet small">Point at the chart, or use the arrow keys; drag to zoom, double-click to see all again.
-{events:,} allocations and releases{each}. Tensors that differ only in their layer are counted together.
+{events:,} allocations and releases{thinned}. Tensors that differ only in their layer are counted together.
 {micro_steps(plan.recipe, tape.provenance)}</p>
 </section>
 """
@@ -305,5 +305,5 @@ def _mib(nbytes: int) -> str:
     return f"{nbytes / 2**20:,.1f} MiB"
 
 
-def _row(name: str, *numbers: Iterable[str]) -> str:
+def _row(name: str, *numbers: str) -> str:
     return f"<tr><td>{name}</td>" + "".join(f'<td class="number">{n}</td>' for n in numbers) + "</tr>"

@@ -30,7 +30,8 @@ _PAGE = 2 << 20
 @dataclass(frozen=True, slots=True)
 class Placed:
     """What an allocator did: ``size`` bytes of a block (alloc, free_completed) or a segment (segment_...) at
-    an address. ``storage`` is the tape's number of the tensor in the block, ``pool`` the segment's."""
+    an address. ``storage`` is the tape's number of the tensor in the block, ``pool`` the segment's. When it
+    ran out of memory (oom), ``addr`` is what the device had left, as in PyTorch's own record."""
 
     action: Action
     addr: int
@@ -83,6 +84,9 @@ def snapshot_of(
     trace: list[TraceEntry] = []
     for placed in first_fit(tape) if placement is None else placement:
         held.take(placed)
+        if placed.action is Action.OOM:
+            trace.append(TraceEntry(Action.OOM, 0, placed.size, device_free=placed.addr))
+            continue
         if placed.storage < 0:
             trace.append(TraceEntry(placed.action, placed.addr, placed.size))
             continue
