@@ -17,6 +17,7 @@ from itertools import accumulate
 
 from memplan.tape import Category, Phase, Tape
 
+RESIDENT = (Category.WEIGHTS, Category.QUANTIZATION_STATE, Category.ADAPTERS, Category.OPTIMIZER_STATE)
 IN_A_LAYER = "a layer"  # the module of what a layer does outside its modules
 _LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -54,6 +55,11 @@ class Moment:
     def allocated_bytes(self) -> int:
         """Live bytes in all categories."""
         return sum(self.by_category.values())
+
+    @property
+    def resident_bytes(self) -> int:
+        """Live bytes in the categories that are there all through the step."""
+        return sum(self.by_category[category] for category in RESIDENT)
 
 
 @dataclass(frozen=True, slots=True)

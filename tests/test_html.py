@@ -22,8 +22,8 @@ from memplan.models.step import write_tape
 from memplan.planner import plan, predicted_tape
 from memplan.recipe import make_recipe
 from memplan.report.html import COLUMNS, STACK, page
-from memplan.tape import Category, Tape, replay
-from memplan.timeline import live_bytes, step_start
+from memplan.tape import Category, Tape, replay, static_bytes
+from memplan.timeline import RESIDENT, live_bytes, step_start
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
 ASSETS = Path(__file__).parent.parent / "memplan" / "report" / "assets"
@@ -68,7 +68,7 @@ def without_assets(text: str) -> str:
         content = (ASSETS / name).read_text(encoding="utf-8")
         assert content in text
         text = text.replace(content, f"({name})\n")
-    return text
+    return re.sub(r'(id="data">).*?(</script>)', r"\1(the chart's data)\2", text)
 
 
 def step(mode: str, layers: int = 3, **options: Any) -> Tape:
@@ -109,6 +109,8 @@ def test_the_chart_is_the_tapes(mode: str) -> None:
     assert sums == [live[start + event] for event in chart["events"]]
     wide = -(-(len(live) - start) // COLUMNS)
     assert all(abs(x - event) < wide for x, event in zip(chart["x"], chart["events"], strict=True))
+    before = static_bytes(tape)
+    assert 512 * chart["ground"] == sum(before[category] for category in RESIDENT)
     peak, at = replay(tape), chart["peak"]
     assert sums[at] == peak.allocated_bytes == max(sums)
     for (field, _), column in zip(chart["categories"], chart["live"], strict=True):

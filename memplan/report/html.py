@@ -141,6 +141,7 @@ def _chart(tape: Tape) -> dict[str, Any]:
             for moment in found
         ],
         "held": [[n for held in moment.held for n in (kind(held), held.count)] for moment in found],
+        "ground": min(moment.resident_bytes for moment in found) // ALLOCATION_GRANULARITY,
         "peak": max(range(len(found)), key=lambda number: found[number].allocated_bytes),
         "phases": [
             [span.name, span.start - start, span.stop - start] for span in phases(tape) if span.start >= start
@@ -236,7 +237,7 @@ def _timeline(plan: Plan, tape: Tape) -> str:
     thinned = f", of which the chart shows the lowest and the highest of each {each:,}" if each > 1 else ""
     return f"""<section>
 <div class="top"><h2>The step</h2>
-<label class="small"><input type="checkbox" id="cut"> axis from <span id="lowest"></span>,
+<label class="small"><input type="checkbox" id="cut"> axis from <span id="ground"></span>,
 which is always there</label></div>
 <div id="chart" tabindex="0" role="img" aria-label="Live bytes over the step, by category"></div>
 <noscript><p>The chart needs JavaScript, which is in this page and loads nothing.</p></noscript>

@@ -43,7 +43,7 @@ def show_timeline(tape: Tape, console: Console, recipe: Recipe) -> None:
     live = live_bytes(tape)
     width = max(console.width - 2 - _LABELS - 3, 16)
     columns = [max(events, key=live.__getitem__) for events in shown(live, start, width)]
-    chart = _Chart(list(moments(tape, columns)), min(live[start:]), speaks_unicode(console))
+    chart = _Chart(list(moments(tape, columns)), speaks_unicode(console))
     heading(console, "Timeline")
     console.print(chart.pointer(width), soft_wrap=True)
     for row in reversed(range(_ROWS)):
@@ -57,14 +57,15 @@ def show_timeline(tape: Tape, console: Console, recipe: Recipe) -> None:
 class _Chart:
     """Columns of stacked categories between ``floor`` and ``top`` bytes."""
 
-    def __init__(self, columns: Sequence[Moment], lowest: int, unicode: bool) -> None:
+    def __init__(self, columns: Sequence[Moment], unicode: bool) -> None:
         self.columns = columns
         self.unicode = unicode
         self.top = max(moment.allocated_bytes for moment in columns)
         self.peak = next(n for n, moment in enumerate(columns) if moment.allocated_bytes == self.top)
         # Where what never changes would fill half the picture or more, the axis begins below its end.
-        cut = 2 * lowest > self.top > lowest
-        self.unit = (self.top - lowest) / (_ROWS - 1) if cut else max(self.top, 1) / _ROWS
+        ground = min(moment.resident_bytes for moment in columns)
+        cut = 2 * ground > self.top > ground
+        self.unit = (self.top - ground) / (_ROWS - 1) if cut else max(self.top, 1) / _ROWS
         self.floor = self.top - _ROWS * self.unit if cut else 0.0
         self.drawn: set[str] = set()
 
@@ -117,7 +118,7 @@ class _Chart:
             if end == count and len(name) > end - begin:  # the last may begin earlier than its phase
                 begin = max(count - len(name), 0)
                 name = name if not "".join(names[max(begin - 1, 0) :]).strip() else ""
-            elif len(name) >= end - begin:
+            elif len(name) >= end - begin and end < count:
                 name = name[: max(end - begin - 1, 0)]
             names[begin : begin + len(name)] = name
         label = gib(round(self.floor)) if round(self.floor) else "0"

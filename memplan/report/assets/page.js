@@ -16,13 +16,17 @@
     stacked.push(below ? column.map((bytes, i) => bytes + below[i]) : column);
   }
   const total = stacked[stacked.length - 1];
-  const lowest = total.reduce((a, b) => Math.min(a, b));
+  const ground = data.ground * 512; // weights, adapters and what else never changes
   const top = total[data.peak];
 
+  function number(value, digits, fixed) {
+    return value.toLocaleString("en", { maximumFractionDigits: digits, minimumFractionDigits: fixed || 0 });
+  }
+
   function size(bytes) {
-    if (bytes >= GIB) return (bytes / GIB).toFixed(2) + " GiB";
-    if (bytes >= MIB) return (bytes / MIB).toFixed(1) + " MiB";
-    return (bytes / 1024).toLocaleString("en", { maximumFractionDigits: 1 }) + " KiB";
+    if (bytes >= GIB) return number(bytes / GIB, 2, 2) + " GiB";
+    if (bytes >= MIB) return number(bytes / MIB, 1, 1) + " MiB";
+    return number(bytes / 1024, 1) + " KiB";
   }
 
   function element(tag, text, className) {
@@ -53,9 +57,9 @@
     const place = data.texts[phase] + (layer === null ? "" : ` of layer ${layer}`);
     const inside = data.texts[module] ? ` in ${data.texts[module]}` : "";
     document.getElementById("when").textContent =
-      `${size(total[index])}${index === data.peak ? ", the peak" : ""}: ${place}, at ${data.texts[operation]}${inside} (event ${(data.events[index] + 1).toLocaleString("en")})`;
+      `${size(total[index])}${index === data.peak ? ", the peak" : ""}: ${place}, at ${data.texts[operation]}${inside} (event ${number(data.events[index] + 1, 0)})`;
     document.getElementById("live").replaceChildren(
-      ...categories.map(([key, label], i) => row([[[swatch(key), label]], [size(live[i][index]), "number"]])).reverse());
+      ...categories.map(([key, label], i) => row([[[swatch(key), label]], [live[i][index] ? size(live[i][index]) : "0", "number"]])).reverse());
     const held = data.held[index];
     const rows = [];
     for (let i = 0; i < held.length; i += 2) {
@@ -131,10 +135,10 @@
 
   function draw() {
     if (plot) plot.destroy();
-    [chosen, drawnAt] = thin((chart.clientWidth - 88) * devicePixelRatio);
+    [chosen, drawnAt] = thin((chart.clientWidth - 96) * devicePixelRatio);
     const quiet = colour("quiet"), line = colour("line");
     const axis = { stroke: quiet, grid: { stroke: line, width: 1 }, ticks: { stroke: line, width: 1 } };
-    const floor = () => (cut.checked ? Math.max(0, lowest - 0.04 * (top - lowest)) : 0);
+    const floor = () => (cut.checked ? Math.max(0, ground - 0.04 * (top - ground)) : 0);
     plot = new uPlot({
       width: chart.clientWidth,
       height: window.innerWidth <= 640 ? 260 : 360,
@@ -142,8 +146,8 @@
       legend: { show: false },
       scales: { x: { time: false }, y: { range: () => [floor(), floor() + (top - floor()) * 1.12] } },
       axes: [
-        { ...axis, values: (u, ticks) => ticks.map((tick) => tick.toLocaleString("en")), size: 30, label: "events of the step", labelSize: 18, labelGap: 0, labelFont: "12px system-ui, sans-serif" },
-        { ...axis, size: 64, values: (u, ticks) => ticks.map((tick) => (tick / GIB).toLocaleString("en", { maximumFractionDigits: 2 }) + " GiB"), splits: ticks },
+        { ...axis, values: (u, ticks) => ticks.map((tick) => number(tick, 0)), size: 30, label: "events of the step", labelSize: 18, labelGap: 0, labelFont: "12px system-ui, sans-serif" },
+        { ...axis, size: (u, at) => 16 + 7 * Math.max(8, ...(at || []).map((label) => label.length)), values: (u, at) => at.map((bytes) => round(bytes, at[1] - at[0])), splits: ticks },
       ],
       series: [{}, ...categories.map(([key]) => ({
         fill: colour(key), stroke: colour(key), width: 0, points: { show: false },
@@ -161,13 +165,16 @@
   // Ticks at round numbers of GiB or MiB, not of bytes.
   function ticks(u, axisIndex, min, max) {
     const room = Math.max(2, Math.floor(u.bbox.height / uPlot.pxRatio / 45));
-    let step = 2 ** Math.ceil(Math.log2((max - min) / room));
-    const nice = [1, 2, 5].flatMap((n) => [n, n * 10, n * 100, n * 1000].map((m) => m * GIB));
-    step = nice.sort((a, b) => a - b).find((candidate) => (max - min) / candidate <= room) || step;
-    if (max - min < 2 * GIB) step = 2 ** Math.ceil(Math.log2((max - min) / room));
+    const unit = max - min < 2 * MIB ? 1024 : max - min < 2 * GIB ? MIB : GIB;
+    const nice = [1, 10, 100, 1000, 10000].flatMap((m) => [1, 2, 5].map((n) => n * m * unit));
+    const step = nice.find((candidate) => (max - min) / candidate <= room) || max - min;
     const found = [];
     for (let at = Math.ceil(min / step) * step; at <= max; at += step) found.push(at);
     return found;
+  }
+
+  function round(bytes, step) {
+    return step >= GIB ? number(bytes / GIB, 2) + " GiB" : number(bytes / MIB, 2) + " MiB";
   }
 
   chart.addEventListener("keydown", (event) => {
@@ -180,8 +187,8 @@
     plot.setCursor({ left: plot.valToPos(drawnAt[next], "x"), top: 0 });
   });
   // Where what never changes fills half the picture or more, the axis begins at its end.
-  cut.checked = 2 * lowest > top && lowest < top;
-  document.getElementById("lowest").textContent = size(lowest);
+  cut.checked = 2 * ground > top && ground < top;
+  document.getElementById("ground").textContent = size(ground);
   cut.addEventListener("change", draw);
   window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
   let width = chart.clientWidth;
