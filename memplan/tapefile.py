@@ -6,10 +6,7 @@ categories are numbers of entries in a list of strings. Reading checks that the 
 
 from __future__ import annotations
 
-import gzip
 import json
-import os
-import tempfile
 import zlib
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from memplan.errors import MemplanError
+from memplan.files import write_whole, zipped
 from memplan.importers.fields import shown
 from memplan.tape import ALLOCATION_GRANULARITY, Category, Phase, Segment, Tape
 
@@ -40,7 +38,6 @@ class TapeInfo(BaseModel):
 
 def save(tape: Tape, path: str | Path, info: TapeInfo | None = None) -> None:
     """Write a tape. The file is there as a whole or not at all."""
-    path = Path(path)
     strings: dict[str, int] = {}
 
     def numbers(texts: list[str]) -> list[int]:
@@ -65,31 +62,7 @@ def save(tape: Tape, path: str | Path, info: TapeInfo | None = None) -> None:
         "strings": list(strings),
     }
     content = json.dumps(document, separators=(",", ":")).encode()
-    if path.name.endswith(".gz"):
-        content = gzip.compress(content, mtime=0)  # the same tape, the same file
-    _write(path, content)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Beside the file first, then in its place."""
-    try:
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f".{path.name[:100]}.", delete=False
-        ) as file:
-            try:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-                mask = os.umask(0)
-                os.umask(mask)
-                Path(file.name).chmod(0o666 & ~mask)  # temporary files are their owner's alone
-                Path(file.name).replace(path)
-            except BaseException:
-                Path(file.name).unlink(missing_ok=True)
-                raise
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or type(error).__name__
-        raise MemplanError(f"the tape can't be written to {shown(str(path))}: {why}") from None
+    write_whole(path, zipped(path, content), "the tape")
 
 
 def load(path: str | Path) -> tuple[Tape, TapeInfo]:

@@ -32,6 +32,9 @@ def run(code: str) -> str:
     [
         ["llama-70b", "--mode", "qlora", "--r", "8"],
         ["llama-3.2-1b", "--mode", "full", "--json"],
+        ["llama-3.2-1b", "--timeline"],
+        ["llama-3.2-1b", "--html", "/dev/null", "--trace-json", "/dev/stdout"],
+        ["llama-3.2-1b", "--snapshot", "/dev/null"],
         ["compare", "llama-3.2-1b"],
         ["fit", "llama-3.2-1b", "--gpu", "h100"],
         ["diff", "plan:llama-3.2-1b", "plan:llama-3.2-1b", "--mode", "lora"],

@@ -50,5 +50,15 @@ def test_an_installed_wheel_plans(site: Path) -> None:
 
 
 @pytest.mark.slow
+def test_an_installed_wheel_draws(site: Path) -> None:
+    page = site.parent / "page.html"
+    run(site, "-m", "memplan", "llama-3.2-1b", "--html", str(page))
+    assert "uPlot" in page.read_text(encoding="utf-8")
+    assert (site / "memplan" / "report" / "assets" / "uplot" / "LICENSE").is_file()
+    (metadata,) = site.glob("memplan-*.dist-info")
+    assert list((metadata / "licenses").rglob("uplot/LICENSE"))
+
+
+@pytest.mark.slow
 def test_a_wheel_says_that_it_is_typed(site: Path) -> None:
     assert (site / "memplan" / "py.typed").exists()

@@ -101,6 +101,26 @@ def add_tape(parser: Parser) -> None:
     )
 
 
+def add_pictures(parser: Parser) -> None:
+    """The options that draw the step, and write it down for other tools."""
+    group = parser.add_argument_group("pictures")
+    group.add_argument(
+        "--timeline",
+        action="store_true",
+        default=False,
+        help="draw live bytes over the step by category, in the terminal",
+    )
+    for option, told in (
+        (
+            "--html",
+            "one page for a browser, which needs no network: the step, what is alive when, cards",
+        ),
+        ("--trace-json", "a trace for ui.perfetto.dev or chrome://tracing; compressed if it ends in .gz"),
+        ("--snapshot", "a memory snapshot for PyTorch's viewer (pytorch.org/memory_viz)"),
+    ):
+        group.add_argument(option, metavar="FILE", default=None, help=f"write {told}")
+
+
 def add_gpus(parser: Parser, *, required: bool = False) -> None:
     """The option --gpu, which may be given several times."""
     parser.add_argument(

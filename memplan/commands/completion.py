@@ -167,7 +167,9 @@ def _fish(commands: list[_Command]) -> str:
             told = " ".join(
                 f"-l {name[2:]}" if name.startswith("--") else f"-s {name[1:]}" for name in option.names
             )
-            values = f" -x -a '{' '.join(option.values)}'" if option.takes_value else ""
+            values = ""
+            if option.takes_value:  # fish completes files where no words are listed
+                values = f" -x -a '{' '.join(option.values)}'" if option.values else " -r"
             lines.append(f"{condition} {told}{values} -d {_fish_quoted(option.help)}")
     return "\n".join(lines) + "\n"
 

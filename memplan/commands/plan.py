@@ -9,6 +9,7 @@ from memplan.commands.arguments import (
     add_gpus,
     add_json,
     add_model,
+    add_pictures,
     add_recipe,
     add_tape,
     recipe_options,
@@ -17,6 +18,7 @@ from memplan.commands.arguments import (
 EXAMPLES = """\
 examples:
   memplan llama-70b --mode qlora --r 8
+  memplan llama-8b --mode full --timeline --html llama.html
   memplan plan ./models --mode full   (a folder called like a command)
 """
 
@@ -34,14 +36,16 @@ def parser() -> Parser:
         help="run the libraries' own code instead of memplan's model of it, as memplan trace does",
     )
     add_tape(result)
+    add_pictures(result)
     add_recipe(result)
     return result
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan; 0."""
-    from memplan.commands import trace
+    from memplan.commands import pictures, trace
 
+    pictures.check(arguments)
     if arguments.trace:
         return trace.run(arguments)
     from memplan.planner import plan, predicted_tape
@@ -50,7 +54,6 @@ def run(arguments: argparse.Namespace) -> int:
     options = recipe_options(arguments)
     recipe = make_recipe(**options)
     answer = plan(arguments.model, recipe, gpus=arguments.gpu)
-    if arguments.tape is not None:
-        trace.keep(predicted_tape(arguments.model, recipe), answer, arguments)
-    trace.show(answer, arguments, options)
+    tape = predicted_tape(arguments.model, recipe) if pictures.asked(arguments) else None
+    trace.answer(answer, tape, arguments, options)
     return 0

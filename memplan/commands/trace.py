@@ -11,6 +11,7 @@ from memplan.commands.arguments import (
     add_gpus,
     add_json,
     add_model,
+    add_pictures,
     add_recipe,
     add_tape,
     recipe_options,
@@ -40,16 +41,19 @@ def parser() -> Parser:
     add_gpus(result)
     add_json(result)
     add_tape(result)
+    add_pictures(result)
     add_recipe(result)
     return result
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the traced plan; 0."""
+    from memplan.commands import pictures
+
+    pictures.check(arguments)
     options = recipe_options(arguments)
-    answer, tape = traced(arguments.model, options, arguments.gpu)
-    keep(tape, answer, arguments)
-    show(answer, arguments, options)
+    plan, tape = traced(arguments.model, options, arguments.gpu)
+    answer(plan, tape, arguments, options)
     return 0
 
 
@@ -69,29 +73,24 @@ def traced(model: str, options: dict[str, Any], gpus: list[str] | None) -> tuple
         return trace_plan(found, recipe, gpus=gpus, progress=progress)
 
 
-def keep(tape: Tape, answer: Plan, arguments: argparse.Namespace) -> None:
-    """Write the tape if --tape asks for it."""
-    if arguments.tape is None:
-        return
-    from memplan.tapefile import TapeInfo, save
+def answer(plan: Plan, tape: Tape | None, arguments: argparse.Namespace, options: dict[str, Any]) -> None:
+    """Write the files that are asked for, then print the plan. ``tape`` is there if anything needs it."""
+    from memplan.commands import pictures
 
-    info = TapeInfo(
-        memplan_version=answer.memplan_version,
-        model=answer.model.hub_id or answer.model.name,
-        recipe=answer.recipe.model_dump(mode="json"),
-        libraries=answer.libraries,
-    )
-    save(tape, arguments.tape, info)
-
-
-def show(answer: Plan, arguments: argparse.Namespace, options: dict[str, Any]) -> None:
-    """Print the answer as ``memplan plan`` does."""
+    if tape is not None:
+        pictures.write(plan, tape, arguments, options)
     if arguments.json:
         from memplan.report.machine import print_plan
 
-        print_plan(answer)
-    else:
-        from memplan.report.console import terminal
-        from memplan.report.plan import show_plan
+        print_plan(plan)
+        return
+    from memplan.report.console import terminal
+    from memplan.report.plan import show_plan
 
-        show_plan(answer, terminal(), given=options, simulated=arguments.gpu is not None)
+    console = terminal()
+    show_plan(plan, console, given=options, simulated=arguments.gpu is not None)
+    if tape is not None and arguments.timeline:
+        from memplan.report.timeline import show_timeline
+
+        console.print()
+        show_timeline(tape, console, plan.recipe)

@@ -42,6 +42,7 @@ def states(groups: list[Group], recipe: Recipe, embedding: Tensor) -> State:
     Trainer exempts from 8 bits."""
     kept: State = {}
     tape = state.tape
+    tape.module = "optimizer"
     with category(Category.OPTIMIZER_STATE):
         for group in groups:
             tape.begin(Phase.SETUP, "optimizer states", group.layer)

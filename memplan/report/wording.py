@@ -65,6 +65,14 @@ def common_and_own(recipes: list[Recipe]) -> tuple[list[str], list[list[str]]]:
     return list(shared.values()), own
 
 
+def micro_steps(recipe: Recipe, provenance: str) -> str:
+    """What a predicted tape leaves out of a step that accumulates gradients (``models/step.py``)."""
+    number = recipe.gradient_accumulation_steps
+    if provenance != "predicted" or number <= 2:
+        return ""
+    return f"Two of {number} micro-steps are shown: the others are like the second."
+
+
 def _adapter_phrases(recipe: Recipe) -> dict[str, str]:
     alpha = 2.0 * recipe.r if recipe.lora_alpha is None else recipe.lora_alpha
     targets = recipe.target_modules
