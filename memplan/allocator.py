@@ -186,6 +186,15 @@ class Allocator:
         """``torch.cuda.empty_cache``: give back every segment that nothing lies in."""
         self._release_cached_blocks()
 
+    def give_back(self, address: int) -> int:
+        """Give one segment back that nothing lies in, as ``empty_cache`` does with all; its bytes, or 0 if it
+        has gone already."""
+        block = self._heads.get(address)
+        if block is None or not block.free or block.is_split:
+            return 0
+        self._release(block)
+        return block.size
+
     def reset_peaks(self) -> None:
         """``torch.cuda.reset_peak_memory_stats``."""
         self.peak_allocated, self.peak_reserved = self.allocated, self.reserved

@@ -159,6 +159,10 @@ class Plan(_Record):
         result._advice = tuple(advice)
         return result
 
+    def run(self) -> Run:
+        """The whole run, to be played on the allocator (:class:`memplan.fit.Run`)."""
+        return self._simulated().run()
+
     def timeline(self) -> Iterator[Point]:
         """Live bytes by category after every event of the step (see :class:`memplan.tape.Point`)."""
         if self._tape is None:

@@ -70,7 +70,7 @@ def simulate(
     the tape's order. ``capacity`` and ``limit`` as in :class:`memplan.allocator.Allocator`.
     """
     allocator = Allocator(settings, capacity=capacity, limit=limit)
-    run = _Run(tape, allocator)
+    run = Playback(tape, allocator)
     try:
         run.load(loading)
         run.step(FIRST_STEP)
@@ -95,7 +95,10 @@ def simulate(
     )
 
 
-class _Run:
+class Playback:
+    """A run being played: ``live`` holds the block of each storage that is there; ``begin`` is the event at
+    which the step begins, ``position`` the one that is played."""
+
     def __init__(self, tape: Tape, allocator: Allocator) -> None:
         self.tape, self.allocator = tape, allocator
         self.live: dict[int, Block] = {}
@@ -137,17 +140,18 @@ class _Run:
         """One step; the first one makes the states before it updates."""
         self.stage = stage
         before = set(self.live)
-        self._play(self.begin, self.update)
+        self.play(self.begin, self.update)
         if stage == FIRST_STEP:
             malloc, sizes = self.allocator.malloc, self.tape.sizes
             for index in self.states:
                 self.position = index
                 self.live[index] = malloc(sizes[index])
             before.update(self.states)
-        self._play(self.update, len(self.tape.events))
+        self.play(self.update, len(self.tape.events))
         self._hand_on(before)
 
-    def _play(self, start: int, stop: int) -> None:
+    def play(self, start: int, stop: int) -> None:
+        """The tape's events from one to another."""
         malloc, free, live = self.allocator.malloc, self.allocator.free, self.live
         sizes = self.tape.sizes
         for position, event in enumerate(self.tape.events[start:stop], start):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from memplan.advice import Advice, Change, Combination
 from memplan.fit import Fit
 from memplan.planner import (
     AllocatorInfo,
@@ -106,3 +107,23 @@ def _verdict(headroom: int) -> Literal["fits", "tight", "does not fit"]:
     if headroom < 0:
         return "does not fit"
     return "tight" if headroom < 2 * GIB else "fits"
+
+
+def example_advice(text: str = "") -> Advice:
+    """Advice whose words hold ``text``."""
+    return Advice(
+        gpu="NVIDIA RTX A6000",
+        changes=(
+            Change(
+                title=f"16-bit head {text}",
+                cost=f"nothing {text}",
+                command=f"--no-kbit-prep {text}",
+                config="leave it out",
+                allocated_bytes=40 * GIB,
+                saves_bytes=4 * GIB,
+                needed_bytes=45 * GIB,
+                verdict="fits",
+            ),
+        ),
+        combination=Combination(titles=("a",), command=f"--r 4 {text}", needed_bytes=GIB, verdict="tight"),
+    )

@@ -7,14 +7,13 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-from example_plans import GIB, example_plan
+from example_plans import example_advice, example_plan
 from example_tapes import example_tape
 from small_specs import SPECS
 
@@ -27,14 +26,6 @@ from memplan.timeline import RESIDENT, live_bytes, step_start
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
 ASSETS = Path(__file__).parent.parent / "memplan" / "report" / "assets"
-
-
-@dataclass(frozen=True)
-class Advised:
-    title: str
-    saves_bytes: int
-    cost: str
-    command: str
 
 
 class Elements(HTMLParser):
@@ -76,8 +67,7 @@ def step(mode: str, layers: int = 3, **options: Any) -> Tape:
 
 
 def test_the_page(golden: Callable[[str, str], None]) -> None:
-    advice = [Advised("Leave the head in 16 bits", 4 * GIB, "costs nothing", "memplan --no-kbit-prep")]
-    text = page(example_plan(), example_tape(), ("mode", "r"), advice)
+    text = page(example_plan().advised([example_advice()]), example_tape(), ("mode", "r"))
     golden("page.html", without_assets(text))
 
 
@@ -155,12 +145,13 @@ def test_what_configs_say_is_text() -> None:
     fit = answer.fits[0].model_copy(update={"gpu": HOSTILE})
     peak = answer.peak.model_copy(update={"operation": HOSTILE, "module": HOSTILE, "layer": None})
     answer = answer.model_copy(
-        update={"model": model, "fits": (fit,), "peak": peak, "libraries": {HOSTILE: HOSTILE}}
-    )
+        update={"model": model, "peak": peak, "libraries": {HOSTILE: HOSTILE}}
+    ).advised([example_advice(HOSTILE)])
+    answer._fits = (fit,)
     tape = example_tape()
     tape.operations = [HOSTILE] * len(tape.operations)
     tape.modules = [HOSTILE] * len(tape.modules)
-    text = page(answer, tape, advice=[Advised(HOSTILE, 1, HOSTILE, HOSTILE)])
+    text = page(answer, tape)
     assert HOSTILE not in text
     assert "<img" not in text
     assert text.count("<script") == text.count("</script") == 2
@@ -179,10 +170,11 @@ def test_no_text_becomes_markup_in_the_browser() -> None:
 
 
 def test_parts_without_content_are_left_out() -> None:
-    answer = example_plan().model_copy(update={"fits": ()})
+    answer = example_plan()
+    answer._fits = ()
     text = page(answer, example_tape())
     assert "Cards" not in text
-    assert "What would help" not in text
+    assert "To fit" not in text
 
 
 def test_every_category_has_its_place_and_colours() -> None:

@@ -54,6 +54,8 @@ def write(plan: Plan, tape: Tape, arguments: argparse.Namespace, given: dict[str
         write_whole(arguments.trace_json, zipped(arguments.trace_json, content), "the trace")
     if arguments.snapshot is not None:
         from memplan.snapshot.layout import snapshot_of
+        from memplan.snapshot.simulated import placement
         from memplan.snapshot.writer import save_snapshot
 
-        save_snapshot(snapshot_of(tape), arguments.snapshot)
+        run = plan.run()
+        save_snapshot(snapshot_of(run.tape, placement(run)), arguments.snapshot)

@@ -55,5 +55,9 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = make_recipe(**options)
     answer = plan(arguments.model, recipe, gpus=arguments.gpu)
     tape = predicted_tape(arguments.model, recipe) if pictures.asked(arguments) else None
+    if arguments.html is not None and arguments.gpu:
+        from memplan.advise import advise
+
+        answer = answer.advised(advise(arguments.model, recipe, name) for name in arguments.gpu)
     trace.answer(answer, tape, arguments, options)
     return 0

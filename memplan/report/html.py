@@ -8,15 +8,16 @@ from collections.abc import Collection, Iterator, Sequence
 from html import escape
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from memplan.report.plan import CATEGORIES, ESTIMATE, FOOTNOTE, SUMMARY, moment, short_card
+from memplan.report.plan import CATEGORIES, FOOTNOTE, NEEDED, SUMMARY, TIGHT, moment, short_card
 from memplan.report.units import count, gib, ratio, share
 from memplan.report.wording import asked_and_default, micro_steps
 from memplan.tape import ALLOCATION_GRANULARITY, Category, Tape
 from memplan.timeline import Held, live_bytes, moments, phases, resident, shown, step_start
 
 if TYPE_CHECKING:
+    from memplan.advice import Advice
     from memplan.fit import Fit
     from memplan.planner import Plan
 
@@ -41,30 +42,15 @@ _ASSETS = Path(__file__).parent / "assets"
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
-class Advice(Protocol):
-    """One change that would lower the peak, priced: ``cost`` is what it costs (time, quality, nothing) in
-    words, ``command`` how it is made."""
-
-    @property
-    def title(self) -> str:
-        """What to change."""
-
-    @property
-    def saves_bytes(self) -> int:
-        """Bytes by which the peak falls."""
-
-    @property
-    def cost(self) -> str:
-        """What it costs, in words."""
-
-    @property
-    def command(self) -> str:
-        """The command or the lines of a configuration."""
-
-
-def page(plan: Plan, tape: Tape, given: Collection[str] = (), advice: Sequence[Advice] = ()) -> str:
+def page(plan: Plan, tape: Tape, given: Collection[str] = ()) -> str:
     """The page. ``tape`` is the plan's, unfolded; ``given`` are the recipe's fields that were asked for."""
-    sections = [_peak(plan), _timeline(plan, tape), _fits(plan.fits), _advice(advice), _resident(tape)]
+    sections = [
+        _peak(plan),
+        _timeline(plan, tape),
+        _fits(plan.fits),
+        *map(_advice, plan.advice),
+        _resident(tape),
+    ]
     chart = _chart(tape)
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -267,23 +253,38 @@ def _fits(fits: Sequence[Fit]) -> str:
         for fit in fits
     ]
     head = "".join(f'<th class="number">{title}</th>' for title in ("usable", "needed", "headroom"))
+    tight = f" {TIGHT}" if any(fit.verdict == "tight" for fit in fits) else ""
     return f"""<section>
 <h2>Cards</h2>
 <table class="cards"><thead><tr><th>GiB</th>{head}<th></th></tr></thead><tbody>{"".join(rows)}</tbody></table>
-<p class="quiet small">{ESTIMATE}</p>
+<p class="quiet small">{NEEDED}{tight}</p>
 </section>
 """
 
 
-def _advice(advice: Sequence[Advice]) -> str:
-    if not advice:
+def _advice(advice: Advice) -> str:
+    card = escape(short_card(advice.gpu))
+    if advice.room:
+        items = "".join(f"<li>{escape(line)}</li>" for line in advice.room)
+        return f'<section>\n<h2>Room on the {card}</h2>\n<ol class="advice">{items}</ol>\n</section>\n'
+    if not advice.changes:
         return ""
-    items = [
-        f'<li><span class="saves">−{gib(one.saves_bytes)} GiB</span>{escape(one.title)}<br>'
+    items = "".join(
+        f'<li><span class="saves">−{gib(one.saves_bytes)} GiB'
+        f' <span class="{one.verdict.replace(" ", "-")}">{one.verdict}</span></span>{escape(one.title)}<br>'
         f'<span class="quiet small">{escape(one.cost)}</span><br><code>{escape(one.command)}</code></li>'
-        for one in advice
-    ]
-    return f'<section>\n<h2>What would help</h2>\n<ol class="advice">{"".join(items)}</ol>\n</section>\n'
+        for one in advice.changes
+    )
+    together = ""
+    if advice.combination is not None:
+        command = escape(advice.combination.command)
+        together = f"<p>Together {advice.combination.verdict}: <code>{command}</code></p>"
+    return f"""<section>
+<h2>To fit the {card}</h2>
+<p class="quiet small">One change each, planned anew: what it saves at the peak, and whether it is enough.</p>
+<ol class="advice">{items}</ol>
+{together}</section>
+"""
 
 
 def _resident(tape: Tape) -> str:
