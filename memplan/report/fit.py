@@ -31,8 +31,8 @@ def show_fit(plan: Plan, console: Console) -> None:
     heading(
         console,
         "Reserved",
-        f"{gib(allocator.reserved_bytes)} GiB (allocator simulated), "
-        f"{gib(allocator.fragmentation_bytes)} of it between blocks",
+        f"{gib(allocator.reserved_bytes)} GiB (allocator simulated): {gib(allocator.allocated_bytes)} in "
+        f"blocks, {gib(allocator.fragmentation_bytes)} between",
     )
     rows = [[Text(cell, QUIET) for cell in ("GiB", "usable", "reserved", "beside", "needed", "headroom", "")]]
     for fit in plan.fits:
