@@ -41,6 +41,12 @@ class TapeInfo(BaseModel):
 def save(tape: Tape, path: str | Path, info: TapeInfo | None = None) -> None:
     """Write a tape. The file is there as a whole or not at all."""
     path = Path(path)
+    # the same tape, the same file
+    _write(path, encode(tape, info, compressed=path.name.endswith(".gz")))
+
+
+def encode(tape: Tape, info: TapeInfo | None = None, *, compressed: bool = False) -> bytes:
+    """A tape file's content."""
     strings: dict[str, int] = {}
 
     def numbers(texts: list[str]) -> list[int]:
@@ -65,9 +71,7 @@ def save(tape: Tape, path: str | Path, info: TapeInfo | None = None) -> None:
         "strings": list(strings),
     }
     content = json.dumps(document, separators=(",", ":")).encode()
-    if path.name.endswith(".gz"):
-        content = gzip.compress(content, mtime=0)  # the same tape, the same file
-    _write(path, content)
+    return gzip.compress(content, mtime=0) if compressed else content
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -95,7 +99,28 @@ def _write(path: Path, content: bytes) -> None:
 def load(path: str | Path) -> tuple[Tape, TapeInfo]:
     """Read a tape. Raises MemplanError with one sentence for whatever else the file holds."""
     where = shown(str(path))
-    document = _document(Path(path), where)
+    return _read(_document(Path(path), where), where)
+
+
+def decode(content: bytes, where: str) -> tuple[Tape, TapeInfo]:
+    """A tape from a tape file's content; ``where`` names it in complaints."""
+    return _read(_parse(content, where), where)
+
+
+def _read(document: Any, where: str) -> tuple[Tape, TapeInfo]:
+    if isinstance(document, dict) and document.get("format") == "memplan measurement":
+        from memplan.verify.measurement import parse
+
+        measured = parse(document, where)
+        tape = measured.read_tape()
+        if tape is None:
+            raise MemplanError(f"the measurement {where} has no tape: its outcome is {measured.outcome.kind!r}")
+        return tape, TapeInfo(
+            memplan_version=measured.memplan_version,
+            model=measured.model.hub_id or measured.model.name,
+            recipe=measured.recipe.model_dump(mode="json"),
+            libraries=measured.libraries,
+        )
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise MemplanError(f"{where} is no tape; `memplan trace MODEL --tape FILE` writes one")
     if document.get("version") != VERSION:
@@ -117,6 +142,10 @@ def _document(path: Path, where: str) -> Any:
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or type(error).__name__
         raise MemplanError(f"the tape {where} can't be read: {why}") from None
+    return _parse(content, where)
+
+
+def _parse(content: bytes, where: str) -> Any:
     try:
         if content.startswith(b"\x1f\x8b"):
             unzip = zlib.decompressobj(wbits=31)
