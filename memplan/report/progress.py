@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -40,5 +40,25 @@ def tracing(layers: int | None) -> Iterator[Callable[[Phase, int | None], None] 
                 total = None if layers is None else 2 * layers
                 done = layer if phase.value == "forward" or layers is None else 2 * layers - layer
                 bar.update(task, description=f"{phase.value}, layer {layer}", total=total, completed=done)
+
+        yield tell
+
+
+@contextmanager
+def training(steps: int) -> Iterator[Callable[[str, Any], None] | None]:
+    """A function to tell what a training process says, or None where nobody watches."""
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("{task.description:32}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("starting", total=steps)
+
+        def tell(kind: str, value: Any) -> None:
+            if kind == "state":
+                bar.update(task, description=str(value))
+            elif kind == "step":
+                bar.update(task, completed=int(value["number"]))
 
         yield tell

@@ -20,7 +20,7 @@ from torch import nn
 
 from memplan.card import Card
 from memplan.recipe import Recipe
-from memplan.tape import Category, Tape, replay
+from memplan.tape import Tape, replay
 from memplan.trace import existing, standins
 from memplan.trace.categories import categorise
 from memplan.trace.layers import Segments
@@ -199,21 +199,3 @@ def recorded(
             gc.enable()
     recorder.finish()
     categorise(recorder)
-
-
-def without_workspaces(tape: Tape) -> Tape:
-    """A predicted tape without what a CPU does not have: cuBLAS's workspaces, which are there all the time."""
-    result = Tape(
-        provenance=tape.provenance,
-        events=list(tape.events),
-        sizes=list(tape.sizes),
-        categories=tape.categories,
-        operations=tape.operations,
-        modules=tape.modules,
-        segments=tape.segments,
-    )
-    for index, operation in enumerate(tape.operations):
-        if operation == "cublas_workspace" and tape.categories[index] is Category.TEMPORARIES:
-            result.sizes[index] = 0
-    result.deltas = [result.sizes[event] if event >= 0 else -result.sizes[~event] for event in result.events]
-    return result

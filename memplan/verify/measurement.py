@@ -163,6 +163,7 @@ class Measurement(_Record):
     baseline_driver_bytes: NonNegativeInt | None = None
     tape_step: int | None = None
     tape: str | None = None  # a tape file, gzip, base64
+    remarks: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
