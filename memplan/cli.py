@@ -14,7 +14,7 @@ from importlib import import_module
 from memplan import __version__
 from memplan.errors import MemplanError, UnknownName
 
-COMMANDS = ("plan", "fit", "compare", "trace", "verify", "diff", "models", "gpus", "completion")
+COMMANDS = ("plan", "fit", "compare", "trace", "verify", "campaign", "report", "diff", "models", "gpus", "completion")
 
 STATUS_BAD_QUESTION = 2
 STATUS_BUG = 70  # EX_SOFTWARE of sysexits.h

@@ -62,3 +62,34 @@ def training(steps: int) -> Iterator[Callable[[str, Any], None] | None]:
                 bar.update(task, completed=int(value["number"]))
 
         yield tell
+
+
+@contextmanager
+def campaigning(
+    runs: int,
+) -> Iterator[tuple[Callable[[str, Any], None], Callable[[str], None], Callable[[], None]]]:
+    """Three functions: what a training process says, which run begins, and that it ended."""
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        yield (lambda kind, value: None), (lambda name: None), (lambda: None)
+        return
+    columns = (
+        TextColumn("{task.completed}/{task.total}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=runs)
+        running = ""
+
+        def tell(kind: str, value: Any) -> None:
+            if kind == "state":
+                bar.update(task, description=f"{running}: {value}")
+
+        def begin(name: str) -> None:
+            nonlocal running
+            running = name
+            bar.update(task, description=name)
+
+        yield tell, begin, lambda: bar.advance(task)

@@ -33,7 +33,7 @@ def show_verdict(measured: Measurement, comparison: Comparison, console: Console
     for title, alignment, (head, *rows) in _parts(measured, comparison):
         console.print()
         heading(console, title)
-        styled: list[Sequence[Cell]] = [[Text(cell, QUIET) for cell in head]]
+        styled: list[Sequence[Cell]] = [[Text(cell, QUIET) for cell in head]] if any(head) else []
         table(console, [*styled, *rows], alignment, gives_way=len(alignment) - 1 if alignment[0] == ">" else 0)
     for remark in comparison.remarks:
         note(console, remark[:1].upper() + remark[1:] + ".")
@@ -96,10 +96,10 @@ def verdict(comparison: Comparison) -> str:
     if comparison.outcome == "failed":
         return f"The run failed: {comparison.why}."
     if comparison.outcome == "out of memory":
-        expected = {True: "the plan said that it fits", False: "as the plan said", None: ""}
+        expected = {True: ", though the plan said that it fits", False: ", as the plan said"}
         event = comparison.event
-        where = f" in step {event.step}, {event.phase}" if event else ""
-        return f"Out of memory{where}: {expected[comparison.fits_predicted]}."
+        where = f" in step {event.step} ({event.phase})" if event else ""
+        return f"Out of memory{where}{expected.get(comparison.fits_predicted, '')}."
     doubts = f", but {comparison.why}" if comparison.why else ""
     error, percent = comparison.allocated.error, comparison.allocated.percent
     if error is None or percent is None:

@@ -56,7 +56,8 @@ class Model(_Record):
 
 
 class Run(_Record):
-    """How it was run, beside the recipe. ``cap_bytes``: the most that the allocator was let reserve."""
+    """How it was run, beside the recipe. ``cap_bytes``: the most that the allocator was let reserve;
+    ``campaign``: the name it has in a campaign."""
 
     loop: Literal["memplan", "trainer", "sft"] = "memplan"
     steps: PositiveInt = 3
@@ -66,6 +67,7 @@ class Run(_Record):
     cap_bytes: PositiveInt | None = None
     cap_name: str | None = None
     cudnn_attention: bool = True
+    campaign: str | None = None
     settings: dict[str, str] = Field(default_factory=dict)
 
 
