@@ -94,7 +94,8 @@ def _device(members: Pairs) -> Iterator[str]:
     days = sorted({measured.date.partition("T")[0] for measured, _ in members})
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     driver = f", driver {first.device.driver}" if first.device.driver else ""
-    yield f"{len(members)} runs, {when}{driver}; the first with {versions}.\n"
+    runs = f"{len(members)} runs" if len(members) > 1 else "1 run"
+    yield f"{runs}, {when}{driver}; the first with {versions}.\n"
     errors = [abs(found.allocated.percent) for _, found in members if found.allocated.percent is not None]
     if errors:
         yield (
@@ -131,9 +132,11 @@ def _histogram(errors: Sequence[float]) -> list[list[str]]:
 
 
 def _line(measured: Measurement, found: Comparison) -> list[str]:
+    from memplan.recipe import Recipe
     from memplan.report.wording import asked_and_default
 
-    options = measured.recipe.model_dump(exclude_defaults=True)
+    usual = Recipe(mode=measured.recipe.mode).resolved()
+    options = [name for name, value in measured.recipe if value != getattr(usual, name)]
     asked, _ = asked_and_default(measured.recipe, options)
     outcome = found.outcome
     if found.outcome == "out of memory":

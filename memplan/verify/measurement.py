@@ -193,7 +193,8 @@ class Measurement(_Record):
     @property
     def title(self) -> str:
         """The run in one line."""
-        layers = f" ({self.model.layers} layers)" if self.model.layers else ""
+        number = self.model.layers
+        layers = f" ({number} layer{'s' if number > 1 else ''})" if number else ""
         shape = f"{self.recipe.batch_size} × {self.recipe.seq_len}"
         return f"{self.model.name}{layers}, {self.recipe.mode.value}, {shape}"
 

@@ -184,6 +184,12 @@ class Marks(Recorder):
         addresses = [p.grad.untyped_storage().data_ptr() for p in parameters if p.grad is not None]
         self.gradient_addresses.append((self.position(), addresses))
 
+    def _mark(self, module: str) -> None:
+        # Reentrant recomputation calls a layer's forward, not the layer: between two of its modules no module
+        # runs. It has not left the layer.
+        if module or self.phase is not Phase.BACKWARD:
+            self._arrive(module)
+
     def _arrive(self, module: str) -> None:
         if module != self.tape.module:
             super()._arrive(module)
@@ -209,9 +215,7 @@ class Marks(Recorder):
 
         def leave(module: nn.Module, _args: Any, out: Any) -> None:
             name = names.get(module)
-            made = next(
-                (t for t in existing.tensors_in(_plain(out)) if getattr(t, "grad_fn", None) is not None), None
-            )
+            made = next((t for t in existing.tensors_in(out) if t.grad_fn is not None), None)
             if name is None or made is None:
                 return
 
@@ -227,10 +231,6 @@ class Marks(Recorder):
                 yield
         finally:
             handle.remove()
-
-
-def _plain(out: Any) -> Any:
-    return list(out.values()) if hasattr(out, "values") and callable(out.values) else out
 
 
 # -- from events to a tape ---------------------------------------------------------------------------------
