@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,7 +79,7 @@ def add_run(group: argparse._ArgumentGroup) -> None:
         "--cap",
         metavar="CARD",
         default=None,
-        help="let the allocator have no more than this card would leave it; a name, or a size in GiB",
+        help="let the allocator have no more than this card would leave it; a name, or a size such as 20GiB",
     )
     group.add_argument(
         "--cudnn-attention",
@@ -147,18 +148,18 @@ def settings_of(arguments: argparse.Namespace) -> Any:
 
 def cap(text: str) -> tuple[int, str]:
     """Bytes that the allocator may have, and what to call it: a card's usable bytes less those of a CUDA
-    context, or a size in GiB as it is."""
-    try:
-        size = float(text)
-    except ValueError:
+    context, or a size such as 20GiB as it is. Raises UnknownName or UsageError."""
+    size = re.fullmatch(r"(\d+(?:\.\d+)?) ?GiB", text, re.IGNORECASE)
+    if size is None:
         from memplan.fit import CONTEXT_BYTES
         from memplan.gpu import find_gpu
 
         card = find_gpu(text)
         return card.visible_bytes - CONTEXT_BYTES, card.name
-    if not 0 < size < 1 << 20:
-        raise UsageError(f"--cap {text} is no size in GiB")
-    return int(size * 2**30), f"{text} GiB"
+    nbytes = int(float(size[1]) * 2**30)
+    if nbytes < 1:
+        raise UsageError(f"--cap {text} leaves nothing")
+    return nbytes, f"{size[1]} GiB"
 
 
 def default_folder() -> Path:
