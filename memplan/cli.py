@@ -14,7 +14,19 @@ from importlib import import_module
 from memplan import __version__
 from memplan.errors import MemplanError, UnknownName
 
-COMMANDS = ("plan", "fit", "compare", "trace", "verify", "campaign", "report", "diff", "models", "gpus", "completion")
+COMMANDS = (
+    "plan",
+    "fit",
+    "compare",
+    "trace",
+    "verify",
+    "campaign",
+    "report",
+    "diff",
+    "models",
+    "gpus",
+    "completion",
+)
 
 STATUS_BAD_QUESTION = 2
 STATUS_BUG = 70  # EX_SOFTWARE of sysexits.h
@@ -35,6 +47,9 @@ Commands:
   fit MODEL --gpu G   exit status 0: fits on G; 1: does not fit; 2: bad question
   compare MODEL       the modes full, lora and qlora side by side
   trace MODEL         the same by running the libraries' code (memplan[verify])
+  verify MODEL        train a few steps for real, and compare (memplan[verify])
+  campaign PLAN       many such runs within a budget of time
+  report [FOLDER]     all measurements against the plan
   diff A B            where two plans or traces differ; exit status 0: nowhere
   models [FILTER]     the models that have an alias
   gpus [FILTER]       the cards that --gpu knows

@@ -19,14 +19,14 @@ TESTED = {
 INSTALL = "pip install 'memplan[verify]'"
 
 
-def require() -> None:
+def require(doing: str = "tracing") -> None:
     """Raise MemplanError with the command that installs what is missing, if something is."""
     missing = [name for name in TESTED if find_spec(name) is None]
     if missing:
         *head, last = missing
         names = f"{', '.join(head)} and {last}" if head else last
         raise MemplanError(
-            f"tracing runs the libraries' own code and needs {names}, which "
+            f"{doing} runs the libraries' own code and needs {names}, which "
             f"{'are' if head else 'is'} not installed: run `{INSTALL}`"
         )
 

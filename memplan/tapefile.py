@@ -114,7 +114,9 @@ def _read(document: Any, where: str) -> tuple[Tape, TapeInfo]:
         measured = parse(document, where)
         tape = measured.read_tape()
         if tape is None:
-            raise MemplanError(f"the measurement {where} has no tape: its outcome is {measured.outcome.kind!r}")
+            raise MemplanError(
+                f"the measurement {where} has no tape: its outcome is {measured.outcome.kind!r}"
+            )
         return tape, TapeInfo(
             memplan_version=measured.memplan_version,
             model=measured.model.hub_id or measured.model.name,

@@ -19,10 +19,10 @@ STATUS_DONE, STATUS_LEFT = 0, 1
 _RESERVE = 8.0  # seconds of the budget kept for ending a run that takes too long, and for the summary
 
 EXAMPLES = """\
-A plan is YAML: benchmarks/campaign.yaml is one, docs/verify.md says what may stand in it. Runs go by priority,
-then as they stand. One that is estimated not to end within the budget is left for later, and one that does not
-end is ended, so the budget is never overrun. Every run that ends is written at once, to be passed over by
---resume.
+A plan is YAML: benchmarks/campaign.yaml is one, docs/verify.md says what may stand in it. Runs go by
+priority, then as they stand. One that is estimated not to end within the budget is left for later, and one
+that does not end is ended, so the budget is never overrun. Every run that ends is written at once, to be
+passed over by --resume.
 
 exit status: 0 every run of the plan has a measurement, 1 some are left or failed, 2 bad plan.
 
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
         run.name: _row(run, there[run.key]) if run.key in there else _left(run) for run in planned
     }
     if not arguments.dry_run:
-        stack.require()
+        stack.require("verifying")
         _run_all([run for run in planned if run.key not in there], rows, folder, arguments.budget)
     _print(list(rows.values()), arguments.json)
     finished = all(row["outcome"] in ("trained", "out of memory") for row in rows.values())

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 STATUS_TRAINED, STATUS_NOT = 0, 1
 
 EXAMPLES = """\
-Needs pip install 'memplan[verify]'. With --device cpu the training is as real, and storages are counted on the
-host as CUDA would make them: that tests the plan's arithmetic, not a GPU (docs/verify.md).
+Needs pip install 'memplan[verify]'. With --device cpu the training is as real, and storages are counted on
+the host as CUDA would make them: that tests the plan's arithmetic, not a GPU (docs/verify.md).
 
 exit status: 0 it trained, 1 it ran out of memory, failed, or did not learn, 2 it was not begun.
 
@@ -87,9 +87,7 @@ def add_run(group: argparse._ArgumentGroup) -> None:
         default=True,
         help="let PyTorch choose cuDNN's attention, as it does on Hopper (default: on)",
     )
-    group.add_argument(
-        "--timeout", type=float, metavar="S", default=None, help="end the run after S seconds"
-    )
+    group.add_argument("--timeout", type=float, metavar="S", default=None, help="end the run after S seconds")
     group.add_argument(
         "--anyway", action="store_true", default=False, help="run it even if the plan says that it can't fit"
     )
@@ -106,7 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.steps < 2:
         raise UsageError("--steps must be at least 2: the first step makes the optimizer's state")
-    stack.require()
+    stack.require("verifying")
     for warning in stack.untested(stack.installed()):
         sys.stderr.write(f"memplan: warning: {warning}\n")
     job = make_job(

@@ -1,4 +1,4 @@
-"""All measurements together: a campaign's rows on the terminal, and the measured section of docs/accuracy.md."""
+"""All measurements together: a campaign's rows on the terminal, the measured section of docs/accuracy.md."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ WAITING = (
     "traced, and has been held against a training on a CPU at most."
 )
 HOST = (
-    "These trained for real on a CPU: the libraries' own code, 4-bit weights and optimizers, with every storage "
-    "counted that PyTorch allocated. Operators for which CUDA's kernels allocate otherwise than a CPU's were "
-    "given CUDA's allocations beside the CPU's results ([verify.md](verify.md)). So they test that training "
-    "keeps and drops what the plan says; they do not test a GPU."
+    "These trained for real on a CPU: the libraries' own code, 4-bit weights and optimizers, with every "
+    "storage counted that PyTorch allocated. Operators for which CUDA's kernels allocate otherwise than a "
+    "CPU's were given CUDA's allocations beside the CPU's results ([verify.md](verify.md)). So they test "
+    "that training keeps and drops what the plan says; they do not test a GPU."
 )
 # Upper ends of the histogram's bins, in per cent of what was measured.
 BINS = (0.0, 0.01, 0.1, 0.5, 1.0)
@@ -99,7 +99,8 @@ def _device(members: Pairs) -> Iterator[str]:
     errors = [abs(found.allocated.percent) for _, found in members if found.allocated.percent is not None]
     if errors:
         yield (
-            f"Error of the peak of allocated bytes: median {median(errors):.4g} %, worst {max(errors):.4g} %.\n"
+            "Error of the peak of allocated bytes: "
+            f"median {median(errors):.4g} %, worst {max(errors):.4g} %.\n"
         )
         yield _table(["error", "runs", ""], "<><", _histogram(errors))
     yield _table(
@@ -140,7 +141,7 @@ def _line(measured: Measurement, found: Comparison) -> list[str]:
     asked, _ = asked_and_default(measured.recipe, options)
     outcome = found.outcome
     if found.outcome == "out of memory":
-        outcome += {False: ", as predicted", True: ", predicted to fit"}.get(found.fits_predicted, "")
+        outcome += ", as predicted" if found.fits_predicted is False else ", predicted to fit"
     if measured.run.cap_name:
         outcome += f" (cap: {measured.run.cap_name})"
     allocated, reserved = found.allocated, found.reserved

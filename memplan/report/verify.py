@@ -34,7 +34,9 @@ def show_verdict(measured: Measurement, comparison: Comparison, console: Console
         console.print()
         heading(console, title)
         styled: list[Sequence[Cell]] = [[Text(cell, QUIET) for cell in head]] if any(head) else []
-        table(console, [*styled, *rows], alignment, gives_way=len(alignment) - 1 if alignment[0] == ">" else 0)
+        table(
+            console, [*styled, *rows], alignment, gives_way=len(alignment) - 1 if alignment[0] == ">" else 0
+        )
     for remark in comparison.remarks:
         note(console, remark[:1].upper() + remark[1:] + ".")
 
@@ -96,10 +98,14 @@ def verdict(comparison: Comparison) -> str:
     if comparison.outcome == "failed":
         return f"The run failed: {comparison.why}."
     if comparison.outcome == "out of memory":
-        expected = {True: ", though the plan said that it fits", False: ", as the plan said"}
+        expected = ", as the plan said" if comparison.fits_predicted is False else ""
+        if comparison.fits_predicted:
+            expected = ", though the plan said that it fits"
         event = comparison.event
         where = f" in step {event.step} ({event.phase})" if event else ""
-        return f"Out of memory{where}{expected.get(comparison.fits_predicted, '')}."
+        if event is not None and not event.step:
+            where = " while the model was made"
+        return f"Out of memory{where}{expected}."
     doubts = f", but {comparison.why}" if comparison.why else ""
     error, percent = comparison.allocated.error, comparison.allocated.percent
     if error is None or percent is None:
@@ -107,7 +113,9 @@ def verdict(comparison: Comparison) -> str:
     if not error:
         return f"Trained{doubts}; predicted and measured peaks are equal to the byte."
     more = "above" if error > 0 else "below"
-    return f"Trained{doubts}; the plan is {abs(error):,} bytes ({abs(percent):.3f} %) {more} the measured peak."
+    return (
+        f"Trained{doubts}; the plan is {abs(error):,} bytes ({abs(percent):.3f} %) {more} the measured peak."
+    )
 
 
 def _parts(measured: Measurement, comparison: Comparison) -> Iterator[tuple[str, str, _Rows]]:
@@ -154,9 +162,7 @@ def _figures(comparison: Comparison) -> _Rows:
 
 
 def _cells(figure: Figure) -> list[str]:
-    cells = [
-        "–" if number is None else f"{number:,}" for number in (figure.predicted, figure.measured)
-    ]
+    cells = ["–" if number is None else f"{number:,}" for number in (figure.predicted, figure.measured)]
     if figure.error is None:
         return [*cells, "", ""]
     percent = "" if figure.percent is None else f"{figure.percent:+.3f} %"
@@ -212,7 +218,7 @@ def _row(cells: Sequence[str]) -> str:
 
 def _html_row(cells: Sequence[str], alignment: str, tag: str) -> str:
     parts = (
-        f'<{tag}{" class=" + chr(34) + "right" + chr(34) if side == ">" else ""}>{escape(cell)}</{tag}>'
+        f"<{tag}{' class=' + chr(34) + 'right' + chr(34) if side == '>' else ''}>{escape(cell)}</{tag}>"
         for cell, side in zip(cells, alignment, strict=True)
     )
     return "<tr>" + "".join(parts) + "</tr>"

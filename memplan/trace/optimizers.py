@@ -83,7 +83,7 @@ def as_on_cuda() -> Iterator[None]:
     with (
         # a singleton that would remember this model's parameters
         mock.patch.object(bitsandbytes.optim.GlobalOptimManager, "_instance", None),
-        mock.patch.object(base, "_get_foreach_kernels_supported_devices", lambda: ["cpu"]),
+        mock.patch.object(base, "_get_foreach_kernels_supported_devices", return_value=["cpu"]),
     ):
         yield
 

@@ -103,7 +103,7 @@ def materialise(model: nn.Module, device: torch.device, source: Source) -> None:
             del data
         if new:
             model._init_weights(module)
-        for key, parameter in module._parameters.items():
+        for parameter in module._parameters.values():
             if isinstance(parameter, Params4bit) and not parameter.bnb_quantized:
                 parameter.to(device)  # quantises in place
         for key, buffer in module._buffers.items():

@@ -36,7 +36,7 @@ class MemoryWarning(UserWarning):
     """A run is predicted not to fit."""
 
 
-class MemoryCallback(TrainerCallback):  # type: ignore[misc]
+class MemoryCallback(TrainerCallback):
     """Prediction and measurement of a Trainer's step.
 
     ``seq_len``: tokens in a row; unless given, the trainer's ``max_length`` or the length of the first

@@ -106,13 +106,15 @@ def load(path: Path) -> Plan:
 
 def expand(plan: Plan, device: str | None = None) -> list[Planned]:
     """The runs in the order of the campaign: by priority, then as they stand. ``device`` overrules."""
-    planned: list[Planned] = []
-    for entry in plan.runs:
-        try:
-            planned += _expand(entry, plan.defaults, device)
-        except MemplanError as error:
-            raise MemplanError(f"run {entry.name!r}: {error}") from None
+    planned = [run for entry in plan.runs for run in _named(entry, plan.defaults, device)]
     return sorted(planned, key=lambda run: run.priority)
+
+
+def _named(entry: Entry, defaults: Defaults, device: str | None) -> list[Planned]:
+    try:
+        return _expand(entry, defaults, device)
+    except MemplanError as error:
+        raise MemplanError(f"run {entry.name!r}: {error}") from None
 
 
 def _expand(entry: Entry, defaults: Defaults, device: str | None) -> list[Planned]:

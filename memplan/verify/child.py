@@ -20,7 +20,7 @@ from typing import Any
 
 from memplan.errors import MemplanError
 from memplan.verify.job import Job
-from memplan.verify.measurement import Device, Measurement, Outcome
+from memplan.verify.measurement import Device, Measurement, Outcome, Step
 
 SIGN = "@memplan "
 STATUS_DONE, STATUS_REFUSED = 0, 2
@@ -32,6 +32,7 @@ def main() -> int:
     """Run the job; the exit status."""
     job = Job.model_validate_json(sys.stdin.readline())
     threading.Thread(target=_die_with_parent, daemon=True).start()
+    tell("state", "importing the libraries")
     try:
         measured = run(job)
     except MemplanError as error:
@@ -60,7 +61,7 @@ def run(job: Job) -> Measurement:
     from memplan import stack
     from memplan.verify import driver
 
-    stack.require()
+    stack.require("verifying")
     # before there is a CUDA context
     baseline = driver.used_bytes() if job.device == "cuda" else None
     with warnings.catch_warnings():
@@ -80,22 +81,31 @@ def _run(job: Job, baseline: int | None) -> Measurement:
     _check_bitsandbytes(job, torch.device(job.device))
     outcome = Outcome(kind="trained")
     training: Training | None = None
+    steps: list[Step] = []
     with quiet():
         try:
-            training = train(job, backend, tell)
+            training = train(job, backend, tell, steps)
         except MemplanError:
             raise
-        except torch.OutOfMemoryError as error:
-            # cleared so that the frames, which hold the model, go
-            event = backend.out_of_memory(error)
-            traceback.clear_frames(error.__traceback__)
-            outcome = Outcome(kind="out of memory", event=event)
         except Exception as error:  # whatever the libraries raise
-            outcome = Outcome(kind="failed", why=_sentence(error))
+            if job.device == "cuda" and _out_of_memory(error):
+                outcome = Outcome(kind="out of memory", event=backend.out_of_memory(error))
+            else:
+                outcome = Outcome(kind="failed", why=_sentence(error))
+            traceback.clear_frames(error.__traceback__)  # they hold the model
     if training is not None and training.evidence.doubts:
         outcome = Outcome(kind="trained", why="; ".join(training.evidence.doubts))
     gc.collect()
-    return _measurement(job, device, outcome, training, baseline, getattr(backend, "remarks", []))
+    return _measurement(job, device, outcome, steps, training, baseline, getattr(backend, "remarks", []))
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """The allocator's own error, or the driver's from what libraries take beside the allocator."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
+    )
 
 
 def _sentence(error: BaseException) -> str:
@@ -163,7 +173,9 @@ def _check_room(job: Job, device: Device) -> None:
 
 def _check_bitsandbytes(job: Job, device: Any) -> None:
     """Whether the library works there, by using it."""
-    if job.recipe.mode.value != "qlora" and not {"8bit", "paged"} & set(job.recipe.optimizer.value.split("_")):
+    if job.recipe.mode.value != "qlora" and not {"8bit", "paged"} & set(
+        job.recipe.optimizer.value.split("_")
+    ):
         return
     import torch
     from bitsandbytes import functional
@@ -184,14 +196,19 @@ def _check_bitsandbytes(job: Job, device: Any) -> None:
 
 
 def _measurement(
-    job: Job, device: Device, outcome: Outcome, training: Any, baseline: int | None, remarks: list[str]
+    job: Job,
+    device: Device,
+    outcome: Outcome,
+    steps: list[Step],
+    training: Any,
+    baseline: int | None,
+    remarks: list[str],
 ) -> Measurement:
     from datetime import datetime, timezone
 
     from memplan import __version__, stack
     from memplan.verify.measurement import packed
 
-    steps = training.steps if training else ()
     settings = {name: os.environ[name] for name in _SETTINGS if name in os.environ}
     tape = training.tape if training else None
     return Measurement(
@@ -207,7 +224,7 @@ def _measurement(
         recipe=job.recipe,
         run=job.run.model_copy(update={"settings": settings}),
         outcome=outcome,
-        steps=steps,
+        steps=tuple(steps),
         evidence=training.evidence if training else None,
         baseline_driver_bytes=baseline,
         tape_step=steps[-1].number if tape is not None else None,

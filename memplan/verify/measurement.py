@@ -24,7 +24,7 @@ from memplan.recipe import Recipe
 from memplan.tape import Tape
 
 FORMAT = "memplan measurement"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 1  # of files that are read; the records' own fields say what is written
 
 _MAX_BYTES = 256 << 20
 
@@ -122,8 +122,8 @@ class Evidence(_Record):
 
 
 class OutOfMemory(_Record):
-    """The allocation that did not fit: in which step, where, how many bytes were asked for, and how many were
-    allocated and reserved then."""
+    """The allocation that did not fit: in which step (0: while the model was made), where, how many bytes were
+    asked for, and how many were allocated and reserved then."""
 
     step: int
     phase: str
@@ -145,8 +145,8 @@ class Outcome(_Record):
 class Measurement(_Record):
     """A run."""
 
-    format: Literal["memplan measurement"] = FORMAT
-    schema_version: Literal[1] = SCHEMA_VERSION
+    format: Literal["memplan measurement"] = "memplan measurement"
+    schema_version: Literal[1] = 1
     provenance: Literal["measured"] = "measured"
     counted: Literal["CUDA caching allocator", "CPU storages"]
     date: str
@@ -230,7 +230,9 @@ def write(measurement: Measurement, folder: Path) -> Path:
             finally:
                 Path(file.name).unlink(missing_ok=True)
     except FileExistsError:
-        raise MemplanError(f"{shown(str(path))} exists already, and measurements are never replaced") from None
+        raise MemplanError(
+            f"{shown(str(path))} exists already, and measurements are never replaced"
+        ) from None
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or type(error).__name__
         raise MemplanError(f"the measurement can't be written to {shown(str(folder))}: {why}") from None

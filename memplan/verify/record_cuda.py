@@ -124,7 +124,7 @@ class Cuda:
         stats = torch.cuda.memory_stats(self.device)
         marks = self._marks
         return OutOfMemory(
-            step=max(self._number, 1),
+            step=self._number,
             phase=marks.phase.value if marks is not None else Phase.SETUP.value,
             module=marks.tape.module if marks is not None else "",
             requested_bytes=int(float(asked[1]) * _UNITS[asked[2]]) if asked else None,
@@ -290,18 +290,18 @@ def _names(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any) -> Kn
     existing.note_optimizer(collector, optimizer)
     existing.note_batch(collector, batch)
     collector.tape.module = ""
-    for name, table in _maps().items():
-        collector.born(table, name, Category.QUANTIZATION_STATE)
+    for table in _maps():
+        collector.born(table, "name2qmap", Category.QUANTIZATION_STATE)
     found: Known = collector.found
     return found
 
 
-def _maps() -> dict[str, torch.Tensor]:
+def _maps() -> list[torch.Tensor]:
     """The code tables that bitsandbytes keeps for everybody (functional.py ``name2qmap``)."""
     import bitsandbytes
 
     tables = getattr(bitsandbytes.functional, "name2qmap", {})
-    return {"name2qmap": table for table in tables.values() if isinstance(table, torch.Tensor)}
+    return [table for table in tables.values() if isinstance(table, torch.Tensor)]
 
 
 def tape_of(
@@ -373,5 +373,3 @@ def _operation(event: dict[str, Any]) -> str:
         return "backward"
     frame = frames[0]
     return f"{frame['name']} ({PurePath(frame['filename']).name}:{frame['line']})"
-
-

@@ -61,8 +61,10 @@ class Training:
     tape: Tape | None
 
 
-def train(job: Job, backend: Backend, tell: Tell) -> Training:
-    """Build the model and train it. Whatever the libraries raise goes through."""
+def train(job: Job, backend: Backend, tell: Tell, steps: list[Step] | None = None) -> Training:
+    """Build the model and train it. Whatever the libraries raise goes through; ``steps`` then has the steps
+    that were done."""
+    steps = [] if steps is None else steps
     recipe, run = job.recipe, job.run
     torch.manual_seed(run.seed)
     source = Random() if job.model.weights == "random" else Checkpoint(fetch(job.model.weights))
@@ -78,7 +80,6 @@ def train(job: Job, backend: Backend, tell: Tell) -> Training:
         frozen = dict(_frozen(model))
         before = _checksums(trained), _checksums(frozen)
         finite = _watch_gradients(optimizer, backend)
-        steps: list[Step] = []
         for number in range(1, run.steps + 1):
             tell("state", f"step {number} of {run.steps}")
             began = time.perf_counter()
@@ -133,18 +134,20 @@ def make_batch(job: Job) -> dict[str, torch.Tensor]:
 def _tokens(job: Job, count: int) -> torch.Tensor:
     from transformers import AutoTokenizer
 
-    where = job.model.weights if job.model.weights != "random" else job.model.hub_id or job.model.name
+    where = job.model.weights if job.model.weights != "random" else job.model.hub_id
     text = Path(str(job.run.text))
     try:
         words = text.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise MemplanError(f"the text {shown(str(text))} can't be read: {type(error).__name__}") from None
     try:
+        if where is None:
+            raise FileNotFoundError
         tokenizer = AutoTokenizer.from_pretrained(where)
     except Exception as error:  # whatever the Hub, its cache or a tokenizer's files raise
         raise MemplanError(
-            f"there is no tokenizer for --text in {shown(str(where))} ({type(error).__name__}): give "
-            "--weights with a folder that has one, or leave out --text"
+            f"there is no tokenizer for --text in {shown(str(where or job.model.name))} "
+            f"({type(error).__name__}): give --weights with a folder that has one, or leave out --text"
         ) from None
     ids = tokenizer(words, truncation=True, max_length=count, return_tensors="pt")["input_ids"][0]
     if len(ids) < count:

@@ -6,7 +6,7 @@ from memplan.tape import Category, Tape
 
 
 def without_workspaces(tape: Tape) -> Tape:
-    """A predicted tape without what a CPU does not have: cuBLAS's workspaces, which are there all the time."""
+    """A predicted tape without what a CPU does not have: cuBLAS's workspaces, which are always there."""
     result = Tape(
         provenance=tape.provenance,
         events=list(tape.events),
