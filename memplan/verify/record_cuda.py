@@ -12,6 +12,7 @@ is requested, and the history has the bytes that were requested).
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -81,6 +82,7 @@ class Cuda:
         self._marks = marks = Marks(self.device, self.card)
         if number == 1:
             torch.cuda.empty_cache()  # what making the model left cached is no part of the training
+        gc.collect()  # what earlier steps left in cycles, if anything, goes now and not at some moment of it
         torch.cuda.synchronize(self.device)
         there = _names(model, optimizer, batch) if last else {}
         before = _blocks(torch.cuda.memory._snapshot(), self.device) if last else []
