@@ -17,8 +17,9 @@ HEAD = """\
 
 Made by `python docs/generate.py` from `data/reconciliation.json` and `data/published_comparison.json`, which
 `python benchmarks/reconcile.py` and `python benchmarks/published.py` write, and from the files of
-`data/measurements`, which `memplan verify` writes. {gpus} *Predicted* is the plan; *traced* is the real libraries' step under
-fake tensors on a CPU ([how-it-works.md](how-it-works.md)).
+`data/measurements`, which `memplan verify` writes. {gpus}
+*Predicted* is the plan; *traced* is the real libraries' step under fake tensors on a CPU
+([how-it-works.md](how-it-works.md)).
 
 ## Predicted against traced
 

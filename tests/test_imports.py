@@ -35,6 +35,8 @@ def run(code: str) -> str:
         ["compare", "llama-3.2-1b"],
         ["fit", "llama-3.2-1b", "--gpu", "h100"],
         ["diff", "plan:llama-3.2-1b", "plan:llama-3.2-1b", "--mode", "lora"],
+        ["campaign", "benchmarks/campaign.yaml", "--dry-run"],
+        ["report"],
         ["models"],
         ["gpus"],
         ["completion", "bash"],

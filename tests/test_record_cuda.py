@@ -4,6 +4,7 @@ allocator's history becomes the tape that a dispatch mode writes of the same ste
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -34,6 +35,15 @@ CASES = [
     {"mode": "lora", "gradient_checkpointing": True, "use_reentrant": True},
     {"mode": "lora", "gradient_checkpointing": True, "gradient_accumulation_steps": 2},
 ]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small tensors: threads that wait for one another cost more than they save."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class Beside(Recorder):

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from memplan.diff import diff
 from memplan.errors import MemplanError
 from memplan.recipe import make_recipe
 from memplan.tape import replay
-from memplan.verify import attention, runner
+from memplan.verify import attention, child, runner
 from memplan.verify import train as training
 from memplan.verify.checkpoint import Checkpoint
 from memplan.verify.host import Host
@@ -54,6 +54,15 @@ def model_folder(folder: Path, family: str = "llama", **changes: Any) -> Path:
 def job_of(folder: Path, family: str = "llama", run: dict[str, Any] | None = None, **options: Any) -> Job:
     recipe = make_recipe(**{"batch_size": 2, "seq_len": 64, **options})
     return make_job(str(model_folder(folder / "model", family)), recipe, Run(**(run or {})), device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small tensors: threads that wait for one another cost more than they save."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 # -- training ----------------------------------------------------------------------------------------------
@@ -92,6 +101,25 @@ def test_real_training_takes_what_the_plan_says(tmp_path: Path, family: str, opt
     else:
         assert trained.evidence.changed_tensors == trained.evidence.trained_tensors
     assert trained.evidence.frozen_tensors > 0 or options["mode"] == "full"
+
+
+def test_the_trainer_takes_two_numbers_more(tmp_path: Path) -> None:
+    from memplan.verify.compare import compare
+    from memplan.verify.trainer import train_with_trainer
+
+    job = job_of(tmp_path, mode="qlora", run={"loop": "trainer"})
+    measured = child.run(job)
+    assert measured.outcome.kind == "trained", measured.outcome.why
+    found = compare(measured)
+    assert found.diff is not None
+    # the number of items in the batch, and the loss before it is divided by it
+    extra = [(held.operation, held.nbytes) for held in found.diff.peak_only_b]
+    assert sorted(extra) == [("batch", 512), ("div", 512)]
+    assert found.diff.peak_only_a == ()
+    assert found.allocated.error == -1024
+    momentum = job_of(tmp_path, mode="lora", optimizer="sgd", momentum=0.9)
+    with pytest.raises(MemplanError, match="no momentum"):
+        train_with_trainer(momentum, Host(), lambda kind, value: None, [])
 
 
 def test_the_first_step_is_not_the_steady_one(tmp_path: Path) -> None:
@@ -301,8 +329,6 @@ def test_what_cannot_be_run_is_said_before_it_is_begun(
 
 
 def test_a_device_that_is_too_small_is_refused(tmp_path: Path) -> None:
-    from memplan.verify import child
-
     job = job_of(tmp_path, mode="qlora").model_copy(update={"predicted_bytes": 1 << 60})
     with pytest.raises(MemplanError, match=r"the plan says that this run allocates .* or run it --anyway"):
         child.run(job)
@@ -340,8 +366,8 @@ def test_an_interrupt_leaves_no_child(tmp_path: Path, monkeypatch: pytest.Monkey
 
     with pytest.raises(KeyboardInterrupt):
         run_job(job_of(tmp_path), tell=interrupt)
-    (child,) = children.started
-    assert child.returncode is not None
+    (process,) = children.started
+    assert process.returncode is not None
 
 
 def test_a_run_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,7 +390,7 @@ def test_a_child_that_is_killed_is_reported(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_child_does_not_outlive_its_parent(tmp_path: Path) -> None:
-    child = subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", "memplan.verify.child", str(tmp_path / "result.json")],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
@@ -372,16 +398,14 @@ def test_a_child_does_not_outlive_its_parent(tmp_path: Path) -> None:
         env=runner._environment(),
         text=True,
     )
-    assert child.stdin is not None
-    child.stdin.write(job_of(tmp_path).model_dump_json() + "\n")
-    child.stdin.close()  # what the end of the parent does
-    assert child.wait(30) == 1
+    assert process.stdin is not None
+    process.stdin.write(job_of(tmp_path).model_dump_json() + "\n")
+    process.stdin.close()  # what the end of the parent does
+    assert process.wait(30) == 1
     assert not (tmp_path / "result.json").exists()
 
 
 def test_what_fails_while_it_trains_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from memplan.verify import child
-
     job = job_of(tmp_path)
     monkeypatch.setattr(training, "make_optimizer", lambda *_: 1 / 0)
     measured = child.run(job)

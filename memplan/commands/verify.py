@@ -70,6 +70,13 @@ def add_run(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--text", metavar="FILE", default=None, help="train on this text (default: random tokens)"
     )
+    group.add_argument(
+        "--loop",
+        choices=["memplan", "trainer", "sft"],
+        default="memplan",
+        help="who trains: memplan's plain loop, the Hugging Face Trainer, or TRL's SFTTrainer, the last two "
+        "with MemoryCallback (default: memplan)",
+    )
     group.add_argument("--steps", type=int, metavar="N", default=3, help="steps, at least 2 (default: 3)")
     group.add_argument("--seed", type=int, metavar="N", default=0, help="of weights and tokens (default: 0)")
     group.add_argument(
@@ -134,6 +141,7 @@ def settings_of(arguments: argparse.Namespace) -> Any:
 
     cap_bytes, cap_name = (None, None) if arguments.cap is None else cap(arguments.cap)
     return Run(
+        loop=arguments.loop,
         steps=arguments.steps,
         seed=arguments.seed,
         learning_rate=arguments.learning_rate,

@@ -50,11 +50,27 @@ def build(config: dict[str, Any], recipe: Recipe, device: torch.device, source: 
         model.tie_weights()  # parameters that were registered anew lost their ties
         if recipe.mode is Mode.QLORA:
             quantize(model, recipe, linear_4bit)
+            model.hf_quantizer = quantizer(recipe)
         source.check(model)
         materialise(model, device, source)
         model = prepare(model, recipe, data=True)
     model.train()
     return model
+
+
+def quantizer(recipe: Recipe) -> Any:
+    """transformers' own, which has done nothing here but which a Trainer asks whether it may train."""
+    from transformers import BitsAndBytesConfig
+    from transformers.quantizers import AutoHfQuantizer
+
+    return AutoHfQuantizer.from_config(
+        BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=recipe.quant_type.value,
+            bnb_4bit_use_double_quant=recipe.double_quant,
+            bnb_4bit_compute_dtype=DTYPES[recipe.dtype],
+        )
+    )
 
 
 def linear_4bit(source: nn.Linear, recipe: Recipe) -> nn.Module:

@@ -55,6 +55,7 @@ class MemoryCallback(TrainerCallback):
         self.recipe = recipe
         self.figure: Figure | None = None
         self.tape: Tape | None = None  # of step 2, without CUDA
+        self.reserved: int | None = None  # peak of reserved bytes, with CUDA
         self._tell = tell or functools.partial(print, flush=True)
         self._spec: ModelSpec | None = None
         self._measuring: ExitStack | None = None
@@ -113,7 +114,8 @@ class MemoryCallback(TrainerCallback):
             torch.cuda.synchronize()
             self._close()
             measured = torch.cuda.max_memory_allocated()
-            reserved = f"; reserved {gib(torch.cuda.max_memory_reserved())} GiB"
+            self.reserved = torch.cuda.max_memory_reserved()
+            reserved = f"; reserved {gib(self.reserved)} GiB"
             label = "measured"
         else:
             recorder = self._recorder

@@ -84,7 +84,12 @@ def _run(job: Job, baseline: int | None) -> Measurement:
     steps: list[Step] = []
     with quiet():
         try:
-            training = train(job, backend, tell, steps)
+            if job.run.loop == "memplan":
+                training = train(job, backend, tell, steps)
+            else:
+                from memplan.verify.trainer import train_with_trainer
+
+                training = train_with_trainer(job, backend, tell, steps)
         except MemplanError:
             raise
         except Exception as error:  # whatever the libraries raise

@@ -52,7 +52,7 @@ def make_job(
         config=config,
     )
     resolved = resolve_recipe(spec_of(what), recipe)
-    _runnable(resolved, device)
+    _runnable(resolved, device, run.loop)
     # a CPU counts as an A100 does, all but cuBLAS's workspaces, which here make no difference
     return Job(
         device=device,
@@ -64,8 +64,9 @@ def make_job(
     )
 
 
-def _runnable(recipe: Recipe, device: str) -> None:
-    if recipe.loss is not Loss.STANDARD:
+def _runnable(recipe: Recipe, device: str, loop: str) -> None:
+    tiled = loop == "sft" and recipe.loss is Loss.CHUNKED
+    if recipe.loss is not Loss.STANDARD and not tiled:
         raise MemplanError(f"verify trains with the loss 'standard'; {recipe.loss.value!r} is only predicted")
     if device == "cpu":
         if recipe.attn is Attention.FLASH:

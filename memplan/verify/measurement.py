@@ -122,8 +122,8 @@ class Evidence(_Record):
 
 
 class OutOfMemory(_Record):
-    """The allocation that did not fit: in which step (0: while the model was made), where, how many bytes were
-    asked for, and how many were allocated and reserved then."""
+    """The allocation that did not fit: in which step (0: while the model was made), where, how many bytes
+    were asked for, and how many were allocated and reserved then."""
 
     step: int
     phase: str

@@ -18,7 +18,7 @@ from memplan.importers.fields import shown
 from memplan.recipe import Recipe
 from memplan.tape import Tape
 from memplan.trace.optimizers import make_optimizer
-from memplan.verify.build import Random, build
+from memplan.verify.build import Random, Source, build
 from memplan.verify.checkpoint import Checkpoint, fetch
 from memplan.verify.job import Job
 from memplan.verify.measurement import Evidence, Step
@@ -67,7 +67,7 @@ def train(job: Job, backend: Backend, tell: Tell, steps: list[Step] | None = Non
     steps = [] if steps is None else steps
     recipe, run = job.recipe, job.run
     torch.manual_seed(run.seed)
-    source = Random() if job.model.weights == "random" else Checkpoint(fetch(job.model.weights))
+    source = source_of(job)
     with backend.environment():
         tell("state", "building the model")
         model = build(job.model.config, recipe, backend.device, source)
@@ -77,8 +77,8 @@ def train(job: Job, backend: Backend, tell: Tell, steps: list[Step] | None = Non
             group["lr"] = run.learning_rate
         batch = {key: value.to(backend.device) for key, value in make_batch(job).items()}
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        frozen = dict(_frozen(model))
-        before = _checksums(trained), _checksums(frozen)
+        frozen = dict(frozen_tensors(model))
+        before = checksums(trained), checksums(frozen)
         finite = _watch_gradients(optimizer, backend)
         for number in range(1, run.steps + 1):
             tell("state", f"step {number} of {run.steps}")
@@ -96,8 +96,8 @@ def train(job: Job, backend: Backend, tell: Tell, steps: list[Step] | None = Non
             del loss
             tell("step", steps[-1].model_dump(mode="json"))
         tell("state", "checking that it trained")
-        changed = _changed(before[0], _checksums(trained))
-        frozen_changed = _changed(before[1], _checksums(frozen))
+        changed = count_changed(before[0], checksums(trained))
+        frozen_changed = count_changed(before[1], checksums(frozen))
     first, last = (_finite(steps[at].loss) for at in (0, -1))
     evidence = Evidence(
         first_loss=first,
@@ -109,6 +109,11 @@ def train(job: Job, backend: Backend, tell: Tell, steps: list[Step] | None = Non
         gradients_finite=bool(finite) and all(finite),
     )
     return Training(tuple(steps), evidence, backend.tape)
+
+
+def source_of(job: Job) -> Source:
+    """Where the job's weights come from."""
+    return Random() if job.model.weights == "random" else Checkpoint(fetch(job.model.weights))
 
 
 def _finite(loss: float | None) -> float:
@@ -158,7 +163,7 @@ def _tokens(job: Job, count: int) -> torch.Tensor:
 # -- evidence ----------------------------------------------------------------------------------------------
 
 
-def _frozen(model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
+def frozen_tensors(model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
     """Frozen parameters, and what bitsandbytes keeps beside them."""
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -171,7 +176,8 @@ def _frozen(model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
             state = state.state2
 
 
-def _checksums(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+def checksums(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+    """A checksum of each."""
     return {name: checksum(tensor) for name, tensor in tensors.items()}
 
 
@@ -187,7 +193,8 @@ def checksum(tensor: torch.Tensor) -> int:
     return total + int(flat[whole:].sum(dtype=torch.int64))
 
 
-def _changed(before: dict[str, int], after: dict[str, int]) -> int:
+def count_changed(before: dict[str, int], after: dict[str, int]) -> int:
+    """How many checksums are others now."""
     return sum(before[name] != number for name, number in after.items())
 
 
