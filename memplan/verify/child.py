@@ -222,7 +222,7 @@ def _measurement(
         memplan_version=__version__,
         git_commit=_commit(),
         python=platform.python_version(),
-        platform=platform.platform(),
+        platform=f"{platform.system()} {platform.machine()}",
         libraries=stack.installed(),
         device=device,
         model=job.model,
