@@ -151,3 +151,24 @@ def test_what_cannot_be_planned_is_said_and_does_not_stop_the_run(tmp_path: Path
     assert len(lines) == 1
     assert "no plan for this run: unknown optimizer 'adagrad'" in lines[0]
     assert callback.figure is None
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "trl", "loss"),
+    [
+        (None, None, "standard"),  # no SFTConfig
+        ("nll", "1.15.2", "standard"),
+        ("nll", "1.16.0", "chunked"),
+        ("chunked_nll", "1.15.2", "chunked"),
+    ],
+)
+def test_the_loss_of_an_sft_trainer(
+    loss_type: str | None, trl: str | None, loss: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib.metadata
+
+    from memplan.verify.callback import _loss
+
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: trl)
+    arguments = type("Arguments", (), {"use_liger_kernel": False, "loss_type": loss_type})
+    assert _loss(arguments) == loss

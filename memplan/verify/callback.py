@@ -23,7 +23,7 @@ from transformers import TrainerCallback
 
 from memplan.card import Card
 from memplan.errors import MemplanError
-from memplan.recipe import Recipe, make_recipe
+from memplan.recipe import Loss, Recipe, make_recipe
 from memplan.report.units import gib
 from memplan.spec import ModelSpec
 from memplan.tape import Tape, replay
@@ -130,6 +130,8 @@ class MemoryCallback(TrainerCallback):
             f"memplan: step {MEASURED_STEP}: predicted {figure.predicted:,} bytes, {label} "
             f"{figure.measured:,}, error {figure.error:+,}{percent}{reserved}"
         )
+        if recipe.loss is Loss.CHUNKED and not torch.cuda.is_available():
+            self._tell("memplan: without CUDA, TRL computes its loss by other code, which is not planned")
         if recipe is not self.recipe:
             self._tell(f"memplan: the batch was {recipe.batch_size} × {recipe.seq_len} tokens")
 
@@ -286,7 +288,17 @@ def _reentrant(base: Any) -> bool:
 def _loss(args: Any) -> str:
     if getattr(args, "use_liger_kernel", False):
         return "liger"
-    return "chunked" if getattr(args, "loss_type", None) == "chunked_nll" else "standard"
+    return "chunked" if tiled_by_trl(getattr(args, "loss_type", None)) else "standard"
+
+
+def tiled_by_trl(loss_type: str | None) -> bool:
+    """Whether SFTTrainer computes its loss in tiles: in TRL 1.16 "chunked_nll" is another name of "nll",
+    which does (trl/trainer/sft_config.py); before, "nll" was the standard loss."""
+    from importlib.metadata import version
+
+    if loss_type == "nll":
+        return tuple(int(part) for part in version("trl").split(".")[:2]) >= (1, 16)
+    return loss_type == "chunked_nll"
 
 
 def _length(args: Any, loader: Any) -> int:

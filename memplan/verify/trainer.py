@@ -15,7 +15,7 @@ import torch
 from memplan.errors import MemplanError
 from memplan.recipe import Loss, Recipe
 from memplan.verify.build import build
-from memplan.verify.callback import MEASURED_STEP, MemoryCallback
+from memplan.verify.callback import MEASURED_STEP, MemoryCallback, tiled_by_trl
 from memplan.verify.job import Job
 from memplan.verify.measurement import Evidence, Step
 from memplan.verify.train import (
@@ -156,6 +156,8 @@ def _sft(settings: dict[str, Any], recipe: Recipe, model: Any, callback: Any, ba
         eos_token="</s>",
         unk_token="<unk>",
     )
+    if recipe.loss is Loss.STANDARD and tiled_by_trl("nll"):
+        raise MemplanError("this TRL computes every loss in tiles: ask for --loss chunked")
     length = batch["input_ids"].shape[1]
     ids = batch["input_ids"].tolist()
     table = InMemoryTable.from_pydict({"input_ids": [ids[row % len(ids)] for row in range(rows)]})
@@ -164,7 +166,7 @@ def _sft(settings: dict[str, Any], recipe: Recipe, model: Any, callback: Any, ba
         **settings,
         max_length=length,
         packing=False,
-        loss_type="chunked_nll" if recipe.loss is Loss.CHUNKED else "nll",
+        loss_type="chunked_nll" if recipe.loss is Loss.CHUNKED else "nll",  # one and the same in TRL 1.16
         dataset_kwargs={"skip_prepare_dataset": True},
     )
     return SFTTrainer(model, arguments, train_dataset=data, processing_class=tokenizer, callbacks=[callback])
