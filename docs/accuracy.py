@@ -7,6 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import measured
 import published
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -15,9 +16,10 @@ HEAD = """\
 # Accuracy
 
 Made by `python docs/generate.py` from `data/reconciliation.json` and `data/published_comparison.json`, which
-`python benchmarks/reconcile.py` and `python benchmarks/published.py` write. Nothing here is *measured* by us:
-no GPU has confirmed these numbers yet. *Predicted* is the plan; *traced* is the real libraries' step under
-fake tensors on a CPU ([how-it-works.md](how-it-works.md)).
+`python benchmarks/reconcile.py` and `python benchmarks/published.py` write, and from the files of
+`data/measurements`, which `memplan verify` writes. {gpus}
+*Predicted* is the plan; *traced* is the real libraries' step under fake tensors on a CPU
+([how-it-works.md](how-it-works.md)).
 
 ## Predicted against traced
 
@@ -69,7 +71,12 @@ def page() -> str:
     families: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for result in results:
         families[result["family"]].append(result)
-    text = HEAD.format(count=len(results), versions=versions, date=run["date"], deep=deep)
+    gpus = (
+        "[Measured on GPUs](#measured-on-gpus) is what was."
+        if measured.on_gpus()
+        else "Nothing here is *measured* on a GPU by us: none has confirmed these numbers yet."
+    )
+    text = HEAD.format(gpus=gpus, count=len(results), versions=versions, date=run["date"], deep=deep)
     for family, members in [*sorted(families.items()), ("**all**", results)]:
         sums = [
             sum(bool(member.get(key)) for member in members)
@@ -89,7 +96,7 @@ def page() -> str:
             peaks = [f"{result[kind]['peak_bytes']:,}" for kind in ("predicted", "traced")]
             name = "with the upcasts (default)" if prepared else "without them (`--no-kbit-prep`)"
             text += f"| {name} | {peaks[0]} | {peaks[1]} | `{result['traced']['operation']}` |\n"
-    return text + ABOUT_70B + published.section()
+    return text + ABOUT_70B + measured.section() + "\n" + published.section()
 
 
 def _losses(results: list[dict[str, Any]], versions: dict[str, str]) -> str:

@@ -15,7 +15,20 @@ from importlib import import_module
 from memplan import __version__
 from memplan.errors import MemplanError, UnknownName
 
-COMMANDS = ("plan", "fit", "frontier", "compare", "trace", "diff", "models", "gpus", "completion")
+COMMANDS = (
+    "plan",
+    "fit",
+    "frontier",
+    "compare",
+    "trace",
+    "verify",
+    "campaign",
+    "report",
+    "diff",
+    "models",
+    "gpus",
+    "completion",
+)
 
 STATUS_BAD_QUESTION = 2
 STATUS_BUG = 70  # EX_SOFTWARE of sysexits.h
@@ -37,6 +50,9 @@ Commands:
   frontier MODEL      the longest sequences that a card has room for
   compare MODEL       the modes full, lora and qlora side by side
   trace MODEL         the same by running the libraries' code (memplan[verify])
+  verify MODEL        train a few steps for real, and compare (memplan[verify])
+  campaign PLAN       many such runs within a budget of time
+  report [FOLDER]     all measurements against the plan
   diff A B            where two plans or traces differ; exit status 0: nowhere
   models [FILTER]     the models that have an alias
   gpus [FILTER]       the cards that --gpu knows

@@ -99,6 +99,14 @@ def glance(gpu: Gpu, allocated: int, loaded: int) -> Verdict | None:
     return "fits" if 2 * allocated - loaded + 500 * MIB <= room else None
 
 
+def context_of(device: str) -> int:
+    """Bytes of the context on the card that its driver calls so; on one that is not listed, the most."""
+    from memplan.gpu import load_gpus
+
+    kind = next((gpu.kind for gpu in load_gpus() if gpu.name == device), "datacenter")
+    return CONTEXT_BYTES[kind]
+
+
 def usable_bytes(gpu: Gpu) -> int:
     """What PyTorch can see of a card: as its driver says if the card is in this machine, else as listed."""
     from memplan import driver

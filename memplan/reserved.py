@@ -51,6 +51,11 @@ class Reserved:
     changes: tuple[tuple[int, int], ...] = ()
 
     @property
+    def in_step(self) -> int:
+        """Bytes reserved at most in the steady-state step: its own ``max_memory_reserved``."""
+        return max((reserved for _, reserved in self.changes), default=self.reserved)
+
+    @property
     def fragmentation(self) -> int:
         """Bytes reserved at most beyond what was allocated at most."""
         return self.reserved - self.allocated

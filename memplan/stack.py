@@ -23,7 +23,7 @@ OF_LOSS = {"chunked": ("trl", "1.16", "trl"), "liger": ("liger-kernel", "0.8", "
 _INSTALL_LOSSES = "pip install 'memplan[verify,losses]'"
 
 
-def require(loss: str = "standard") -> None:
+def require(loss: str = "standard", doing: str = "tracing") -> None:
     """Raise MemplanError with the command that installs what is missing, if something is."""
     missing = [name for name in TESTED if find_spec(name) is None]
     install = INSTALL
@@ -36,7 +36,7 @@ def require(loss: str = "standard") -> None:
         *head, last = missing
         names = f"{', '.join(head)} and {last}" if head else last
         raise MemplanError(
-            f"tracing runs the libraries' own code and needs {names}, which "
+            f"{doing} runs the libraries' own code and needs {names}, which "
             f"{'are' if head else 'is'} not installed: run `{install}`"
         )
 

@@ -38,6 +38,11 @@ class TapeInfo(BaseModel):
 
 def save(tape: Tape, path: str | Path, info: TapeInfo | None = None) -> None:
     """Write a tape. The file is there as a whole or not at all."""
+    write_whole(path, zipped(path, encode(tape, info)), "the tape")
+
+
+def encode(tape: Tape, info: TapeInfo | None = None) -> bytes:
+    """A tape file's content, not compressed."""
     strings: dict[str, int] = {}
 
     def numbers(texts: list[str]) -> list[int]:
@@ -61,14 +66,36 @@ def save(tape: Tape, path: str | Path, info: TapeInfo | None = None) -> None:
         "modules": numbers(tape.modules),
         "strings": list(strings),
     }
-    content = json.dumps(document, separators=(",", ":")).encode()
-    write_whole(path, zipped(path, content), "the tape")
+    return json.dumps(document, separators=(",", ":")).encode()
 
 
 def load(path: str | Path) -> tuple[Tape, TapeInfo]:
     """Read a tape. Raises MemplanError with one sentence for whatever else the file holds."""
     where = shown(str(path))
-    document = _document(Path(path), where)
+    return _read(_document(Path(path), where), where)
+
+
+def decode(content: bytes, where: str) -> tuple[Tape, TapeInfo]:
+    """A tape from a tape file's content; ``where`` names it in complaints."""
+    return _read(_parse(content, where), where)
+
+
+def _read(document: Any, where: str) -> tuple[Tape, TapeInfo]:
+    if isinstance(document, dict) and document.get("format") == "memplan measurement":
+        from memplan.verify.measurement import parse
+
+        measured = parse(document, where)
+        tape = measured.read_tape()
+        if tape is None:
+            raise MemplanError(
+                f"the measurement {where} has no tape: its outcome is {measured.outcome.kind!r}"
+            )
+        return tape, TapeInfo(
+            memplan_version=measured.memplan_version,
+            model=measured.model.hub_id or measured.model.name,
+            recipe=measured.recipe.model_dump(mode="json"),
+            libraries=measured.libraries,
+        )
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise MemplanError(f"{where} is no tape; `memplan trace MODEL --tape FILE` writes one")
     if document.get("version") != VERSION:
@@ -90,6 +117,10 @@ def _document(path: Path, where: str) -> Any:
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or type(error).__name__
         raise MemplanError(f"the tape {where} can't be read: {why}") from None
+    return _parse(content, where)
+
+
+def _parse(content: bytes, where: str) -> Any:
     try:
         if content.startswith(b"\x1f\x8b"):
             unzip = zlib.decompressobj(wbits=31)

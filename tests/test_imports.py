@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).parent.parent
 
 FORBIDDEN = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "huggingface_hub")
 
@@ -38,6 +41,7 @@ def run(code: str) -> str:
         ["compare", "llama-3.2-1b"],
         ["fit", "llama-3.2-1b", "--gpu", "h100"],
         ["diff", "plan:llama-3.2-1b", "plan:llama-3.2-1b", "--mode", "lora"],
+        ["report"],
         ["models"],
         ["gpus"],
         ["completion", "bash"],
@@ -46,6 +50,12 @@ def run(code: str) -> str:
 )
 def test_commands_need_no_torch(arguments: list[str]) -> None:
     assert run(f"{REFUSE}\nfrom memplan.cli import main\nassert main({arguments!r}) == 0")
+
+
+def test_listing_a_campaign_needs_no_torch() -> None:
+    pytest.importorskip("yaml")
+    arguments = ["campaign", str(ROOT / "benchmarks" / "campaign_smoke.yaml"), "--dry-run"]
+    run(f"{REFUSE}\nfrom memplan.cli import main\nassert main({arguments!r}) == 0")
 
 
 def test_the_python_api_needs_no_torch() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -55,3 +55,54 @@ def tracing(layers: int | None) -> Iterator[Callable[[Phase, int | None], None] 
                 bar.update(task, description=f"{phase.value}, layer {layer}", total=total, completed=done)
 
         yield tell
+
+
+@contextmanager
+def training(steps: int) -> Iterator[Callable[[str, Any], None] | None]:
+    """A function to tell what a training process says, or None where nobody watches."""
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("{task.description:32}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("starting", total=steps)
+
+        def tell(kind: str, value: Any) -> None:
+            if kind == "state":
+                bar.update(task, description=str(value))
+            elif kind == "step":
+                bar.update(task, completed=int(value["number"]))
+
+        yield tell
+
+
+@contextmanager
+def campaigning(
+    runs: int,
+) -> Iterator[tuple[Callable[[str, Any], None], Callable[[str], None], Callable[[], None]]]:
+    """Three functions: what a training process says, which run begins, and that it ended."""
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        yield (lambda kind, value: None), (lambda name: None), (lambda: None)
+        return
+    columns = (
+        TextColumn("{task.completed}/{task.total}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=runs)
+        running = ""
+
+        def tell(kind: str, value: Any) -> None:
+            if kind == "state":
+                bar.update(task, description=f"{running}: {value}")
+
+        def begin(name: str) -> None:
+            nonlocal running
+            running = name
+            bar.update(task, description=name)
+
+        yield tell, begin, lambda: bar.advance(task)

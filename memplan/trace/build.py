@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -107,23 +107,27 @@ def count(model: nn.Module) -> tuple[int, int]:
 # -- 4-bit ---------------------------------------------------------------------------------------------
 
 
-def quantize(model: nn.Module, recipe: Recipe) -> None:
+def quantize(
+    model: nn.Module, recipe: Recipe, convert: Callable[[nn.Linear, Recipe], nn.Module] | None = None
+) -> None:
     """Replace the layers that transformers' 4-bit quantizer replaces (transformers 5
-    integrations/bitsandbytes.py ``replace_with_bnb_linear``)."""
+    integrations/bitsandbytes.py ``replace_with_bnb_linear``) by what ``convert`` makes of them: unless
+    given, :func:`linear_4bit`."""
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.base import _assign_is_quantized, get_keys_to_not_convert
     from transformers.quantizers.quantizers_utils import should_convert_module
 
+    convert = convert or linear_4bit
     skipped = get_keys_to_not_convert(model)
     for name, module in list(model.named_modules()):
         if not should_convert_module(name, skipped):
             continue
         if type(module) is nn.Linear:
-            model.set_submodule(name, linear_4bit(module, recipe))
+            model.set_submodule(name, convert(module, recipe))
         elif isinstance(module, Conv1D):  # GPT-2's linear layer, whose weight is (inputs, outputs)
             linear = nn.Linear(*module.weight.shape, bias=False, dtype=module.weight.dtype)
             linear.bias = module.bias
-            model.set_submodule(name, linear_4bit(linear, recipe))
+            model.set_submodule(name, convert(linear, recipe))
     model.is_loaded_in_4bit = True
     model.is_quantized = True
     _assign_is_quantized(model)
@@ -200,8 +204,9 @@ def quant_state(source: nn.Linear, recipe: Recipe) -> Any:
 # -- adapters and checkpointing ------------------------------------------------------------------------
 
 
-def prepare(model: nn.Module, recipe: Recipe) -> nn.Module:
-    """Freezing, upcasts, checkpointing and adapters, in the order of a training script."""
+def prepare(model: nn.Module, recipe: Recipe, *, data: bool = False) -> nn.Module:
+    """Freezing, upcasts, checkpointing and adapters, in the order of a training script. With ``data`` the
+    adapters are initialised, and what a first step does is left to it."""
     checkpointing = {"use_reentrant": bool(recipe.use_reentrant)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # gradient_checkpointing_enable, which PEFT calls
@@ -221,8 +226,9 @@ def prepare(model: nn.Module, recipe: Recipe) -> nn.Module:
                 if recipe.mode is not Mode.FULL:
                     model.enable_input_require_grads()
         if recipe.mode is not Mode.FULL:
-            model = with_adapters(model, recipe)
-    after_first_step(model)
+            model = with_adapters(model, recipe, initialised=data)
+    if not data:
+        after_first_step(model)
     return model
 
 
@@ -238,7 +244,7 @@ def after_first_step(model: nn.Module) -> None:
             module.bias.data = module.bias.data.to(module.compute_dtype)
 
 
-def with_adapters(model: nn.Module, recipe: Recipe) -> nn.Module:
+def with_adapters(model: nn.Module, recipe: Recipe, *, initialised: bool = False) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -250,7 +256,7 @@ def with_adapters(model: nn.Module, recipe: Recipe) -> nn.Module:
         use_rslora=recipe.use_rslora,
         use_dora=recipe.use_dora,
         task_type="CAUSAL_LM",
-        init_lora_weights=False,
+        init_lora_weights=initialised,
     )
     return get_peft_model(model, config, autocast_adapter_dtype=recipe.adapter_dtype is DTypeName.FLOAT32)
 

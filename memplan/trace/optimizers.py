@@ -74,9 +74,23 @@ def on_card(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, key: str)
 
 
 @contextmanager
+def as_on_cuda() -> Iterator[None]:
+    """Lets optimizers choose on a CPU what they choose on CUDA: ``foreach`` unless told otherwise
+    (torch/optim/optimizer.py ``_default_to_fused_or_foreach``)."""
+    import bitsandbytes
+    from torch.optim import optimizer as base
+
+    with (
+        # a singleton that would remember this model's parameters
+        mock.patch.object(bitsandbytes.optim.GlobalOptimManager, "_instance", None),
+        mock.patch.object(base, "_get_foreach_kernels_supported_devices", return_value=["cpu"]),
+    ):
+        yield
+
+
+@contextmanager
 def fake_safe() -> Iterator[None]:
-    """Lets optimizers run on fake tensors, whose values they may not ask for, and choose what they choose on
-    CUDA: ``foreach`` unless told otherwise (torch/optim/optimizer.py ``_default_to_fused_or_foreach``)."""
+    """:func:`as_on_cuda`, on fake tensors, whose values optimizers may not ask for."""
     import bitsandbytes
     from torch.optim import adam
     from torch.optim import optimizer as base
@@ -91,10 +105,8 @@ def fake_safe() -> Iterator[None]:
     with ExitStack() as stack:
         patch = mock.patch.object
         stack.enter_context(patch(bitsandbytes.functional, "create_dynamic_map", code_of_256))
-        # a singleton that would remember this model's parameters
-        stack.enter_context(patch(bitsandbytes.optim.GlobalOptimManager, "_instance", None))
+        stack.enter_context(as_on_cuda())
         stack.enter_context(patch(adam, "_get_value", step_count))
-        stack.enter_context(patch(base, "_get_foreach_kernels_supported_devices", lambda: ["cpu"]))
         for module in (base, _foreach_utils):
             types = [*module._foreach_supported_types, FakeTensor]
             stack.enter_context(patch(module, "_foreach_supported_types", types))

@@ -65,7 +65,7 @@ def record(*there: Any, card: Card | None = None) -> Iterator[Tape]:
             stack.enter_context(standins.in_force(card))
         for module in modules:
             stack.enter_context(recorder.follow(module))
-        stack.enter_context(_phases(recorder, modules))
+        stack.enter_context(phases(recorder, modules))
         stack.enter_context(recorder)
         recorder.begin(Phase.FORWARD, "forward")
         yield recorder.tape
@@ -74,7 +74,7 @@ def record(*there: Any, card: Card | None = None) -> Iterator[Tape]:
 
 
 @contextmanager
-def _phases(recorder: Recorder, modules: list[nn.Module]) -> Iterator[None]:
+def phases(recorder: Recorder, modules: list[nn.Module]) -> Iterator[None]:
     """Tell forward, backward and optimizer apart by what is called."""
     running = 0  # backward within backward: reentrant checkpointing
 

@@ -23,7 +23,7 @@ from memplan.card import Card
 from memplan.trace import attention, indexing, kernels, quantization
 from memplan.trace.autocast import cuda_rules
 from memplan.trace.operators import OPERATORS
-from memplan.trace.optimizers import fake_safe
+from memplan.trace.optimizers import as_on_cuda, fake_safe
 
 __all__ = ["ANSWERS", "OPERATORS", "in_force"]
 assert indexing and quantization  # imported for the operators that they register
@@ -61,8 +61,9 @@ def delta_weight(layer: Any, adapter: str) -> Any:
 
 
 @contextmanager
-def in_force(card: Card) -> Iterator[None]:
-    """The patches of Python functions; operators' stand-ins are the recorder's."""
+def in_force(card: Card, *, data: bool = False) -> Iterator[None]:
+    """The patches of Python functions; operators' stand-ins are the recorder's. ``data``: tensors have
+    values, so that optimizers may ask for them."""
     from peft.tuners import lora
     from transformers import masking_utils
     from transformers import modeling_flash_attention_utils as flash_utils
@@ -80,5 +81,5 @@ def in_force(card: Card) -> Iterator[None]:
             stack.enter_context(mock.patch.object(owner, name, replacement))
         stack.enter_context(cuda_rules())
         stack.enter_context(kernels.half_to_float())
-        stack.enter_context(fake_safe())
+        stack.enter_context(as_on_cuda() if data else fake_safe())
         yield

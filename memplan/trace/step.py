@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -11,7 +11,6 @@ from torch import nn
 from memplan.recipe import DTypeName, Recipe
 from memplan.tape import Phase
 from memplan.trace.losses import loss_of
-from memplan.trace.recorder import Recorder
 
 AUTOCAST_DTYPES = {
     # TrainingArguments(fp16=True); bf16=True for the rest
@@ -19,6 +18,14 @@ AUTOCAST_DTYPES = {
     DTypeName.BFLOAT16: torch.bfloat16,
     DTypeName.FLOAT32: torch.bfloat16,
 }
+
+
+class Marks(Protocol):
+    """Who is told where a step is: :class:`memplan.trace.recorder.Recorder`, for one."""
+
+    def begin(self, phase: Phase, name: str) -> None: ...
+
+    def gradients(self, parameters: list[nn.Parameter]) -> None: ...
 
 
 def make_batch(recipe: Recipe) -> dict[str, torch.Tensor]:
@@ -48,10 +55,11 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     batch: dict[str, torch.Tensor],
     recipe: Recipe,
-    recorder: Recorder | None = None,
+    recorder: Marks | None = None,
     device: str = "cpu",
-) -> None:
-    """Forward, backward, clipping, update. ``recorder`` is told where the step is."""
+) -> torch.Tensor:
+    """Forward, backward, clipping, update. ``recorder`` is told where the step is. The loss of the last
+    forward, which a Trainer keeps that long, too."""
 
     def at(phase: Phase, name: str) -> None:
         if recorder is not None:
@@ -76,3 +84,5 @@ def train_step(
     optimizer.step()
     at(Phase.OPTIMIZER, "zero_grad")
     optimizer.zero_grad(set_to_none=True)
+    result: torch.Tensor = loss
+    return result

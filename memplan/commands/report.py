@@ -1,0 +1,84 @@
+"""``memplan report``: all measurements together."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from memplan.commands.arguments import Parser, add_json
+from memplan.errors import MemplanError
+from memplan.importers.fields import shown
+
+BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
+
+EXAMPLES = """\
+Every file of the folder is read, checked and held against the plan that this memplan makes. Measurements on
+GPUs and trainings on a CPU are never put together.
+
+examples:
+  memplan report
+  memplan report ./my-measurements --into docs/accuracy.md
+"""
+
+
+def parser() -> Parser:
+    """The arguments that ``memplan report`` takes."""
+    result = Parser("report", "All measurements against the plan.", "[FOLDER] [options]", EXAMPLES)
+    result.add_argument(
+        "folder",
+        metavar="FOLDER",
+        nargs="?",
+        default=None,
+        help="of measurements (default: as for memplan verify)",
+    )
+    result.add_argument(
+        "--into",
+        metavar="FILE",
+        default=None,
+        help=f"replace what stands between {BEGIN} and {END} in a file",
+    )
+    add_json(result)
+    return result
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the section, or write it into a file; 0."""
+    from memplan.commands.verify import default_folder
+    from memplan.report.measured import section
+    from memplan.verify.compare import as_json, compare
+    from memplan.verify.measurement import read_all
+
+    folder = Path(arguments.folder) if arguments.folder is not None else default_folder()
+    if arguments.folder is not None and not folder.is_dir():
+        raise MemplanError(f"there is no folder {shown(str(folder))}")
+    pairs = [(measured, compare(measured)) for _, measured in read_all(folder)] if folder.is_dir() else []
+    if arguments.json:
+        from memplan.report.machine import print_list
+
+        print_list("measurements", [as_json(measured, found) for measured, found in pairs])
+    elif arguments.into is not None:
+        _replace(Path(arguments.into), section(pairs))
+    else:
+        sys.stdout.write(section(pairs))
+    return 0
+
+
+def _replace(path: Path, text: str) -> None:
+    where = shown(str(path))
+    try:
+        page = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or type(error).__name__
+        raise MemplanError(f"{where} can't be read: {why}") from None
+    head, begin, rest = page.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise MemplanError(f"{where} has no place for it: write {BEGIN} and {END} where it belongs")
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        beside.write_text(f"{head}{BEGIN}\n{text}{END}{tail}", encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise MemplanError(f"{where} can't be written: {error.strerror}") from None

@@ -1,0 +1,194 @@
+"""``memplan verify MODEL``: train for real, measure, and hold the plan against it."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from memplan.commands.arguments import Parser, UsageError, add_json, add_model, add_recipe, recipe_options
+
+if TYPE_CHECKING:
+    from memplan.verify.compare import Comparison
+    from memplan.verify.measurement import Measurement
+
+STATUS_TRAINED, STATUS_NOT = 0, 1
+
+EXAMPLES = """\
+Needs pip install 'memplan[verify]'. With --device cpu the training is as real, and storages are counted on
+the host as CUDA would make them: that tests the plan's arithmetic, not a GPU (docs/verify.md).
+
+exit status: 0 it trained, 1 it ran out of memory, failed, or did not learn, 2 it was not begun.
+
+examples:
+  memplan verify llama-3.2-1b --mode qlora --r 8
+  memplan verify qwen2.5-0.5b --device cpu --layers 2 --seq-len 128
+  memplan verify llama-70b --no-kbit-prep --cap a6000 --anyway
+"""
+
+
+def parser() -> Parser:
+    """The arguments that ``memplan verify`` takes."""
+    result = Parser(
+        "verify", "Train a few steps for real and compare with the plan.", "MODEL [options]", EXAMPLES
+    )
+    add_model(result)
+    formats = result.add_mutually_exclusive_group()
+    add_json(formats)
+    formats.add_argument("--markdown", action="store_true", default=False, help="print Markdown")
+    formats.add_argument("--html", action="store_true", default=False, help="print one HTML page")
+    result.add_argument(
+        "--out",
+        metavar="FOLDER",
+        default=None,
+        help="where to add the measurement (default: data/measurements of a checkout, else ./measurements)",
+    )
+    result.add_argument(
+        "--no-save", action="store_true", default=False, help="write no measurement, only print"
+    )
+    add_run(result.add_argument_group("run"))
+    add_recipe(result)
+    return result
+
+
+def add_run(group: argparse._ArgumentGroup) -> None:
+    """The options of the run itself."""
+    group.add_argument(
+        "--device", choices=["cuda", "cpu"], default="cuda", help="where to train (default: cuda)"
+    )
+    group.add_argument(
+        "--layers", type=int, metavar="N", default=None, help="cut the model, and the plan, to N layers"
+    )
+    group.add_argument(
+        "--weights",
+        metavar="WHERE",
+        default=None,
+        help="a folder or Hub id with safetensors (default: random weights of the same shapes)",
+    )
+    group.add_argument(
+        "--text", metavar="FILE", default=None, help="train on this text (default: random tokens)"
+    )
+    group.add_argument(
+        "--loop",
+        choices=["memplan", "trainer", "sft"],
+        default="memplan",
+        help="who trains: memplan's plain loop, the Hugging Face Trainer, or TRL's SFTTrainer, the last two "
+        "with MemoryCallback (default: memplan)",
+    )
+    group.add_argument("--steps", type=int, metavar="N", default=3, help="steps, at least 2 (default: 3)")
+    group.add_argument("--seed", type=int, metavar="N", default=0, help="of weights and tokens (default: 0)")
+    group.add_argument(
+        "--learning-rate", type=float, metavar="X", default=1e-3, help="(default: 0.001); costs no memory"
+    )
+    group.add_argument(
+        "--cap",
+        metavar="CARD",
+        default=None,
+        help="let the allocator have no more than this card would leave it; a name, or a size such as 20GiB",
+    )
+    group.add_argument(
+        "--cudnn-attention",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="let PyTorch choose cuDNN's attention, as it does on Hopper (default: on)",
+    )
+    group.add_argument("--timeout", type=float, metavar="S", default=None, help="end the run after S seconds")
+    group.add_argument(
+        "--anyway", action="store_true", default=False, help="run it even if the plan says that it can't fit"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train, write the measurement, print the comparison; 0 if it trained."""
+    from memplan import stack
+    from memplan.recipe import make_recipe
+    from memplan.verify.compare import compare
+    from memplan.verify.job import make_job
+    from memplan.verify.measurement import write
+    from memplan.verify.runner import run_job
+
+    if arguments.steps < 2:
+        raise UsageError("--steps must be at least 2: the first step makes the optimizer's state")
+    stack.require(doing="verifying")
+    for warning in stack.untested(stack.installed()):
+        sys.stderr.write(f"memplan: warning: {warning}\n")
+    job = make_job(
+        arguments.model,
+        make_recipe(**recipe_options(arguments)),
+        settings_of(arguments),
+        device=arguments.device,
+        layers=arguments.layers,
+        weights=arguments.weights,
+        anyway=arguments.anyway,
+    )
+    from memplan.report.progress import training
+
+    with training(job.run.steps) as tell:
+        measured = run_job(job, tell=tell, seconds=arguments.timeout)
+    if not arguments.no_save:
+        path = write(measured, Path(arguments.out) if arguments.out else default_folder())
+        sys.stderr.write(f"memplan: wrote {path}\n")
+    found = compare(measured)
+    show(measured, found, arguments)
+    return STATUS_TRAINED if found.outcome == "trained" and found.why is None else STATUS_NOT
+
+
+def settings_of(arguments: argparse.Namespace) -> Any:
+    """The options of the run as a record."""
+    from memplan.verify.measurement import Run
+
+    cap_bytes, cap_name = (None, None) if arguments.cap is None else cap(arguments.cap)
+    return Run(
+        loop=arguments.loop,
+        steps=arguments.steps,
+        seed=arguments.seed,
+        learning_rate=arguments.learning_rate,
+        text=arguments.text,
+        cap_bytes=cap_bytes,
+        cap_name=cap_name,
+        cudnn_attention=arguments.cudnn_attention,
+    )
+
+
+def cap(text: str) -> tuple[int, str]:
+    """Bytes that the allocator may have, and what to call it: a card's usable bytes less those of a CUDA
+    context, or a size such as 20GiB as it is. Raises UnknownName or UsageError."""
+    size = re.fullmatch(r"(\d+(?:\.\d+)?) ?GiB", text, re.IGNORECASE)
+    if size is None:
+        from memplan.fit import context_of
+        from memplan.gpu import find_gpu
+
+        card = find_gpu(text)
+        return card.visible_bytes - context_of(card.name), card.name
+    nbytes = int(float(size[1]) * 2**30)
+    if nbytes < 1:
+        raise UsageError(f"--cap {text} leaves nothing")
+    return nbytes, f"{size[1]} GiB"
+
+
+def default_folder() -> Path:
+    """Where measurements are kept."""
+    checkout = Path(__file__).resolve().parents[2] / "data" / "measurements"
+    return checkout if (checkout.parent / "gpus.json").is_file() else Path("measurements")
+
+
+def show(measured: Measurement, found: Comparison, arguments: argparse.Namespace) -> None:
+    """Print a comparison in the format asked for."""
+    if arguments.json:
+        import json
+
+        from memplan.verify.compare import as_json
+
+        sys.stdout.write(json.dumps(as_json(measured, found), indent=2) + "\n")
+    elif arguments.markdown or arguments.html:
+        from memplan.report import verify
+
+        text = verify.html if arguments.html else verify.markdown
+        sys.stdout.write(text(measured, found))
+    else:
+        from memplan.report.console import terminal
+        from memplan.report.verify import show_verdict
+
+        show_verdict(measured, found, terminal())

@@ -1,0 +1,312 @@
+"""``MemoryCallback``: a plan beside any run of the Hugging Face Trainer, and of TRL's SFTTrainer.
+
+Before the run it warns if the plan says that the run will not fit; after step 2, the first in which the
+optimizer's state is there from the start, it prints what was predicted and what was measured::
+
+    trainer = Trainer(model, args, train_dataset=data, callbacks=[MemoryCallback()])
+
+On CUDA it resets the peak counters at the beginning of step 2, once. Without CUDA it counts that step's
+storages as ``memplan verify --device cpu`` does.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from memplan.card import Card
+from memplan.errors import MemplanError
+from memplan.recipe import Loss, Recipe, make_recipe
+from memplan.report.units import gib
+from memplan.spec import ModelSpec
+from memplan.tape import Tape, replay
+from memplan.verify.compare import Figure
+
+MEASURED_STEP = 2
+
+
+class MemoryWarning(UserWarning):
+    """A run is predicted not to fit."""
+
+
+class MemoryCallback(TrainerCallback):
+    """Prediction and measurement of a Trainer's step.
+
+    ``seq_len``: tokens in a row; unless given, the trainer's ``max_length`` or the length of the first
+    example. ``recipe`` overrules what is read off the trainer. ``tell`` is given each line (default: print).
+    After step 2, :attr:`figure` has both numbers, in bytes.
+    """
+
+    def __init__(
+        self,
+        *,
+        seq_len: int | None = None,
+        recipe: Recipe | None = None,
+        tell: Callable[[str], None] | None = None,
+    ) -> None:
+        self.seq_len = seq_len
+        self.recipe = recipe
+        self.figure: Figure | None = None
+        self.tape: Tape | None = None  # of step 2, without CUDA
+        self.reserved: int | None = None  # peak of reserved bytes, with CUDA
+        self._tell = tell or functools.partial(print, flush=True)
+        self._spec: ModelSpec | None = None
+        self._measuring: ExitStack | None = None
+        self._recorder: Any = None
+        self._shape: tuple[int, int] | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Plan the run; warn if it can't fit."""
+        self._close()
+        model = kwargs["model"]
+        try:
+            if getattr(args, "world_size", 1) > 1:
+                raise MemplanError("memplan plans one GPU, and this run has several processes")
+            self._spec = spec_of(model)
+            if self.recipe is None:
+                length = self.seq_len or _length(args, kwargs.get("train_dataloader"))
+                self.recipe = recipe_of(args, model, length)
+            planned = self._planned(self.recipe)
+        except MemplanError as error:
+            self._spec = None
+            self._tell(f"memplan: no plan for this run: {error}")
+            return
+        line = f"memplan: step {MEASURED_STEP} is predicted to allocate {gib(planned)} GiB at its peak"
+        if torch.cuda.is_available():
+            free, _ = torch.cuda.mem_get_info()
+            room = free + torch.cuda.memory_reserved()
+            line += f", and {gib(room)} GiB are free"
+            if planned > room:
+                warnings.warn(
+                    f"this run will not fit: it is predicted to allocate {gib(planned)} GiB, and {gib(room)} "
+                    "GiB are free; `memplan plan` says what would",
+                    MemoryWarning,
+                    stacklevel=2,
+                )
+        self._tell(line)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start measuring at the step's beginning."""
+        if self._spec is None or state.global_step != MEASURED_STEP - 1:
+            return
+        model = kwargs["model"]
+        self._measuring = ExitStack()
+        hook = model.register_forward_pre_hook(self._see_batch, with_kwargs=True)
+        self._measuring.callback(hook.remove)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            self._record(self._measuring, model, kwargs.get("optimizer"))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop measuring and print both numbers."""
+        if self._measuring is None or self._spec is None or self.recipe is None:
+            return
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            self._close()
+            measured = torch.cuda.max_memory_allocated()
+            self.reserved = torch.cuda.max_memory_reserved()
+            reserved = f"; reserved {gib(self.reserved)} GiB"
+            label = "measured"
+        else:
+            recorder = self._recorder
+            self._close()
+            self.tape = recorder.tape
+            measured = replay(recorder.tape).allocated_bytes
+            reserved, label = "", "measured, CPU storages"
+        recipe = self._as_run(self.recipe)
+        figure = self.figure = Figure(predicted=self._planned(recipe), measured=measured)
+        percent = "" if figure.percent is None else f" ({figure.percent:+.3f} %)"
+        self._tell(
+            f"memplan: step {MEASURED_STEP}: predicted {figure.predicted:,} bytes, {label} "
+            f"{figure.measured:,}, error {figure.error:+,}{percent}{reserved}"
+        )
+        if recipe.loss is Loss.CHUNKED and not torch.cuda.is_available():
+            self._tell("memplan: without CUDA, TRL computes its loss by other code, which is not planned")
+        if recipe is not self.recipe:
+            self._tell(f"memplan: the batch was {recipe.batch_size} × {recipe.seq_len} tokens")
+
+    def _planned(self, recipe: Recipe) -> int:
+        from memplan.models.parameters import resolve_recipe
+        from memplan.models.step import write_tape
+        from memplan.verify.workspaces import without_workspaces
+
+        assert self._spec is not None
+        cuda = torch.cuda.is_available()
+        card = Card(tuple(torch.cuda.get_device_capability())) if cuda else Card()
+        tape = write_tape(self._spec, resolve_recipe(self._spec, recipe), card=card)
+        return replay(tape if cuda else without_workspaces(tape)).allocated_bytes
+
+    def _as_run(self, recipe: Recipe) -> Recipe:
+        """The recipe with the batch that there was."""
+        if self._shape in (None, (recipe.batch_size, recipe.seq_len)):
+            return recipe
+        batch, length = self._shape or (0, 0)
+        return recipe.model_copy(update={"batch_size": batch, "seq_len": length})
+
+    def _see_batch(self, _model: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids")
+        if ids is not None:
+            self._shape = (int(ids.shape[0]), int(ids.shape[1]))
+        if self._recorder is not None:
+            from memplan.tape import Category
+            from memplan.trace.existing import tensors_in
+
+            for tensor in tensors_in(kwargs):
+                self._recorder.born(tensor, "batch", Category.ACTIVATIONS)
+
+    def _record(self, stack: ExitStack, model: Any, optimizer: Any) -> None:
+        """Count the host's storages until the stack is closed."""
+        from memplan.tape import Phase
+        from memplan.trace import standins
+        from memplan.trace.recording import phases
+        from memplan.verify.host import recorded
+
+        gc.collect()
+        card = Card()
+        stack.enter_context(standins.in_force(card, data=True))
+        inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+        self._recorder = recorder = stack.enter_context(recorded(card, model, inner, ()))
+        stack.enter_context(phases(recorder, [model]))
+        recorder.begin(Phase.FORWARD, "forward")
+
+    def _close(self) -> None:
+        stack, self._measuring = self._measuring, None
+        if stack is not None:
+            stack.close()
+        self._recorder = None
+
+
+# -- what the trainer is about to run ----------------------------------------------------------------------
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+def spec_of(model: Any) -> ModelSpec:
+    """The architecture of a model that transformers made. Raises MemplanError if it has no plan."""
+    from memplan.importers.hf import spec_from_config
+
+    base = _base(model)
+    if not hasattr(base, "config"):
+        raise MemplanError(f"a {type(base).__name__} has no configuration of transformers'")
+    config = base.config.to_dict()
+    config["architectures"] = [type(base).__name__]
+    return spec_from_config(config, config.get("_name_or_path") or type(base).__name__)
+
+
+def recipe_of(args: Any, model: Any, seq_len: int) -> Recipe:
+    """The recipe that a Trainer's arguments and model amount to. Raises MemplanError for what can't be
+    planned, such as an optimizer that has no model."""
+    base = _base(model)
+    options: dict[str, Any] = {
+        "mode": "full",
+        "batch_size": args.per_device_train_batch_size,
+        "seq_len": seq_len,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "max_grad_norm": args.max_grad_norm or 0.0,
+        "optimizer": str(getattr(args.optim, "value", args.optim)),
+        "autocast": bool(args.bf16 or args.fp16),
+        "attn": getattr(base.config, "_attn_implementation", None) or "sdpa",
+        "loss": _loss(args),
+        "gradient_checkpointing": any(
+            getattr(module, "gradient_checkpointing", False) for module in base.modules()
+        ),
+    }
+    if options["gradient_checkpointing"]:
+        options["use_reentrant"] = _reentrant(base)
+    if hasattr(model, "peft_config"):
+        options |= _adapter(model, base)
+    options["dtype"] = _dtype(base)
+    return make_recipe(**options)
+
+
+def _adapter(model: Any, base: Any) -> dict[str, Any]:
+    config = model.peft_config[model.active_adapter]
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind != "LORA":
+        raise MemplanError(f"adapters of PEFT's type {kind} are not planned, only LORA")
+    own = next((p for name, p in model.named_parameters() if "lora_A" in name), None)
+    targets = config.target_modules
+    options: dict[str, Any] = {
+        "mode": "lora",
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "target_modules": targets if isinstance(targets, str) else tuple(sorted(targets or ())),
+        "modules_to_save": tuple(config.modules_to_save or ()),
+        "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
+    }
+    if own is not None:
+        options["adapter_dtype"] = _name(own.dtype)
+    if getattr(base, "is_loaded_in_4bit", False):
+        weight = next(p for p in base.parameters() if getattr(p, "quant_state", None) is not None)
+        norms = [p for name, p in base.named_parameters() if p.dim() == 1 and "norm" in name]
+        options |= {
+            "mode": "qlora",
+            "quant_type": weight.quant_type,
+            "double_quant": weight.quant_state.nested,
+            # prepare_model_for_kbit_training leaves no norm in 16 bits (peft/utils/other.py)
+            "kbit_prep": bool(norms) and all(p.dtype is torch.float32 for p in norms),
+        }
+    return options
+
+
+def _dtype(base: Any) -> str:
+    """What the model was loaded in; of 4-bit layers, what they compute in."""
+    for module in base.modules():
+        compute = getattr(module, "compute_dtype", None)
+        if getattr(module, "quant_state", None) is not None and compute is not None:
+            return _name(compute)
+    return _name(next(p.dtype for p in base.parameters() if p.is_floating_point()))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _reentrant(base: Any) -> bool:
+    """What the model's checkpointing function was given; torch's own default is reentrant."""
+    for module in base.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if function is not None:
+            return bool(getattr(function, "keywords", {}).get("use_reentrant", True))
+    return True
+
+
+def _loss(args: Any) -> str:
+    if getattr(args, "use_liger_kernel", False):
+        return "liger"
+    return "chunked" if tiled_by_trl(getattr(args, "loss_type", None)) else "standard"
+
+
+def tiled_by_trl(loss_type: str | None) -> bool:
+    """Whether SFTTrainer computes its loss in tiles: in TRL 1.16 "chunked_nll" is another name of "nll",
+    which does (trl/trainer/sft_config.py); before, "nll" was the standard loss."""
+    from importlib.metadata import version
+
+    if loss_type == "nll":
+        return tuple(int(part) for part in version("trl").split(".")[:2]) >= (1, 16)
+    return loss_type == "chunked_nll"
+
+
+def _length(args: Any, loader: Any) -> int:
+    """Tokens in a row: what the trainer cuts to, else the first example's."""
+    length = getattr(args, "max_length", None)
+    if length:
+        return int(length)
+    try:
+        return len(loader.dataset[0]["input_ids"])
+    except (AttributeError, TypeError, KeyError, IndexError):
+        raise MemplanError("how many tokens a row has can't be seen: MemoryCallback(seq_len=...)") from None

@@ -1,0 +1,118 @@
+"""What is to be run, as the parent process hands it to its child; and what the plan says of it. No torch."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from memplan.card import Card
+from memplan.errors import MemplanError
+from memplan.recipe import Attention, Loss, Recipe
+from memplan.spec import ModelSpec
+from memplan.tape import Tape
+from memplan.verify.measurement import Device, Measurement, Model, Run
+
+
+class Job(BaseModel):
+    """One run. ``predicted_bytes`` is the peak of allocated bytes that the plan says; a run that the device
+    has no room for is refused unless ``anyway``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    device: Literal["cuda", "cpu"]
+    model: Model
+    recipe: Recipe
+    run: Run
+    predicted_bytes: int
+    anyway: bool = False
+
+
+def make_job(
+    model: str,
+    recipe: Recipe,
+    run: Run,
+    *,
+    device: Literal["cuda", "cpu"] = "cuda",
+    layers: int | None = None,
+    weights: str | None = None,
+    anyway: bool = False,
+) -> Job:
+    """A run of a model by alias, Hub id or path. Raises MemplanError for what can't be planned or run."""
+    from memplan.models.parameters import resolve_recipe
+    from memplan.resolve import resolve_config
+
+    found = resolve_config(model)
+    config = found.config if layers is None else cut(found.config, layers, found.name)
+    what = Model(
+        name=found.name,
+        hub_id=found.hub_id,
+        layers=layers,
+        weights=weights or "random",
+        config=config,
+    )
+    resolved = resolve_recipe(spec_of(what), recipe)
+    _runnable(resolved, device, run.loop)
+    # a CPU counts as an A100 does, all but cuBLAS's workspaces, which here make no difference
+    return Job(
+        device=device,
+        model=what,
+        recipe=resolved,
+        run=run,
+        predicted_bytes=peak_bytes(what, resolved),
+        anyway=anyway,
+    )
+
+
+def _runnable(recipe: Recipe, device: str, loop: str) -> None:
+    tiled = loop == "sft" and recipe.loss is Loss.CHUNKED
+    if recipe.loss is not Loss.STANDARD and not tiled:
+        raise MemplanError(f"verify trains with the loss 'standard'; {recipe.loss.value!r} is only predicted")
+    if device == "cpu":
+        if recipe.attn is Attention.FLASH:
+            raise MemplanError("flash_attention_2 runs on CUDA only: use --attn sdpa")
+        if recipe.optimizer.value.startswith("paged"):
+            raise MemplanError(
+                f"{recipe.optimizer.value} pages between a card and its host, so it needs --device cuda"
+            )
+
+
+def cut(config: dict[str, Any], layers: int, name: str) -> dict[str, Any]:
+    """A configuration of the first ``layers`` layers: all else as it is, lists by layer shortened."""
+    there = config.get("num_hidden_layers")
+    if type(there) is not int:
+        raise MemplanError(f"{name} has no num_hidden_layers, so it can't be cut: leave out --layers")
+    if not 1 <= layers <= there:
+        raise MemplanError(f"{name} has {there} layers, so --layers must be from 1 to {there}")
+    shorter = {
+        key: value[:layers] if isinstance(value, list) and len(value) == there else value
+        for key, value in config.items()
+    }
+    return {**shorter, "num_hidden_layers": layers}
+
+
+def spec_of(model: Model) -> ModelSpec:
+    """Raises SpecError or UnsupportedArchitecture."""
+    from memplan.importers.hf import spec_from_config
+
+    return spec_from_config(model.config, model.name, model.hub_id)
+
+
+def peak_bytes(model: Model, recipe: Recipe, card: Card | None = None) -> int:
+    """The predicted peak of allocated bytes."""
+    from memplan.models.step import write_tape
+    from memplan.tape import replay
+
+    return replay(write_tape(spec_of(model), recipe, card=card)).allocated_bytes
+
+
+def predicted_tape(measured: Measurement) -> Tape:
+    """What the plan says of the step that was measured, for the device that it was measured on."""
+    from memplan.models.step import write_tape
+
+    return write_tape(spec_of(measured.model), measured.recipe, card=card_of(measured.device), folded=False)
+
+
+def card_of(device: Device) -> Card:
+    """The card as far as kernels ask; a CPU stands for the reference card."""
+    return Card(device.capability) if device.capability else Card()

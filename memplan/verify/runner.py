@@ -1,0 +1,143 @@
+"""Runs a job in a process of its own, and ends that process whatever happens here. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from memplan.errors import MemplanError
+from memplan.verify.child import SIGN, STATUS_REFUSED
+from memplan.verify.job import Job
+from memplan.verify.measurement import Measurement, read
+
+_GRACE = 5.0  # seconds to end in when told to
+_TICK = 0.2
+
+Tell = Callable[[str, Any], None]
+
+
+class Refused(MemplanError):
+    """The run was not begun: the device, a library or a file does not do. Says why."""
+
+
+class RunDied(MemplanError):
+    """The training process ended without a result."""
+
+
+class TimeIsUp(MemplanError):
+    """The run did not end in time and was ended."""
+
+
+def run_job(job: Job, *, tell: Tell | None = None, seconds: float | None = None) -> Measurement:
+    """Train in a child process and return what it measured. ``tell`` hears what the child says: a kind
+    ("state", "step") and a value. After ``seconds`` the child is ended.
+
+    Raises Refused, RunDied, TimeIsUp; on any exception, KeyboardInterrupt too, the child is gone.
+    """
+    with tempfile.TemporaryDirectory(prefix="memplan-verify-") as folder:
+        result = Path(folder) / "result.json"
+        with (Path(folder) / "stderr").open("w+b") as complaints:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "memplan.verify.child", str(result)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=complaints,
+                text=True,
+                env=_environment(),
+                start_new_session=True,  # Ctrl-C reaches the parent alone, which ends the child in order
+            )
+            try:
+                refused = _listen(child, job, tell, seconds)
+                status = child.wait(_GRACE)
+            except subprocess.TimeoutExpired:
+                raise RunDied("the training process would not end") from None
+            finally:
+                _end(child)
+            if status == STATUS_REFUSED and refused is not None:
+                raise Refused(refused)
+            if not result.is_file():
+                complaints.seek(0)
+                raise RunDied(_obituary(status, complaints.read().decode(errors="replace")))
+            return read(result)
+
+
+def _environment() -> dict[str, str]:
+    root = str(Path(__file__).resolve().parents[2])
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONSAFEPATH": "1",  # a folder called like a library, where this was started, is not that library
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def _listen(child: subprocess.Popen[str], job: Job, tell: Tell | None, seconds: float | None) -> str | None:
+    """Until the child closes its output. What it was refused for, if it was."""
+    assert child.stdin is not None
+    with contextlib.suppress(BrokenPipeError):  # it died at once: its status will say so
+        child.stdin.write(job.model_dump_json() + "\n")
+        child.stdin.flush()
+    lines: queue.Queue[str | None] = queue.Queue()
+    threading.Thread(target=_read, args=(child, lines), daemon=True).start()
+    end = None if seconds is None else time.monotonic() + seconds
+    refused = None
+    while True:
+        if end is not None and time.monotonic() >= end:
+            raise TimeIsUp(f"the run was ended after {seconds:.0f} s")
+        try:
+            line = lines.get(timeout=_TICK)
+        except queue.Empty:
+            continue
+        if line is None:
+            return refused
+        if not line.startswith(SIGN):
+            continue
+        message = json.loads(line.removeprefix(SIGN))
+        if message["kind"] == "refused":
+            refused = message["value"]
+        elif tell is not None:
+            tell(message["kind"], message["value"])
+
+
+def _read(child: subprocess.Popen[str], lines: queue.Queue[str | None]) -> None:
+    assert child.stdout is not None
+    with contextlib.suppress(ValueError, OSError):  # closed by the parent
+        for line in child.stdout:
+            lines.put(line)
+    lines.put(None)
+
+
+def _end(child: subprocess.Popen[str]) -> None:
+    """Politely, then not."""
+    for ending in (child.terminate, child.kill):
+        if child.poll() is not None:
+            break
+        ending()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(_GRACE)
+    for stream in (child.stdin, child.stdout):
+        if stream is not None:
+            with contextlib.suppress(OSError):
+                stream.close()
+
+
+def _obituary(status: int, complaints: str) -> str:
+    lines = [line.strip() for line in complaints.splitlines() if line.strip()]
+    last = f": {lines[-1][:200]}" if lines else ""
+    if status < 0:
+        name = signal.Signals(-status).name
+        hint = " (did the host run out of memory?)" if -status == signal.SIGKILL else ""
+        return f"the training process was killed by {name}{hint}{last if not hint else ''}"
+    return f"the training process ended with status {status} and no result{last}"

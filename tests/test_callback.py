@@ -1,0 +1,174 @@
+"""``MemoryCallback`` in the real Trainer, on a CPU with a tiny model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # what the libraries deprecate while they are imported
+    torch = pytest.importorskip("torch")
+    for package in ("transformers", "peft", "bitsandbytes", "accelerate"):
+        pytest.importorskip(package)
+    from memplan.verify.callback import MemoryCallback, MemoryWarning
+
+from memplan.recipe import Mode, Recipe
+
+pytestmark = pytest.mark.filterwarnings("default")  # the libraries' warnings are theirs
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 1000,
+    "max_position_embeddings": 512,
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small tensors: threads that wait for one another cost more than they save."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Rows(torch.utils.data.Dataset):  # type: ignore[misc]
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        ids = torch.arange(48) + index
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+
+
+def loaded(folder: Path, recipe: Recipe) -> Any:
+    """A model as a training script gets it: from a checkpoint, through the libraries' own functions."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
+
+    torch.manual_seed(0)
+    new = AutoModelForCausalLM.from_config(LlamaConfig(**CONFIG), dtype=torch.bfloat16)
+    if recipe.mode is Mode.FULL:
+        return new
+    new.save_pretrained(folder / "checkpoint")
+    quantization = None
+    if recipe.mode is Mode.QLORA:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / "checkpoint", dtype=torch.bfloat16, quantization_config=quantization, device_map="cpu"
+    )
+    if recipe.kbit_prep is not False and quantization is not None:
+        model = prepare_model_for_kbit_training(model)
+    targets = "all-linear" if recipe.target_modules == "all-linear" else ["q_proj", "v_proj"]
+    return get_peft_model(model, LoraConfig(r=8, target_modules=targets, task_type="CAUSAL_LM"))
+
+
+def trainer(folder: Path, recipe: Recipe, callback: Any, **options: Any) -> Any:
+    from transformers import Trainer, TrainingArguments
+
+    settings = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 2,
+        "max_steps": 2,
+        "optim": recipe.optimizer.value,
+        "report_to": [],
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "logging_strategy": "no",
+        "bf16": recipe.autocast,
+        "gradient_checkpointing": False,
+        **options,
+    }
+    arguments = TrainingArguments(**settings)
+    return Trainer(loaded(folder, recipe), arguments, train_dataset=Rows(), callbacks=[callback])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mode": "qlora"},
+        {"mode": "qlora", "kbit_prep": False, "gradient_checkpointing": False, "target_modules": "q,v"},
+        {"mode": "lora", "autocast": True},
+        {"mode": "full", "optimizer": "adamw_torch"},
+    ],
+    ids=str,
+)
+def test_predicted_and_measured_in_the_real_trainer(options: dict[str, Any], tmp_path: Path) -> None:
+    lines: list[str] = []
+    callback = MemoryCallback(tell=lines.append)
+    trainer(tmp_path, Recipe(**options), callback).train()
+    # what the Trainer has beside the step: the number of items in the batch, the sum of losses, and such,
+    # each a number in a block of its own
+    figure = callback.figure
+    assert figure is not None
+    assert figure.error is not None
+    assert figure.predicted is not None
+    assert figure.predicted > 2 << 20
+    assert -4 * 512 <= figure.error <= 0
+    assert callback.recipe is not None
+    wanted = Recipe(**options).resolved()
+    planned = callback.recipe.resolved()
+    for field in ("mode", "kbit_prep", "gradient_checkpointing", "autocast", "optimizer", "dtype"):
+        assert getattr(planned, field) == getattr(wanted, field), field
+    assert (planned.batch_size, planned.seq_len) == (2, 48)
+    assert len(lines) == 2
+    assert "is predicted to allocate" in lines[0]
+    assert f"predicted {figure.predicted:,} bytes, measured, CPU storages {figure.measured:,}" in lines[1]
+    assert not torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+
+
+def test_a_run_that_will_not_fit_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    callback = MemoryCallback(recipe=Recipe(mode="lora"), tell=lambda line: None)
+    model = loaded(tmp_path, Recipe(mode="full"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 20, 1 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    with pytest.warns(MemoryWarning, match="will not fit"):
+        callback.on_train_begin(None, None, None, model=model)
+
+
+def test_what_cannot_be_planned_is_said_and_does_not_stop_the_run(tmp_path: Path) -> None:
+    lines: list[str] = []
+    callback = MemoryCallback(tell=lines.append)
+    trainer(tmp_path, Recipe(mode="full"), callback, optim="adagrad").train()
+    assert len(lines) == 1
+    assert "no plan for this run: unknown optimizer 'adagrad'" in lines[0]
+    assert callback.figure is None
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "trl", "loss"),
+    [
+        (None, None, "standard"),  # no SFTConfig
+        ("nll", "1.15.2", "standard"),
+        ("nll", "1.16.0", "chunked"),
+        ("chunked_nll", "1.15.2", "chunked"),
+    ],
+)
+def test_the_loss_of_an_sft_trainer(
+    loss_type: str | None, trl: str | None, loss: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib.metadata
+
+    from memplan.verify.callback import _loss
+
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: trl)
+    arguments = type("Arguments", (), {"use_liger_kernel": False, "loss_type": loss_type})
+    assert _loss(arguments) == loss

@@ -1,0 +1,225 @@
+"""Campaigns: the files in benchmarks/, order, budget and resuming; the runs themselves are played."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Outcome
+from example_measurements import HOST, example
+
+from memplan.errors import MemplanError
+from memplan.verify import runner
+from memplan.verify.campaign import expand, load, predicted_need, slowness
+from memplan.verify.job import Job
+from memplan.verify.measurement import Measurement, read_all
+
+pytest.importorskip("yaml")
+for library in ("torch", "transformers", "peft", "bitsandbytes", "accelerate"):
+    pytest.importorskip(library)
+
+Memplan = Callable[..., Outcome]
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+MODELS = {
+    "qwen2.5-0.5b", "llama-3.2-1b", "llama-3.2-3b", "mistral-7b", "qwen2.5-7b", "llama-3.1-8b", "qwen3-8b",
+    "gemma-2-9b", "phi-3-mini", "llama-3.3-70b",
+}  # fmt: skip
+
+
+def test_the_campaign_is_what_was_promised() -> None:
+    planned = expand(load(BENCHMARKS / "campaign.yaml"))
+    assert len(planned) >= 50
+    assert len({run.key for run in planned}) == len(planned)
+    assert {entry.model for entry in load(BENCHMARKS / "campaign.yaml").runs} == MODELS
+    first, fits, fails = planned[:3]
+    assert all("70b" in run.name for run in (first, fits, fails))
+    assert (first.job.recipe.mode.value, first.job.recipe.r, first.job.recipe.seq_len) == ("qlora", 8, 2048)
+    assert first.job.run.cap_bytes is None
+    room = fits.job.run.cap_bytes
+    assert room == fails.job.run.cap_bytes
+    assert room is not None
+    assert fits.job.predicted_bytes < room < fails.job.predicted_bytes
+    frontiers = [run for run in planned if run.name.startswith("frontier")]
+    assert len(frontiers) == 8
+    assert planned[-8:] == frontiers
+    for run in frontiers:
+        assert run.job.run.cap_bytes is not None
+        inside = predicted_need(run.job, run.job.recipe) <= run.job.run.cap_bytes
+        assert inside == ("-fits-" in run.name)
+        assert run.job.anyway
+    # all but what is meant to run out of memory fit an 80 GB card
+    assert max(run.job.predicted_bytes for run in planned) < 76 << 30
+    for values in ({"full", "lora", "qlora"}, {"adamw_torch", "adafactor", "sgd", "paged_adamw_8bit"}):
+        found = {run.job.recipe.mode.value for run in planned} | {
+            run.job.recipe.optimizer.value for run in planned
+        }
+        assert values <= found
+
+
+def test_the_smoke_campaign_is_for_a_cpu() -> None:
+    planned = expand(load(BENCHMARKS / "campaign_smoke.yaml"))
+    assert all(run.job.device == "cpu" and run.job.model.layers == 1 for run in planned)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("runs: [", "is no valid YAML"),
+        ("runs: []", "runs: "),
+        ("[1]", "is no campaign"),
+        ("runs: [{name: a, model: llama-3.2-1b, speed: 3}]", "runs.0.speed"),
+        ("runs: [{name: a, model: x}, {name: a, model: x}]", "two runs of the name 'a'"),
+        ("runs: [{name: a, model: lama-3.2-1b}]", "run 'a': .*did you mean"),
+        ("runs: [{name: a, model: llama-3.2-1b, recipe: {rank: 3}}]", "run 'a': rank"),
+        ("runs: [{name: a, model: llama-3.2-1b, frontier: batch_size}]", "a frontier needs a cap"),
+        (
+            "runs: [{name: a, model: llama-3.2-1b, frontier: batch_size, cap: 1GiB}]",
+            "not even batch_size 1",
+        ),
+    ],
+)
+def test_bad_plans(tmp_path: Path, text: str, complaint: str) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(MemplanError, match=complaint) as caught:
+        expand(load(path))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(MemplanError, match="can't be read"):
+        load(tmp_path / "none.yaml")
+
+
+def test_estimates_are_stretched_by_the_worst_seen() -> None:
+    assert slowness([]) == 1.0
+    assert slowness([(10, 5), (10, 25), (100, 120)]) == 2.5
+
+
+# -- running -----------------------------------------------------------------------------------------------
+
+PLAN = """\
+defaults: {device: cpu}
+runs:
+  - {name: late, model: qwen2.5-0.5b, layers: 1, priority: 9, seconds: 10, recipe: {seq_len: 8}}
+  - {name: soon, model: qwen2.5-0.5b, layers: 1, priority: 1, seconds: 10, recipe: {seq_len: 16}}
+  - {name: long, model: qwen2.5-0.5b, layers: 1, priority: 2, seconds: 1000, recipe: {seq_len: 32}}
+"""
+
+
+class Player:
+    """In the place of a training: remembers what was run, and measures what the plan says."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ran: list[str] = []
+        self.limits: list[float | None] = []
+        self.raising: BaseException | None = None
+        monkeypatch.setattr(runner, "run_job", self)
+
+    def __call__(self, job: Job, *, tell: Any = None, seconds: float | None = None) -> Measurement:
+        assert job.run.campaign is not None
+        self.ran.append(job.run.campaign)
+        self.limits.append(seconds)
+        if self.raising is not None and len(self.ran) > 1:
+            raise self.raising
+        return example(
+            device=HOST,
+            counted="CPU storages",
+            model=job.model,
+            recipe=job.recipe,
+            run=job.run.model_copy(update={"settings": {"A": "b"}}),
+            tape=None,
+            tape_step=None,
+            date=f"2026-11-25T12:00:{len(self.ran):02}+00:00",
+        )
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Path:
+    path = tmp_path / "plan.yaml"
+    path.write_text(PLAN, encoding="utf-8")
+    return path
+
+
+def test_the_most_informative_first_and_what_does_not_fit_the_budget_is_left(
+    plan: Path, tmp_path: Path, memplan: Memplan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    player = Player(monkeypatch)
+    outcome = memplan("campaign", plan, "--out", tmp_path / "m", "--budget", "100")
+    assert player.ran == ["soon", "late"]
+    assert all(limit is not None and limit <= 92 for limit in player.limits)
+    assert outcome.status == 1
+    assert "3 runs: 2 trained, 1 left" in outcome.out
+    assert all(len(line) <= 80 for line in outcome.out.splitlines())
+    assert len(list(read_all(tmp_path / "m"))) == 2
+
+
+def test_resume_runs_only_what_is_left(
+    plan: Path, tmp_path: Path, memplan: Memplan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    player = Player(monkeypatch)
+    asked = ("campaign", plan, "--out", tmp_path / "m", "--resume")
+    memplan(*asked, "--budget", "100")
+    player.ran.clear()
+    outcome = memplan(*asked)
+    assert player.ran == ["long"]
+    assert outcome.status == 0
+    player.ran.clear()
+    assert memplan(*asked).status == 0
+    assert player.ran == []
+
+
+def test_an_interrupt_keeps_what_is_done(
+    plan: Path, tmp_path: Path, memplan: Memplan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    player = Player(monkeypatch)
+    player.raising = KeyboardInterrupt()
+    outcome = memplan("campaign", plan, "--out", tmp_path / "m")
+    assert outcome.status == 130
+    assert [m.run.campaign for _, m in read_all(tmp_path / "m")] == ["soon"]
+    player.raising = None
+    player.ran.clear()
+    memplan("campaign", plan, "--out", tmp_path / "m", "--resume")
+    assert player.ran == ["long", "late"]
+
+
+def test_a_run_that_dies_does_not_end_the_campaign(
+    plan: Path, tmp_path: Path, memplan: Memplan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    player = Player(monkeypatch)
+    player.raising = runner.RunDied("the training process was killed by SIGKILL")
+    outcome = memplan("campaign", plan, "--out", tmp_path / "m")
+    assert player.ran == ["soon", "long", "late"]
+    assert outcome.status == 1
+    assert "killed by SIGKILL" in outcome.err
+    assert len(list(read_all(tmp_path / "m"))) == 1
+
+
+def test_a_slow_machine_is_reckoned_with(
+    plan: Path, tmp_path: Path, memplan: Memplan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the first run takes ten times what was estimated: the next one's 10 s become 100 s
+    player = Player(monkeypatch)
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    play = player.__call__
+
+    def slowly(job: Job, **options: Any) -> Measurement:
+        clock[0] += 100.0
+        return play(job, **options)
+
+    monkeypatch.setattr(runner, "run_job", slowly)
+    memplan("campaign", plan, "--out", tmp_path / "m", "--budget", "150")
+    assert player.ran == ["soon"]
+
+
+def test_a_dry_run_starts_nothing(
+    plan: Path, tmp_path: Path, memplan: Memplan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    player = Player(monkeypatch)
+    outcome = memplan("campaign", plan, "--out", tmp_path / "m", "--dry-run", "--only", "o")
+    assert player.ran == []
+    assert outcome.status == 0
+    assert "soon" in outcome.out
+    assert "late" not in outcome.out
+    assert not (tmp_path / "m").exists()

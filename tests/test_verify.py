@@ -1,0 +1,417 @@
+"""The verifier on a CPU: real training of small true-shaped models, and what it says of bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # what the libraries deprecate while they are imported
+    torch = pytest.importorskip("torch")
+    for package in ("transformers", "peft", "bitsandbytes", "accelerate"):
+        pytest.importorskip(package)
+    from memplan.verify.build import Random, build
+
+from conftest import Outcome
+from small_specs import config
+
+from memplan.diff import diff
+from memplan.errors import MemplanError
+from memplan.recipe import make_recipe
+from memplan.tape import replay
+from memplan.verify import attention, child, runner
+from memplan.verify import train as training
+from memplan.verify.checkpoint import Checkpoint
+from memplan.verify.host import Host
+from memplan.verify.job import Job, make_job, peak_bytes
+from memplan.verify.measurement import Run, read
+from memplan.verify.runner import RunDied, TimeIsUp, run_job
+
+pytestmark = pytest.mark.filterwarnings("default")  # the libraries' warnings are theirs
+
+Memplan = Callable[..., Outcome]
+CPU = torch.device("cpu")
+
+
+def model_folder(folder: Path, family: str = "llama", **changes: Any) -> Path:
+    """A folder with the config.json of a small model of two layers."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**config(family, 2), **changes}), encoding="utf-8")
+    return folder
+
+
+def job_of(folder: Path, family: str = "llama", run: dict[str, Any] | None = None, **options: Any) -> Job:
+    recipe = make_recipe(**{"batch_size": 2, "seq_len": 64, **options})
+    return make_job(str(model_folder(folder / "model", family)), recipe, Run(**(run or {})), device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small tensors: threads that wait for one another cost more than they save."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# -- training ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {"mode": "qlora"}),
+        ("llama", {"mode": "qlora", "quant_type": "fp4", "double_quant": False, "use_dora": True}),
+        ("qwen2", {"mode": "qlora", "kbit_prep": False, "gradient_accumulation_steps": 2}),
+        ("llama", {"mode": "lora", "dtype": "float16", "lora_dropout": 0.1, "attn": "eager"}),
+        ("mixtral", {"mode": "qlora", "autocast": True, "lora_dropout": 0.0}),
+        ("gemma3", {"mode": "lora", "gradient_checkpointing": True, "seq_len": 120, "batch_size": 1}),
+        ("mistral", {"mode": "full", "optimizer": "adamw_bnb_8bit", "seq_len": 110, "batch_size": 1}),
+        ("llama-tied", {"mode": "full", "optimizer": "adafactor"}),
+    ],
+    ids=str,
+)
+def test_real_training_takes_what_the_plan_says(tmp_path: Path, family: str, options: dict[str, Any]) -> None:
+    from memplan.models.step import write_tape
+    from memplan.verify.job import spec_of
+    from memplan.verify.workspaces import without_workspaces
+
+    job = job_of(tmp_path, family, **options)
+    trained = training.train(job, Host(), lambda kind, value: None)
+    plan = without_workspaces(write_tape(spec_of(job.model), job.recipe, folded=False))
+    assert trained.tape is not None
+    peak = replay(trained.tape)
+    assert peak.allocated_bytes == replay(plan).allocated_bytes
+    assert trained.steps[-1].allocated_bytes == peak.allocated_bytes
+    assert diff(plan, trained.tape).equal
+    assert trained.evidence.real, trained.evidence.doubts
+    if options["mode"] == "full":  # 1 + 0.001 is 1 in bfloat16: the norms stay
+        assert trained.evidence.changed_tensors == trained.evidence.trained_tensors - 5
+    else:
+        assert trained.evidence.changed_tensors == trained.evidence.trained_tensors
+    assert trained.evidence.frozen_tensors > 0 or options["mode"] == "full"
+
+
+def test_the_trainer_takes_two_numbers_more(tmp_path: Path) -> None:
+    from memplan.verify.compare import compare
+    from memplan.verify.trainer import train_with_trainer
+
+    job = job_of(tmp_path, mode="qlora", run={"loop": "trainer"})
+    measured = child.run(job)
+    assert measured.outcome.kind == "trained", measured.outcome.why
+    found = compare(measured)
+    assert found.diff is not None
+    # the number of items in the batch, and the loss before it is divided by it
+    extra = [(held.operation, held.nbytes) for held in found.diff.peak_only_b]
+    assert sorted(extra) == [("batch", 512), ("div", 512)]
+    assert found.diff.peak_only_a == ()
+    assert found.allocated.error == -1024
+    momentum = job_of(tmp_path, mode="lora", optimizer="sgd", momentum=0.9)
+    with pytest.raises(MemplanError, match="no momentum"):
+        train_with_trainer(momentum, Host(), lambda kind, value: None, [])
+
+
+def test_the_first_step_is_not_the_steady_one(tmp_path: Path) -> None:
+    # the optimizer's state is made at its end
+    job = job_of(tmp_path, mode="full", dtype="bfloat16")
+    first, second, third = training.train(job, Host(), lambda kind, value: None).steps
+    assert first.resting_bytes == second.resting_bytes == third.resting_bytes
+    assert first.allocated_bytes < second.allocated_bytes == third.allocated_bytes
+
+
+def test_no_two_weights_are_there_in_16_bits_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    job = job_of(tmp_path, mode="qlora")
+    seen: list[int] = []
+    quantise = Params4bit._quantize
+
+    def watched(self: Any, device: Any) -> Any:
+        model = models[0]
+        plain = [
+            layer.weight
+            for layer in model.modules()
+            if isinstance(layer, Linear4bit)
+            and layer.weight.device.type != "meta"
+            and not layer.weight.bnb_quantized
+        ]
+        seen.append(len(plain))
+        return quantise(self, device)
+
+    models: list[Any] = []
+    from memplan.verify import build as module
+
+    materialise = module.materialise
+    monkeypatch.setattr(
+        module, "materialise", lambda model, *rest: (models.append(model), materialise(model, *rest))
+    )
+    monkeypatch.setattr(Params4bit, "_quantize", watched)
+    build(job.model.config, job.recipe, CPU, Random())
+    assert seen == [1] * 14
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_with_values_is_pytorchs(causal: bool) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 17, 16, requires_grad=True) for heads in (4, 2, 2))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+    grad = torch.randn_like(expected)
+    gradients = torch.autograd.grad(expected, (q, k, v), grad)
+    with torch.no_grad():
+        out, lse = attention.forward(q, k, v, None, 0.0, causal, None)
+        mine = attention.backward(grad, q, k, v, None, 0.0, causal, None)
+    assert torch.allclose(out, expected, atol=1e-5)
+    assert lse.shape == (2, 4, 17)
+    for own, theirs in zip(mine, gradients, strict=True):
+        assert torch.allclose(own, theirs, atol=1e-5)
+
+
+def test_a_checksum_sees_any_byte() -> None:
+    tensor = torch.zeros(1003, dtype=torch.bfloat16)
+    sums = {training.checksum(tensor)}
+    for position in (0, 500, 1001, 1002):
+        changed = tensor.clone()
+        changed[position] = 1e-30
+        sums.add(training.checksum(changed))
+    # the same change at another place of eight bytes is the same sum, which is not what it is for
+    assert len(sums) >= 3
+    assert training.checksum(tensor.clone()) == training.checksum(tensor)
+
+
+# -- weights from disk -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A tiny checkpoint as transformers writes one, in two files."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    folder = model_folder(tmp_path / "checkpoint")
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**settings), dtype=torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="3MB")
+    model_folder(folder)
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    return folder
+
+
+def test_weights_of_a_checkpoint_are_the_models(checkpoint: Path) -> None:
+    from safetensors.torch import load_file
+
+    job = make_job(str(checkpoint), make_recipe(mode="lora", seq_len=16), Run(), device="cpu")
+    model = build(job.model.config, job.recipe, CPU, Checkpoint(checkpoint)).get_base_model()
+    stored = {name: t for file in checkpoint.glob("*.safetensors") for name, t in load_file(file).items()}
+    assert len(stored) == 21
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            assert torch.equal(parameter, stored[name.replace(".base_layer", "")]), name
+
+
+def test_a_checkpoint_trains(checkpoint: Path) -> None:
+    recipe = make_recipe(mode="qlora", seq_len=32)
+    job = make_job(str(checkpoint), recipe, Run(), device="cpu", weights=str(checkpoint))
+    trained = training.train(job, Host(), lambda kind, value: None)
+    assert trained.evidence.real
+    assert trained.steps[-1].allocated_bytes == peak_bytes(job.model, job.recipe) - 2 * 8_519_680
+
+
+def _spoil(folder: Path, how: Callable[[dict[str, Any]], None]) -> None:
+    """Rewrite the checkpoint as one file, changed."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    how(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def _cut_short(folder: Path) -> None:
+    file = next(folder.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+LAST = "model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "complaint"),
+    [
+        (lambda f: _spoil(f, lambda t: t.pop(LAST)), f"lack 1 of the model's 21 tensors.* {LAST}"),
+        (
+            lambda f: _spoil(f, lambda t: t.update({LAST: torch.zeros(256, 639)})),
+            r"has the shape \[256, 639\], but the configuration makes it \[256, 640\]",
+        ),
+        (_cut_short, "can't be read"),
+        (lambda f: [file.unlink() for file in f.glob("*.safetensors*")], "has no safetensors"),
+        (lambda f: next(f.glob("*.safetensors")).unlink(), "can't be read"),
+        (
+            lambda f: _spoil(f, lambda t: t.update({LAST + ".absmax": torch.zeros(1)})),
+            "quantised already",
+        ),
+    ],
+)
+def test_bad_checkpoints(checkpoint: Path, spoil: Callable[[Path], Any], complaint: str) -> None:
+    spoil(checkpoint)
+    recipe = make_recipe(mode="qlora", seq_len=32)
+    job = make_job(str(checkpoint), recipe, Run(), device="cpu", weights=str(checkpoint))
+    with pytest.raises(MemplanError, match=complaint) as caught:
+        training.train(job, Host(), lambda kind, value: None)
+    assert "\n" not in str(caught.value)
+
+
+# -- the command, with its child ---------------------------------------------------------------------------
+
+
+def test_the_command_trains_and_agrees_to_the_byte(tmp_path: Path, memplan: Memplan) -> None:
+    folder = model_folder(tmp_path / "small")
+    out = tmp_path / "measured"
+    asked = ("verify", folder, "--device", "cpu", "--layers", "1", "--seq-len", "64", "--out", out)
+    outcome = memplan(*asked, "--mode", "qlora")
+    assert outcome.status == 0
+    assert "predicted and measured peaks are equal to the byte" in outcome.out
+    assert "measured, CPU storages" in outcome.out
+    assert "small (1 layer), qlora, 1 × 64" in outcome.out
+    assert all(len(line) <= 80 for line in outcome.out.splitlines())
+    (file,) = out.iterdir()
+    assert f"wrote {file}" in outcome.err
+    measured = read(file)
+    assert measured.label == "measured, CPU storages"
+    assert measured.device.kind == "cpu"
+    assert measured.evidence is not None
+    assert measured.evidence.real
+    assert measured.libraries["torch"] == torch.__version__
+    assert memplan("diff", file, file).status == 0
+    report = memplan("report", out)
+    assert report.status == 0
+    assert "No measurement on a GPU has been made yet" in report.out
+    assert "median 0 %, worst 0 %" in report.out
+
+
+def test_no_cuda_is_one_sentence(tmp_path: Path, memplan: Memplan) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    outcome = memplan("verify", model_folder(tmp_path / "small"), "--out", tmp_path / "out")
+    assert (outcome.status, outcome.out) == (2, "")
+    assert "--device cpu" in outcome.err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (("--steps", "1"), "--steps must be at least 2"),
+        (("--layers", "3"), "has 2 layers"),
+        (("--optimizer", "paged_adamw_8bit"), "needs --device cuda"),
+        (("--attn", "flash"), "runs on CUDA only"),
+        (("--loss", "liger"), "loss 'standard'"),
+        (("--cap", "no-such-card"), "unknown GPU"),
+        (("--cap", "0GiB"), "leaves nothing"),
+    ],
+)
+def test_what_cannot_be_run_is_said_before_it_is_begun(
+    tmp_path: Path, memplan: Memplan, options: tuple[str, ...], complaint: str
+) -> None:
+    outcome = memplan("verify", model_folder(tmp_path / "small"), "--device", "cpu", *options)
+    assert (outcome.status, outcome.out) == (2, "")
+    assert complaint in outcome.err
+
+
+def test_a_device_that_is_too_small_is_refused(tmp_path: Path) -> None:
+    job = job_of(tmp_path, mode="qlora").model_copy(update={"predicted_bytes": 1 << 60})
+    with pytest.raises(MemplanError, match=r"the plan says that this run allocates .* or run it --anyway"):
+        child.run(job)
+    child._check_room(job.model_copy(update={"anyway": True}), child.device_of(job))
+
+
+def test_a_text_that_is_too_short_or_not_there(tmp_path: Path) -> None:
+    job = job_of(tmp_path, run={"text": str(tmp_path / "none.txt")})
+    with pytest.raises(MemplanError, match="can't be read"):
+        training.make_batch(job)
+    (tmp_path / "none.txt").write_text("word", encoding="utf-8")
+    with pytest.raises(MemplanError, match="no tokenizer"):
+        training.make_batch(job)
+
+
+class Children:
+    """The processes that the runner starts."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.started: list[subprocess.Popen[str]] = []
+        popen = subprocess.Popen
+
+        def start(*args: Any, **kwargs: Any) -> Any:
+            self.started.append(popen(*args, **kwargs))
+            return self.started[-1]
+
+        monkeypatch.setattr(runner.subprocess, "Popen", start)
+
+
+def test_an_interrupt_leaves_no_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    children = Children(monkeypatch)
+
+    def interrupt(kind: str, value: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_job(job_of(tmp_path), tell=interrupt)
+    (process,) = children.started
+    assert process.returncode is not None
+
+
+def test_a_run_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    children = Children(monkeypatch)
+    began = time.monotonic()
+    with pytest.raises(TimeIsUp):
+        run_job(job_of(tmp_path), seconds=0.5)
+    assert time.monotonic() - began < 8
+    assert children.started[0].returncode is not None
+
+
+def test_a_child_that_is_killed_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    children = Children(monkeypatch)
+
+    def kill(kind: str, value: Any) -> None:
+        os.kill(children.started[0].pid, signal.SIGKILL)
+
+    with pytest.raises(RunDied, match=r"killed by SIGKILL \(did the host run out of memory\?\)"):
+        run_job(job_of(tmp_path), tell=kill)
+
+
+def test_a_child_does_not_outlive_its_parent(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "memplan.verify.child", str(tmp_path / "result.json")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=runner._environment(),
+        text=True,
+    )
+    assert process.stdin is not None
+    process.stdin.write(job_of(tmp_path).model_dump_json() + "\n")
+    process.stdin.close()  # what the end of the parent does
+    assert process.wait(30) == 1
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_what_fails_while_it_trains_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = job_of(tmp_path)
+    monkeypatch.setattr(training, "make_optimizer", lambda *_: 1 / 0)
+    measured = child.run(job)
+    assert measured.outcome.kind == "failed"
+    assert re.search(
+        r"ZeroDivisionError: division by zero \(test_verify.py:\d+\)", measured.outcome.why or ""
+    )
+    assert measured.tape is None
+    assert measured.steady is None
