@@ -1,4 +1,5 @@
-"""Writes the docs that are made from code and results: cli.md, claims.md, accuracy.md, plan.schema.json.
+"""Writes the docs that are made from code and results: cli.md, claims.md, accuracy.md, kernels.md,
+plan.schema.json.
 
 Run it after a change of options or of the plan's records; tests/test_docs.py fails while they are behind.
 """
@@ -15,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import accuracy
 import claims
+import kernels_page
 
 from memplan.cli import COMMANDS, HELP
 from memplan.commands.arguments import Parser
@@ -50,6 +52,7 @@ PAGES = {
     "accuracy.md": accuracy.page,
     "cli.md": command_line,
     "claims.md": claims.page,
+    "kernels.md": kernels_page.page,
     "plan.schema.json": plan_schema,
 }
 

@@ -14,6 +14,9 @@ _MULTIPROCESSORS = {(8, 0): 108, (8, 6): 84, (8, 9): 128, (9, 0): 132, (10, 0): 
 # FlashAttention wants Ampere or newer (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
 FLASH_CAPABILITY = (8, 0)
 
+# memplan's own kernels too, for bf16.
+KERNELS_CAPABILITY = (8, 0)
+
 
 @dataclass(frozen=True)
 class Card:

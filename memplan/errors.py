@@ -5,7 +5,8 @@ MemplanError                one clear sentence for the user; the command line pr
 ├── SpecError               a config.json that cannot be read or makes no sense
 ├── RecipeError             training options that contradict each other or the model
 ├── UnsupportedArchitecture a model family without a predicted plan
-└── TraceError              a model that cannot be traced: which operation, where, why
+├── TraceError              a model that cannot be traced: which operation, where, why
+└── KernelError             what memplan.kernels can't compute, on which card or of which layer
 """
 
 from __future__ import annotations
@@ -50,3 +51,7 @@ class UnsupportedArchitecture(MemplanError):
 
 class TraceError(MemplanError):
     """A model or step that cannot be traced."""
+
+
+class KernelError(MemplanError):
+    """What the kernels of :mod:`memplan.kernels` can't compute, or where they can't run."""

@@ -238,7 +238,7 @@ def plan(
     from memplan.models import parameters
     from memplan.resolve import resolve
 
-    judged(gpus)  # names that are wrong are said to be before anything is played
+    gpus = able(recipe or Recipe(), gpus)  # names that are wrong are said to be before anything is played
     found = resolve(model)
     spec = found.spec
     resolved = parameters.resolve_recipe(spec, recipe or Recipe())
@@ -311,6 +311,26 @@ def judged(gpus: Iterable[str] | None) -> list[Gpu]:
     if isinstance(gpus, str):
         gpus = [gpus]
     return [find_gpu(name) for name in (DEFAULT_GPUS if gpus is None else gpus)]
+
+
+def able(recipe: Recipe, gpus: Iterable[str] | None) -> Iterable[str] | None:
+    """The names of the cards to judge; without those of the representative set on which memplan's kernels, if
+    the recipe has them, don't run. Raises MemplanError if one of those was asked for."""
+    from memplan.card import KERNELS_CAPABILITY
+
+    cards = judged(gpus)
+    if recipe.kernels.value == "stock":
+        return gpus
+    names = []
+    for card in cards:
+        if card.capability is not None and card.capability >= KERNELS_CAPABILITY:
+            names.append(card.name)
+        elif gpus is not None:
+            raise MemplanError(
+                f"memplan's kernels run on NVIDIA GPUs from Ampere on, which the {card.name} is not: "
+                "use stock kernels"
+            )
+    return names
 
 
 def plan_from_tape(

@@ -45,6 +45,13 @@ class Loss(str, Enum):
     LIGER = "liger"
 
 
+class Kernels(str, Enum):
+    """What multiplies by 4-bit weights: bitsandbytes and PEFT as they are, or ``memplan.kernels``."""
+
+    STOCK = "stock"
+    MEMPLAN = "memplan"
+
+
 class Optimizer(str, Enum):
     """Names of the Hugging Face Trainer's ``optim`` (transformers ``OptimizerNames``)."""
 
@@ -89,6 +96,7 @@ class Recipe(BaseModel):
     quant_type: QuantType = QuantType.NF4
     double_quant: bool = True
     kbit_prep: bool | None = None
+    kernels: Kernels = Kernels.STOCK
 
     optimizer: Optimizer = Optimizer.ADAMW_TORCH_FUSED
     momentum: float = Field(default=0.0, ge=0.0, lt=1.0, allow_inf_nan=False)
@@ -150,6 +158,8 @@ class Recipe(BaseModel):
             raise ValueError(
                 "kbit_prep prepares a 4-bit base, which mode lora does not have: use --mode qlora"
             )
+        if self.kernels is Kernels.MEMPLAN:
+            self._check_kernels()
         if self.autocast and self.dtype is DTypeName.FLOAT16 and self.mode is Mode.FULL:
             raise ValueError(
                 "full fine-tuning under autocast needs fp32 weights: use --dtype float32 --autocast"
@@ -169,6 +179,22 @@ class Recipe(BaseModel):
                 "lower the batch size or the sequence length"
             )
         return self
+
+    def _check_kernels(self) -> None:
+        """What memplan's kernels compute: PEFT's plain LoRA on NF4."""
+        if self.mode is not Mode.QLORA:
+            raise ValueError(
+                f"memplan's kernels multiply by 4-bit weights, which mode {self.mode.value} does not have: "
+                "use --mode qlora, or --kernels stock"
+            )
+        if self.quant_type is not QuantType.NF4:
+            raise ValueError(
+                f"memplan's kernels decode nf4, not {self.quant_type.value}: use nf4, or --kernels stock"
+            )
+        if self.use_dora:
+            raise ValueError(
+                "memplan's kernels compute plain LoRA, not DoRA: leave it out, or --kernels stock"
+            )
 
     def resolved(self) -> Recipe:
         """The same recipe with every None replaced by what the stack does (docs/recipe.md)."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from memplan import stack
 from memplan.errors import MemplanError, UnsupportedArchitecture
-from memplan.planner import ModelInfo, ParameterCounts, Plan, judged, plan_from_tape
+from memplan.planner import ModelInfo, ParameterCounts, Plan, able, plan_from_tape
 from memplan.recipe import Recipe
 from memplan.resolve import ResolvedConfig, resolve_config
 from memplan.tape import Phase, Tape
@@ -36,7 +36,7 @@ def trace_plan(
     that transformers has; ``progress`` is told each phase and layer that it comes to.
     Raises MemplanError (UnknownName, SpecError, RecipeError, TraceError).
     """
-    judged(gpus)  # names that are wrong are said to be before anything is traced
+    gpus = able(recipe or Recipe(), gpus)  # names that are wrong are said to be before anything is traced
     found = model if isinstance(model, ResolvedConfig) else resolve_config(model)
     traced = _trace(found, checked(found, recipe or Recipe()), progress)
     answer = plan_from_tape(

@@ -39,6 +39,7 @@ def run(code: str) -> str:
         ["llama-3.2-1b", "--html", "/dev/null", "--trace-json", "/dev/stdout"],
         ["llama-3.2-1b", "--snapshot", "/dev/null"],
         ["compare", "llama-3.2-1b"],
+        ["compare", "llama-3.2-1b", "--kernels", "memplan"],
         ["fit", "llama-3.2-1b", "--gpu", "h100"],
         ["diff", "plan:llama-3.2-1b", "plan:llama-3.2-1b", "--mode", "lora"],
         ["report"],

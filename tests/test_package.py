@@ -62,3 +62,13 @@ def test_an_installed_wheel_draws(site: Path) -> None:
 @pytest.mark.slow
 def test_a_wheel_says_that_it_is_typed(site: Path) -> None:
     assert (site / "memplan" / "py.typed").exists()
+
+
+@pytest.mark.slow
+def test_a_wheel_has_the_kernels_under_a_name_of_its_own(site: Path) -> None:
+    code = "from memplan.kernels import strips; print(strips.__file__)"
+    assert run(site, "-c", code).strip() == str(site / "memplan" / "kernels" / "strips.py")
+    assert {path.name for path in (site / "memplan" / "kernels").glob("*.py")} == {
+        "__init__.py", *(path.name for path in (ROOT / "kernels").glob("*.py"))
+    }  # fmt: skip
+    assert not (site / "kernels").exists()

@@ -14,6 +14,7 @@ from memplan.recipe import (
     TARGET_PRESETS,
     Attention,
     DTypeName,
+    Kernels,
     Loss,
     Mode,
     Optimizer,
@@ -34,7 +35,7 @@ ADAPTER_FIELDS = frozenset(
         "adapter_dtype",
     )
 )
-QUANTIZATION_FIELDS = frozenset(("quant_type", "double_quant", "kbit_prep"))
+QUANTIZATION_FIELDS = frozenset(("quant_type", "double_quant", "kbit_prep", "kernels"))
 
 _SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "flash": "flash_attention_2"}
 _NAME = re.compile(r"[\w.-]+")
@@ -231,6 +232,12 @@ def _add_precision(group: argparse._ArgumentGroup) -> None:
         "--kbit-prep",
         action=argparse.BooleanOptionalAction,
         help="PEFT's prepare_model_for_kbit_training, which upcasts what is not 4-bit (default: on in qlora)",
+    )
+    group.add_argument(
+        "--kernels",
+        choices=_values(Kernels),
+        help="what multiplies by 4-bit weights: bitsandbytes and PEFT, or memplan.kernels"
+        + _default("kernels"),
     )
 
 

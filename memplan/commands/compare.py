@@ -45,10 +45,12 @@ def parser() -> Parser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the plans side by side; 0."""
-    from memplan.planner import plan
-    from memplan.recipe import make_recipe
+    from memplan.planner import able, plan
+    from memplan.recipe import Recipe, make_recipe
 
     options = recipe_options(arguments)
+    if options.get("kernels") == "memplan":  # the cards on which they run, for all modes alike
+        arguments.gpu = able(Recipe(kernels="memplan"), arguments.gpu)
     plans = [
         plan(arguments.model, make_recipe(mode=mode, **applicable(options, mode)), gpus=arguments.gpu)
         for mode in modes(arguments.modes)

@@ -10,9 +10,10 @@ from memplan.models.adapters import Dora, ExpertLora, Lora, RouterLora
 from memplan.models.decoder import NORM_STYLE
 from memplan.models.fold import Played
 from memplan.models.modules import Embedding, Linear, Linear4bit, RMSNorm, parameter
+from memplan.models.nf4 import NF4Linear, NF4Lora
 from memplan.models.optimizers import Group
 from memplan.models.targets import is_saved, is_target
-from memplan.recipe import DTypeName, Mode, Recipe
+from memplan.recipe import DTypeName, Kernels, Mode, Recipe
 from memplan.shadow.tensor import DTYPES, DType, Tensor, float32, state
 from memplan.spec import ModelSpec
 from memplan.tape import Category, Phase
@@ -93,9 +94,8 @@ class Builder:
         recipe = self.recipe
         base: Linear | Linear4bit
         if recipe.mode is Mode.QLORA and not full_name.endswith("lm_head"):
-            base = Linear4bit(
-                name, shapes["weight"], "bias" in shapes, self.dtype, nested=recipe.double_quant
-            )
+            quantized = Linear4bit if recipe.kernels is Kernels.STOCK else NF4Linear
+            base = quantized(name, shapes["weight"], "bias" in shapes, self.dtype, nested=recipe.double_quant)
         else:
             weight = self.weight(shapes["weight"], name, full_name)
             bias = self.weight(shapes["bias"], name, full_name) if "bias" in shapes else None
@@ -112,7 +112,7 @@ class Builder:
         recipe = self.recipe
         if recipe.mode is Mode.FULL or not is_target(recipe.target_modules, full_name):
             return base
-        kind = Dora if recipe.use_dora else Lora
+        kind = Dora if recipe.use_dora else NF4Lora if isinstance(base, NF4Linear) else Lora
         dtype = self.adapter_dtype(base.weight.dtype if isinstance(base, Linear) else self.dtype)
         lora = kind(base, recipe.r, dtype, recipe.lora_dropout)
         self.trainable += [lora.down, lora.up]

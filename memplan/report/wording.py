@@ -28,6 +28,8 @@ def phrases(recipe: Recipe) -> dict[str, str]:
     if recipe.mode.value == "qlora":
         result["quant_type"] = recipe.quant_type.value + (" double-quantised" if recipe.double_quant else "")
         result["kbit_prep"] = "kbit prep" if recipe.kbit_prep else "no kbit prep"
+        if recipe.kernels.value != "stock":
+            result["kernels"] = f"{recipe.kernels.value} kernels"
     result["dtype"] = _SHORT_DTYPES[recipe.dtype.value]
     result["autocast"] = "autocast" if recipe.autocast else "no autocast"
     momentum = f" with momentum {recipe.momentum:g}" if recipe.momentum else ""

@@ -14,7 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from memplan.errors import TraceError
-from memplan.recipe import Attention, DTypeName, Mode, Recipe
+from memplan.recipe import Attention, DTypeName, Kernels, Mode, Recipe
 
 DTYPES = {
     DTypeName.BFLOAT16: torch.bfloat16,
@@ -29,6 +29,10 @@ def build(config: dict[str, Any], recipe: Recipe) -> nn.Module:
     if recipe.mode is Mode.QLORA:
         quantize(model, recipe)
     model = prepare(model, recipe)
+    if recipe.kernels is Kernels.MEMPLAN:
+        from memplan.kernels import apply
+
+        apply(model)
     model.train()
     return model
 

@@ -2,7 +2,8 @@
 
 ==================  ===================================================================================
 operators           :mod:`~memplan.trace.attention`, :mod:`~memplan.trace.kernels`,
-                    :mod:`~memplan.trace.quantization`: what CUDA kernels allocate
+                    :mod:`~memplan.trace.quantization`, :mod:`~memplan.trace.nf4`: what CUDA kernels
+                    allocate
 functions           here: Python functions of the libraries that ask for values or for the device
 autocast            :mod:`~memplan.trace.autocast`: CUDA's lists of operators
 optimizers          :mod:`~memplan.trace.optimizers`: step counts, which live on the host
@@ -20,13 +21,13 @@ import torch
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from memplan.card import Card
-from memplan.trace import attention, indexing, kernels, quantization
+from memplan.trace import attention, indexing, kernels, nf4, quantization
 from memplan.trace.autocast import cuda_rules
 from memplan.trace.operators import OPERATORS
 from memplan.trace.optimizers import as_on_cuda, fake_safe
 
 __all__ = ["ANSWERS", "OPERATORS", "in_force"]
-assert indexing and quantization  # imported for the operators that they register
+assert indexing and nf4 and quantization  # imported for the operators that they register
 
 
 # Values that the libraries ask for, by the function that asks: the mask is all ones, nothing is packed.

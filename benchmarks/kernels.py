@@ -1,0 +1,377 @@
+"""Times memplan's kernels against bitsandbytes and PEFT on a GPU, and whole QLoRA steps with and without
+them.
+
+    python benchmarks/kernels.py [--part NAME ...] [--rounds N] [--out FOLDER]
+    python benchmarks/kernels.py --rehearse
+
+All candidates of a case take turns in the same run, so that clocks and heat are the same for all; medians and
+the 10th and 90th percentile of the rounds are kept, beside ceilings measured in the same run: what a copy
+moves, what a 16-bit product computes. Each run becomes one file with the device and the versions;
+docs/kernels.md is made from them (python docs/generate.py). ``--rehearse`` goes through everything in small
+sizes on a CPU and keeps nothing: what it prints are no measurements.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# This file has the name of a Hugging Face library that transformers looks for: its folder must not be on the
+# path.
+sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != Path(__file__).resolve().parent]
+
+import argparse
+import importlib.util
+import json
+import random
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
+from importlib.metadata import version
+from statistics import median, quantiles
+from typing import Any
+
+import bitsandbytes as bnb
+import bitsandbytes.functional as bnb_functional
+import torch
+from torch import nn
+
+from memplan import kernels
+from memplan.kernels.nf4_dequantize import dequantize_into, nf4_dequantize
+from memplan.kernels.nf4_linear import METHODS, nf4_linear, scratch_bytes
+from memplan.kernels.nf4_quantize import nf4_quantize
+from memplan.kernels.weight import weight_of
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "data" / "measurements" / "kernels"
+LIBRARIES = ("memplan", "torch", "triton", "bitsandbytes", "peft", "transformers")
+
+Candidates = dict[str, Callable[[], object]]
+
+# [outputs, inputs] of a layer's matrices
+SHAPES = {
+    "llama-3.1-8b": {"q_proj": (4096, 4096), "k_proj": (1024, 4096), "up_proj": (14336, 4096),
+                     "down_proj": (4096, 14336)},
+    "llama-3.3-70b": {"q_proj": (8192, 8192), "k_proj": (1024, 8192), "up_proj": (28672, 8192),
+                      "down_proj": (8192, 28672)},
+}  # fmt: skip
+ROWS = (512, 1024, 2048, 4096, 8192, 16384)
+SMALL_SHAPES = {"rehearsal": {"up_proj": (192, 64), "down_proj": (64, 192)}}
+SMALL_ROWS = (32,)
+RANK = 16
+
+
+class Bench:
+    """Where and how often things are timed."""
+
+    def __init__(self, device: str, rounds: int) -> None:
+        self.device, self.rounds = device, rounds
+        self.shapes, self.rows = (SHAPES, ROWS) if device == "cuda" else (SMALL_SHAPES, SMALL_ROWS)
+        # larger than any L2 cache: written between calls, so that each finds its weight in memory, as a step
+        # does
+        self.flush = torch.empty(256 << 20 if device == "cuda" else 1, dtype=torch.int8, device=device)
+        self.dice = random.Random(0)
+
+    def times(self, candidates: Candidates) -> dict[str, Any]:
+        """Microseconds of each candidate, taking turns in changing order."""
+        for run in candidates.values():  # compiles, chooses algorithms, fills the allocator
+            for _ in range(3):
+                run()
+        found: dict[str, list[float]] = {name: [] for name in candidates}
+        for _ in range(self.rounds):
+            order = list(candidates)
+            self.dice.shuffle(order)
+            for name in order:
+                self.flush.zero_()
+                found[name].append(self.one(candidates[name]))
+        return {name: spread(values) for name, values in found.items()}
+
+    def one(self, run: Callable[[], object]) -> float:
+        """Microseconds of one call."""
+        if self.device == "cpu":
+            start = time.perf_counter()
+            run()
+            return (time.perf_counter() - start) * 1e6
+        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        before.record()
+        run()
+        after.record()
+        torch.cuda.synchronize()
+        return before.elapsed_time(after) * 1e3
+
+    def peak(self, run: Callable[[], object]) -> int | None:
+        """Bytes that a call allocates at most, beyond what is there; None on a CPU."""
+        if self.device == "cpu":
+            run()
+            return None
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        result = run()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+        del result
+        return peak
+
+    def peaks(self, candidates: Candidates) -> dict[str, int | None]:
+        return {name: self.peak(run) for name, run in candidates.items()}
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, and the 10th and 90th percentile, in microseconds."""
+    low, high = (values[0], values[0]) if len(values) < 2 else quantiles(values, n=10)[::8]
+    return {"median_us": median(values), "p10_us": low, "p90_us": high}
+
+
+# -- parts -------------------------------------------------------------------------------------------------
+
+
+def ceilings(bench: Bench) -> dict[str, float]:
+    """What the card reaches at best: bytes a second of a copy (read and written), FLOP/s of a bf16
+    product.
+    """
+    size, side = (1 << 30, 8192) if bench.device == "cuda" else (1 << 16, 64)
+    source = torch.empty(size, dtype=torch.uint8, device=bench.device)
+    target = torch.empty_like(source)
+    left, right = (torch.randn(side, side, dtype=torch.bfloat16, device=bench.device) for _ in range(2))
+    found = bench.times({"copy": lambda: target.copy_(source), "product": lambda: left @ right})
+    return {
+        "copy_bytes_per_s": 2 * size / found["copy"]["median_us"] * 1e6,
+        "product_flop_per_s": 2 * side**3 / found["product"]["median_us"] * 1e6,
+    }
+
+
+def weights(bench: Bench, nested: bool = True) -> Iterator[tuple[dict[str, Any], Any, Any]]:
+    """Every shape: what it is, packed codes, state."""
+    for model, matrices in bench.shapes.items():
+        for name, shape in matrices.items():
+            source = torch.randn(shape, dtype=torch.bfloat16, device=bench.device)
+            packed, state = bnb_functional.quantize_4bit(source, compress_statistics=nested, quant_type="nf4")
+            yield {"model": model, "matrix": name, "shape": shape, "nested": nested}, packed, state
+
+
+def dequantize(bench: Bench) -> Iterator[dict[str, Any]]:
+    """The whole weight to bf16; ``bytes`` is what has to be moved."""
+    for nested in (True, False):
+        for case, packed, state in weights(bench, nested):
+            weight = weight_of(packed, state)
+            whole = (0, weight.rows), (0, weight.columns)
+            out = torch.empty(case["shape"], dtype=torch.bfloat16, device=bench.device)
+            candidates: Candidates = {
+                "bitsandbytes": lambda: bnb_functional.dequantize_4bit(packed, state),  # noqa: B023
+                "memplan": lambda: nf4_dequantize(packed, state),  # noqa: B023
+                "table": lambda: dequantize_into(out, weight, *whole),  # noqa: B023
+                "comparisons": lambda: dequantize_into(out, weight, *whole, select=True),  # noqa: B023
+            }
+            theirs = bnb_functional.dequantize_4bit(packed, state)
+            count = weight.rows * weight.columns
+            scales = 1 / 64 + 4 / (64 * 256) if nested else 4 / 64
+            yield {
+                "case": case,
+                "bytes": round(count * (0.5 + scales + 2)),
+                "equal": bool(torch.equal(theirs, nf4_dequantize(packed, state))),
+                "times": bench.times(candidates),
+                "peak_bytes": bench.peaks(candidates),
+            }
+
+
+def quantize(bench: Bench) -> Iterator[dict[str, Any]]:
+    """bf16 to packed codes and fp32 scales."""
+    for case, packed, state in weights(bench, nested=False):
+        source = nf4_dequantize(packed, state)
+        candidates: Candidates = {
+            "bitsandbytes": lambda: bnb_functional.quantize_4bit(source, quant_type="nf4"),  # noqa: B023
+            "memplan": lambda: nf4_quantize(source),  # noqa: B023
+        }
+        theirs, ours = (run()[0] for run in candidates.values())  # type: ignore[index]
+        yield {
+            "case": case,
+            "bytes": round(source.numel() * (2 + 0.5 + 4 / 64)),
+            "equal": bool(torch.equal(theirs, ours)),
+            "times": bench.times(candidates),
+            "peak_bytes": bench.peaks(candidates),
+        }
+
+
+def linear(bench: Bench) -> Iterator[dict[str, Any]]:
+    """x @ W.T and the gradient of x; ``dense`` is the product by a weight that is 16-bit already."""
+    for case, packed, state in weights(bench):
+        dense = nf4_dequantize(packed, state)
+        outputs, inputs = case["shape"]
+        for rows in bench.rows:
+            x = torch.randn(rows, inputs, dtype=torch.bfloat16, device=bench.device, requires_grad=True)
+            grad = torch.randn(rows, outputs, dtype=torch.bfloat16, device=bench.device)
+            runs: Candidates = {
+                "bitsandbytes": lambda: bnb.matmul_4bit(x, packed, quant_state=state),  # noqa: B023
+                **{method: lambda m=method: nf4_linear(x, packed, state, method=m) for method in METHODS},  # noqa: B023
+                "dense": lambda: nn.functional.linear(x, dense),  # noqa: B023
+            }
+            graphs: dict[str, Any] = {name: run() for name, run in runs.items()}
+            backwards: Candidates = {
+                name: lambda y=y: torch.autograd.grad(y, x, grad, retain_graph=True)  # noqa: B023
+                for name, y in graphs.items()
+            }
+            for direction, candidates in (("forward", runs), ("backward", backwards)):
+                yield {
+                    "case": {**case, "rows": rows, "direction": direction},
+                    "flop": 2 * rows * outputs * inputs,
+                    "strip_bytes": scratch_bytes(case["shape"], 2)[direction == "backward"],
+                    "times": bench.times(candidates),
+                    "peak_bytes": bench.peaks(candidates),
+                }
+
+
+def lora(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Forward and backward of PEFT's layer, stock and patched, with a residual stream in bf16 and in fp32."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    for case, packed, state in weights(bench):
+        outputs, inputs = case["shape"]
+        for rows in bench.rows:
+            for dtype in (torch.bfloat16, torch.float32):
+                for dropout in (0.0, 0.05):
+                    model = nn.Module()
+                    model.proj = layer_of(packed, state, outputs, inputs)
+                    model.is_loaded_in_4bit = True
+                    config = LoraConfig(
+                        r=RANK, lora_dropout=dropout, target_modules=["proj"], init_lora_weights=False
+                    )
+                    inject_adapter_in_model(config, model)
+                    model.to(bench.device).train()
+                    x = torch.randn(rows, inputs, dtype=dtype, device=bench.device, requires_grad=True)
+                    grad = torch.randn(rows, outputs, dtype=dtype, device=bench.device)
+
+                    def step(model: Any = model, x: Any = x, grad: Any = grad) -> None:
+                        model.proj(x).backward(grad)
+
+                    times, peaks = turns(bench, model, step)
+                    yield {
+                        "case": {**case, "rows": rows, "dtype": str(dtype), "dropout": dropout, "rank": RANK},
+                        "flop": 4 * rows * outputs * inputs,
+                        "times": times,
+                        "peak_bytes": peaks,
+                    }
+
+
+def layer_of(packed: Any, state: Any, outputs: int, inputs: int) -> Any:
+    """bitsandbytes' layer around a weight that is packed already."""
+    with torch.device("meta"):
+        layer = bnb.nn.Linear4bit(inputs, outputs, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+    layer.weight = bnb.nn.Params4bit(
+        packed, requires_grad=False, quant_state=state, quant_type="nf4", bnb_quantized=True, module=layer
+    )
+    layer.quant_state = state
+    return layer
+
+
+def turns(bench: Bench, model: Any, step: Callable[[], None]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Times and peaks of a step, stock and with the kernels, taking turns."""
+    found: dict[str, list[float]] = {"stock": [], "memplan": []}
+    peaks: dict[str, int | None] = {}
+    put: dict[str, Callable[[Any], int]] = {"stock": kernels.remove, "memplan": kernels.apply}
+    for number in range(bench.rounds + 2):  # two to warm up
+        for name in sorted(found, reverse=number % 2 == 0):
+            put[name](model)
+            taken = bench.one(step)
+            if number >= 2:
+                found[name].append(taken)
+    for name in found:
+        put[name](model)
+        peaks[name] = bench.peak(step)
+    kernels.remove(model)
+    return {name: spread(values) for name, values in found.items()}, peaks
+
+
+def steps(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Whole QLoRA steps, stock and with the kernels: benchmarks/qlora_step.py."""
+    found = importlib.util.spec_from_file_location("qlora_step", ROOT / "benchmarks" / "qlora_step.py")
+    assert found is not None and found.loader is not None
+    qlora_step = importlib.util.module_from_spec(found)
+    found.loader.exec_module(qlora_step)
+    for case, model, step in qlora_step.cases(bench.device):
+        times, peaks = turns(bench, model, step)
+        yield {"case": case, "times": times, "peak_bytes": peaks}
+        del model, step
+
+
+PARTS: dict[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {
+    "nf4_dequantize": dequantize,
+    "nf4_quantize": quantize,
+    "nf4_linear": linear,
+    "nf4_lora_linear": lora,
+    "step": steps,
+}
+
+
+# -- the run -----------------------------------------------------------------------------------------------
+
+
+def device_record(device: str) -> dict[str, Any]:
+    """Which card, and what drives it."""
+    if device == "cpu":
+        return {"name": "a CPU: a rehearsal, nothing is measured"}
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "name": properties.name,
+        "capability": [properties.major, properties.minor],
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "cuda": torch.version.cuda,
+    }
+
+
+def run(parts: list[str], bench: Bench) -> dict[str, Any]:
+    """One run's record."""
+    record: dict[str, Any] = {
+        "about": "Program output: benchmarks/kernels.py. Measured on the device that is named.",
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": device_record(bench.device),
+        "versions": {name: version(name) for name in LIBRARIES},
+        "rounds": bench.rounds,
+        "ceilings": ceilings(bench),
+        "results": [],
+    }
+    for part in parts:
+        for result in PARTS[part](bench):
+            record["results"].append({"part": part, **result})
+            print(part, line(result), flush=True)
+    return record
+
+
+def line(result: dict[str, Any]) -> str:
+    """A result in a line."""
+    case = " ".join(str(value) for value in result["case"].values())
+    times = ", ".join(f"{name} {found['median_us']:.0f}" for name, found in result["times"].items())
+    return f"{case}: {times} µs" + ("" if result.get("equal", True) else "  NOT EQUAL")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Times memplan's kernels.")
+    parser.add_argument("--part", action="append", choices=list(PARTS), help="what to time (default: all)")
+    parser.add_argument(
+        "--rounds", type=int, default=30, help="turns of each candidate (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="folder for the result (default: %(default)s)"
+    )
+    parser.add_argument("--rehearse", action="store_true", help="small sizes on a CPU; nothing is kept")
+    arguments = parser.parse_args()
+    parts = arguments.part or list(PARTS)
+    if arguments.rehearse:
+        print("Rehearsal on a CPU, in small sizes: these times are no measurements, and nothing is kept.")
+        record = run(parts, Bench("cpu", 2))
+        print(f"{len(json.dumps(record))} bytes of results forgotten")
+        return
+    if not torch.cuda.is_available():
+        sys.exit("there is no GPU here to measure; --rehearse goes through it all on a CPU")
+    record = run(parts, Bench("cuda", arguments.rounds))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    name = f"{record['device']['name']}-{record['started']}".lower().replace(" ", "-").replace(":", "")
+    path = arguments.out / f"{name}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
