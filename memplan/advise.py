@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from memplan.advice import Advice, Change, Combination
 from memplan.errors import MemplanError
-from memplan.recipe import Attention, DTypeName, Loss, Mode, Optimizer, Recipe
+from memplan.recipe import Attention, DTypeName, Kernels, Loss, Mode, Optimizer, Recipe
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -147,6 +147,18 @@ IDEAS = (
             "TrainingArguments(per_device_train_batch_size=1, gradient_accumulation_steps="
             f"{recipe.gradient_accumulation_steps * recipe.batch_size})"
         ),
+    ),
+    _Idea(
+        Cost.TIME,
+        _said("memplan's kernels"),
+        "an unmeasured change of speed; needs Triton and an NVIDIA card from Ampere on",
+        lambda recipe: (
+            {"kernels": Kernels.MEMPLAN}
+            if recipe.mode is Mode.QLORA and recipe.kernels is Kernels.STOCK
+            else None
+        ),
+        _said("--kernels memplan"),
+        _said("memplan.kernels.apply(model)"),
     ),
     _Idea(
         Cost.TIME,

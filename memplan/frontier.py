@@ -24,7 +24,7 @@ from memplan.gpu import Gpu
 from memplan.models.parameters import resolve_recipe
 from memplan.planner import predicted_run
 from memplan.planner import write as played
-from memplan.recipe import Attention, Loss, Mode, Recipe
+from memplan.recipe import Attention, Kernels, Loss, Mode, Recipe
 from memplan.shadow.attention import key_splits
 from memplan.spec import ModelSpec
 from memplan.tape import Tape, replay
@@ -218,8 +218,8 @@ class Peaks:
         """What decides which kernels run: steps of one regime have the same events. None for those that are
         played one by one: masks of a window are padded to 8 columns, eager attention copies what cuBLAS
         can't read as it lies, fused losses go by chunks, FlashAttention splits the keys where few rows leave
-        the card idle, bitsandbytes has kernels of its own for few rows, and of short sequences tensors are
-        large that have nothing to do with tokens."""
+        the card idle, bitsandbytes has kernels of its own for few rows, memplan's go by strips, and of short
+        sequences tensors are large that have nothing to do with tokens."""
         spec, recipe = self.spec, self.recipe
         tokens = batch * length
         if spec.sliding_window is not None and length >= spec.sliding_window:
@@ -227,6 +227,8 @@ class Peaks:
         if recipe.mode is Mode.QLORA and tokens <= _NEVER_FUSED_ABOVE:
             return None
         if length < _SHORT or recipe.attn is Attention.EAGER or recipe.loss is not Loss.STANDARD:
+            return None
+        if recipe.kernels is not Kernels.STOCK:
             return None
         if key_splits(batch * spec.num_attention_heads, length, spec.head_dim) > 1:
             return None

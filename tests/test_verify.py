@@ -79,6 +79,7 @@ def one_thread() -> Iterator[None]:
         ("gemma3", {"mode": "lora", "gradient_checkpointing": True, "seq_len": 120, "batch_size": 1}),
         ("mistral", {"mode": "full", "optimizer": "adamw_bnb_8bit", "seq_len": 110, "batch_size": 1}),
         ("llama-tied", {"mode": "full", "optimizer": "adafactor"}),
+        ("llama", {"mode": "qlora", "kernels": "memplan", "kbit_prep": False, "seq_len": 100}),
     ],
     ids=str,
 )

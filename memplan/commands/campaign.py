@@ -19,12 +19,14 @@ STATUS_DONE, STATUS_LEFT = 0, 1
 _RESERVE = 8.0  # seconds of the budget kept for ending a run that takes too long, and for the summary
 
 EXAMPLES = """\
-A plan is YAML: benchmarks/campaign.yaml is one, docs/verify.md says what may stand in it. Runs go by
-priority, then as they stand. One that is estimated not to end within the budget is left for later, and one
-that does not end is ended, so the budget is never overrun. Every run that ends is written at once, to be
+A plan is YAML: benchmarks/campaign.yaml is one, docs/verify.md says what may
+stand in it. Runs go by priority, then as they stand. One that is estimated not
+to end within the budget is left for later, and one that does not end is ended,
+so the budget is never overrun. Every run that ends is written at once, to be
 passed over by --resume.
 
-exit status: 0 every run of the plan has a measurement, 1 some are left or failed, 2 bad plan.
+exit status: 0 every run of the plan has a measurement, 1 some are left or
+failed, 2 bad plan.
 
 examples:
   memplan campaign benchmarks/campaign.yaml --budget 540 --resume

@@ -13,8 +13,9 @@ from memplan.importers.fields import shown
 BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
 
 EXAMPLES = """\
-Every file of the folder is read, checked and held against the plan that this memplan makes. Measurements on
-GPUs and trainings on a CPU are never put together.
+Every file of the folder is read, checked and held against the plan that this
+memplan makes. Measurements on GPUs and trainings on a CPU are never put
+together.
 
 examples:
   memplan report

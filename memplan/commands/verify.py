@@ -17,10 +17,12 @@ if TYPE_CHECKING:
 STATUS_TRAINED, STATUS_NOT = 0, 1
 
 EXAMPLES = """\
-Needs pip install 'memplan[verify]'. With --device cpu the training is as real, and storages are counted on
-the host as CUDA would make them: that tests the plan's arithmetic, not a GPU (docs/verify.md).
+Needs pip install 'memplan[verify]'. With --device cpu the training is as real,
+and storages are counted on the host as CUDA would make them: that tests the
+plan's arithmetic, not a GPU (docs/verify.md).
 
-exit status: 0 it trained, 1 it ran out of memory, failed, or did not learn, 2 it was not begun.
+exit status: 0 it trained, 1 it ran out of memory, failed, or did not learn, 2
+it was not begun.
 
 examples:
   memplan verify llama-3.2-1b --mode qlora --r 8

@@ -28,12 +28,17 @@ def build(config: dict[str, Any], recipe: Recipe) -> nn.Module:
     model = base_model(config, recipe)
     if recipe.mode is Mode.QLORA:
         quantize(model, recipe)
-    model = prepare(model, recipe)
+    model = with_kernels(prepare(model, recipe), recipe)
+    model.train()
+    return model
+
+
+def with_kernels(model: nn.Module, recipe: Recipe) -> nn.Module:
+    """The model with memplan's kernels, if the recipe has them."""
     if recipe.kernels is Kernels.MEMPLAN:
         from memplan.kernels import apply
 
         apply(model)
-    model.train()
     return model
 
 

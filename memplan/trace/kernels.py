@@ -54,8 +54,9 @@ def matrix_product_plus(
 @operator(aten.mm.out, aten.addmm.out, aten.addmm.dtype_out)
 def matrix_product_into(recorder: Any, *operands: Any, out: Any, **_: Any) -> Any:
     """``mm(a, b, out=c)``; ``addmm(c, a, b, out=c)``, also with an fp32 ``c`` of 16-bit operands (Blas.cpp
-    ``_addmm_dtype_out_cuda``): nothing but copies."""
-    _held = _copies(*(operand for operand in operands if isinstance(operand, torch.Tensor)), out)
+    ``_addmm_dtype_out_cuda``): nothing but copies of matrices; a bias is read as it is."""
+    matrices = [it for it in operands if isinstance(it, torch.Tensor) and it.dim() == 2]
+    _held = _copies(*matrices, out)
     return out
 
 

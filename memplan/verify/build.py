@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from memplan.recipe import Mode, Recipe
-from memplan.trace.build import DTYPES, base_model, prepare, quantize
+from memplan.trace.build import DTYPES, base_model, prepare, quantize, with_kernels
 
 
 class Source(Protocol):
@@ -53,7 +53,7 @@ def build(config: dict[str, Any], recipe: Recipe, device: torch.device, source: 
             model.hf_quantizer = quantizer(recipe)
         source.check(model)
         materialise(model, device, source)
-        model = prepare(model, recipe, data=True)
+        model = with_kernels(prepare(model, recipe, data=True), recipe)
     model.train()
     return model
 
