@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from memplan.errors import MemplanError
 from memplan.importers.fields import shown
 from memplan.recipe import Recipe, make_recipe
-from memplan.verify.job import Job, make_job, peak_bytes
+from memplan.verify.job import Job, cap, make_job, peak_bytes
 from memplan.verify.measurement import Measurement, Run, read_all
 
 
@@ -173,8 +173,6 @@ def _planned(entry: Entry, name: str, recipe: Recipe, defaults: Defaults, device
 
 
 def _job(entry: Entry, name: str, recipe: Recipe, defaults: Defaults, device: Any) -> Job:
-    from memplan.commands.verify import cap
-
     cap_bytes, cap_name = (None, None) if entry.cap is None else cap(entry.cap)
 
     def value(field: str) -> Any:

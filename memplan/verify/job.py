@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -89,6 +90,22 @@ def cut(config: dict[str, Any], layers: int, name: str) -> dict[str, Any]:
         for key, value in config.items()
     }
     return {**shorter, "num_hidden_layers": layers}
+
+
+def cap(text: str) -> tuple[int, str]:
+    """Bytes that the allocator may have, and what to call it: a card's usable bytes less those of a CUDA
+    context, or a size such as 20GiB as it is. Raises UnknownName or MemplanError."""
+    size = re.fullmatch(r"(\d+(?:\.\d+)?) ?GiB", text, re.IGNORECASE)
+    if size is None:
+        from memplan.fit import CONTEXT_BYTES
+        from memplan.gpu import find_gpu
+
+        card = find_gpu(text)
+        return card.visible_bytes - CONTEXT_BYTES, card.name
+    nbytes = int(float(size[1]) * 2**30)
+    if nbytes < 1:
+        raise MemplanError(f"--cap {text} leaves nothing")
+    return nbytes, f"{size[1]} GiB"
 
 
 def spec_of(model: Model) -> ModelSpec:
