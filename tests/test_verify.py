@@ -36,7 +36,7 @@ from memplan.verify import train as training
 from memplan.verify.checkpoint import Checkpoint
 from memplan.verify.host import Host
 from memplan.verify.job import Job, make_job, peak_bytes
-from memplan.verify.measurement import Device, OutOfMemory, Run, read
+from memplan.verify.measurement import Device, Measurement, OutOfMemory, Run, read
 from memplan.verify.runner import RunDied, TimeIsUp, run_job
 
 pytestmark = pytest.mark.filterwarnings("default")  # the libraries' warnings are theirs
@@ -160,6 +160,19 @@ def test_no_two_weights_are_there_in_16_bits_at_once(tmp_path: Path, monkeypatch
     monkeypatch.setattr(Params4bit, "_quantize", watched)
     build(job.model.config, job.recipe, CPU, Random())
     assert seen == [1] * 14
+
+
+def test_a_measurement_is_of_the_job_that_was_asked_for(tmp_path: Path) -> None:
+    # by which --resume knows it again; transformers adds to the nested settings that it is given
+    from memplan.verify.campaign import fingerprint
+
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    folder = model_folder(tmp_path / "model", rope_scaling=scaling)
+    job = make_job(str(folder), make_recipe(mode="lora", seq_len=16), Run(steps=2), device="cpu")
+    measured = child.run(job)
+    assert job.model.config["rope_scaling"] == scaling
+    again = Measurement.model_validate_json(measured.model_dump_json())
+    assert fingerprint("cpu", again) == fingerprint("cpu", job)
 
 
 @pytest.mark.parametrize("causal", [False, True])
