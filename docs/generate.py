@@ -1,5 +1,5 @@
-"""Writes the docs that are made from code and results: cli.md, claims.md, accuracy.md, kernels.md,
-plan.schema.json.
+"""Writes the docs that are made from code and results: cli.md, claims.md, accuracy.md, kernels.md and the two
+schemas.
 
 Run it after a change of options or of the plan's records; tests/test_docs.py fails while they are behind.
 """
@@ -21,6 +21,7 @@ import kernels_page
 from memplan.cli import COMMANDS, HELP
 from memplan.commands.arguments import Parser
 from memplan.planner import Plan
+from memplan.verify.measurement import Measurement
 
 DOCS = Path(__file__).parent
 
@@ -48,11 +49,17 @@ def plan_schema() -> str:
     return json.dumps(Plan.model_json_schema(mode="serialization"), indent=2) + "\n"
 
 
+def measurement_schema() -> str:
+    """docs/measurement.schema.json: a file of data/measurements."""
+    return json.dumps(Measurement.model_json_schema(mode="serialization"), indent=2) + "\n"
+
+
 PAGES = {
     "accuracy.md": accuracy.page,
     "cli.md": command_line,
     "claims.md": claims.page,
     "kernels.md": kernels_page.page,
+    "measurement.schema.json": measurement_schema,
     "plan.schema.json": plan_schema,
 }
 

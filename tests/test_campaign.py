@@ -13,8 +13,8 @@ from example_measurements import HOST, example
 
 from memplan.errors import MemplanError
 from memplan.verify import runner
-from memplan.verify.campaign import expand, load, predicted_need, slowness
-from memplan.verify.job import Job
+from memplan.verify.campaign import expand, load, slowness
+from memplan.verify.job import Job, gets_through
 from memplan.verify.measurement import Measurement, read_all
 
 pytest.importorskip("yaml")
@@ -47,7 +47,7 @@ def test_the_campaign_is_what_was_promised() -> None:
     assert planned[-8:] == frontiers
     for run in frontiers:
         assert run.job.run.cap_bytes is not None
-        inside = predicted_need(run.job, run.job.recipe) <= run.job.run.cap_bytes
+        inside = gets_through(run.job.model, run.job.recipe, run.job.run.cap_bytes)
         assert inside == ("-fits-" in run.name)
         assert run.job.anyway
     # all but what is meant to run out of memory fit an 80 GB card

@@ -321,3 +321,36 @@ def test_out_of_memory_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (event.step, event.phase, event.module) == (1, "forward", "model.layers.3.mlp.down_proj")
     assert event.requested_bytes == 3 << 29
     assert (event.allocated_bytes, event.reserved_bytes) == (20, 40)
+
+
+@pytest.mark.parametrize(
+    "options", [{"mode": "lora"}, {"mode": "qlora", "optimizer": "adamw_torch"}], ids=str
+)
+def test_the_whole_loop_runs_over_the_backend(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # torch.cuda is played, tensors are the host's: what is called in which order, not what it measures
+    from memplan.verify.train import train
+
+    fake = FakeCuda()
+    fake.install(monkeypatch)
+    what = job(steps=3, cap_bytes=500, cap_name="x").model_copy(
+        update={"recipe": recipe(attn="eager", dtype="float32", seq_len=16, **options)}
+    )
+    backend = Cuda(what)
+    backend.device = torch.device("cpu", 0)
+    said: list[str] = []
+    trained = train(what, backend, lambda kind, value: said.append(kind))
+    assert [step.number for step in trained.steps] == [1, 2, 3]
+    assert trained.evidence.real, trained.evidence.doubts
+    assert fake.fraction == 0.5
+    assert fake.recording == ["all", None]
+    assert trained.tape is not None
+    assert said.count("step") == 3
+    marks = backend._marks
+    assert marks is not None
+    forward = [m.layer for m in marks.marks if m.phase is Phase.FORWARD and m.layer is not None]
+    assert sorted(set(forward)) == [0, 1]
+    assert {m.phase for m in marks.marks} == {Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER}
+    assert len(marks.gradient_addresses) == 1
+    assert len(marks.gradient_addresses[0][1]) == trained.evidence.trained_tensors

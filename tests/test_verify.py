@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,13 +30,13 @@ from small_specs import config
 from memplan.diff import diff
 from memplan.errors import MemplanError
 from memplan.recipe import make_recipe
-from memplan.tape import replay
+from memplan.tape import Category, replay
 from memplan.verify import attention, child, runner
 from memplan.verify import train as training
 from memplan.verify.checkpoint import Checkpoint
 from memplan.verify.host import Host
 from memplan.verify.job import Job, make_job, peak_bytes
-from memplan.verify.measurement import Run, read
+from memplan.verify.measurement import Device, Measurement, OutOfMemory, Run, read
 from memplan.verify.runner import RunDied, TimeIsUp, run_job
 
 pytestmark = pytest.mark.filterwarnings("default")  # the libraries' warnings are theirs
@@ -160,6 +161,19 @@ def test_no_two_weights_are_there_in_16_bits_at_once(tmp_path: Path, monkeypatch
     monkeypatch.setattr(Params4bit, "_quantize", watched)
     build(job.model.config, job.recipe, CPU, Random())
     assert seen == [1] * 14
+
+
+def test_a_measurement_is_of_the_job_that_was_asked_for(tmp_path: Path) -> None:
+    # by which --resume knows it again; transformers adds to the nested settings that it is given
+    from memplan.verify.campaign import fingerprint
+
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    folder = model_folder(tmp_path / "model", rope_scaling=scaling)
+    job = make_job(str(folder), make_recipe(mode="lora", seq_len=16), Run(steps=2), device="cpu")
+    measured = child.run(job)
+    assert job.model.config["rope_scaling"] == scaling
+    again = Measurement.model_validate_json(measured.model_dump_json())
+    assert fingerprint("cpu", again) == fingerprint("cpu", job)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -416,3 +430,101 @@ def test_what_fails_while_it_trains_is_a_result(tmp_path: Path, monkeypatch: pyt
     )
     assert measured.tape is None
     assert measured.steady is None
+
+
+class NoRoom(Host):
+    """A card that is full in the second step."""
+
+    def step(self, number: int, *rest: Any) -> Any:
+        if number == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return super().step(number, *rest)
+
+    def out_of_memory(self, error: BaseException) -> OutOfMemory:
+        return OutOfMemory(step=2, phase="backward", allocated_bytes=1, reserved_bytes=2, message=str(error))
+
+
+def test_out_of_memory_is_a_result_with_the_steps_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = job_of(tmp_path).model_copy(update={"device": "cuda"})
+    here = child.device_of(job_of(tmp_path))
+    monkeypatch.setattr(child, "_backend", lambda job: NoRoom())
+    monkeypatch.setattr(child, "device_of", lambda job: here)
+    monkeypatch.setattr(child, "_check_room", lambda job, device: None)
+    monkeypatch.setattr(child, "_check_bitsandbytes", lambda job, device: None)
+    measured = child.run(job)
+    assert measured.outcome.kind == "out of memory"
+    assert measured.outcome.event is not None
+    assert (measured.outcome.event.step, measured.outcome.event.phase) == (2, "backward")
+    assert [step.number for step in measured.steps] == [1]
+    assert measured.steady is None
+    assert child._out_of_memory(RuntimeError("CUDA error: out of memory"))
+    assert not child._out_of_memory(RuntimeError("shapes differ"))
+
+
+def test_a_card_that_others_have_filled_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = job_of(tmp_path).model_copy(update={"device": "cuda", "predicted_bytes": 3 << 30})
+    card = Device(kind="cuda", name="Card of a test", capability=(8, 0), total_bytes=8 << 30)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2 << 30, 8 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
+    with pytest.raises(MemplanError, match=r"3.00 GiB, and on this Card of a test there are 2.00 GiB free"):
+        child._check_room(job, card)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (7 << 30, 8 << 30))
+    child._check_room(job, card)
+    capped = job.model_copy(update={"run": Run(cap_bytes=1 << 30, cap_name="1 GiB")})
+    with pytest.raises(MemplanError, match=r"under the cap 1 GiB there are 1.00 GiB free"):
+        child._check_room(capped, card)
+
+
+def test_bitsandbytes_without_a_backend_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bitsandbytes import functional
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("Method 'cquantize_blockwise' not available in CPU-only version")
+
+    child._check_bitsandbytes(job_of(tmp_path, mode="qlora"), CPU)
+    monkeypatch.setattr(functional, "quantize_4bit", broken)
+    for options in ({"mode": "qlora"}, {"mode": "full", "optimizer": "lion_8bit"}):
+        with pytest.raises(MemplanError, match=r"bitsandbytes .* has no working backend for cpu here"):
+            child._check_bitsandbytes(job_of(tmp_path, **options), CPU)
+    child._check_bitsandbytes(job_of(tmp_path, mode="lora"), CPU)
+
+
+def test_what_the_driver_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    from memplan.verify import driver
+
+    asked: list[Any] = []
+    mine = SimpleNamespace(pid=os.getpid(), usedGpuMemory=5 << 30)
+    other = SimpleNamespace(pid=-1, usedGpuMemory=1 << 30)
+    nvml = SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlSystemGetDriverVersion=lambda: "580.1",
+        nvmlDeviceGetHandleByIndex=lambda index: asked.append(index),
+        nvmlDeviceGetHandleByUUID=lambda uuid: asked.append(uuid),
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(used=6 << 30),
+        nvmlDeviceGetComputeRunningProcesses=lambda handle: [other, mine],
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert (driver.version(), driver.used_bytes(), driver.process_bytes()) == ("580.1", 6 << 30, 5 << 30)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-abc,3")
+    driver.used_bytes(0)
+    driver.used_bytes(1)
+    assert asked == [0, 0, "GPU-abc", 3]
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    monkeypatch.setattr(driver.shutil, "which", lambda name: None)
+    assert (driver.version(), driver.used_bytes(), driver.process_bytes()) == (None, None, None)
+
+
+def test_sft_trainer_where_trl_is_installed(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    pytest.importorskip("datasets")
+    from memplan.verify.compare import compare
+
+    options = {"mode": "qlora", "loss": "chunked", "adapter_dtype": "bfloat16"}
+    measured = child.run(job_of(tmp_path, run={"loop": "sft"}, **options))
+    assert measured.outcome.kind == "trained", measured.outcome.why
+    found = compare(measured)
+    for category in (Category.WEIGHTS, Category.ADAPTERS, Category.OPTIMIZER_STATE):
+        assert found.categories[category].error == 0, category

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,6 +138,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def settings_of(arguments: argparse.Namespace) -> Any:
     """The options of the run as a record."""
+    from memplan.verify.job import cap
     from memplan.verify.measurement import Run
 
     cap_bytes, cap_name = (None, None) if arguments.cap is None else cap(arguments.cap)
@@ -152,22 +152,6 @@ def settings_of(arguments: argparse.Namespace) -> Any:
         cap_name=cap_name,
         cudnn_attention=arguments.cudnn_attention,
     )
-
-
-def cap(text: str) -> tuple[int, str]:
-    """Bytes that the allocator may have, and what to call it: a card's usable bytes less those of a CUDA
-    context, or a size such as 20GiB as it is. Raises UnknownName or UsageError."""
-    size = re.fullmatch(r"(\d+(?:\.\d+)?) ?GiB", text, re.IGNORECASE)
-    if size is None:
-        from memplan.fit import context_of
-        from memplan.gpu import find_gpu
-
-        card = find_gpu(text)
-        return card.visible_bytes - context_of(card.name), card.name
-    nbytes = int(float(size[1]) * 2**30)
-    if nbytes < 1:
-        raise UsageError(f"--cap {text} leaves nothing")
-    return nbytes, f"{size[1]} GiB"
 
 
 def default_folder() -> Path:

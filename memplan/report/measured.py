@@ -142,6 +142,8 @@ def _line(measured: Measurement, found: Comparison) -> list[str]:
     outcome = found.outcome
     if found.outcome == "out of memory":
         outcome += ", as predicted" if found.fits_predicted is False else ", predicted to fit"
+    if found.outcome == "trained" and found.fits_predicted is False:
+        outcome += ", predicted not to fit"
     if measured.run.cap_name:
         outcome += f" (cap: {measured.run.cap_name})"
     allocated, reserved = found.allocated, found.reserved

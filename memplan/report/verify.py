@@ -107,6 +107,8 @@ def verdict(comparison: Comparison) -> str:
             where = " while the model was made"
         return f"Out of memory{where}{expected}."
     doubts = f", but {comparison.why}" if comparison.why else ""
+    if comparison.fits_predicted is False:
+        doubts += ", though the plan said that it would not fit"
     error, percent = comparison.allocated.error, comparison.allocated.percent
     if error is None or percent is None:
         return f"Trained{doubts}; there is no steady step to compare."

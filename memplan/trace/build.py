@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -46,7 +47,7 @@ def configuration(config: dict[str, Any]) -> tuple[Any, Any]:
     """transformers' configuration and class of a causal language model."""
     from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, __version__
 
-    settings = dict(config)
+    settings = copy.deepcopy(config)  # transformers writes into nested ones, such as rope_scaling
     model_type = settings.pop("model_type", None)
     if model_type is None:
         raise TraceError("the configuration has no model_type, so transformers can't tell which model it is")

@@ -20,7 +20,7 @@ AUTOCAST_DTYPES = {
 }
 
 
-class Marks(Protocol):
+class Listener(Protocol):
     """Who is told where a step is: :class:`memplan.trace.recorder.Recorder`, for one."""
 
     def begin(self, phase: Phase, name: str) -> None: ...
@@ -55,7 +55,7 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     batch: dict[str, torch.Tensor],
     recipe: Recipe,
-    recorder: Marks | None = None,
+    recorder: Listener | None = None,
     device: str = "cpu",
 ) -> torch.Tensor:
     """Forward, backward, clipping, update. ``recorder`` is told where the step is. The loss of the last

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from memplan.errors import MemplanError
 from memplan.importers.fields import shown
 from memplan.recipe import Recipe, make_recipe
-from memplan.verify.job import Job, make_job, peak_bytes
+from memplan.verify.job import Job, cap, gets_through, make_job
 from memplan.verify.measurement import Measurement, Run, read_all
 
 
@@ -137,7 +137,8 @@ def _expand(entry: Entry, defaults: Defaults, device: str | None) -> list[Planne
 
 
 def frontier(entry: Entry, recipe: Recipe, defaults: Defaults, device: str | None) -> int:
-    """The largest value of the entry's option that is predicted to fit under its cap, in its steps."""
+    """The largest value of the entry's option that is predicted to train under its cap, in its steps, while
+    the next one is not."""
     assert entry.frontier is not None
     option, step = entry.frontier, entry.step_of
     if entry.cap is None:
@@ -147,7 +148,7 @@ def frontier(entry: Entry, recipe: Recipe, defaults: Defaults, device: str | Non
     assert room is not None
 
     def fits(times: int) -> bool:
-        return predicted_need(job, recipe.model_copy(update={option: times * step})) <= room
+        return gets_through(job.model, recipe.model_copy(update={option: times * step}), room)
 
     if not fits(1):
         raise MemplanError(f"not even {option} {step} is predicted to fit")
@@ -161,20 +162,12 @@ def frontier(entry: Entry, recipe: Recipe, defaults: Defaults, device: str | Non
     return least * step
 
 
-def predicted_need(job: Job, recipe: Recipe) -> int:
-    """Bytes that the allocator must be able to get: the allocated peak, while what it reserves beyond that is
-    not simulated."""
-    return peak_bytes(job.model, recipe.resolved())
-
-
 def _planned(entry: Entry, name: str, recipe: Recipe, defaults: Defaults, device: str | None) -> Planned:
     job = _job(entry, name, recipe, defaults, device)
     return Planned(name=name, priority=entry.priority, job=job, seconds=entry.seconds or estimate(job))
 
 
 def _job(entry: Entry, name: str, recipe: Recipe, defaults: Defaults, device: Any) -> Job:
-    from memplan.commands.verify import cap
-
     cap_bytes, cap_name = (None, None) if entry.cap is None else cap(entry.cap)
 
     def value(field: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -91,6 +92,22 @@ def cut(config: dict[str, Any], layers: int, name: str) -> dict[str, Any]:
     return {**shorter, "num_hidden_layers": layers}
 
 
+def cap(text: str) -> tuple[int, str]:
+    """Bytes that the allocator may have, and what to call it: a card's usable bytes less those of a CUDA
+    context, or a size such as 20GiB as it is. Raises UnknownName or MemplanError."""
+    size = re.fullmatch(r"(\d+(?:\.\d+)?) ?GiB", text, re.IGNORECASE)
+    if size is None:
+        from memplan.fit import context_of
+        from memplan.gpu import find_gpu
+
+        card = find_gpu(text)
+        return card.visible_bytes - context_of(card.name), card.name
+    nbytes = int(float(size[1]) * 2**30)
+    if nbytes < 1:
+        raise MemplanError(f"--cap {text} leaves nothing")
+    return nbytes, f"{size[1]} GiB"
+
+
 def spec_of(model: Model) -> ModelSpec:
     """Raises SpecError or UnsupportedArchitecture."""
     from memplan.importers.hf import spec_from_config
@@ -104,6 +121,27 @@ def peak_bytes(model: Model, recipe: Recipe, card: Card | None = None) -> int:
     from memplan.tape import replay
 
     return replay(write_tape(spec_of(model), recipe, card=card)).allocated_bytes
+
+
+def gets_through(model: Model, recipe: Recipe, room: int) -> bool:
+    """Whether the run is predicted to train where the allocator may have ``room`` bytes: simulated as the
+    verifier makes its models, for the card of this machine if there is one."""
+    from memplan.allocator_settings import parse_settings
+    from memplan.models.step import write_long_tape
+    from memplan.reserved import simulate
+
+    resolved = recipe.resolved()
+    tape = write_long_tape(spec_of(model), resolved, card=_card_here())
+    return simulate(tape, None, parse_settings(resolved.alloc_conf), limit=room).ran_out is None
+
+
+def _card_here() -> Card | None:
+    from memplan import driver
+    from memplan.gpu import load_gpus
+
+    here = driver.present()
+    found = next((gpu.capability for gpu in load_gpus() if gpu.name in here), None)
+    return None if found is None else Card(found)
 
 
 def predicted_tape(measured: Measurement) -> Tape:
