@@ -4,8 +4,8 @@ Triton decides when it is imported whether kernels are compiled or interpreted (
 """
 
 # No postponed annotations here: Triton reads tl.constexpr from them.
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from enum import Enum
 from functools import cache
 from types import SimpleNamespace
@@ -70,9 +70,23 @@ class Runs(Enum):
     NOT = "a tensor without data"
 
 
+_dry = 0
+
+
+@contextmanager
+def dry() -> Iterator[None]:
+    """What runs inside allocates and computes nothing: for those who count (memplan/trace/nf4.py)."""
+    global _dry
+    _dry += 1
+    try:
+        yield
+    finally:
+        _dry -= 1
+
+
 def where(tensor: Tensor) -> Runs:
     """How the work on ``tensor`` is done. Raises KernelError on a GPU that can't."""
-    if isinstance(tensor, FakeTensor):
+    if _dry or isinstance(tensor, FakeTensor):
         return Runs.NOT
     if tensor.is_cuda:
         reason = refusal(tensor.device)
