@@ -10,7 +10,6 @@ from memplan.models.adapters import Dora, ExpertLora, Lora, RouterLora
 from memplan.models.decoder import NORM_STYLE
 from memplan.models.fold import Played
 from memplan.models.modules import Embedding, Linear, Linear4bit, RMSNorm, parameter
-from memplan.models.nf4 import NF4Linear, NF4Lora
 from memplan.models.optimizers import Group
 from memplan.models.targets import is_saved, is_target
 from memplan.recipe import DTypeName, Kernels, Mode, Recipe
@@ -43,6 +42,12 @@ class Builder:
         # prepare_model_for_kbit_training casts every parameter that is not 4-bit to fp32.
         self.rest_dtype = float32 if recipe.kbit_prep else self.dtype
         self.full = recipe.mode is Mode.FULL
+        self.quantized: type[Linear4bit] = Linear4bit
+        self.lora: type[Lora] = Lora
+        if recipe.kernels is Kernels.MEMPLAN:
+            from memplan.models.nf4 import NF4Linear, NF4Lora
+
+            self.quantized, self.lora = NF4Linear, NF4Lora
         self.trainable: list[Tensor] = []
         self.buffers: list[Tensor] = []
 
@@ -94,8 +99,9 @@ class Builder:
         recipe = self.recipe
         base: Linear | Linear4bit
         if recipe.mode is Mode.QLORA and not full_name.endswith("lm_head"):
-            quantized = Linear4bit if recipe.kernels is Kernels.STOCK else NF4Linear
-            base = quantized(name, shapes["weight"], "bias" in shapes, self.dtype, nested=recipe.double_quant)
+            base = self.quantized(
+                name, shapes["weight"], "bias" in shapes, self.dtype, nested=recipe.double_quant
+            )
         else:
             weight = self.weight(shapes["weight"], name, full_name)
             bias = self.weight(shapes["bias"], name, full_name) if "bias" in shapes else None
@@ -112,7 +118,7 @@ class Builder:
         recipe = self.recipe
         if recipe.mode is Mode.FULL or not is_target(recipe.target_modules, full_name):
             return base
-        kind = Dora if recipe.use_dora else NF4Lora if isinstance(base, NF4Linear) else Lora
+        kind = Dora if recipe.use_dora else self.lora if isinstance(base, Linear4bit) else Lora
         dtype = self.adapter_dtype(base.weight.dtype if isinstance(base, Linear) else self.dtype)
         lora = kind(base, recipe.r, dtype, recipe.lora_dropout)
         self.trainable += [lora.down, lora.up]
