@@ -399,6 +399,8 @@ def _cards_for(recipe: Recipe, spec: ModelSpec, than: Gpu) -> tuple[str, ...]:
     for gpu in sorted(load_gpus(), key=lambda gpu: gpu.visible_bytes):
         if gpu.visible_bytes <= than.visible_bytes or gpu.total_mib >> 10 in sizes:
             continue
+        if gpu.capability is None and recipe.kernels is Kernels.MEMPLAN:
+            continue
         peaks = Peaks(spec, recipe, gpu)
         if peaks.card is not None:
             continue  # other kernels run there

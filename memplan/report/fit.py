@@ -17,7 +17,17 @@ if TYPE_CHECKING:
     from memplan.advice import Advice
     from memplan.planner import Plan
 
-_TOLD = ("mode", "r", "kbit_prep", "optimizer", "gradient_checkpointing", "batch_size", "alloc_conf")
+_TOLD = (
+    "mode",
+    "r",
+    "kbit_prep",
+    "kernels",
+    "optimizer",
+    "gradient_checkpointing",
+    "loss",
+    "batch_size",
+    "alloc_conf",
+)
 
 
 def show_fit(plan: Plan, console: Console) -> None:

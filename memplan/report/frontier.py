@@ -20,6 +20,7 @@ AT_MOST = (
     "--exact simulates that."
 )
 EXACT = "With the allocator simulated: this fits, and one token more is not said to."
+CHECKPOINTED = "ckpt: gradient checkpointing"
 CAPPED = "* the model's own limit"
 
 
@@ -29,7 +30,7 @@ def show_frontier(frontier: Frontier, console: Console) -> None:
         console, frontier.model, f"on {short_card(frontier.gpu)}, {gib(frontier.usable_bytes)} GiB usable"
     )
     how = "longest sequence" if frontier.simulated else "longest sequence, at most"
-    console.print(f"{how}, by batch size; most tokens a step (ckpt: checkpointing)")
+    console.print(f"{how}, by batch size; most tokens a step")
     batches = [cell.batch_size for cell in frontier.rows[0].cells] if frontier.rows else []
     rows: list[list[Cell]] = [
         [Text(cell, QUIET) for cell in ("recipe", *(str(batch) for batch in batches), "tokens")]
@@ -42,6 +43,7 @@ def show_frontier(frontier: Frontier, console: Console) -> None:
             cells.append(Text(text, HEADING if cell.tokens == best > 0 else ""))
         rows.append([_label(row), *cells, f"{best:,}" if best else "-"])
     table(console, rows, "<" + ">" * (len(batches) + 1))
+    note(console, CHECKPOINTED)
     if any(cell.capped for row in frontier.rows for cell in row.cells):
         note(console, CAPPED)
     note(console, EXACT if frontier.simulated else AT_MOST)
