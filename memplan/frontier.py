@@ -264,8 +264,11 @@ class SizedTape:
 
     @staticmethod
     def of(samples: list[Tape], batch: int, length: int) -> SizedTape | None:
-        """From steps of (B, S), (2B, S), (B, 2S) and (2B, 2S); None if their events differ."""
+        """From steps of (B, S), (2B, S), (B, 2S) and (2B, 2S); None if their events differ, or where attention
+        pads its log-sum-exp to 32 rows."""
         first = samples[0]
+        if any("efficient_attention" in operation for operation in first.operations):
+            return None
         if any(
             tape.events != first.events or tape.operations != first.operations for tape in samples[1:]
         ) or any(
