@@ -264,8 +264,8 @@ class SizedTape:
 
     @staticmethod
     def of(samples: list[Tape], batch: int, length: int) -> SizedTape | None:
-        """From steps of (B, S), (2B, S), (B, 2S) and (2B, 2S); None if their events differ, or where attention
-        pads its log-sum-exp to 32 rows."""
+        """From steps of (B, S), (2B, S), (B, 2S) and (2B, 2S); None if their events differ, or where
+        attention pads its log-sum-exp to 32 rows."""
         first = samples[0]
         if any("efficient_attention" in operation for operation in first.operations):
             return None
