@@ -104,6 +104,18 @@ def test_real_training_takes_what_the_plan_says(tmp_path: Path, family: str, opt
     assert trained.evidence.frozen_tensors > 0 or options["mode"] == "full"
 
 
+@pytest.mark.parametrize("loss", ["chunked", "liger"])
+def test_fused_losses_are_trained_on_a_gpu_by_the_plain_loop(tmp_path: Path, loss: str) -> None:
+    pytest.importorskip("trl")
+    pytest.importorskip("liger_kernel")
+    with pytest.raises(MemplanError, match="need a GPU"):
+        job_of(tmp_path, mode="lora", loss=loss)
+    folder, recipe = str(model_folder(tmp_path / "model", "llama")), make_recipe(mode="lora", loss=loss)
+    assert make_job(folder, recipe, Run(), device="cuda").recipe.loss.value == loss
+    with pytest.raises(MemplanError, match="--loop memplan"):
+        make_job(folder, recipe, Run(loop="trainer"), device="cuda")
+
+
 def test_so_does_training_with_memplan_s_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # plain torch in place of Triton's interpreter, which takes ten times as long
     monkeypatch.setattr("memplan.kernels.launch.INTERPRETED", False)
@@ -336,7 +348,7 @@ def test_no_cuda_is_one_sentence(tmp_path: Path, memplan: Memplan) -> None:
         (("--layers", "3"), "has 2 layers"),
         (("--optimizer", "paged_adamw_8bit"), "needs --device cuda"),
         (("--attn", "flash"), "runs on CUDA only"),
-        (("--loss", "liger"), "loss 'standard'"),
+        (("--loss", "liger"), "need a GPU"),
         (("--cap", "no-such-card"), "unknown GPU"),
         (("--cap", "0GiB"), "leaves nothing"),
     ],

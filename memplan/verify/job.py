@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from memplan import stack
 from memplan.card import Card
 from memplan.errors import MemplanError
 from memplan.recipe import Attention, Loss, Recipe
@@ -68,7 +69,16 @@ def make_job(
 def _runnable(recipe: Recipe, device: str, loop: str) -> None:
     tiled = loop == "sft" and recipe.loss is Loss.CHUNKED
     if recipe.loss is not Loss.STANDARD and not tiled:
-        raise MemplanError(f"verify trains with the loss 'standard'; {recipe.loss.value!r} is only predicted")
+        if loop != "memplan":
+            raise MemplanError(
+                f"the loss {recipe.loss.value!r} is trained with memplan's own loop: use --loop memplan"
+            )
+        if device == "cpu":
+            raise MemplanError(
+                f"the loss {recipe.loss.value!r} runs Triton kernels, which need a GPU: use --device cuda, "
+                "or hold the plan against a trace (memplan trace)"
+            )
+        stack.require(recipe.loss.value, doing="verifying")
     if device == "cpu":
         if recipe.attn is Attention.FLASH:
             raise MemplanError("flash_attention_2 runs on CUDA only: use --attn sdpa")

@@ -17,6 +17,7 @@ from memplan.errors import MemplanError
 from memplan.importers.fields import shown
 from memplan.recipe import Recipe
 from memplan.tape import Tape
+from memplan.trace import losses
 from memplan.trace.optimizers import make_optimizer
 from memplan.verify.build import Random, Source, build
 from memplan.verify.checkpoint import Checkpoint, fetch
@@ -71,6 +72,7 @@ def train(job: Job, backend: Backend, tell: Tell, steps: list[Step] | None = Non
     with backend.environment():
         tell("state", "building the model")
         model = build(job.model.config, recipe, backend.device, source)
+        losses.attach(model, recipe.loss)
         del source
         optimizer = make_optimizer(model, recipe)
         for group in optimizer.param_groups:
