@@ -92,12 +92,13 @@ FACTORS: dict[str, list[Any]] = {
     "kbit_prep": [None, True, False],
     "double_quant": [None, True, False],
     "quant_type": [None, "nf4", "fp4"],
+    "kernels": [None, "stock", "memplan"],
     "gradient_accumulation_steps": [1, 2],
     "max_grad_norm": [0.0, 1.0],
     "momentum": [None, 0.0, 0.9],
 }  # fmt: skip
 _OF_ADAPTERS = ("target_modules", "adapter_dtype", "lora_dropout", "use_dora", "modules_to_save")
-_OF_FOUR_BITS = ("kbit_prep", "double_quant", "quant_type")
+_OF_FOUR_BITS = ("kbit_prep", "double_quant", "quant_type", "kernels")
 
 FULL_DEPTH: list[Case] = [
     {"model": "llama-3.2-1b", "mode": "full"},
@@ -107,6 +108,7 @@ FULL_DEPTH: list[Case] = [
     {"model": "llama-3.1-8b", "mode": "qlora", "autocast": True},
     {"model": "llama-3.3-70b", "mode": "qlora"},
     {"model": "llama-3.3-70b", "mode": "qlora", "kbit_prep": False},
+    {"model": "llama-3.3-70b", "mode": "qlora", "kbit_prep": False, "kernels": "memplan"},
     {"model": "qwen3-30b-a3b", "mode": "lora", "target_modules": "attention", "gradient_checkpointing": True},
     {
         "model": "llama-3.1-8b",
@@ -147,6 +149,10 @@ def allowed(chosen: dict[str, Any]) -> bool:
                 return False
     if chosen.get("dtype") == "float32" and chosen.get("adapter_dtype") == "as base":
         return False  # the same as float32
+    if chosen.get("model") == "gemma-2-2b" and chosen.get("attn") == "sdpa":
+        return False  # it caps attention's logits, which transformers does in eager attention only
+    if chosen.get("kernels") == "memplan" and (chosen.get("quant_type") == "fp4" or chosen.get("use_dora")):
+        return False  # they decode NF4, and compute plain LoRA
     if len(chosen) < len(FACTORS):
         return True
     case = case_of(chosen)
@@ -204,8 +210,12 @@ def pairwise(tries: int = 40, at_least: int = 0) -> tuple[list[Case], list[Pair]
 
     while missing:
         seed = next(iter(missing))
-        candidates = [grown(dict(seed)) for _ in range(tries)]
-        found = [chosen for chosen in candidates if chosen is not None]
+        found: list[dict[str, Any]] = []
+        for _ in range(10):  # of pairs that seldom go together more are tried, before they count as impossible
+            candidates = [grown(dict(seed)) for _ in range(tries)]
+            found = [chosen for chosen in candidates if chosen is not None]
+            if found:
+                break
         if not found:
             impossible.append(seed)
             del missing[seed]
