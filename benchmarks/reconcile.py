@@ -211,7 +211,7 @@ def pairwise(tries: int = 40, at_least: int = 0) -> tuple[list[Case], list[Pair]
     while missing:
         seed = next(iter(missing))
         found: list[dict[str, Any]] = []
-        for _ in range(10):  # of pairs that seldom go together more are tried, before they count as impossible
+        for _ in range(10):  # more tries before a pair counts as impossible
             candidates = [grown(dict(seed)) for _ in range(tries)]
             found = [chosen for chosen in candidates if chosen is not None]
             if found:
