@@ -63,6 +63,28 @@ def test_a_fraction_of_the_card_is_a_limit() -> None:
     gpu = card(600 * MIB)
     assert judge(gpu, run).verdict == "fits"
     assert judge(gpu, half).verdict == "tight"  # a tenth of it and of the context is 124 MiB
+    assert judge(gpu, half).headroom_bytes == int(0.1 * (600 + 640) * MIB) - 130 * MIB
+    # 130 of 131.4 MiB are less than 2 % to spare, whatever the card has beside
+    close = Run(run.tape, run.loading, AllocatorSettings(memory_fraction=0.106))
+    assert judge(gpu, close).verdict == "tight"
+    none = Run(run.tape, run.loading, AllocatorSettings(memory_fraction=1e-12))
+    assert judge(gpu, none).verdict == "does not fit"
+
+
+def test_a_glance_knows_nothing_of_settings() -> None:
+    for conf in ("per_process_memory_fraction:0.05", "roundup_power2_divisions:1"):
+        answer = plan("llama-3.2-1b", Recipe(mode="lora", alloc_conf=conf), gpus=["a6000", "4090"])
+        for (_, told), fit in zip(answer.glances(), answer.fits, strict=True):
+            assert told == fit.verdict
+
+
+def test_the_warm_up_is_bounded_by_the_card_not_by_what_is_free() -> None:
+    # transformers 5.23, caching_allocator_warmup: total_device_memory - 1.2 GiB
+    asked: list[int | None] = []
+    run = sawtooth()
+    gpu = card(65 * MIB)
+    judge(gpu, Run(run.tape, lambda total: asked.append(total), AllocatorSettings()))  # type: ignore[func-returns-value]
+    assert asked == [None, gpu.visible_bytes]
 
 
 def test_the_70b_on_an_a6000() -> None:
