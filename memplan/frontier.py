@@ -17,12 +17,13 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from memplan.allocator_settings import parse_settings
 from memplan.card import FLASH_CAPABILITY, Card
 from memplan.errors import MemplanError
 from memplan.fit import MARGIN_PER_CENT, context_bytes, judge, usable_bytes
 from memplan.gpu import Gpu
 from memplan.models.parameters import resolve_recipe
-from memplan.planner import predicted_run
+from memplan.planner import able, predicted_run
 from memplan.planner import write as played
 from memplan.recipe import Attention, Kernels, Loss, Mode, Recipe
 from memplan.shadow.attention import key_splits
@@ -40,7 +41,7 @@ _NEVER_FUSED_ABOVE = 1536  # tokens (memplan.models.gemm_4bit)
 
 class Cell(BaseModel):
     """One point of the frontier. ``seq_len``: the longest sequence there is room for, None for none;
-    ``capped``: it is the model's own limit, not the card's."""
+    ``capped``: it is the model's own limit, not the card's, or the longest that is looked for."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -197,7 +198,11 @@ class Peaks:
     def __init__(self, spec: ModelSpec, recipe: Recipe, gpu: Gpu) -> None:
         self.spec, self.recipe = spec, recipe
         self.card = _card_for(recipe, gpu)
-        self.room = usable_bytes(gpu) - context_bytes(gpu, self.card or Card())
+        total = usable_bytes(gpu)
+        self.room = total - context_bytes(gpu, self.card or Card())
+        limit = parse_settings(recipe.alloc_conf).limit(total)
+        if limit is not None:
+            self.room = min(self.room, limit)
         self.longest = min(spec.max_position_embeddings or LONGEST, LONGEST)
         self._sized: dict[object, SizedTape | None] = {}
 
@@ -311,7 +316,10 @@ class SizedTape:
 
 
 def _card_for(recipe: Recipe, gpu: Gpu) -> Card | None:
-    """What steps are written for: the card's own kernels where it has no FlashAttention."""
+    """What steps are written for: the card's own kernels where it has no FlashAttention. Raises MemplanError
+    if the recipe's kernels don't run on it."""
+    if recipe.kernels is not Kernels.STOCK:
+        able(recipe, [gpu.name])
     if gpu.capability is None or gpu.capability >= FLASH_CAPABILITY:
         return None
     if recipe.attn is Attention.FLASH:
