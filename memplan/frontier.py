@@ -2,7 +2,7 @@
 
 Playing a step costs milliseconds, and a table of a hundred points asks for thousands of steps. What does not
 change between them is reused: a step of other tokens has the same events, only its sizes differ, and each
-size is a polynomial in batch and sequence length. Four played steps give all coefficients
+size is a polynomial in batch and sequence length. Four or five played steps give all coefficients
 (:class:`SizedTape`); tests/test_frontier.py plays what it says.
 
 Two answers: :func:`at_most` by the peak of allocated bytes alone, which no run can do without;
@@ -241,7 +241,7 @@ class Peaks:
         return tokens > _SORTED_FROM or not embedding_is_trained
 
     def _sample(self, regime: object) -> SizedTape | None:
-        """Four steps of the regime, if they have the same events."""
+        """Four steps of the regime, if they have the same events; a fifth where a mask needs it."""
         batch, length = (4, 2048) if regime else (1, 512)
         window = self.spec.sliding_window
         while window is not None and 2 * length >= window:
@@ -249,7 +249,15 @@ class Peaks:
         points = [(batch, length), (2 * batch, length), (batch, 2 * length), (2 * batch, 2 * length)]
         if length < 16 or any(self._regime(*point) != regime for point in points):
             return None
-        return SizedTape.of([self._play(*point) for point in points], batch, length)
+        samples = [self._play(*point) for point in points]
+        sized = SizedTape.of(samples, batch, length)
+        if sized is None or not sized.any_negative:
+            return sized
+        half = (batch, length // 2)
+        if self._regime(*half) != regime:
+            return None
+        sized = SizedTape.of([*samples, self._play(*half)], batch, length)
+        return None if sized is None or sized.any_negative else sized
 
     def _play(self, batch: int, length: int) -> Tape:
         asked = self.recipe.model_copy(update={"batch_size": batch, "seq_len": length})
@@ -257,9 +265,10 @@ class Peaks:
 
 
 class SizedTape:
-    """A tape whose sizes are polynomials: c0 + c1 B S + c2 S + c3 B S², for batch B and length S."""
+    """A tape whose sizes are polynomials: c0 + c1 B S + c2 S + c3 B S² + c4 S², for batch B and length S. The
+    last is of masks that all sequences share, where attention is not fused."""
 
-    def __init__(self, tape: Tape, terms: list[tuple[float, float, float, float]]) -> None:
+    def __init__(self, tape: Tape, terms: list[tuple[float, float, float, float, float]]) -> None:
         self.terms = terms
         self.segments = [(s.start, s.stop, s.repeat) for s in tape.segments if s.start < s.stop]
         self.events = []  # storage, and how many of it come (or go: negative)
@@ -269,8 +278,8 @@ class SizedTape:
 
     @staticmethod
     def of(samples: list[Tape], batch: int, length: int) -> SizedTape | None:
-        """From steps of (B, S), (2B, S), (B, 2S) and (2B, 2S); None if their events differ, or where
-        attention pads its log-sum-exp to 32 rows."""
+        """From steps of (B, S), (2B, S), (B, 2S), (2B, 2S) and, for c4, (B, S/2); None if their events
+        differ, or where attention pads its log-sum-exp to 32 rows."""
         first = samples[0]
         if any("efficient_attention" in operation for operation in first.operations):
             return None
@@ -283,27 +292,38 @@ class SizedTape:
         ):
             return None
         terms = []
-        for a, b, c, d in zip(*(tape.sizes for tape in samples), strict=True):
+        for a, b, c, d, *half in zip(*(tape.sizes for tape in samples), strict=True):
             # B, S and powers of two: every coefficient is exact in floating point
             square = (d - c - 2 * (b - a)) / 2
             both = b - a - square
-            alone = c - b - 2 * square
+            # what is left has no B: at S, at 2S, and at S/2
+            one, two = a - both - square, c - 2 * both - 4 * square
+            shared = 0.0
+            if half:
+                shared = 2 * (two - one - 2 * (one - (half[0] - both / 2 - square / 4))) / 3
+            alone = two - one - 3 * shared
             terms.append(
                 (
-                    a - both - alone - square,
+                    one - alone - shared,
                     both / (batch * length),
                     alone / length,
                     square / (batch * length * length),
+                    shared / (length * length),
                 )
             )
         return SizedTape(first, terms)
 
+    @property
+    def any_negative(self) -> bool:
+        """Whether a coefficient is below zero, as no tensor's is: something in S² was taken for a line."""
+        return any(min(term) < 0 for term in self.terms)
+
     def peak(self, batch: int, length: int) -> int:
         """Bytes allocated at the peak."""
-        tokens, square = batch * length, batch * length * length
+        tokens, square, shared = batch * length, batch * length * length, length * length
         sizes = [
-            -int(-(c0 + c1 * tokens + c2 * length + c3 * square) // 512) * 512
-            for c0, c1, c2, c3 in self.terms
+            -int(-(c0 + c1 * tokens + c2 * length + c3 * square + c4 * shared) // 512) * 512
+            for c0, c1, c2, c3, c4 in self.terms
         ]
         deltas = [sizes[index] * times for index, times in self.events]
         live = best = 0
