@@ -50,9 +50,16 @@ def _said(text: str) -> Callable[[Recipe], str]:
 
 
 def _with_expandable_segments(recipe: Recipe) -> dict[str, object] | None:
-    if "expandable_segments" in recipe.alloc_conf:
+    from memplan.allocator_settings import parse_settings
+
+    if parse_settings(recipe.alloc_conf).expandable_segments:
         return None
-    return {"alloc_conf": ",".join(filter(None, (recipe.alloc_conf, "expandable_segments:True")))}
+    return {"alloc_conf": _expandable(recipe)}
+
+
+def _expandable(recipe: Recipe) -> str:
+    """The allocator's settings with expandable segments beside what was set."""
+    return ",".join(filter(None, (recipe.alloc_conf, "expandable_segments:True")))
 
 
 def _accumulated(recipe: Recipe) -> dict[str, object] | None:
@@ -101,8 +108,8 @@ IDEAS = (
         _said("expandable segments"),
         "nothing but slower first steps",
         _with_expandable_segments,
-        _said("--alloc-conf expandable_segments:True"),
-        _said("export PYTORCH_ALLOC_CONF=expandable_segments:True"),
+        lambda recipe: f"--alloc-conf {_expandable(recipe)}",
+        lambda recipe: f"export PYTORCH_ALLOC_CONF={_expandable(recipe)}",
     ),
     _Idea(
         Cost.NOTHING,
@@ -122,7 +129,7 @@ IDEAS = (
     ),
     _Idea(
         Cost.NOTHING,
-        _said("16-bit embedding, lm_head and norms (no fp32 upcasts)"),
+        _said("embedding, lm_head and norms in 16 bits"),
         "the precision of norms and logits; most runs do not notice",
         lambda recipe: {"kbit_prep": False} if recipe.kbit_prep else None,
         _said("--no-kbit-prep"),

@@ -35,6 +35,7 @@ def with_options(recipe: dict[str, object], command: str) -> Recipe:
         ("llama-3.2-1b", "t4", {"mode": "full", "optimizer": "adamw_torch", "attn": "eager"}),
         ("llama-3.1-8b", "4090", {"mode": "lora", "dtype": "float32", "autocast": True, "kbit_prep": False}),
         ("llama-3.1-8b", "t4", {"mode": "qlora", "seq_len": 8192}),
+        ("qwen2.5-7b", "4090", {"batch_size": 2, "seq_len": 3000, "alloc_conf": "large_segment_size_mb:32"}),
     ],
 )
 def test_prices_are_those_of_plans_with_the_options_told(
@@ -76,6 +77,13 @@ def test_a_combination_fits_and_none_of_it_can_be_left_out() -> None:
     answer = plan("llama-3.1-8b", with_options(asked, together.command), gpus=["4090"])
     assert answer.fits[0].verdict == together.verdict != "does not fit"
     assert answer.fits[0].needed_bytes == together.needed_bytes
+
+
+def test_settings_that_were_there_are_kept() -> None:
+    recipe = make_recipe(batch_size=2, seq_len=3000, alloc_conf="large_segment_size_mb:32")
+    told = advise("qwen2.5-7b", recipe, "4090")
+    (change,) = (change for change in told.changes if change.title == "expandable segments")
+    assert change.command == "--alloc-conf large_segment_size_mb:32,expandable_segments:True"
 
 
 def test_cards_that_can_not_run_the_recipe_are_passed_over() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
+from conftest import Outcome
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_specs import SPECS
@@ -173,3 +176,11 @@ def test_of_true_sizes_as_well(model: str, options: dict[str, object]) -> None:
 
 def test_the_margin_is_what_is_promised() -> None:
     assert MARGIN_PER_CENT == 2
+
+
+def test_a_share_of_the_card_is_told_beside_the_headroom(memplan: Callable[..., Outcome]) -> None:
+    for command in (("fit",), ()):
+        arguments = (*command, "llama-3.2-1b", "--mode", "lora", "--gpu", "a6000", "--alloc-conf")
+        share = memplan(*arguments, "per_process_memory_fraction:0.1").out
+        assert "RTX A6000: PyTorch may reserve 4.74 GiB at most" in " ".join(share.split())
+        assert "may reserve" not in memplan(*arguments, "expandable_segments:True").out
