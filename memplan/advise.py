@@ -430,8 +430,9 @@ def _room(spec: ModelSpec, recipe: Recipe, gpu: Gpu, pricer: _Pricer) -> Iterabl
     from memplan.frontier import largest
     from memplan.models.parameters import resolve_recipe
 
-    if resolve_recipe(spec, recipe).gradient_checkpointing:
-        asked = {**recipe.model_dump(), "gradient_checkpointing": False, "use_reentrant": None}
+    # with use_reentrant given, the option that turns checkpointing off would contradict it
+    if resolve_recipe(spec, recipe).gradient_checkpointing and recipe.use_reentrant is None:
+        asked = {**recipe.model_dump(), "gradient_checkpointing": False}
         if pricer.verdict(Recipe(**asked)) == "fits":
             yield "no checkpointing: about a quarter less time (--no-gradient-checkpointing)"
     longest = largest(spec, recipe, gpu, "seq_len", recipe.batch_size)

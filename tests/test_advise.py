@@ -122,6 +122,12 @@ def test_a_run_that_fits_is_told_what_else_there_is_room_for() -> None:
     assert any("--batch-size" in line for line in told.room)
 
 
+def test_checkpointing_is_not_advised_against_where_the_options_would_contradict() -> None:
+    told = advise("llama-3.2-1b", make_recipe(gradient_checkpointing=True, use_reentrant=True), "a6000")
+    assert told.room
+    assert not any("checkpointing" in line for line in told.room)
+
+
 def test_cheap_changes_come_first() -> None:
     told = advise("llama-3.1-8b", make_recipe(mode="lora", gradient_checkpointing=True, seq_len=4500), "4090")
     ranks = {idea.cost: idea.rank for idea in IDEAS}
