@@ -50,9 +50,16 @@ def _said(text: str) -> Callable[[Recipe], str]:
 
 
 def _with_expandable_segments(recipe: Recipe) -> dict[str, object] | None:
-    if "expandable_segments" in recipe.alloc_conf:
+    from memplan.allocator_settings import parse_settings
+
+    if parse_settings(recipe.alloc_conf).expandable_segments:
         return None
-    return {"alloc_conf": ",".join(filter(None, (recipe.alloc_conf, "expandable_segments:True")))}
+    return {"alloc_conf": _expandable(recipe)}
+
+
+def _expandable(recipe: Recipe) -> str:
+    """The allocator's settings with expandable segments beside what was set."""
+    return ",".join(filter(None, (recipe.alloc_conf, "expandable_segments:True")))
 
 
 def _accumulated(recipe: Recipe) -> dict[str, object] | None:
@@ -71,6 +78,10 @@ def _with_optimizer(
 ) -> Callable[[Recipe], dict[str, object] | None]:
     allowed = frozenset(instead_of)
     return lambda recipe: {"optimizer": optimizer, "momentum": 0.0} if recipe.optimizer in allowed else None
+
+
+def _without_autocast(recipe: Recipe) -> str:
+    return " --no-autocast" if recipe.autocast else ""
 
 
 _32_BIT = (Optimizer.ADAMW_TORCH, Optimizer.ADAMW_TORCH_FUSED, Optimizer.PAGED_ADAMW_32BIT)
@@ -97,8 +108,8 @@ IDEAS = (
         _said("expandable segments"),
         "nothing but slower first steps",
         _with_expandable_segments,
-        _said("--alloc-conf expandable_segments:True"),
-        _said("export PYTORCH_ALLOC_CONF=expandable_segments:True"),
+        lambda recipe: f"--alloc-conf {_expandable(recipe)}",
+        lambda recipe: f"export PYTORCH_ALLOC_CONF={_expandable(recipe)}",
     ),
     _Idea(
         Cost.NOTHING,
@@ -118,12 +129,13 @@ IDEAS = (
     ),
     _Idea(
         Cost.NOTHING,
-        _said("16-bit embedding, lm_head and norms (no fp32 upcasts)"),
+        _said("embedding, lm_head and norms in 16 bits"),
         "the precision of norms and logits; most runs do not notice",
         lambda recipe: {"kbit_prep": False} if recipe.kbit_prep else None,
         _said("--no-kbit-prep"),
-        _said(
-            "leave out prepare_model_for_kbit_training(model); TrainingArguments(gradient_checkpointing=True)"
+        lambda recipe: (
+            "leave out prepare_model_for_kbit_training(model)"
+            + ("; TrainingArguments(gradient_checkpointing=True)" if recipe.gradient_checkpointing else "")
         ),
     ),
     _Idea(
@@ -215,7 +227,7 @@ IDEAS = (
         lambda recipe: (
             {"dtype": DTypeName.BFLOAT16, "autocast": False} if recipe.dtype is DTypeName.FLOAT32 else None
         ),
-        _said("--dtype bfloat16"),
+        lambda recipe: "--dtype bfloat16" + _without_autocast(recipe),
         _said('from_pretrained(dtype="bfloat16")'),
     ),
     _Idea(
@@ -230,12 +242,8 @@ IDEAS = (
         Cost.METHOD,
         _said("QLoRA: the base in 4 bits"),
         "time to dequantise, a little quality",
-        lambda recipe: (
-            {"mode": Mode.QLORA, "kbit_prep": None, "autocast": False}
-            if recipe.mode is not Mode.QLORA
-            else None
-        ),
-        _said("--mode qlora"),
+        lambda recipe: {"mode": Mode.QLORA, "autocast": False} if recipe.mode is not Mode.QLORA else None,
+        lambda recipe: "--mode qlora" + _without_autocast(recipe),
         _said(
             'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)'
         ),
@@ -260,11 +268,11 @@ def advise(model: str | Path | ModelSpec, recipe: Recipe, gpu: str) -> Advice:
     changes = []
     before = pricer.allocated(recipe)
     for idea in IDEAS:
-        changed = _changed(spec, recipe, idea)
+        changed = _changed(spec, recipe, idea, card)
         if changed is None:
             continue
         after = pricer.allocated(changed)
-        if after > before and pricer.verdict(changed) == "does not fit":
+        if after >= before and pricer.verdict(changed) == "does not fit":
             continue
         changes.append((idea, changed, after))
     changes.sort(key=lambda one: (pricer.verdict(one[1]) == "does not fit", one[0].rank, one[2]))
@@ -329,9 +337,11 @@ class _Pricer:
         return self._fits[recipe]
 
 
-def _changed(spec: ModelSpec, recipe: Recipe, idea: _Idea) -> Recipe | None:
-    """The recipe (as asked, not resolved) after a change; None where it does not apply or can't be had."""
+def _changed(spec: ModelSpec, recipe: Recipe, idea: _Idea, gpu: Gpu) -> Recipe | None:
+    """The recipe (as asked, not resolved) after a change; None where it does not apply, or can't be had of
+    the model or on the card."""
     from memplan.models.parameters import resolve_recipe
+    from memplan.planner import able
 
     fields = idea.apply(resolve_recipe(spec, recipe))
     if fields is None:
@@ -339,6 +349,7 @@ def _changed(spec: ModelSpec, recipe: Recipe, idea: _Idea) -> Recipe | None:
     try:
         changed = Recipe(**{**recipe.model_dump(), **fields})
         resolve_recipe(spec, changed)
+        able(changed, [gpu.name])
     except MemplanError:
         return None
     return changed
@@ -352,7 +363,7 @@ def _combination(spec: ModelSpec, recipe: Recipe, pricer: _Pricer) -> Combinatio
     def applied(ideas: list[_Idea]) -> tuple[Recipe, list[tuple[str, str]]]:
         changed, told = recipe, []
         for idea in ideas:
-            after = _changed(spec, changed, idea)
+            after = _changed(spec, changed, idea, pricer.gpu)
             if after is not None:
                 resolved = resolve_recipe(spec, changed)
                 told.append((idea.title(resolved), idea.command(resolved)))
@@ -399,9 +410,10 @@ def _cards_for(recipe: Recipe, spec: ModelSpec, than: Gpu) -> tuple[str, ...]:
     for gpu in sorted(load_gpus(), key=lambda gpu: gpu.visible_bytes):
         if gpu.visible_bytes <= than.visible_bytes or gpu.total_mib >> 10 in sizes:
             continue
-        if gpu.capability is None and recipe.kernels is Kernels.MEMPLAN:
-            continue
-        peaks = Peaks(spec, recipe, gpu)
+        try:
+            peaks = Peaks(spec, recipe, gpu)
+        except MemplanError:
+            continue  # its kernels don't run there
         if peaks.card is not None:
             continue  # other kernels run there
         run = run or predicted_run(spec, recipe)
@@ -418,8 +430,9 @@ def _room(spec: ModelSpec, recipe: Recipe, gpu: Gpu, pricer: _Pricer) -> Iterabl
     from memplan.frontier import largest
     from memplan.models.parameters import resolve_recipe
 
-    if resolve_recipe(spec, recipe).gradient_checkpointing:
-        asked = {**recipe.model_dump(), "gradient_checkpointing": False, "use_reentrant": None}
+    # with use_reentrant given, the option that turns checkpointing off would contradict it
+    if resolve_recipe(spec, recipe).gradient_checkpointing and recipe.use_reentrant is None:
+        asked = {**recipe.model_dump(), "gradient_checkpointing": False}
         if pricer.verdict(Recipe(**asked)) == "fits":
             yield "no checkpointing: about a quarter less time (--no-gradient-checkpointing)"
     longest = largest(spec, recipe, gpu, "seq_len", recipe.batch_size)

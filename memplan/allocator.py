@@ -87,7 +87,6 @@ class Expandable:
     """An expandable segment: address space for more than the card, mapped ``page`` bytes at a time."""
 
     address: int
-    size: int
     page: int
 
 
@@ -123,15 +122,12 @@ class Allocator:
         self.capacity, self.limit = capacity, limit
         self.on_segment = on_segment
         self.place = place or self._next_address
-        self.allocated = self.reserved = self.requested = 0
+        self.allocated = self.reserved = 0
         self.peak_allocated = self.peak_reserved = 0
         self.retries = 0
         self._pools: dict[tuple[int, bool], Pool] = {}
         self._heads: dict[int, Block] = {}  # a block of each segment; its first one is found by walking
-        self._expandables: list[Expandable] = []
         self._top = 1 << 40  # an address; PyTorch's begin somewhere there too
-        bounds = [bound for bound in (capacity, limit) if bound is not None]
-        self._bound = min(bounds) if bounds else None
         self._collects = limit is not None and self.settings.garbage_collection_threshold > 0
         self._plain = not (
             self.settings.expandable_segments or self.settings.max_split_size or self._collects
@@ -279,7 +275,7 @@ class Allocator:
             return None
         if self.settings.expandable_segments:
             return self._expand(pool, size)
-        if self._bound is not None and self.reserved + needed > self._bound:
+        if self.capacity is not None and self.reserved + needed > self.capacity:
             return None
         block = Block(pool, self.place(needed), needed)
         self._heads[block.address] = block
@@ -341,13 +337,17 @@ class Allocator:
         wanted = max(size, largest)
         blocks = pool.blocks
         at = bisect_left(blocks, (wanted,))
-        if at < len(blocks):
+        if at < len(blocks) and blocks[at][2].expandable is None:
             self._release(blocks[at][2])
             return True
+        # no single one, so the largest first; expandable segments can't be given back whole
         released = 0
-        while blocks and released < wanted and blocks[-1][0] >= largest:
-            released += blocks[-1][0]
-            self._release(blocks[-1][2])
+        for size, _, block in reversed(blocks[:at]):
+            if released >= wanted or size < largest:
+                break
+            if block.expandable is None:
+                self._release(block)
+                released += size
         return released >= wanted
 
     def _release_cached_blocks(self) -> None:
@@ -369,7 +369,7 @@ class Allocator:
             return
         target = self.reserved - threshold
         large = self._pool(pool.stream, False)
-        whole = [block for _, _, block in large.blocks if not block.is_split]
+        whole = [b for _, _, b in large.blocks if not b.is_split and b.expandable is None]
         age = sum(large.searches - block.born for block in whole)
         count, reclaimed, freed = len(whole), 0, True
         while reclaimed < target and freed and count:
@@ -413,10 +413,10 @@ class Allocator:
             if room >= size:
                 return start
         page = SMALL_SEGMENT if pool.small else self.settings.large_segment_size
-        # address space for 1 1/8 of the card
-        space = -(-max(self._bound or 0, 1 << 40) * 9 // (8 * page)) * page
-        segment = Expandable(self.place(space), space, page)
-        self._expandables.append(segment)
+        # address space for 1 1/8 of the card; for one without end, of what no card has, or of this request
+        card = max(1 << 40, size) if self.capacity is None else self.capacity
+        space = -(-card * 9 // (8 * page)) * page
+        segment = Expandable(self.place(space), page)
         fresh = Block(pool, segment.address, space, segment)
         fresh.mapped = False
         self._heads[segment.address] = fresh
@@ -428,7 +428,8 @@ class Allocator:
         segment, pool = block.expandable, block.pool
         assert segment is not None
         size = (size + segment.page - 1) // segment.page * segment.page
-        if self._bound is not None and self.reserved + size > self._bound:
+        # whole pages may go beyond the limit: alloc_block has compared what is asked for, and no more
+        if self.capacity is not None and self.reserved + size > self.capacity:
             return False
         pool.remove_unmapped(block)
         block.mapped = True

@@ -57,6 +57,10 @@ class AllocatorSettings:
     expandable_segments: bool = False
     memory_fraction: float | None = None
 
+    def limit(self, total: int) -> int | None:
+        """What may be reserved of a card of ``total`` bytes; None: all that the driver gives."""
+        return None if self.memory_fraction is None else int(self.memory_fraction * total)
+
     def divisions(self, size: int) -> int:
         """The divisor for a request of ``size`` bytes."""
         if not self.roundup:

@@ -39,7 +39,8 @@ Step = tuple[str, int]
 class Fit(BaseModel):
     """One card. Bytes. ``total_bytes`` is what PyTorch can see of the card; ``needed_bytes`` is
     ``reserved_bytes``, as much as the run reserves where nothing limits it, plus ``context_bytes``, what a
-    process takes beside it; ``headroom_bytes`` is what is left.
+    process takes beside it; ``headroom_bytes`` is what is left, of the card or of the share of it that
+    ``per_process_memory_fraction`` allows.
 
     Verdicts: *fits*: it is there, and 2 % of what is reserved to spare. *tight*: the simulated run gets
     through, but with less to spare, or only because the allocator gives cached memory back to the driver and
@@ -80,9 +81,9 @@ class Run:
         """The run where nothing limits it."""
         return simulate(self.tape, self.loading(None), self.settings)
 
-    def within(self, room: int, limit: int | None = None) -> Reserved:
-        """The run where the driver has ``room`` bytes for it."""
-        return simulate(self.tape, self.loading(room), self.settings, capacity=room, limit=limit)
+    def within(self, room: int, total: int, limit: int | None = None) -> Reserved:
+        """The run where the driver has ``room`` bytes for it, on a card of ``total``."""
+        return simulate(self.tape, self.loading(total), self.settings, capacity=room, limit=limit)
 
 
 def glance(gpu: Gpu, allocated: int, loaded: int) -> Verdict | None:
@@ -122,29 +123,31 @@ def judge(gpu: Gpu, run: Run, *, explain: bool = True) -> Fit:
     free = run.free
     room = total - outside
     needed = free.reserved + outside
-    fraction = run.settings.memory_fraction
-    limit = None if fraction is None else int(fraction * total)
+    limit = run.settings.limit(total)
+    allowed = room if limit is None else min(room, limit)
     retries, note = 0, None
     verdict: Verdict = "fits"
-    if free.reserved > min(room, limit or room) and not explain:
+    if free.reserved > allowed and not explain:
         verdict = "does not fit"
-    elif free.reserved > min(room, limit or room):
-        bound = run.within(room, limit)
+    elif free.reserved > allowed:
+        bound = run.within(room, total, limit)
         retries = bound.retries
         if bound.ran_out is not None:
             verdict, note = "does not fit", _out_of_memory(bound.ran_out)
         else:
             verdict = "tight"
             note = f"gets through by giving cached memory back to the driver, {_times(retries)} in two steps"
-    elif free.reserved + free.reserved * MARGIN_PER_CENT // 100 > room:
+    elif free.reserved + free.reserved * MARGIN_PER_CENT // 100 > allowed:
         verdict, note = "tight", f"leaves less than {MARGIN_PER_CENT} % of what it reserves"
+    if allowed < room:
+        note = "; ".join(filter(None, (f"PyTorch may reserve {_size(allowed)} at most", note)))
     return Fit(
         gpu=gpu.name,
         total_bytes=total,
         reserved_bytes=free.reserved,
         context_bytes=outside,
         needed_bytes=needed,
-        headroom_bytes=total - needed,
+        headroom_bytes=allowed - free.reserved,
         verdict=verdict,
         retries=retries,
         note=note,

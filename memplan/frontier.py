@@ -2,7 +2,7 @@
 
 Playing a step costs milliseconds, and a table of a hundred points asks for thousands of steps. What does not
 change between them is reused: a step of other tokens has the same events, only its sizes differ, and each
-size is a polynomial in batch and sequence length. Four played steps give all coefficients
+size is a polynomial in batch and sequence length. Four or five played steps give all coefficients
 (:class:`SizedTape`); tests/test_frontier.py plays what it says.
 
 Two answers: :func:`at_most` by the peak of allocated bytes alone, which no run can do without;
@@ -17,12 +17,13 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from memplan.allocator_settings import parse_settings
 from memplan.card import FLASH_CAPABILITY, Card
 from memplan.errors import MemplanError
 from memplan.fit import MARGIN_PER_CENT, context_bytes, judge, usable_bytes
 from memplan.gpu import Gpu
 from memplan.models.parameters import resolve_recipe
-from memplan.planner import predicted_run
+from memplan.planner import able, predicted_run
 from memplan.planner import write as played
 from memplan.recipe import Attention, Kernels, Loss, Mode, Recipe
 from memplan.shadow.attention import key_splits
@@ -40,7 +41,7 @@ _NEVER_FUSED_ABOVE = 1536  # tokens (memplan.models.gemm_4bit)
 
 class Cell(BaseModel):
     """One point of the frontier. ``seq_len``: the longest sequence there is room for, None for none;
-    ``capped``: it is the model's own limit, not the card's."""
+    ``capped``: it is the model's own limit, not the card's, or the longest that is looked for."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -197,7 +198,11 @@ class Peaks:
     def __init__(self, spec: ModelSpec, recipe: Recipe, gpu: Gpu) -> None:
         self.spec, self.recipe = spec, recipe
         self.card = _card_for(recipe, gpu)
-        self.room = usable_bytes(gpu) - context_bytes(gpu, self.card or Card())
+        total = usable_bytes(gpu)
+        self.room = total - context_bytes(gpu, self.card or Card())
+        limit = parse_settings(recipe.alloc_conf).limit(total)
+        if limit is not None:
+            self.room = min(self.room, limit)
         self.longest = min(spec.max_position_embeddings or LONGEST, LONGEST)
         self._sized: dict[object, SizedTape | None] = {}
 
@@ -236,7 +241,7 @@ class Peaks:
         return tokens > _SORTED_FROM or not embedding_is_trained
 
     def _sample(self, regime: object) -> SizedTape | None:
-        """Four steps of the regime, if they have the same events."""
+        """Four steps of the regime, if they have the same events; a fifth where a mask needs it."""
         batch, length = (4, 2048) if regime else (1, 512)
         window = self.spec.sliding_window
         while window is not None and 2 * length >= window:
@@ -244,7 +249,15 @@ class Peaks:
         points = [(batch, length), (2 * batch, length), (batch, 2 * length), (2 * batch, 2 * length)]
         if length < 16 or any(self._regime(*point) != regime for point in points):
             return None
-        return SizedTape.of([self._play(*point) for point in points], batch, length)
+        samples = [self._play(*point) for point in points]
+        sized = SizedTape.of(samples, batch, length)
+        if sized is None or not sized.any_negative:
+            return sized
+        half = (batch, length // 2)
+        if self._regime(*half) != regime:
+            return None
+        sized = SizedTape.of([*samples, self._play(*half)], batch, length)
+        return None if sized is None or sized.any_negative else sized
 
     def _play(self, batch: int, length: int) -> Tape:
         asked = self.recipe.model_copy(update={"batch_size": batch, "seq_len": length})
@@ -252,9 +265,10 @@ class Peaks:
 
 
 class SizedTape:
-    """A tape whose sizes are polynomials: c0 + c1 B S + c2 S + c3 B S², for batch B and length S."""
+    """A tape whose sizes are polynomials: c0 + c1 B S + c2 S + c3 B S² + c4 S², for batch B and length S. The
+    last is of masks that all sequences share, where attention is not fused."""
 
-    def __init__(self, tape: Tape, terms: list[tuple[float, float, float, float]]) -> None:
+    def __init__(self, tape: Tape, terms: list[tuple[float, float, float, float, float]]) -> None:
         self.terms = terms
         self.segments = [(s.start, s.stop, s.repeat) for s in tape.segments if s.start < s.stop]
         self.events = []  # storage, and how many of it come (or go: negative)
@@ -264,8 +278,8 @@ class SizedTape:
 
     @staticmethod
     def of(samples: list[Tape], batch: int, length: int) -> SizedTape | None:
-        """From steps of (B, S), (2B, S), (B, 2S) and (2B, 2S); None if their events differ, or where
-        attention pads its log-sum-exp to 32 rows."""
+        """From steps of (B, S), (2B, S), (B, 2S), (2B, 2S) and, for c4, (B, S/2); None if their events
+        differ, or where attention pads its log-sum-exp to 32 rows."""
         first = samples[0]
         if any("efficient_attention" in operation for operation in first.operations):
             return None
@@ -278,27 +292,38 @@ class SizedTape:
         ):
             return None
         terms = []
-        for a, b, c, d in zip(*(tape.sizes for tape in samples), strict=True):
+        for a, b, c, d, *half in zip(*(tape.sizes for tape in samples), strict=True):
             # B, S and powers of two: every coefficient is exact in floating point
             square = (d - c - 2 * (b - a)) / 2
             both = b - a - square
-            alone = c - b - 2 * square
+            # what is left has no B: at S, at 2S, and at S/2
+            one, two = a - both - square, c - 2 * both - 4 * square
+            shared = 0.0
+            if half:
+                shared = 2 * (two - one - 2 * (one - (half[0] - both / 2 - square / 4))) / 3
+            alone = two - one - 3 * shared
             terms.append(
                 (
-                    a - both - alone - square,
+                    one - alone - shared,
                     both / (batch * length),
                     alone / length,
                     square / (batch * length * length),
+                    shared / (length * length),
                 )
             )
         return SizedTape(first, terms)
 
+    @property
+    def any_negative(self) -> bool:
+        """Whether a coefficient is below zero, as no tensor's is: something in S² was taken for a line."""
+        return any(min(term) < 0 for term in self.terms)
+
     def peak(self, batch: int, length: int) -> int:
         """Bytes allocated at the peak."""
-        tokens, square = batch * length, batch * length * length
+        tokens, square, shared = batch * length, batch * length * length, length * length
         sizes = [
-            -int(-(c0 + c1 * tokens + c2 * length + c3 * square) // 512) * 512
-            for c0, c1, c2, c3 in self.terms
+            -int(-(c0 + c1 * tokens + c2 * length + c3 * square + c4 * shared) // 512) * 512
+            for c0, c1, c2, c3, c4 in self.terms
         ]
         deltas = [sizes[index] * times for index, times in self.events]
         live = best = 0
@@ -311,7 +336,10 @@ class SizedTape:
 
 
 def _card_for(recipe: Recipe, gpu: Gpu) -> Card | None:
-    """What steps are written for: the card's own kernels where it has no FlashAttention."""
+    """What steps are written for: the card's own kernels where it has no FlashAttention. Raises MemplanError
+    if the recipe's kernels don't run on it."""
+    if recipe.kernels is not Kernels.STOCK:
+        able(recipe, [gpu.name])
     if gpu.capability is None or gpu.capability >= FLASH_CAPABILITY:
         return None
     if recipe.attn is Attention.FLASH:

@@ -179,9 +179,10 @@ class Plan(_Record):
         resting = sum(self.static_bytes.model_dump().values())
         loaded = resting - self.static_bytes.optimizer_state
         for gpu, card in self._runs.cards:
-            # of a card that runs other kernels only what rests is known
+            # of a card that runs other kernels only what rests is known; settings may take more than a glance
+            # allows for
             told = glance(gpu, self.peak.allocated_bytes if card is None else resting, loaded)
-            if card is not None and told == "fits":
+            if told == "fits" and (card is not None or self.recipe.alloc_conf):
                 told = None
             yield gpu, told or judge(gpu, self._runs.run(card)).verdict
 

@@ -33,6 +33,9 @@ def with_options(recipe: dict[str, object], command: str) -> Recipe:
         ("llama-3.1-8b", "4090", {"mode": "lora", "batch_size": 4, "gradient_checkpointing": True}),
         ("qwen2.5-7b", "4090", {"mode": "qlora", "seq_len": 8192, "r": 64}),
         ("llama-3.2-1b", "t4", {"mode": "full", "optimizer": "adamw_torch", "attn": "eager"}),
+        ("llama-3.1-8b", "4090", {"mode": "lora", "dtype": "float32", "autocast": True, "kbit_prep": False}),
+        ("llama-3.1-8b", "t4", {"mode": "qlora", "seq_len": 8192}),
+        ("qwen2.5-7b", "4090", {"batch_size": 2, "seq_len": 3000, "alloc_conf": "large_segment_size_mb:32"}),
     ],
 )
 def test_prices_are_those_of_plans_with_the_options_told(
@@ -76,6 +79,36 @@ def test_a_combination_fits_and_none_of_it_can_be_left_out() -> None:
     assert answer.fits[0].needed_bytes == together.needed_bytes
 
 
+def test_settings_that_were_there_are_kept() -> None:
+    recipe = make_recipe(batch_size=2, seq_len=3000, alloc_conf="large_segment_size_mb:32")
+    told = advise("qwen2.5-7b", recipe, "4090")
+    (change,) = (change for change in told.changes if change.title == "expandable segments")
+    assert change.command == "--alloc-conf large_segment_size_mb:32,expandable_segments:True"
+
+
+def test_cards_that_can_not_run_the_recipe_are_passed_over() -> None:
+    told = advise("llama-3.1-8b", make_recipe(mode="full", attn="flash_attention_2"), "4090")
+    assert told.changes
+    assert not any("TITAN RTX" in card for card in told.cards)
+
+
+def test_advice_runs_on_the_card() -> None:
+    told = advise("llama-3.1-8b", make_recipe(mode="qlora", seq_len=8192), "t4")
+    assert not any("kernels" in change.command for change in told.changes)
+
+
+def test_what_neither_saves_nor_fits_is_not_advised() -> None:
+    told = advise("llama-3.1-8b", make_recipe(mode="qlora", seq_len=8192), "t4")
+    assert all(change.saves_bytes > 0 or change.verdict != "does not fit" for change in told.changes)
+
+
+def test_checkpointing_is_told_where_there_is_some() -> None:
+    for on in (True, False):
+        told = advise("llama-3.1-70b", make_recipe(gradient_checkpointing=on), "4090")
+        (config,) = (change.config for change in told.changes if change.command == "--no-kbit-prep")
+        assert ("gradient_checkpointing=True" in config) is on
+
+
 def test_what_can_not_fit_gets_no_combination() -> None:
     told = advise("llama-3.1-405b", Recipe(mode="qlora"), "t4")
     assert told.combination is None
@@ -87,6 +120,12 @@ def test_a_run_that_fits_is_told_what_else_there_is_room_for() -> None:
     assert any("no checkpointing" in line for line in told.room)
     assert any("--seq-len" in line for line in told.room)
     assert any("--batch-size" in line for line in told.room)
+
+
+def test_checkpointing_is_not_advised_against_where_the_options_would_contradict() -> None:
+    told = advise("llama-3.2-1b", make_recipe(gradient_checkpointing=True, use_reentrant=True), "a6000")
+    assert told.room
+    assert not any("checkpointing" in line for line in told.room)
 
 
 def test_cheap_changes_come_first() -> None:

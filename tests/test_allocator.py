@@ -178,6 +178,27 @@ def test_an_expandable_segment_runs_out_with_the_card() -> None:
         played("a 60M; b 50M", "expandable_segments:True", capacity=100 * MIB)
 
 
+def test_pages_may_go_beyond_the_limit_that_a_request_keeps() -> None:
+    # alloc_block compares the request with allowed_memory_maximum; map_block then maps whole pages
+    conf = "expandable_segments:True"
+    assert played("a 60M; b 30M", conf, limit=95 * MIB).reserved == 100 * MIB
+    with pytest.raises(OutOfMemory):
+        played("a 60M; b 36M", conf, limit=95 * MIB)
+
+
+def test_a_request_beyond_any_card_is_served_where_nothing_limits_it() -> None:
+    assert played("a 2000G", "expandable_segments:True").reserved >= 2000 << 30
+    with pytest.raises(OutOfMemory):
+        played("a 2000G", "expandable_segments:True", capacity=100 * MIB)
+
+
+def test_an_oversized_block_of_an_expandable_segment_is_not_released_whole() -> None:
+    # release_available_cached_blocks passes over expandable segments; release_cached_blocks unmaps them
+    conf = "expandable_segments:True,max_split_size_mb:64"
+    allocator = played("a 70M; b 2M; -a; c 100M", conf, capacity=140 * MIB)
+    assert (allocator.retries, layout(allocator)) == (1, ["(10) 2 (8)", "100"])
+
+
 # -- invariants --------------------------------------------------------------------------------------
 
 SIZES = st.one_of(st.integers(1, 4096), st.integers(1, 3 * MIB), st.integers(MIB, 100 * MIB))
@@ -188,6 +209,7 @@ CONFS = st.sampled_from(
     [
         "",
         "max_split_size_mb:20",
+        "expandable_segments:True,max_split_size_mb:20",
         "expandable_segments:True",
         "roundup_power2_divisions:8",
         "large_segment_size_mb:40",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
+from conftest import Outcome
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_specs import SPECS
@@ -63,6 +66,28 @@ def test_a_fraction_of_the_card_is_a_limit() -> None:
     gpu = card(600 * MIB)
     assert judge(gpu, run).verdict == "fits"
     assert judge(gpu, half).verdict == "tight"  # a tenth of it and of the context is 124 MiB
+    assert judge(gpu, half).headroom_bytes == int(0.1 * (600 + 640) * MIB) - 130 * MIB
+    # 130 of 131.4 MiB are less than 2 % to spare, whatever the card has beside
+    close = Run(run.tape, run.loading, AllocatorSettings(memory_fraction=0.106))
+    assert judge(gpu, close).verdict == "tight"
+    none = Run(run.tape, run.loading, AllocatorSettings(memory_fraction=1e-12))
+    assert judge(gpu, none).verdict == "does not fit"
+
+
+def test_a_glance_knows_nothing_of_settings() -> None:
+    for conf in ("per_process_memory_fraction:0.05", "roundup_power2_divisions:1"):
+        answer = plan("llama-3.2-1b", Recipe(mode="lora", alloc_conf=conf), gpus=["a6000", "4090"])
+        for (_, told), fit in zip(answer.glances(), answer.fits, strict=True):
+            assert told == fit.verdict
+
+
+def test_the_warm_up_is_bounded_by_the_card_not_by_what_is_free() -> None:
+    # transformers 5.23, caching_allocator_warmup: total_device_memory - 1.2 GiB
+    asked: list[int | None] = []
+    run = sawtooth()
+    gpu = card(65 * MIB)
+    judge(gpu, Run(run.tape, lambda total: asked.append(total), AllocatorSettings()))  # type: ignore[func-returns-value]
+    assert asked == [None, gpu.visible_bytes]
 
 
 def test_the_70b_on_an_a6000() -> None:
@@ -151,3 +176,11 @@ def test_of_true_sizes_as_well(model: str, options: dict[str, object]) -> None:
 
 def test_the_margin_is_what_is_promised() -> None:
     assert MARGIN_PER_CENT == 2
+
+
+def test_a_share_of_the_card_is_told_beside_the_headroom(memplan: Callable[..., Outcome]) -> None:
+    for command in (("fit",), ()):
+        arguments = (*command, "llama-3.2-1b", "--mode", "lora", "--gpu", "a6000", "--alloc-conf")
+        share = memplan(*arguments, "per_process_memory_fraction:0.1").out
+        assert "RTX A6000: PyTorch may reserve 4.74 GiB at most" in " ".join(share.split())
+        assert "may reserve" not in memplan(*arguments, "expandable_segments:True").out

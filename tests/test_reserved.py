@@ -7,11 +7,12 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_specs import SPECS
+from small_specs import SPECS, config
 
 from memplan.allocator import MIB
 from memplan.allocator_settings import AllocatorSettings
-from memplan.models.loading import loading
+from memplan.models.blueprint import named_shapes
+from memplan.models.loading import _natural, loading
 from memplan.models.parameters import resolve_recipe
 from memplan.models.step import write_long_tape, write_tape
 from memplan.planner import predicted_run
@@ -133,6 +134,28 @@ def test_a_70b_loads_as_from_pretrained_does() -> None:
     assert ("empty_cache", 0) in steps
     without = resolve_recipe(spec, make_recipe(kbit_prep=False))
     assert ("empty_cache", 0) not in list(loading(spec, without, write_long_tape(spec, without)))
+
+
+@pytest.mark.parametrize("family", sorted(SPECS))
+def test_the_warm_up_and_the_order_are_transformers_own(family: str) -> None:
+    torch = pytest.importorskip("torch")
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.core_model_loading import dot_natural_key
+    from transformers.modeling_utils import get_total_byte_count, local_torch_dtype
+    from transformers.quantizers import AutoHfQuantizer
+
+    spec = SPECS[family](11)
+    settings_ = AutoConfig.for_model(**config(family, 11), pad_token_id=0)
+    quantizer = AutoHfQuantizer.from_config(BitsAndBytesConfig(load_in_4bit=True), pre_quantized=False)
+    with local_torch_dtype(torch.bfloat16), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(settings_, dtype=torch.bfloat16)
+        quantizer.preprocess_model(model, dtype=torch.bfloat16, device_map={"": 0}, checkpoint_files=None)
+    names = list(model.state_dict())
+    counted = get_total_byte_count(model, dict.fromkeys(names, torch.device("cuda", 0)), quantizer)
+    recipe = resolve_recipe(spec, make_recipe())
+    assert next(loading(spec, recipe, write_long_tape(spec, recipe))) == ("scratch", sum(counted.values()))
+    loaded = [name for name in sorted(names, key=dot_natural_key) if name not in model.all_tied_weights_keys]
+    assert loaded == sorted(named_shapes(spec), key=_natural)
 
 
 def test_a_small_card_bounds_the_warm_up() -> None:

@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     from memplan.resolve import resolve
 
     gpu = find_gpu(arguments.gpu)
-    batches = _batches(arguments.batch_sizes or BATCHES)
+    batches = _batches(BATCHES if arguments.batch_sizes is None else arguments.batch_sizes)
     recipes = _recipes(arguments)
     if len(batches) * len(recipes) > MOST_POINTS:
         raise UsageError(f"{len(batches) * len(recipes)} points are more than the {MOST_POINTS} of a table")
@@ -97,7 +97,8 @@ def _recipes(arguments: argparse.Namespace) -> list[Recipe]:
             )
     if "optimizer" in options and arguments.optimizers is not None:
         raise UsageError("--optimizer and --optimizers say the same; give one")
-    optimizers = _words(arguments.optimizers or options.pop("optimizer", None) or OPTIMIZERS)
+    alone = options.pop("optimizer", OPTIMIZERS)
+    optimizers = _words(alone if arguments.optimizers is None else arguments.optimizers)
     checkpointing = (
         [options.pop("gradient_checkpointing")] if "gradient_checkpointing" in options else [True, False]
     )
@@ -112,7 +113,7 @@ def _recipes(arguments: argparse.Namespace) -> list[Recipe]:
             **(reentrant if on else {}),
             **applicable(options, mode),
         )
-        for mode in modes(arguments.modes or MODES)
+        for mode in modes(MODES if arguments.modes is None else arguments.modes)
         for on in checkpointing
         for optimizer in optimizers
     ]
@@ -128,7 +129,7 @@ def _words(text: str) -> list[str]:
 def _batches(text: str) -> list[int]:
     numbers = []
     for word in text.split(","):
-        if not word.strip().isdigit() or not 0 < int(word) <= 1 << 20:
+        if not word.strip().isdecimal() or not 0 < int(word) <= 1 << 20:
             raise UsageError(
                 f"--batch-sizes takes whole numbers from 1 on with commas between them, not {word.strip()!r}"
             )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from memplan.report.console import HEADING, QUIET, Cell, heading, note, table
+from memplan.frontier import LONGEST
+from memplan.report.console import GAP, HEADING, QUIET, Cell, heading, note, table
 from memplan.report.plan import short_card
 from memplan.report.units import gib
 
@@ -22,6 +24,7 @@ AT_MOST = (
 EXACT = "With the allocator simulated: this fits, and one token more is not said to."
 CHECKPOINTED = "ckpt: gradient checkpointing"
 CAPPED = "* the model's own limit"
+CAPPED_BY_US = f"* the model's own limit, or {LONGEST:,} tokens: no longer ones are looked for"
 
 
 def show_frontier(frontier: Frontier, console: Console) -> None:
@@ -32,7 +35,7 @@ def show_frontier(frontier: Frontier, console: Console) -> None:
     how = "longest sequence" if frontier.simulated else "longest sequence, at most"
     console.print(f"{how}, by batch size; most tokens a step")
     batches = [cell.batch_size for cell in frontier.rows[0].cells] if frontier.rows else []
-    rows: list[list[Cell]] = [
+    lines: list[list[Cell]] = [
         [Text(cell, QUIET) for cell in ("recipe", *(str(batch) for batch in batches), "tokens")]
     ]
     for row in frontier.rows:
@@ -41,12 +44,27 @@ def show_frontier(frontier: Frontier, console: Console) -> None:
         for cell in row.cells:
             text = "-" if cell.seq_len is None else f"{cell.seq_len:,}{'*' if cell.capped else ''}"
             cells.append(Text(text, HEADING if cell.tokens == best > 0 else ""))
-        rows.append([_label(row), *cells, f"{best:,}" if best else "-"])
-    table(console, rows, "<" + ">" * (len(batches) + 1))
+        lines.append([_label(row), *cells, f"{best:,}" if best else "-"])
+    for columns in _pages(lines, console.width):
+        rows = [[line[0], *(line[column] for column in columns)] for line in lines]
+        table(console, rows, "<" + ">" * len(columns))
     note(console, CHECKPOINTED)
     if any(cell.capped for row in frontier.rows for cell in row.cells):
-        note(console, CAPPED)
+        longest = max(cell.seq_len or 0 for row in frontier.rows for cell in row.cells)
+        note(console, CAPPED_BY_US if longest == LONGEST else CAPPED)
     note(console, EXACT if frontier.simulated else AT_MOST)
+
+
+def _pages(lines: list[list[Cell]], width: int) -> Iterator[range]:
+    """The columns after the first, as many at a time as there is room for beside it."""
+    widths = [max(len(cell) for cell in column) + len(GAP) for column in zip(*lines, strict=True)]
+    first = 1
+    while first < len(widths):
+        last = first + 1
+        while last < len(widths) and len(GAP) + widths[0] + sum(widths[first : last + 1]) - len(GAP) <= width:
+            last += 1
+        yield range(first, last)
+        first = last
 
 
 def _label(row: Row) -> str:

@@ -115,6 +115,9 @@ def show_fits(fits: Sequence[Fit], console: Console) -> None:
         sizes = (Text(gib(size)) for size in (fit.total_bytes, fit.needed_bytes, fit.headroom_bytes))
         rows.append([Text(short_card(fit.gpu)), *sizes, Text(fit.verdict, VERDICT_STYLES[fit.verdict])])
     table(console, rows, "<>>><", _LABEL_WIDTH)
+    for fit in fits:
+        if fit.note and fit.headroom_bytes != fit.total_bytes - fit.needed_bytes:
+            note(console, f"{short_card(fit.gpu)}: {fit.note}")  # of a share of the card, which needs saying
     note(console, NEEDED)
     if any(fit.verdict == "tight" for fit in fits):
         note(console, TIGHT)

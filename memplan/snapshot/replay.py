@@ -53,7 +53,6 @@ def replay(snapshot: Snapshot, settings: AllocatorSettings | None = None) -> Rep
     allocator = Allocator(settings, place=place)
     requests = 0
     live: dict[int, Block] = {}
-    gone = 0  # bytes of segments given back
     try:
         for entry in snapshot.trace:
             if entry.action is Action.ALLOC:
@@ -73,7 +72,7 @@ def replay(snapshot: Snapshot, settings: AllocatorSettings | None = None) -> Rep
                     )
                 allocator.free(live.pop(entry.addr))
             elif entry.action is Action.SEGMENT_FREE:
-                gone += allocator.give_back(entry.addr)
+                allocator.give_back(entry.addr)
     except _Differs as error:
         return Replayed(requests, allocator.reserved, snapshot.reserved_bytes, str(error))
     return Replayed(
