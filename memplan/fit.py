@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from memplan.allocator_settings import AllocatorSettings
 from memplan.card import Card
 from memplan.gpu import Gpu
-from memplan.reserved import RanOut, Reserved, simulate
-from memplan.tape import Tape
+
+if TYPE_CHECKING:  # a plan whose cards are all told at a glance never loads the simulation
+    from memplan.allocator_settings import AllocatorSettings
+    from memplan.reserved import RanOut, Reserved
+    from memplan.tape import Tape
 
 MIB = 1 << 20
 
@@ -79,10 +81,14 @@ class Run:
     @cached_property
     def free(self) -> Reserved:
         """The run where nothing limits it."""
+        from memplan.reserved import simulate
+
         return simulate(self.tape, self.loading(None), self.settings)
 
     def within(self, room: int, total: int, limit: int | None = None) -> Reserved:
         """The run where the driver has ``room`` bytes for it, on a card of ``total``."""
+        from memplan.reserved import simulate
+
         return simulate(self.tape, self.loading(total), self.settings, capacity=room, limit=limit)
 
 
