@@ -96,6 +96,8 @@ def frontier(
         sizes = Peaks(spec, resolve_recipe(spec, recipe), gpu)
         cells: list[Cell] = []
         tokens, before = 2048, 1
+        if batches and sizes.played(min(batches), 1) > sizes.room:
+            before = 0
         for batch in batches:
             # more of the same sequences never need less
             bound = at_most(sizes, "seq_len", batch, max(tokens // batch, 1)) if before else 0
@@ -269,12 +271,15 @@ class SizedTape:
     last is of masks that all sequences share, where attention is not fused."""
 
     def __init__(self, tape: Tape, terms: list[tuple[float, float, float, float, float]]) -> None:
-        self.terms = terms
+        self.terms = list(dict.fromkeys(terms))  # many tensors have the same: a size is worked out once
+        places = {term: place for place, term in enumerate(self.terms)}
         self.segments = [(s.start, s.stop, s.repeat) for s in tape.segments if s.start < s.stop]
-        self.events = []  # storage, and how many of it come (or go: negative)
+        self.events = []  # which size, and how many of it come (or go: negative)
         for event, delta in zip(tape.events, tape.deltas, strict=True):
             index = event if event >= 0 else ~event
-            self.events.append((index, delta // tape.sizes[index]))  # in a folded tape many can go at once
+            self.events.append(
+                (places[terms[index]], delta // tape.sizes[index])
+            )  # in a folded tape many can go at once
 
     @staticmethod
     def of(samples: list[Tape], batch: int, length: int) -> SizedTape | None:

@@ -184,6 +184,13 @@ def test_the_table(memplan: Run) -> None:
     assert as_json["simulated"] is False
 
 
+def test_one_mode_may_be_asked_for_as_elsewhere(memplan: Run) -> None:
+    command = ("frontier", "llama-3.2-1b", "--gpu", "4090", "--batch-sizes", "1")
+    one = memplan(*command, "--mode", "qlora")
+    assert one.status == 0
+    assert one.out == memplan(*command, "--modes", "qlora").out
+
+
 def test_a_table_that_is_too_wide_goes_on_below(memplan: Run) -> None:
     batches = ",".join(map(str, range(1, 16)))
     result = memplan("frontier", "llama-3.2-1b", "--gpu", "4090", "--batch-sizes", batches, "--modes", "lora")

@@ -33,6 +33,7 @@ def parser() -> Parser:
     add_model(result)
     result.add_argument(
         "--modes",
+        "--mode",
         metavar="M,M",
         default=ALL_MODES,
         help=f"which modes, with commas between them (default: {ALL_MODES})",

@@ -42,13 +42,16 @@ def parser() -> Parser:
     )
     add_model(result)
     result.add_argument("--gpu", metavar="NAME", required=True, help="the card, such as a6000 (memplan gpus)")
-    for option, default, what in (
-        ("--batch-sizes", BATCHES, "batch sizes"),
-        ("--modes", MODES, "modes"),
-        ("--optimizers", OPTIMIZERS, "optimizers, as the Trainer names them"),
+    for options, default, what in (
+        (("--batch-sizes",), BATCHES, "batch sizes"),
+        (("--modes", "--mode"), MODES, "modes"),
+        (("--optimizers",), OPTIMIZERS, "optimizers, as the Trainer names them"),
     ):
         result.add_argument(
-            option, metavar="X,X", default=None, help=f"{what}, with commas between them (default: {default})"
+            *options,
+            metavar="X,X",
+            default=None,
+            help=f"{what}, with commas between them (default: {default})",
         )
     result.add_argument(
         "--exact", action="store_true", default=False, help="simulate the allocator for each point"
