@@ -22,7 +22,7 @@ from memplan.kernels.weight import BLOCKSIZES, DTYPES, NF4
 _TILE = 4096  # values a program reads
 _TINY = 1e-38  # what a block of zeros is divided by (quantize_4bit, backends/default/ops.py)
 
-# The midpoints as CUDA code has them: those of codes 0, 8, 12 and 14 lie half way between two numbers of fp32.
+# The midpoints as CUDA code has them: four (0, 8, 12 and 14) lie half way between two numbers of fp32.
 CUDA_BOUNDS = (
     -0.8480964303016663, -0.6106328964233398, -0.4599952697753906, -0.33967941999435425,
     -0.23460739850997925, -0.13791173696517944, -0.045525018125772476, 0.03979014977812767,
