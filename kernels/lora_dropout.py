@@ -139,10 +139,15 @@ def threshold(p: float) -> int:
     return int(p * (1 << 32))
 
 
+def factor(p: float) -> float:
+    """What kept elements are multiplied by; none is kept of all."""
+    return 1 / (1 - p) if p < 1 else 0.0
+
+
 def dropped(x_MK: Tensor, seed: Tensor, p: float) -> Tensor:
     """``x`` after dropout, in plain torch."""
     rows, columns = x_MK.shape
-    return x_MK * reference_keep(seed, rows, columns, p) / (1 - p)
+    return x_MK * reference_keep(seed, rows, columns, p) * factor(p)
 
 
 # -- into buffers ------------------------------------------------------------------------------------------
@@ -177,21 +182,21 @@ def add_input_gradient(
     runs = where(out)
     if runs is Runs.TORCH:
         keep = reference_keep(seed, out.shape[0], down_RK.shape[1], p)[:, start:stop]
-        out += grad_MR @ down_RK[:, start:stop].to(grad_MR.dtype) * keep / (1 - p)
+        out += grad_MR @ down_RK[:, start:stop].to(grad_MR.dtype) * keep * factor(p)
     if runs is not Runs.TRITON:
         return
     length, (rank, width) = out.shape[0], down_RK.shape
     grid = (-(-length // TILES["TILE_M"]), -(-(stop - start) // TILES["TILE_K"]))
     launch(
         _add_input_gradient, grid, out.device, grad_MR, down_RK.contiguous(), seed, out,
-        length, width, rank, threshold(p), 1 / (1 - p), start, stop - start, out.stride(0),
+        length, width, rank, threshold(p), factor(p), start, stop - start, out.stride(0),
         DTYPE=TRITON_DTYPES[out.dtype], RANK=_padded(rank), **TILES,
     )  # fmt: skip
 
 
 def _launch(kernel, grid, pointers, x_MK, rank, p):
     launch(
-        kernel, grid, x_MK.device, *pointers, *x_MK.shape, rank, threshold(p), 1 / (1 - p),
+        kernel, grid, x_MK.device, *pointers, *x_MK.shape, rank, threshold(p), factor(p),
         DTYPE=TRITON_DTYPES[x_MK.dtype], RANK=_padded(rank), **TILES,
     )  # fmt: skip
 
