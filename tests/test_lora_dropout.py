@@ -54,7 +54,7 @@ def test_the_mask_drops_as_many_as_it_should() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("rows", "columns", "rank"), [(70, 130, 8), (1, 33, 33), (200, 7, 1)])
+@pytest.mark.parametrize(("rows", "columns", "rank"), [(70, 130, 8), (1, 33, 33), (200, 7, 1), (40, 70, 150)])
 def test_kernels_are_plain_torch(rows: int, columns: int, rank: int, dtype: Any) -> None:
     """Each of the three products, with the rounding of the dtype."""
     tolerance = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 1e-6}[dtype]
