@@ -1,14 +1,16 @@
 """Times memplan's kernels against bitsandbytes and PEFT on a GPU, and whole QLoRA steps with and without
 them.
 
-    python benchmarks/kernels.py [--part NAME ...] [--rounds N] [--out FOLDER]
+    python benchmarks/kernels.py [--part NAME ...] [--seconds N] [--rounds N] [--out FOLDER]
     python benchmarks/kernels.py --rehearse
 
 All candidates of a case take turns in the same run, so that clocks and heat are the same for all; medians and
 the 10th and 90th percentile of the rounds are kept, beside ceilings measured in the same run: what a copy
-moves, what a 16-bit product computes. Each run becomes one file with the device and the versions;
-docs/kernels.md is made from them (python docs/generate.py). ``--rehearse`` goes through everything in small
-sizes on a CPU and keeps nothing: what it prints are no measurements.
+moves, what a 16-bit product computes. Each run becomes one file with the device and the versions, written
+anew after every case, so that a run that is cut off keeps what it has; docs/kernels.md is made from them
+(python docs/generate.py). What matters most comes first, and no case begins after ``--seconds``.
+``--rehearse`` goes through everything in small sizes on a CPU and keeps nothing: what it prints are no
+measurements.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
-from importlib.metadata import version
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from statistics import median, quantiles
 from typing import Any
 
@@ -55,7 +58,10 @@ SHAPES = {
     "llama-3.3-70b": {"q_proj": (8192, 8192), "k_proj": (1024, 8192), "up_proj": (28672, 8192),
                       "down_proj": (8192, 28672)},
 }  # fmt: skip
-ROWS = (512, 1024, 2048, 4096, 8192, 16384)
+ROWS = (2048, 512, 8192, 1024, 4096, 16384)  # the middle first
+CASE_SECONDS = 2.0  # a case has fewer rounds than were asked for, where they take longer
+STEP_SECONDS = 20.0
+LEAST_ROUNDS, LEAST_STEPS = 5, 3
 SMALL_SHAPES = {"rehearsal": {"up_proj": (192, 64), "down_proj": (64, 192)}}
 SMALL_ROWS = (32,)
 RANK = 16
@@ -72,13 +78,21 @@ class Bench:
         self.flush = torch.empty(256 << 20 if device == "cuda" else 1, dtype=torch.int8, device=device)
         self.dice = random.Random(0)
 
+    def turns(self, seconds: float, least: int = LEAST_ROUNDS) -> Iterator[int]:
+        """Rounds, as many as there is time for, but at least some."""
+        start = time.monotonic()
+        for number in range(self.rounds):
+            if number >= least and time.monotonic() - start > seconds:
+                return
+            yield number
+
     def times(self, candidates: Candidates) -> dict[str, Any]:
         """Microseconds of each candidate, taking turns in changing order."""
         for run in candidates.values():  # compiles, chooses algorithms, fills the allocator
             for _ in range(3):
                 run()
         found: dict[str, list[float]] = {name: [] for name in candidates}
-        for _ in range(self.rounds):
+        for _ in self.turns(CASE_SECONDS):
             order = list(candidates)
             self.dice.shuffle(order)
             for name in order:
@@ -100,13 +114,13 @@ class Bench:
         torch.cuda.synchronize()
         return before.elapsed_time(after) * 1e3
 
-    def peak(self, run: Callable[[], object]) -> int | None:
-        """Bytes that a call allocates at most, beyond what is there; None on a CPU."""
+    def peak(self, run: Callable[[], object], *, whole: bool = False) -> int | None:
+        """Bytes that a call allocates at most, beyond what is there unless ``whole``; None on a CPU."""
         if self.device == "cpu":
             run()
             return None
         torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
+        before = 0 if whole else torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         result = run()
         torch.cuda.synchronize()
@@ -119,9 +133,9 @@ class Bench:
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Median, and the 10th and 90th percentile, in microseconds."""
-    low, high = (values[0], values[0]) if len(values) < 2 else quantiles(values, n=10)[::8]
-    return {"median_us": median(values), "p10_us": low, "p90_us": high}
+    """Median, and the 10th and 90th percentile, in microseconds, of how many rounds."""
+    low, high = (values[0],) * 2 if len(values) < 2 else quantiles(values, n=10, method="inclusive")[::8]
+    return {"median_us": median(values), "p10_us": low, "p90_us": high, "rounds": len(values)}
 
 
 # -- parts -------------------------------------------------------------------------------------------------
@@ -265,43 +279,58 @@ def layer_of(packed: Any, state: Any, outputs: int, inputs: int) -> Any:
     return layer
 
 
-def turns(bench: Bench, model: Any, step: Callable[[], None]) -> tuple[dict[str, Any], dict[str, Any]]:
+def turns(
+    bench: Bench, model: Any, step: Callable[[], None], *, seconds: float = CASE_SECONDS, whole: bool = False
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Times and peaks of a step, stock and with the kernels, taking turns."""
     found: dict[str, list[float]] = {"stock": [], "memplan": []}
     peaks: dict[str, int | None] = {}
     put: dict[str, Callable[[Any], int]] = {"stock": kernels.remove, "memplan": kernels.apply}
-    for number in range(bench.rounds + 2):  # two to warm up
+    for name in found:  # to warm up
+        put[name](model)
+        for _ in range(2):
+            step()
+    for number in bench.turns(seconds, LEAST_STEPS):
         for name in sorted(found, reverse=number % 2 == 0):
             put[name](model)
-            taken = bench.one(step)
-            if number >= 2:
-                found[name].append(taken)
+            bench.flush.zero_()
+            found[name].append(bench.one(step))
     for name in found:
         put[name](model)
-        peaks[name] = bench.peak(step)
+        peaks[name] = bench.peak(step, whole=whole)
     kernels.remove(model)
     return {name: spread(values) for name, values in found.items()}, peaks
 
 
-def steps(bench: Bench) -> Iterator[dict[str, Any]]:
-    """Whole QLoRA steps, stock and with the kernels: benchmarks/qlora_step.py."""
+def steps(model_name: str, bench: Bench) -> Iterator[dict[str, Any]]:
+    """Whole QLoRA steps, stock and with the kernels: benchmarks/qlora_step.py. Peaks are all that is
+    allocated, as a plan's, but for what else this program holds.
+    """
     found = importlib.util.spec_from_file_location("qlora_step", ROOT / "benchmarks" / "qlora_step.py")
     assert found is not None and found.loader is not None
     qlora_step = importlib.util.module_from_spec(found)
     found.loader.exec_module(qlora_step)
-    for case, model, step in qlora_step.cases(bench.device):
-        times, peaks = turns(bench, model, step)
-        yield {"case": case, "times": times, "peak_bytes": peaks}
+    for options in qlora_step.RECIPES:
+        held = 0 if bench.device == "cpu" else torch.cuda.memory_allocated()
+        case, model, step = qlora_step.case(model_name, options, bench.device)
+        times, peaks = turns(bench, model, step, seconds=STEP_SECONDS, whole=True)
         del model, step
+        qlora_step.forget()  # before the next: two 70Bs don't fit
+        peaks = {name: None if peak is None else peak - held for name, peak in peaks.items()}
+        yield {"case": case, "times": times, "peak_bytes": peaks}
 
 
+# the most important first
 PARTS: dict[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {
     "nf4_dequantize": dequantize,
-    "nf4_quantize": quantize,
+    "step_8b": partial(steps, "llama-3.1-8b"),
     "nf4_linear": linear,
+    "step_70b": partial(steps, "llama-3.3-70b"),
+    "nf4_quantize": quantize,
     "nf4_lora_linear": lora,
-    "step": steps,
 }
+# of the whole time, where there is not enough for all: what a part must leave to those after it
+SHARES = {"nf4_dequantize": 0.1, "step_8b": 0.3, "nf4_linear": 0.55, "step_70b": 0.85, "nf4_quantize": 0.9}
 
 
 # -- the run -----------------------------------------------------------------------------------------------
@@ -321,21 +350,52 @@ def device_record(device: str) -> dict[str, Any]:
     }
 
 
-def run(parts: list[str], bench: Bench) -> dict[str, Any]:
-    """One run's record."""
+def installed(name: str) -> str:
+    """A library's version; memplan itself may run from a checkout."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return str(getattr(sys.modules.get(name), "__version__", "not installed"))
+
+
+def run(
+    parts: list[str],
+    bench: Bench,
+    *,
+    seconds: float = 1e9,
+    keep: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """One run's record, given to ``keep`` after every case. A part begins no case after its share of
+    ``seconds``, where all parts run.
+    """
+    start = time.monotonic()
     record: dict[str, Any] = {
         "about": "Program output: benchmarks/kernels.py. Measured on the device that is named.",
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": device_record(bench.device),
-        "versions": {name: version(name) for name in LIBRARIES},
+        "versions": {name: installed(name) for name in LIBRARIES},
         "rounds": bench.rounds,
         "ceilings": ceilings(bench),
+        "cut_short": [],
         "results": [],
     }
     for part in parts:
-        for result in PARTS[part](bench):
+        share = SHARES.get(part, 1.0) if parts == list(PARTS) else 1.0
+        cases = PARTS[part](bench)
+        while time.monotonic() - start < share * seconds:
+            result = next(cases, None)
+            if result is None:
+                break
             record["results"].append({"part": part, **result})
             print(part, line(result), flush=True)
+            if keep is not None:
+                keep(record)
+        else:
+            record["cut_short"].append(part)
+            print(f"{part}: no time for more", flush=True)
+        cases.close()  # type: ignore[attr-defined]
+    if keep is not None:
+        keep(record)
     return record
 
 
@@ -349,6 +409,9 @@ def line(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Times memplan's kernels.")
     parser.add_argument("--part", action="append", choices=list(PARTS), help="what to time (default: all)")
+    parser.add_argument(
+        "--seconds", type=float, default=480.0, help="begin no case after them (default: %(default)s)"
+    )
     parser.add_argument(
         "--rounds", type=int, default=30, help="turns of each candidate (default: %(default)s)"
     )
@@ -365,12 +428,18 @@ def main() -> None:
         return
     if not torch.cuda.is_available():
         sys.exit("there is no GPU here to measure; --rehearse goes through it all on a CPU")
-    record = run(parts, Bench("cuda", arguments.rounds))
     arguments.out.mkdir(parents=True, exist_ok=True)
-    name = f"{record['device']['name']}-{record['started']}".lower().replace(" ", "-").replace(":", "")
-    path = arguments.out / f"{name}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {path}")
+    path: list[Path] = []
+
+    def keep(record: dict[str, Any]) -> None:
+        name = f"{record['device']['name']}-{record['started']}".lower().replace(" ", "-").replace(":", "")
+        path[:] = [arguments.out / f"{name}.json".replace("+", "-")]
+        beside = path[0].with_suffix(".part")
+        beside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        beside.replace(path[0])
+
+    run(parts, Bench("cuda", arguments.rounds), seconds=arguments.seconds, keep=keep)
+    print(f"wrote {path[0]}")
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@ No weights are downloaded: time and memory do not depend on their values. Used b
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +36,25 @@ RECIPES: tuple[dict[str, Any], ...] = (
 )
 
 
-def cases(device: str) -> Iterator[tuple[dict[str, Any], nn.Module, Callable[[], None]]]:
-    """What it is, the model, and a step of it."""
-    names = ("llama-3.1-8b", "llama-3.3-70b") if device == "cuda" else ("rehearsal",)
-    for name in names:
-        for options in RECIPES:
-            options = {**options, "seq_len": options["seq_len"] if device == "cuda" else 32}
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # what the libraries deprecate
-                model = build(config_of(name), Recipe(**options).resolved(), device)
-            yield (
-                {"model": name, **options, **_predicted(name, options)},
-                model,
-                stepper(model, options, device),
-            )
+def case(
+    name: str, options: dict[str, Any], device: str
+) -> tuple[dict[str, Any], nn.Module, Callable[[], None]]:
+    """What it is, the model, and a step of it. Whoever is done with a model lets go of it and calls
+    :func:`forget` before the next. On a CPU, for a rehearsal, the model is tiny whatever its name.
+    """
+    if device == "cpu":
+        name, options = "rehearsal", {**options, "seq_len": 32}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what the libraries deprecate
+        model = build(config_of(name), Recipe(**options).resolved(), device)
+    return {"model": name, **options, **_predicted(name, options)}, model, stepper(model, options, device)
+
+
+def forget() -> None:
+    """Free what is no longer used, models in reference cycles too."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _predicted(name: str, options: dict[str, Any]) -> dict[str, Any]:

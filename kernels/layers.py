@@ -67,12 +67,15 @@ OURS = {Linear4bit: NF4Linear, LoraLinear4bit: NF4LoraLinear}
 
 
 def _suits(base: Linear4bit, x: Tensor) -> bool:
-    """Whether the operators take this input; a few rows are the library's own kernels' to multiply."""
+    """Whether the operators take this input; a few rows are the library's own kernels' to multiply, and so
+    is a weight that it packed anew on a CPU when there were few.
+    """
     return (
         x.dtype in DTYPES
         and x.numel() > FEW_ROWS * x.shape[-1]
         and x.device == base.weight.device
         and x.shape[-1] == base.in_features
+        and not getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False)
         and undisturbed(base)
     )
 
@@ -98,7 +101,8 @@ def _plain_lora(layer: LoraLinear4bit) -> bool:
         return False
     down, up = layer.lora_A[active[0]], layer.lora_B[active[0]]
     return (
-        up.bias is None
+        type(down) is type(up) is nn.Linear
+        and up.bias is None
         and getattr(layer, "cast_input_dtype_enabled", True)
         and undisturbed(down)
         and undisturbed(up)

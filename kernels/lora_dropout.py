@@ -11,7 +11,10 @@ from torch import Tensor
 from memplan.kernels.launch import Runs, dot, jit, launch, rounded, tl, where
 from memplan.kernels.nf4_product import TRITON_DTYPES
 
-TILES = {"TILE_M": 64, "TILE_K": 64}  # not yet tuned
+# Not yet tuned, but for what compiles without spilled registers into the 99 KiB of shared memory that a block
+# has on a consumer card; fp32 has no tensor cores. A rank that is larger goes in parts of RANK.
+TILES_16 = {"TILE_M": 64, "TILE_K": 64, "RANK": 64}
+TILES_32 = {"TILE_M": 32, "TILE_K": 32, "RANK": 16}
 _ROUND_A, _ROUND_B = (
     0xD2511F53,
     0xCD9E8D57,
@@ -39,7 +42,7 @@ def _down(
 ):  # fmt: skip
     """``out[M, R] = dropped(x) @ down[R, K].T``."""
     here_m = tl.program_id(0) * TILE_M + tl.arange(0, TILE_M)
-    here_r = tl.arange(0, RANK)
+    here_r = tl.program_id(1) * RANK + tl.arange(0, RANK)
     total = tl.zeros((TILE_M, RANK), tl.float32)
     for start in range(0, width, TILE_K):
         here_k = start + tl.arange(0, TILE_K)
@@ -64,7 +67,7 @@ def _down_gradient(
 ):  # fmt: skip
     """``out[R, K] = grad[M, R].T @ dropped(x)``; each sum over all rows in one program."""
     here_k = tl.program_id(0) * TILE_K + tl.arange(0, TILE_K)
-    here_r = tl.arange(0, RANK)
+    here_r = tl.program_id(1) * RANK + tl.arange(0, RANK)
     total = tl.zeros((RANK, TILE_K), tl.float32)
     for start in range(0, length, TILE_M):
         here_m = start + tl.arange(0, TILE_M)
@@ -91,18 +94,20 @@ def _add_input_gradient(
     here_m = tl.program_id(0) * TILE_M + tl.arange(0, TILE_M)
     inner = tl.program_id(1) * TILE_K + tl.arange(0, TILE_K)
     here_k = first + inner
-    here_r = tl.arange(0, RANK)
-    grads = tl.load(
-        grad + here_m.to(tl.int64)[:, None] * rank + here_r[None, :],
-        mask=(here_m < length)[:, None] & (here_r < rank)[None, :],
-        other=0.0,
-    )
-    factors = tl.load(
-        down + here_r[:, None] * width + here_k[None, :],
-        mask=(here_r < rank)[:, None] & (inner < columns)[None, :],
-        other=0.0,
-    )
-    total = dot(grads, rounded(factors.to(tl.float32), DTYPE), tl.zeros((TILE_M, TILE_K), tl.float32))
+    total = tl.zeros((TILE_M, TILE_K), tl.float32)
+    for start in range(0, rank, RANK):
+        here_r = start + tl.arange(0, RANK)
+        grads = tl.load(
+            grad + here_m.to(tl.int64)[:, None] * rank + here_r[None, :],
+            mask=(here_m < length)[:, None] & (here_r < rank)[None, :],
+            other=0.0,
+        )
+        factors = tl.load(
+            down + here_r[:, None] * width + here_k[None, :],
+            mask=(here_r < rank)[:, None] & (inner < columns)[None, :],
+            other=0.0,
+        )
+        total = dot(grads, rounded(factors.to(tl.float32), DTYPE), total)
     total = tl.where(_keep(seed, here_m, here_k, threshold), total * factor, 0.0)
     place = out + here_m.to(tl.int64)[:, None] * out_stride + inner[None, :]
     mask = (here_m < length)[:, None] & (inner < columns)[None, :]
@@ -139,10 +144,15 @@ def threshold(p: float) -> int:
     return int(p * (1 << 32))
 
 
+def factor(p: float) -> float:
+    """What kept elements are multiplied by; none is kept of all."""
+    return 1 / (1 - p) if p < 1 else 0.0
+
+
 def dropped(x_MK: Tensor, seed: Tensor, p: float) -> Tensor:
     """``x`` after dropout, in plain torch."""
     rows, columns = x_MK.shape
-    return x_MK * reference_keep(seed, rows, columns, p) / (1 - p)
+    return x_MK * reference_keep(seed, rows, columns, p) * factor(p)
 
 
 # -- into buffers ------------------------------------------------------------------------------------------
@@ -155,8 +165,7 @@ def down_into(out_MR: Tensor, x_MK: Tensor, down_RK: Tensor, seed: Tensor, p: fl
         out_MR.copy_(dropped(x_MK, seed, p) @ down_RK.to(x_MK.dtype).t())
     if runs is not Runs.TRITON:
         return
-    grid = (-(-x_MK.shape[0] // TILES["TILE_M"]),)
-    _launch(_down, grid, (x_MK, down_RK.contiguous(), seed, out_MR), x_MK, down_RK.shape[0], p)
+    _launch(_down, "TILE_M", 0, (x_MK, down_RK.contiguous(), seed, out_MR), x_MK, down_RK.shape[0], p)
 
 
 def down_gradient_into(out_RK: Tensor, x_MK: Tensor, grad_MR: Tensor, seed: Tensor, p: float) -> None:
@@ -166,8 +175,7 @@ def down_gradient_into(out_RK: Tensor, x_MK: Tensor, grad_MR: Tensor, seed: Tens
         out_RK.copy_(grad_MR.t() @ dropped(x_MK, seed, p))
     if runs is not Runs.TRITON:
         return
-    grid = (-(-x_MK.shape[1] // TILES["TILE_K"]),)
-    _launch(_down_gradient, grid, (x_MK, grad_MR, seed, out_RK), x_MK, out_RK.shape[0], p)
+    _launch(_down_gradient, "TILE_K", 1, (x_MK, grad_MR, seed, out_RK), x_MK, out_RK.shape[0], p)
 
 
 def add_input_gradient(
@@ -177,25 +185,29 @@ def add_input_gradient(
     runs = where(out)
     if runs is Runs.TORCH:
         keep = reference_keep(seed, out.shape[0], down_RK.shape[1], p)[:, start:stop]
-        out += grad_MR @ down_RK[:, start:stop].to(grad_MR.dtype) * keep / (1 - p)
+        out += grad_MR @ down_RK[:, start:stop].to(grad_MR.dtype) * keep * factor(p)
     if runs is not Runs.TRITON:
         return
     length, (rank, width) = out.shape[0], down_RK.shape
-    grid = (-(-length // TILES["TILE_M"]), -(-(stop - start) // TILES["TILE_K"]))
+    chosen = tiles(out.dtype, rank)
+    grid = (-(-length // chosen["TILE_M"]), -(-(stop - start) // chosen["TILE_K"]))
     launch(
         _add_input_gradient, grid, out.device, grad_MR, down_RK.contiguous(), seed, out,
-        length, width, rank, threshold(p), 1 / (1 - p), start, stop - start, out.stride(0),
-        DTYPE=TRITON_DTYPES[out.dtype], RANK=_padded(rank), **TILES,
+        length, width, rank, threshold(p), factor(p), start, stop - start, out.stride(0),
+        DTYPE=TRITON_DTYPES[out.dtype], **chosen,
     )  # fmt: skip
 
 
-def _launch(kernel, grid, pointers, x_MK, rank, p):
+def _launch(kernel, tile, dimension, pointers, x_MK, rank, p):
+    chosen = tiles(x_MK.dtype, rank)
+    grid = (-(-x_MK.shape[dimension] // chosen[tile]), -(-rank // chosen["RANK"]))
     launch(
-        kernel, grid, x_MK.device, *pointers, *x_MK.shape, rank, threshold(p), 1 / (1 - p),
-        DTYPE=TRITON_DTYPES[x_MK.dtype], RANK=_padded(rank), **TILES,
+        kernel, grid, x_MK.device, *pointers, *x_MK.shape, rank, threshold(p), factor(p),
+        DTYPE=TRITON_DTYPES[x_MK.dtype], **chosen,
     )  # fmt: skip
 
 
-def _padded(rank: int) -> int:
-    """A power of two that the tensor cores take."""
-    return max(16, 1 << (rank - 1).bit_length())
+def tiles(dtype: torch.dtype, rank: int) -> dict[str, int]:
+    """Sizes of tiles, and of the part of the rank that a program takes, a power of two for tensor cores."""
+    chosen = TILES_32 if dtype is torch.float32 else TILES_16
+    return {**chosen, "RANK": min(max(16, 1 << (rank - 1).bit_length()), chosen["RANK"])}

@@ -55,10 +55,13 @@ def _dequantize_blocks(
     BLOCK: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr,
     SELECT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Whole blocks: ``wide`` of them from each row of ``stride``, beginning with block ``first``."""
-    number = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    """Whole blocks: ``wide`` of them from each row of ``stride``, beginning with block ``first``. Blocks are
+    counted in 32 bits, in which a division costs a GPU a tenth; their values and bytes need 64.
+    """
+    number = tl.program_id(0) * TILE + tl.arange(0, TILE)
     mask = number < blocks
-    source = first + number // wide * stride + number % wide
+    row = number // wide
+    source = (first + row * stride + (number - row * wide)).to(tl.int64)
     scale = _scales(source, mask, absmax, nested_absmax, nested_code, offset, NESTED, NESTED_BLOCK)
     byte = tl.arange(0, BLOCK // 2)
     pair = tl.load(packed + source[:, None] * (BLOCK // 2) + byte[None, :], mask=mask[:, None], other=0)
@@ -66,7 +69,7 @@ def _dequantize_blocks(
     high = _decode(pair >> 4, code, SELECT) * scale[:, None]
     low = _decode(pair & 15, code, SELECT) * scale[:, None]
     values = tl.reshape(tl.join(high, low), (TILE, BLOCK))
-    place = number[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    place = number.to(tl.int64)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     tl.store(out + place, rounded(values, out.dtype.element_ty), mask=mask[:, None])
 
 
@@ -146,7 +149,7 @@ def dequantize_into(out: Tensor, weight: Weight, rows: Span, columns: Span, *, s
         return
     if not out.is_contiguous():
         raise KernelError("a strip is written to a contiguous buffer")
-    if any(number % block for number in (width, stride, first)):
+    if any(number % block for number in (width, stride, first)) or weight.rows * weight.columns > block << 30:
         grid = (-(-count // _TILE),)
         launch(
             _dequantize_values,

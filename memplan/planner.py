@@ -17,7 +17,7 @@ from memplan.card import FLASH_CAPABILITY, Card
 from memplan.errors import MemplanError
 from memplan.fit import Fit, Run, Verdict, glance, judge
 from memplan.gpu import Gpu
-from memplan.recipe import Mode, Recipe
+from memplan.recipe import Kernels, Mode, Recipe
 from memplan.spec import ModelSpec
 from memplan.tape import Category, Peak, Point, Tape, replay, static_bytes, timeline
 
@@ -251,7 +251,12 @@ def plan(
             name=spec.name,
             hub_id=spec.hub_id,
             architecture=spec.architecture,
-            note=_join(found.note, _experts(spec, resolved), _too_long(spec, resolved)),
+            note=_join(
+                found.note,
+                _experts(spec, resolved),
+                _too_long(spec, resolved),
+                _saved(spec, resolved, tape),
+            ),
         ),
         ParameterCounts(total=base + adapters, trainable=trainable),
         resolved,
@@ -275,6 +280,24 @@ def _too_long(spec: ModelSpec, recipe: Recipe) -> str | None:
     if longest is None or recipe.seq_len <= longest:
         return None
     return f"seq_len {recipe.seq_len} is beyond the {longest} positions that the model was made for"
+
+
+def _saved(spec: ModelSpec, recipe: Recipe, tape: Tape) -> str | None:
+    """What memplan's kernels save of the peak; where they save nothing, what makes it."""
+    if recipe.kernels is Kernels.STOCK:
+        return None
+    ours = replay(tape)
+    stock = replay(write(spec, recipe.model_copy(update={"kernels": Kernels.STOCK}))).allocated_bytes
+    size = f"{stock / 2**30:.2f} GiB"
+    if ours.allocated_bytes == stock:
+        return (
+            f"memplan's kernels save nothing of this peak, {size} with stock kernels too: it is made in "
+            f"{ours.operation}, which they leave as it is"
+        )
+    apart = abs(stock - ours.allocated_bytes) / 2**30
+    verb = "save" if ours.allocated_bytes < stock else "need"
+    more = "" if ours.allocated_bytes < stock else " more"
+    return f"memplan's kernels {verb} {apart:.2f} GiB{more}: with stock kernels the peak is {size}"
 
 
 def _join(*sentences: str | None) -> str | None:

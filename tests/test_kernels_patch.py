@@ -259,3 +259,35 @@ def test_a_gpu_that_cant_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     launch.refusal.cache_clear()
     with pytest.raises(KernelError, match="not on meta"):
         launch.where(torch.empty(3, device="meta"))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a CPU's packing")
+def test_a_weight_packed_anew_for_inference_is_the_librarys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes packs weights for a CPU's AVX512 when it first infers: afterwards they are its own."""
+    model = adapted(torch.bfloat16, prepare=False).eval()
+    kernels.apply(model)
+    layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+    x = torch.randn(20, 64, dtype=torch.bfloat16)
+    with torch.no_grad():
+        wanted = layer(x)
+        state = layer.base_layer.weight.quant_state
+        monkeypatch.setattr(state, "packing_format_for_cpu", True, raising=False)
+        monkeypatch.setattr(bnb, "matmul_4bit", lambda x, weight, **_: torch.zeros(*x.shape[:-1], 192).to(x))
+        theirs = layer(x)  # no KernelError
+    assert theirs.shape == wanted.shape
+
+
+def test_factors_of_another_kind_are_pefts() -> None:
+    """Somebody else's linear layer for A may compute something else."""
+
+    class Doubled(torch.nn.Linear):
+        def forward(self, x: Any) -> Any:
+            return 2 * super().forward(x)
+
+    model = adapted()
+    layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+    layer.lora_A["default"].__class__ = Doubled
+    wanted = step_value(model)
+    with pytest.warns(UserWarning, match="stay as they are"):
+        assert kernels.apply(model) == 2 * LAYERS - 2
+    assert step_value(model) == pytest.approx(wanted, rel=1e-6)

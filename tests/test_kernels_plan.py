@@ -104,6 +104,23 @@ def test_without_checkpointing_it_is_the_casts_that_go() -> None:
     assert stock - ours > 10 << 30
 
 
+def test_the_plan_says_what_is_saved() -> None:
+    """And where nothing is, what makes the peak: a 70B with PEFT's preparation."""
+    assert plan("llama-3.3-70b", Recipe(), gpus=[]).model.note is None
+    note = plan("llama-3.3-70b", Recipe(kernels="memplan"), gpus=[]).model.note
+    assert note is not None and "save nothing of this peak, 50.34 GiB with stock kernels too" in note
+    assert "_softmax_backward_data" in note
+    recipe: dict[str, Any] = {"seq_len": 8192, "kbit_prep": False, "loss": "chunked"}
+    stock, ours = (peak("llama-3.3-70b", kernels=kernels, **recipe) for kernels in ("stock", "memplan"))
+    note = plan("llama-3.3-70b", Recipe(kernels="memplan", **recipe), gpus=[]).model.note
+    assert note == (
+        f"memplan's kernels save {(stock - ours) / 2**30:.2f} GiB: with stock kernels the peak is "
+        f"{stock / 2**30:.2f} GiB"
+    )
+    few = plan("smollm2-135m", Recipe(kernels="memplan", seq_len=FEW_ROWS), gpus=[]).model.note
+    assert few is not None and "save nothing" in few
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [

@@ -54,7 +54,7 @@ def test_the_mask_drops_as_many_as_it_should() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("rows", "columns", "rank"), [(70, 130, 8), (1, 33, 33), (200, 7, 1)])
+@pytest.mark.parametrize(("rows", "columns", "rank"), [(70, 130, 8), (1, 33, 33), (200, 7, 1), (40, 70, 150)])
 def test_kernels_are_plain_torch(rows: int, columns: int, rank: int, dtype: Any) -> None:
     """Each of the three products, with the rounding of the dtype."""
     tolerance = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 1e-6}[dtype]
@@ -77,3 +77,14 @@ def test_kernels_are_plain_torch(rows: int, columns: int, rank: int, dtype: Any)
     add_input_gradient(out[:, start:stop], grad, down, SEED, 0.3, start, stop)
     assert distance(out[:, start:stop], wanted) < tolerance
     assert torch.equal(out[:, :start], before[:, :start])
+
+
+def test_dropout_of_everything() -> None:
+    """``nn.Dropout(1.0)`` gives zeros."""
+    x, grad, down = values(70, 33), values(70, 4, seed=1), values(4, 33, seed=2)
+    assert not dropped(x, SEED, 1.0).any()
+    hidden, down_grad, out = torch.ones(70, 4, device=DEVICE), torch.ones_like(down), torch.ones_like(x)
+    down_into(hidden, x, down, SEED, 1.0)
+    down_gradient_into(down_grad, x, grad, SEED, 1.0)
+    add_input_gradient(out, grad, down, SEED, 1.0, 0, 33)
+    assert not hidden.any() and not down_grad.any() and (out == 1).all()
