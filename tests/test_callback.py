@@ -144,6 +144,22 @@ def test_a_run_that_will_not_fit_is_warned_of(tmp_path: Path, monkeypatch: pytes
         callback.on_train_begin(None, None, None, model=model)
 
 
+def test_a_trainer_on_the_host_of_a_machine_with_a_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    callback = MemoryCallback(tell=lines.append)
+    own = trainer(tmp_path, Recipe(mode="full"), callback)
+    assert own.args.use_cpu
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    callback.on_train_begin(
+        own.args, None, None, model=own.model, train_dataloader=own.get_train_dataloader()
+    )
+    assert not callback.on_cuda
+    assert "GiB at its peak" in lines[0]
+    assert "are free" not in lines[0]
+
+
 def test_what_cannot_be_planned_is_said_and_does_not_stop_the_run(tmp_path: Path) -> None:
     lines: list[str] = []
     callback = MemoryCallback(tell=lines.append)
