@@ -34,6 +34,7 @@ from memplan.tape import Category, replay
 from memplan.verify import attention, child, runner
 from memplan.verify import train as training
 from memplan.verify.checkpoint import Checkpoint
+from memplan.verify.compare import compare
 from memplan.verify.host import Host
 from memplan.verify.job import Job, make_job, peak_bytes
 from memplan.verify.measurement import Device, Measurement, OutOfMemory, Run, read
@@ -462,6 +463,40 @@ class NoRoom(Host):
         return OutOfMemory(step=2, phase="backward", allocated_bytes=1, reserved_bytes=2, message=str(error))
 
 
+def test_a_loss_that_is_no_number_is_a_doubt_and_what_was_counted_is_kept(tmp_path: Path) -> None:
+    measured = child.run(job_of(tmp_path, run={"learning_rate": 1e30}, mode="full"))
+    assert measured.outcome.kind == "trained"
+    assert "the loss is not finite" in (measured.outcome.why or "")
+    assert measured.tape is not None
+    found = compare(Measurement.model_validate_json(measured.model_dump_json()))
+    assert found.allocated.error == 0
+
+
+def test_a_full_disk_is_found_before_or_leaves_the_comparison(
+    tmp_path: Path, memplan: Memplan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from memplan.verify import measurement
+
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    folder = model_folder(tmp_path)
+    ask = ("verify", folder, "--device", "cpu", "--seq-len", 16, "--out")
+    began = memplan(*ask, tmp_path / "file")
+    assert (began.status, began.out) == (2, "")
+    assert "can't be written" in began.err
+    measured = child.run(job_of(tmp_path))
+    monkeypatch.setattr(runner, "run_job", lambda *_, **__: measured)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(measurement, "_place", full)
+    ended = memplan(*ask, tmp_path / "m")
+    assert ended.status == 2
+    assert "No space left" in ended.err
+    assert "equal to the byte" in ended.out
+    assert list((tmp_path / "m").iterdir()) == []
+
+
 def test_out_of_memory_is_a_result_with_the_steps_before_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -520,7 +555,11 @@ def test_what_the_driver_says(monkeypatch: pytest.MonkeyPatch) -> None:
         nvmlSystemGetDriverVersion=lambda: "580.1",
         nvmlDeviceGetHandleByIndex=lambda index: asked.append(index),
         nvmlDeviceGetHandleByUUID=lambda uuid: asked.append(uuid),
-        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(used=6 << 30),
+        nvmlMemory_v2=0x02000028,
+        # what the driver keeps for itself is used in version 1 alone
+        nvmlDeviceGetMemoryInfo=lambda handle, version=None: SimpleNamespace(
+            used=(6 << 30) + (0 if version == 0x02000028 else 1 << 29)
+        ),
         nvmlDeviceGetComputeRunningProcesses=lambda handle: [other, mine],
     )
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
@@ -530,6 +569,10 @@ def test_what_the_driver_says(monkeypatch: pytest.MonkeyPatch) -> None:
     driver.used_bytes(0)
     driver.used_bytes(1)
     assert asked == [0, 0, "GPU-abc", 3]
+    del nvml.nvmlMemory_v2  # an old nvidia-ml-py: nvidia-smi says the same in MiB
+    monkeypatch.setattr(driver, "_smi", lambda field, device: {"memory.used": "6144"}[field])
+    assert driver.used_bytes() == 6 << 30
+    monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "pynvml", None)
     monkeypatch.setattr(driver.shutil, "which", lambda name: None)
     assert (driver.version(), driver.used_bytes(), driver.process_bytes()) == (None, None, None)
