@@ -404,6 +404,20 @@ def test_an_interrupt_leaves_no_child(tmp_path: Path, monkeypatch: pytest.Monkey
     assert process.returncode is not None
 
 
+def test_being_told_to_end_leaves_no_child_and_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    children = Children(monkeypatch)
+    monkeypatch.setattr(runner.tempfile, "tempdir", str(tmp_path))
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        run_job(job_of(tmp_path), tell=lambda kind, value: os.kill(os.getpid(), signal.SIGTERM))
+    assert ended.value.code == 143
+    assert children.started[0].returncode is not None
+    assert not list(tmp_path.glob("memplan-verify-*"))
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
 def test_a_run_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     children = Children(monkeypatch)
     began = time.monotonic()

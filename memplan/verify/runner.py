@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,10 @@ def run_job(job: Job, *, tell: Tell | None = None, seconds: float | None = None)
     """Train in a child process and return what it measured. ``tell`` hears what the child says: a kind
     ("state", "step") and a value. After ``seconds`` the child is ended.
 
-    Raises Refused, RunDied, TimeIsUp; on any exception, KeyboardInterrupt too, the child is gone.
+    Raises Refused, RunDied, TimeIsUp; on any exception, KeyboardInterrupt too, the child is gone, and so
+    it is when this process is told to end (SIGTERM).
     """
-    with tempfile.TemporaryDirectory(prefix="memplan-verify-") as folder:
+    with _ending_in_order(), tempfile.TemporaryDirectory(prefix="memplan-verify-") as folder:
         result = Path(folder) / "result.json"
         with (Path(folder) / "stderr").open("w+b") as complaints:
             child = subprocess.Popen(
@@ -70,6 +71,23 @@ def run_job(job: Job, *, tell: Tell | None = None, seconds: float | None = None)
                 complaints.seek(0)
                 raise RunDied(_obituary(status, complaints.read().decode(errors="replace")))
             return read(result)
+
+
+@contextlib.contextmanager
+def _ending_in_order() -> Iterator[None]:
+    """SIGTERM, as from ``timeout``, unwinds what runs, where it would drop it."""
+    if threading.current_thread() is not threading.main_thread():  # only there may signals be handled
+        yield
+        return
+
+    def end(number: int, _frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _environment() -> dict[str, str]:
