@@ -45,6 +45,7 @@ def test_the_campaign_is_what_was_promised() -> None:
     assert fits.job.predicted_bytes < room < fails.job.predicted_bytes
     frontiers = [run for run in planned if run.name.startswith("frontier")]
     assert len(frontiers) == 8
+    assert {run.job.run.loop for run in planned} == {"memplan", "trainer"}
     assert planned[-8:] == frontiers
     for run in frontiers:
         assert run.job.run.cap_bytes is not None

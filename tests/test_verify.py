@@ -33,6 +33,7 @@ from memplan.recipe import make_recipe
 from memplan.tape import Category, replay
 from memplan.verify import attention, child, runner
 from memplan.verify import train as training
+from memplan.verify.campaign import fingerprint
 from memplan.verify.checkpoint import Checkpoint
 from memplan.verify.compare import compare
 from memplan.verify.host import Host
@@ -427,6 +428,18 @@ def test_a_run_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest.
     assert children.started[0].returncode is not None
 
 
+def test_the_allocator_is_set_as_the_recipe_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in runner._environment(job_of(tmp_path))
+    wanted = "expandable_segments:True"
+    measured = run_job(job_of(tmp_path, alloc_conf=wanted))
+    assert measured.run.settings["PYTORCH_ALLOC_CONF"] == wanted
+    assert measured.run.settings["PYTORCH_CUDA_ALLOC_CONF"] == wanted
+    # the shell's settings are no part of what makes a run the same
+    job = job_of(tmp_path, alloc_conf=wanted)
+    assert fingerprint("cpu", job) == fingerprint("cpu", measured)
+
+
 def test_a_child_that_is_killed_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     children = Children(monkeypatch)
 
@@ -443,7 +456,7 @@ def test_a_child_does_not_outlive_its_parent(tmp_path: Path) -> None:
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env=runner._environment(),
+        env=runner._environment(job_of(tmp_path)),
         text=True,
     )
     assert process.stdin is not None

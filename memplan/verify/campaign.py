@@ -35,6 +35,7 @@ class Entry(_Record):
     steps: int | None = Field(default=None, ge=2)
     seed: int | None = None
     learning_rate: float | None = Field(default=None, gt=0)
+    loop: Literal["memplan", "trainer", "sft"] = "memplan"
     cap: str | None = None
     cudnn_attention: bool | None = None
     anyway: bool = False
@@ -176,6 +177,7 @@ def _job(entry: Entry, name: str, recipe: Recipe, defaults: Defaults, device: An
         return getattr(defaults, field) if own is None else own
 
     run = Run(
+        loop=entry.loop,
         steps=value("steps"),
         seed=value("seed"),
         learning_rate=value("learning_rate"),

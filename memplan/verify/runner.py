@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from memplan.errors import MemplanError
-from memplan.verify.child import SIGN, STATUS_REFUSED
+from memplan.verify.child import ALLOCATOR_SETTINGS, SIGN, STATUS_REFUSED
 from memplan.verify.job import Job
 from memplan.verify.measurement import Measurement, read
 
@@ -55,7 +55,7 @@ def run_job(job: Job, *, tell: Tell | None = None, seconds: float | None = None)
                 stdout=subprocess.PIPE,
                 stderr=complaints,
                 text=True,
-                env=_environment(),
+                env=_environment(job),
                 start_new_session=True,  # Ctrl-C reaches the parent alone, which ends the child in order
             )
             try:
@@ -90,11 +90,15 @@ def _ending_in_order() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _environment() -> dict[str, str]:
+def _environment(job: Job) -> dict[str, str]:
+    """The child's: its allocator is set as the recipe says, which is what the plan is for, not as this shell
+    happens to be. Before torch 2.9 the variable had the other name."""
     root = str(Path(__file__).resolve().parents[2])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    others = {name: value for name, value in os.environ.items() if name not in ALLOCATOR_SETTINGS}
     return {
-        **os.environ,
+        **others,
+        **(dict.fromkeys(ALLOCATOR_SETTINGS, job.recipe.alloc_conf) if job.recipe.alloc_conf else {}),
         "PYTHONPATH": os.pathsep.join(paths),
         "PYTHONSAFEPATH": "1",  # a folder called like a library, where this was started, is not that library
         "TOKENIZERS_PARALLELISM": "false",
