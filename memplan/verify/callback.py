@@ -126,7 +126,7 @@ class MemoryCallback(TrainerCallback):
             measured = replay(recorder.tape).allocated_bytes
             reserved, label = "", "measured, CPU storages"
         recipe = self._as_run(self.recipe)
-        figure = self.figure = Figure(predicted=self._planned(recipe), measured=measured)
+        figure = self.figure = Figure(predicted=self._planned(recipe, blocks=self.on_cuda), measured=measured)
         percent = "" if figure.percent is None else f" ({figure.percent:+.3f} %)"
         self._tell(
             f"memplan: step {MEASURED_STEP}: predicted {figure.predicted:,} bytes, {label} "
@@ -137,15 +137,20 @@ class MemoryCallback(TrainerCallback):
         if recipe is not self.recipe:
             self._tell(f"memplan: the batch was {recipe.batch_size} × {recipe.seq_len} tokens")
 
-    def _planned(self, recipe: Recipe) -> int:
+    def _planned(self, recipe: Recipe, blocks: bool = False) -> int:
+        """The peak: of tensors, or of the allocator's blocks, which ``max_memory_allocated`` counts."""
         from memplan.models.parameters import resolve_recipe
-        from memplan.models.step import write_tape
+        from memplan.models.step import write_long_tape, write_tape
+        from memplan.reserved import simulate
         from memplan.verify.workspaces import without_workspaces
 
         assert self._spec is not None
         cuda = self.on_cuda
         card = Card(tuple(torch.cuda.get_device_capability())) if cuda else Card()
-        tape = write_tape(self._spec, resolve_recipe(self._spec, recipe), card=card)
+        resolved = resolve_recipe(self._spec, recipe)
+        if blocks:
+            return simulate(write_long_tape(self._spec, resolved, card=card)).allocated
+        tape = write_tape(self._spec, resolved, card=card)
         return replay(tape if cuda else without_workspaces(tape)).allocated_bytes
 
     def _as_run(self, recipe: Recipe) -> Recipe:

@@ -5,6 +5,7 @@ What is measured is the callback's step 2: allocated bytes, and without CUDA its
 
 from __future__ import annotations
 
+import gc
 import math
 import tempfile
 from importlib.util import find_spec
@@ -80,6 +81,9 @@ def train_with_trainer(job: Job, backend: Backend, tell: Tell, steps: list[Step]
             callback = MemoryCallback(recipe=recipe, tell=lambda line: tell("state", line[:60]))
             trainer = _trainer(job, model, callback, folder)
             trainer.add_callback(Counting(backend))
+            if backend.device.type == "cuda":  # as before the first step of memplan's own loop
+                gc.collect()
+                torch.cuda.empty_cache()
             trainer.train()
         finally:
             if environment is not None:
