@@ -126,7 +126,7 @@ class Evidence(_Record):
 
 class OutOfMemory(_Record):
     """The allocation that did not fit: in which step (0: while the model was made), where, how many bytes
-    were asked for, and how many were allocated and reserved then."""
+    the allocator asked the driver for (a whole segment), and how many were allocated and reserved then."""
 
     step: int
     phase: str
