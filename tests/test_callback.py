@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ with warnings.catch_warnings():
         pytest.importorskip(package)
     from memplan.verify.callback import MemoryCallback, MemoryWarning
 
+from memplan.card import Card
 from memplan.recipe import Mode, Recipe
 
 pytestmark = pytest.mark.filterwarnings("default")  # the libraries' warnings are theirs
@@ -142,6 +144,56 @@ def test_a_run_that_will_not_fit_is_warned_of(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     with pytest.warns(MemoryWarning, match="will not fit"):
         callback.on_train_begin(None, None, None, model=model)
+
+
+def test_on_a_card_whole_blocks_are_predicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from memplan.models.parameters import resolve_recipe
+    from memplan.models.step import write_tape
+    from memplan.reserved import simulate
+
+    lines: list[str] = []
+    callback = MemoryCallback(tell=lines.append)
+    own = trainer(tmp_path, Recipe(mode="full"), callback)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name, value in {
+        "mem_get_info": (1 << 40, 1 << 40),
+        "memory_reserved": 0,
+        "get_device_capability": (9, 0),
+        "synchronize": None,
+        "reset_peak_memory_stats": None,
+        "max_memory_allocated": 1000,
+        "max_memory_reserved": 2000,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    given = SimpleNamespace(**{**vars(own.args), "use_cpu": False})
+    there = {"model": own.model, "train_dataloader": own.get_train_dataloader()}
+    callback.on_train_begin(given, None, None, **there)
+    callback.on_step_begin(given, SimpleNamespace(global_step=1), None, **there)
+    callback.on_step_end(given, None, None, **there)
+    assert callback._spec is not None
+    assert callback.recipe is not None
+    resolved = resolve_recipe(callback._spec, callback.recipe)
+    tape = write_tape(callback._spec, resolved, card=Card((9, 0)), folded=False)
+    assert callback.figure is not None
+    assert callback.figure.predicted == simulate(tape).allocated
+    assert (callback.figure.measured, callback.reserved) == (1000, 2000)
+    assert "measured 1,000, error" in lines[1]
+
+
+def test_a_trainer_on_the_host_of_a_machine_with_a_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    callback = MemoryCallback(tell=lines.append)
+    own = trainer(tmp_path, Recipe(mode="full"), callback)
+    assert own.args.use_cpu
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    callback.on_train_begin(
+        own.args, None, None, model=own.model, train_dataloader=own.get_train_dataloader()
+    )
+    assert not callback.on_cuda
+    assert "GiB at its peak" in lines[0]
+    assert "are free" not in lines[0]
 
 
 def test_what_cannot_be_planned_is_said_and_does_not_stop_the_run(tmp_path: Path) -> None:

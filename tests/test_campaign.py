@@ -12,10 +12,11 @@ from conftest import Outcome
 from example_measurements import HOST, example
 
 from memplan.errors import MemplanError
-from memplan.verify import runner
+from memplan.verify import campaign, runner
 from memplan.verify.campaign import expand, load, slowness
 from memplan.verify.job import Job, gets_through
 from memplan.verify.measurement import Measurement, read_all
+from memplan.verify.measurement import Outcome as Ending
 
 pytest.importorskip("yaml")
 for library in ("torch", "transformers", "peft", "bitsandbytes", "accelerate"):
@@ -44,6 +45,7 @@ def test_the_campaign_is_what_was_promised() -> None:
     assert fits.job.predicted_bytes < room < fails.job.predicted_bytes
     frontiers = [run for run in planned if run.name.startswith("frontier")]
     assert len(frontiers) == 8
+    assert {run.job.run.loop for run in planned} == {"memplan", "trainer"}
     assert planned[-8:] == frontiers
     for run in frontiers:
         assert run.job.run.cap_bytes is not None
@@ -167,6 +169,43 @@ def test_resume_runs_only_what_is_left(
     player.ran.clear()
     assert memplan(*asked).status == 0
     assert player.ran == []
+
+
+def test_what_failed_is_run_again(
+    plan: Path, tmp_path: Path, memplan: Memplan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    player = Player(monkeypatch)
+    play = player.__call__
+
+    def failing(job: Job, **options: Any) -> Measurement:
+        outcome = Ending(kind="failed", why="RuntimeError: x")
+        return play(job, **options).model_copy(update={"outcome": outcome, "steps": (), "evidence": None})
+
+    monkeypatch.setattr(runner, "run_job", failing)
+    asked = ("campaign", plan, "--out", tmp_path / "m", "--resume", "--only", "soon")
+    assert memplan(*asked).status == 1
+    monkeypatch.setattr(runner, "run_job", player)
+    assert memplan(*asked).status == 0
+    assert player.ran == ["soon", "soon"]
+    # a later failure does not take the place of what was measured
+    assert memplan(*asked).status == 0
+    assert player.ran == ["soon", "soon"]
+
+
+def test_reading_what_is_done_takes_of_the_budget(
+    plan: Path, tmp_path: Path, memplan: Memplan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    player = Player(monkeypatch)
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
+    def slowly(folder: Path) -> dict[str, Measurement]:
+        clock[0] += 80.0
+        return {}
+
+    monkeypatch.setattr(campaign, "done", slowly)
+    memplan("campaign", plan, "--out", tmp_path / "m", "--resume", "--budget", "100")
+    assert player.limits == [12.0, 12.0]
 
 
 def test_an_interrupt_keeps_what_is_done(

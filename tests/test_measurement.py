@@ -50,6 +50,18 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(Path, "hardlink_to", no_links)
+    path = write(example(), tmp_path)
+    assert read(path) == example()
+    with pytest.raises(MemplanError, match="never replaced"):
+        write(example(), tmp_path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
@@ -116,6 +128,9 @@ def test_a_capped_run_is_simulated_with_its_cap() -> None:
     assert peak is not None
     found = compare(example(run=Run(cap_bytes=peak // 2, cap_name="half")))
     assert found.fits_predicted is False
+    # a cap beyond the card is none: set_per_process_memory_fraction(1.0)
+    beyond = compare(example(run=Run(cap_bytes=1 << 50, cap_name="all")))
+    assert beyond.room == compare(example()).room
 
 
 def test_a_host_has_no_workspaces() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -321,6 +322,74 @@ def test_out_of_memory_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (event.step, event.phase, event.module) == (1, "forward", "model.layers.3.mlp.down_proj")
     assert event.requested_bytes == 3 << 29
     assert (event.allocated_bytes, event.reserved_bytes) == (20, 40)
+
+
+def test_out_of_memory_is_seen_before_the_step_is_unwound(monkeypatch: pytest.MonkeyPatch) -> None:
+    # the allocator tells an observer; by the time the error arrives, modules were left and tensors freed
+    fake = FakeCuda()
+    fake.install(monkeypatch)
+    observers: list[Any] = []
+    monkeypatch.setattr(torch._C, "_cuda_attach_out_of_memory_observer", observers.append, raising=False)
+    stats = dict(torch.cuda.memory_stats())
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device=None: stats)
+
+    class Full(torch.nn.Module):
+        def forward(self, x: Any) -> Any:
+            stats["allocated_bytes.all.current"] = 7777
+            for observer in observers:
+                observer(0, 2 << 20, 1000, 10)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
+
+    model = torch.nn.Sequential(torch.nn.Identity(), Full())
+
+    def train_step(*args: Any) -> Any:
+        model(torch.ones(1))
+
+    monkeypatch.setattr(record_cuda, "train_step", train_step)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])
+
+    def event(backend: Cuda) -> Any:
+        with backend.environment(), pytest.raises(torch.OutOfMemoryError) as caught:
+            backend.step(2, model, optimizer, {}, recipe(mode="full"), False)
+        stats["allocated_bytes.all.current"] = 5
+        return backend.out_of_memory(caught.value)
+
+    seen = event(Cuda(job()))
+    assert (seen.step, seen.module, seen.requested_bytes, seen.allocated_bytes) == (2, "1", 2 << 20, 7777)
+    assert "Tried to allocate" in seen.message
+    # a torch that has no observers: the module is known from the error's way
+    observers.clear()
+    monkeypatch.delattr(torch._C, "_cuda_attach_out_of_memory_observer")
+    late = event(Cuda(job()))
+    assert (late.module, late.requested_bytes, late.allocated_bytes) == ("1", 2 << 20, 5)
+
+
+def test_the_trainer_says_which_step_ran_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from memplan.verify.trainer import Counting
+
+    fake = FakeCuda()
+    fake.install(monkeypatch)
+    backend = Cuda(job())
+    error = torch.OutOfMemoryError("CUDA out of memory.")
+    assert (backend.out_of_memory(error).step, backend.out_of_memory(error).phase) == (0, "setup")
+    Counting(backend).on_step_begin(None, SimpleNamespace(global_step=1), None)
+    assert (backend.out_of_memory(error).step, backend.out_of_memory(error).phase) == (2, "training")
+
+
+def test_the_cache_is_emptied_once_and_after_what_was_in_cycles(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeCuda()
+    fake.install(monkeypatch)
+    order: list[str] = []
+    monkeypatch.setattr(record_cuda.gc, "collect", lambda: order.append("collect"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: order.append("empty"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device=None: order.append("reset"))
+    monkeypatch.setattr(record_cuda, "train_step", lambda *_: torch.tensor(1.0))
+    backend = Cuda(job())
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters())
+    for number in (1, 2):
+        backend.step(number, model, optimizer, {}, recipe(mode="full"), False)
+    assert order == ["collect", "empty", "reset", "collect", "reset"]
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,9 @@ from memplan.recipe import make_recipe
 from memplan.tape import Category, replay
 from memplan.verify import attention, child, runner
 from memplan.verify import train as training
+from memplan.verify.campaign import fingerprint
 from memplan.verify.checkpoint import Checkpoint
+from memplan.verify.compare import compare
 from memplan.verify.host import Host
 from memplan.verify.job import Job, make_job, peak_bytes
 from memplan.verify.measurement import Device, Measurement, OutOfMemory, Run, read
@@ -403,6 +405,20 @@ def test_an_interrupt_leaves_no_child(tmp_path: Path, monkeypatch: pytest.Monkey
     assert process.returncode is not None
 
 
+def test_being_told_to_end_leaves_no_child_and_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    children = Children(monkeypatch)
+    monkeypatch.setattr(runner.tempfile, "tempdir", str(tmp_path))
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        run_job(job_of(tmp_path), tell=lambda kind, value: os.kill(os.getpid(), signal.SIGTERM))
+    assert ended.value.code == 143
+    assert children.started[0].returncode is not None
+    assert not list(tmp_path.glob("memplan-verify-*"))
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
 def test_a_run_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     children = Children(monkeypatch)
     began = time.monotonic()
@@ -410,6 +426,18 @@ def test_a_run_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest.
         run_job(job_of(tmp_path), seconds=0.5)
     assert time.monotonic() - began < 8
     assert children.started[0].returncode is not None
+
+
+def test_the_allocator_is_set_as_the_recipe_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in runner._environment(job_of(tmp_path))
+    wanted = "expandable_segments:True"
+    measured = run_job(job_of(tmp_path, alloc_conf=wanted))
+    assert measured.run.settings["PYTORCH_ALLOC_CONF"] == wanted
+    assert measured.run.settings["PYTORCH_CUDA_ALLOC_CONF"] == wanted
+    # the shell's settings are no part of what makes a run the same
+    job = job_of(tmp_path, alloc_conf=wanted)
+    assert fingerprint("cpu", job) == fingerprint("cpu", measured)
 
 
 def test_a_child_that_is_killed_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -428,7 +456,7 @@ def test_a_child_does_not_outlive_its_parent(tmp_path: Path) -> None:
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env=runner._environment(),
+        env=runner._environment(job_of(tmp_path)),
         text=True,
     )
     assert process.stdin is not None
@@ -460,6 +488,40 @@ class NoRoom(Host):
 
     def out_of_memory(self, error: BaseException) -> OutOfMemory:
         return OutOfMemory(step=2, phase="backward", allocated_bytes=1, reserved_bytes=2, message=str(error))
+
+
+def test_a_loss_that_is_no_number_is_a_doubt_and_what_was_counted_is_kept(tmp_path: Path) -> None:
+    measured = child.run(job_of(tmp_path, run={"learning_rate": 1e30}, mode="full"))
+    assert measured.outcome.kind == "trained"
+    assert "the loss is not finite" in (measured.outcome.why or "")
+    assert measured.tape is not None
+    found = compare(Measurement.model_validate_json(measured.model_dump_json()))
+    assert found.allocated.error == 0
+
+
+def test_a_full_disk_is_found_before_or_leaves_the_comparison(
+    tmp_path: Path, memplan: Memplan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from memplan.verify import measurement
+
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    folder = model_folder(tmp_path)
+    ask = ("verify", folder, "--device", "cpu", "--seq-len", 16, "--out")
+    began = memplan(*ask, tmp_path / "file")
+    assert (began.status, began.out) == (2, "")
+    assert "can't be written" in began.err
+    measured = child.run(job_of(tmp_path))
+    monkeypatch.setattr(runner, "run_job", lambda *_, **__: measured)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(measurement, "_place", full)
+    ended = memplan(*ask, tmp_path / "m")
+    assert ended.status == 2
+    assert "No space left" in ended.err
+    assert "equal to the byte" in ended.out
+    assert list((tmp_path / "m").iterdir()) == []
 
 
 def test_out_of_memory_is_a_result_with_the_steps_before_it(
@@ -520,7 +582,11 @@ def test_what_the_driver_says(monkeypatch: pytest.MonkeyPatch) -> None:
         nvmlSystemGetDriverVersion=lambda: "580.1",
         nvmlDeviceGetHandleByIndex=lambda index: asked.append(index),
         nvmlDeviceGetHandleByUUID=lambda uuid: asked.append(uuid),
-        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(used=6 << 30),
+        nvmlMemory_v2=0x02000028,
+        # what the driver keeps for itself is used in version 1 alone
+        nvmlDeviceGetMemoryInfo=lambda handle, version=None: SimpleNamespace(
+            used=(6 << 30) + (0 if version == 0x02000028 else 1 << 29)
+        ),
         nvmlDeviceGetComputeRunningProcesses=lambda handle: [other, mine],
     )
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
@@ -530,6 +596,10 @@ def test_what_the_driver_says(monkeypatch: pytest.MonkeyPatch) -> None:
     driver.used_bytes(0)
     driver.used_bytes(1)
     assert asked == [0, 0, "GPU-abc", 3]
+    del nvml.nvmlMemory_v2  # an old nvidia-ml-py: nvidia-smi says the same in MiB
+    monkeypatch.setattr(driver, "_smi", lambda field, device: {"memory.used": "6144"}[field])
+    assert driver.used_bytes() == 6 << 30
+    monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "pynvml", None)
     monkeypatch.setattr(driver.shutil, "which", lambda name: None)
     assert (driver.version(), driver.used_bytes(), driver.process_bytes()) == (None, None, None)

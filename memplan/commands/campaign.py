@@ -64,6 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     from memplan.commands.verify import default_folder
     from memplan.verify import campaign
 
+    began = time.monotonic()  # planning and reading what is done take of the budget, too
     planned = campaign.expand(campaign.load(Path(arguments.plan)), arguments.device)
     if arguments.only is not None:
         planned = [run for run in planned if arguments.only in run.name]
@@ -74,21 +75,21 @@ def run(arguments: argparse.Namespace) -> int:
     }
     if not arguments.dry_run:
         stack.require(doing="verifying")
-        _run_all([run for run in planned if run.key not in there], rows, folder, arguments.budget)
+        _run_all([run for run in planned if run.key not in there], rows, folder, arguments.budget, began)
     _print(list(rows.values()), arguments.json)
     finished = all(row["outcome"] in ("trained", "out of memory") for row in rows.values())
     return STATUS_DONE if finished or arguments.dry_run else STATUS_LEFT
 
 
 def _run_all(
-    waiting: list[Planned], rows: dict[str, dict[str, Any]], folder: Path, budget: float | None
+    waiting: list[Planned], rows: dict[str, dict[str, Any]], folder: Path, budget: float | None, began: float
 ) -> None:
     from memplan.report.progress import campaigning
     from memplan.verify.campaign import slowness
-    from memplan.verify.measurement import write
+    from memplan.verify.measurement import make_ready, write
     from memplan.verify.runner import Refused, RunDied, TimeIsUp, run_job
 
-    began = time.monotonic()
+    make_ready(folder)
     seen: list[tuple[float, float]] = []
     with campaigning(len(waiting)) as (tell, begin, advance):
         for run in waiting:

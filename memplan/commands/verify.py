@@ -107,7 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
     from memplan.recipe import make_recipe
     from memplan.verify.compare import compare
     from memplan.verify.job import make_job
-    from memplan.verify.measurement import write
+    from memplan.verify.measurement import make_ready, write
     from memplan.verify.runner import run_job
 
     if arguments.steps < 2:
@@ -124,15 +124,20 @@ def run(arguments: argparse.Namespace) -> int:
         weights=arguments.weights,
         anyway=arguments.anyway,
     )
+    folder = Path(arguments.out) if arguments.out else default_folder()
+    if not arguments.no_save:
+        make_ready(folder)
     from memplan.report.progress import training
 
     with training(job.run.steps) as tell:
         measured = run_job(job, tell=tell, seconds=arguments.timeout)
-    if not arguments.no_save:
-        path = write(measured, Path(arguments.out) if arguments.out else default_folder())
-        sys.stderr.write(f"memplan: wrote {path}\n")
-    found = compare(measured)
-    show(measured, found, arguments)
+    try:
+        if not arguments.no_save:
+            path = write(measured, folder)
+            sys.stderr.write(f"memplan: wrote {path}\n")
+    finally:  # a disk that has filled up meanwhile leaves at least this
+        found = compare(measured)
+        show(measured, found, arguments)
     return STATUS_TRAINED if found.outcome == "trained" and found.why is None else STATUS_NOT
 
 

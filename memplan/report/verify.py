@@ -145,12 +145,16 @@ def _parts(measured: Measurement, comparison: Comparison) -> Iterator[tuple[str,
         evidence = measured.evidence
         rows = [
             ["", ""],
-            ["loss on the same batch", f"{evidence.first_loss:.4f} → {evidence.last_loss:.4f}"],
+            ["loss on the same batch", " → ".join(map(_loss, (evidence.first_loss, evidence.last_loss)))],
             ["trained tensors that changed", f"{evidence.changed_tensors} of {evidence.trained_tensors}"],
             ["frozen tensors that changed", f"{evidence.frozen_changed} of {evidence.frozen_tensors}"],
             ["gradients", "finite" if evidence.gradients_finite else "not finite"],
         ]
         yield "Did it train?", "<>", rows
+
+
+def _loss(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.4f}"
 
 
 def _figures(comparison: Comparison) -> _Rows:

@@ -122,6 +122,9 @@ def materialise(model: nn.Module, device: torch.device, source: Source) -> None:
         for parameter in module._parameters.values():
             if isinstance(parameter, Params4bit) and not parameter.bnb_quantized:
                 parameter.to(device)  # quantises in place
+                if device.type == "cuda":
+                    # else later weights would be cut from what this one had in 16 bits, and hold all of it
+                    torch.cuda.empty_cache()
         for key, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[key] = buffer.to(device)

@@ -61,11 +61,13 @@ class MemoryCallback(TrainerCallback):
         self._measuring: ExitStack | None = None
         self._recorder: Any = None
         self._shape: tuple[int, int] | None = None
+        self.on_cuda = False  # whether the Trainer trains on a card, not only whether there is one
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Plan the run; warn if it can't fit."""
         self._close()
         model = kwargs["model"]
+        self.on_cuda = torch.cuda.is_available() and not getattr(args, "use_cpu", False)
         try:
             if getattr(args, "world_size", 1) > 1:
                 raise MemplanError("memplan plans one GPU, and this run has several processes")
@@ -79,7 +81,7 @@ class MemoryCallback(TrainerCallback):
             self._tell(f"memplan: no plan for this run: {error}")
             return
         line = f"memplan: step {MEASURED_STEP} is predicted to allocate {gib(planned)} GiB at its peak"
-        if torch.cuda.is_available():
+        if self.on_cuda:
             free, _ = torch.cuda.mem_get_info()
             room = free + torch.cuda.memory_reserved()
             line += f", and {gib(room)} GiB are free"
@@ -100,7 +102,7 @@ class MemoryCallback(TrainerCallback):
         self._measuring = ExitStack()
         hook = model.register_forward_pre_hook(self._see_batch, with_kwargs=True)
         self._measuring.callback(hook.remove)
-        if torch.cuda.is_available():
+        if self.on_cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         else:
@@ -110,7 +112,7 @@ class MemoryCallback(TrainerCallback):
         """Stop measuring and print both numbers."""
         if self._measuring is None or self._spec is None or self.recipe is None:
             return
-        if torch.cuda.is_available():
+        if self.on_cuda:
             torch.cuda.synchronize()
             self._close()
             measured = torch.cuda.max_memory_allocated()
@@ -124,26 +126,31 @@ class MemoryCallback(TrainerCallback):
             measured = replay(recorder.tape).allocated_bytes
             reserved, label = "", "measured, CPU storages"
         recipe = self._as_run(self.recipe)
-        figure = self.figure = Figure(predicted=self._planned(recipe), measured=measured)
+        figure = self.figure = Figure(predicted=self._planned(recipe, blocks=self.on_cuda), measured=measured)
         percent = "" if figure.percent is None else f" ({figure.percent:+.3f} %)"
         self._tell(
             f"memplan: step {MEASURED_STEP}: predicted {figure.predicted:,} bytes, {label} "
             f"{figure.measured:,}, error {figure.error:+,}{percent}{reserved}"
         )
-        if recipe.loss is Loss.CHUNKED and not torch.cuda.is_available():
+        if recipe.loss is Loss.CHUNKED and not self.on_cuda:
             self._tell("memplan: without CUDA, TRL computes its loss by other code, which is not planned")
         if recipe is not self.recipe:
             self._tell(f"memplan: the batch was {recipe.batch_size} × {recipe.seq_len} tokens")
 
-    def _planned(self, recipe: Recipe) -> int:
+    def _planned(self, recipe: Recipe, blocks: bool = False) -> int:
+        """The peak: of tensors, or of the allocator's blocks, which ``max_memory_allocated`` counts."""
         from memplan.models.parameters import resolve_recipe
-        from memplan.models.step import write_tape
+        from memplan.models.step import write_long_tape, write_tape
+        from memplan.reserved import simulate
         from memplan.verify.workspaces import without_workspaces
 
         assert self._spec is not None
-        cuda = torch.cuda.is_available()
+        cuda = self.on_cuda
         card = Card(tuple(torch.cuda.get_device_capability())) if cuda else Card()
-        tape = write_tape(self._spec, resolve_recipe(self._spec, recipe), card=card)
+        resolved = resolve_recipe(self._spec, recipe)
+        if blocks:
+            return simulate(write_long_tape(self._spec, resolved, card=card)).allocated
+        tape = write_tape(self._spec, resolved, card=card)
         return replay(tape if cuda else without_workspaces(tape)).allocated_bytes
 
     def _as_run(self, recipe: Recipe) -> Recipe:

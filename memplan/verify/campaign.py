@@ -34,6 +34,8 @@ class Entry(_Record):
     weights: str | None = None
     steps: int | None = Field(default=None, ge=2)
     seed: int | None = None
+    learning_rate: float | None = Field(default=None, gt=0)
+    loop: Literal["memplan", "trainer", "sft"] = "memplan"
     cap: str | None = None
     cudnn_attention: bool | None = None
     anyway: bool = False
@@ -175,9 +177,10 @@ def _job(entry: Entry, name: str, recipe: Recipe, defaults: Defaults, device: An
         return getattr(defaults, field) if own is None else own
 
     run = Run(
+        loop=entry.loop,
         steps=value("steps"),
         seed=value("seed"),
-        learning_rate=defaults.learning_rate,
+        learning_rate=value("learning_rate"),
         cap_bytes=cap_bytes,
         cap_name=cap_name,
         cudnn_attention=value("cudnn_attention"),
@@ -242,5 +245,7 @@ def fingerprint(device: str, run: Job | Measurement) -> str:
 
 
 def done(folder: Path) -> dict[str, Measurement]:
-    """The measurements of a folder by fingerprint; of several the last."""
-    return {fingerprint(m.device.kind, m): m for _, m in read_all(folder)} if folder.is_dir() else {}
+    """The measurements of a folder by fingerprint; of several the last. A run that failed has none: whatever
+    was wrong may have been mended."""
+    found = (m for _, m in read_all(folder) if m.outcome.kind != "failed") if folder.is_dir() else ()
+    return {fingerprint(m.device.kind, m): m for m in found}

@@ -164,10 +164,9 @@ def _simulated(measured: Measurement, plan: Tape) -> Reserved:
 
 
 def room_of(measured: Measurement) -> int:
-    """Bytes that the allocator could have: its cap, or the card less what a CUDA context takes."""
-    if measured.run.cap_bytes is not None:
-        return measured.run.cap_bytes
-    return max(measured.device.total_bytes - context_of(measured.device.name), 0)
+    """Bytes that the allocator could have: the card less what a CUDA context takes, or its cap, if less."""
+    card = max(measured.device.total_bytes - context_of(measured.device.name), 0)
+    return card if measured.run.cap_bytes is None else min(measured.run.cap_bytes, card)
 
 
 def _on_card(measured: Measurement, reserved: Figure) -> Figure:

@@ -3,6 +3,7 @@ if it is installed, else by asking ``nvidia-smi``. None where neither can tell."
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -21,14 +22,15 @@ def version() -> str | None:
 
 
 def used_bytes(index: int = 0) -> int | None:
-    """Bytes in use on the card by everybody. ``index`` is CUDA's, mapped by CUDA_VISIBLE_DEVICES."""
+    """Bytes in use on the card by everybody, without what the driver reserves for itself, which PyTorch does
+    not see either. ``index`` is CUDA's, mapped by CUDA_VISIBLE_DEVICES."""
     nvml = _nvml()
     device = _physical(index)
-    try:
-        if nvml is not None:
-            return int(nvml.nvmlDeviceGetMemoryInfo(_handle(nvml, device)).used)
-    except Exception:  # NVML's own errors: no such device, no permission
-        return None
+    # version 1 counts the reserved bytes as used (nvml.h, nvmlMemory_t): hundreds of MiB on a large card
+    version = getattr(nvml, "nvmlMemory_v2", None)
+    if version is not None:
+        with contextlib.suppress(Exception):  # NVML's own errors: an old driver, no permission
+            return int(nvml.nvmlDeviceGetMemoryInfo(_handle(nvml, device), version=version).used)
     answer = _smi("memory.used", device)
     return int(answer) * MIB if answer is not None and answer.isdigit() else None
 

@@ -138,6 +138,7 @@ class Host:
     def __init__(self, card: Card | None = None) -> None:
         self.card = card or Card()
         self.tape: Tape | None = None
+        self.number = 0
         self._recorder: HostRecorder | None = None
 
     @contextmanager
@@ -165,6 +166,7 @@ class Host:
         last: bool,
     ) -> tuple[torch.Tensor, Step]:
         """Train one step; its loss and what it took."""
+        self.number = number
         with recorded(self.card, model, optimizer, batch) as recorder:
             self._recorder = recorder
             loss = train_step(model, optimizer, batch, recipe, recorder)

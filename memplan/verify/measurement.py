@@ -92,10 +92,10 @@ class Step(_Record):
 
 class Evidence(_Record):
     """That it really trained: on one batch over and over the loss falls, what is trained changes, what is
-    frozen does not, and gradients are finite."""
+    frozen does not, and gradients are finite. A loss that is no finite number is None."""
 
-    first_loss: float
-    last_loss: float
+    first_loss: float | None
+    last_loss: float | None
     trained_tensors: int
     changed_tensors: int
     frozen_tensors: int
@@ -111,7 +111,9 @@ class Evidence(_Record):
     def doubts(self) -> tuple[str, ...]:
         """What speaks against it."""
         found = []
-        if not self.last_loss < self.first_loss:
+        if self.first_loss is None or self.last_loss is None:
+            found.append("the loss is not finite")
+        elif not self.last_loss < self.first_loss:
             found.append(f"the loss did not fall ({self.first_loss:.4f} to {self.last_loss:.4f})")
         if not self.changed_tensors:
             found.append("nothing that is trained changed")
@@ -124,7 +126,7 @@ class Evidence(_Record):
 
 class OutOfMemory(_Record):
     """The allocation that did not fit: in which step (0: while the model was made), where, how many bytes
-    were asked for, and how many were allocated and reserved then."""
+    the allocator asked the driver for (a whole segment), and how many were allocated and reserved then."""
 
     step: int
     phase: str
@@ -240,14 +242,32 @@ def write(measurement: Measurement, folder: Path) -> Path:
     return path
 
 
+def make_ready(folder: Path) -> None:
+    """See that files can be added to the folder, before time is spent on one. It is not made yet: the run may
+    be refused. Raises MemplanError."""
+    try:
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        with tempfile.NamedTemporaryFile(dir=there, prefix=".measurement."):
+            pass
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or type(error).__name__
+        raise MemplanError(f"measurements can't be written to {shown(str(folder))}: {why}") from None
+
+
 def _place(temporary: Path, path: Path) -> None:
     """Under its name, unless that is taken: a hard link fails then, and a rename would not."""
     try:
         path.hardlink_to(temporary)
-    except (PermissionError, NotImplementedError):  # a file system without hard links
+    except FileExistsError:
+        raise
+    except (OSError, NotImplementedError):  # file systems without hard links have many words for that
         with path.open("xb"):
             pass
-        temporary.replace(path)
+        try:
+            temporary.replace(path)
+        except OSError:
+            path.unlink()
+            raise
 
 
 def _name(measurement: Measurement, content: bytes) -> str:

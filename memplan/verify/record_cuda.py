@@ -15,7 +15,7 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
@@ -47,8 +47,9 @@ class Cuda:
         self.tape: Tape | None = None
         self.remarks: list[str] = []
         self._job = job
+        self.number = 0  # of the step that runs; 0 while the model is made
         self._marks: Marks | None = None
-        self._number = 0
+        self._ran_out: OutOfMemory | None = None
 
     @contextmanager
     def environment(self) -> Iterator[None]:
@@ -59,6 +60,10 @@ class Cuda:
             torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total), self.device)
         cudnn = torch.backends.cuda.cudnn_sdp_enabled()
         torch.backends.cuda.enable_cudnn_sdp(cudnn and self._job.run.cudnn_attention)
+        # torch/csrc/cuda/Module.cpp; without it what is known is what is left when the error arrives here
+        attach = getattr(torch._C, "_cuda_attach_out_of_memory_observer", None)
+        if attach is not None:
+            attach(self._see_out_of_memory)
         try:
             yield
         finally:
@@ -78,12 +83,12 @@ class Cuda:
         last: bool,
     ) -> tuple[torch.Tensor, Step]:
         """Train one step; its loss and what it took. The last one's events are kept."""
-        self._number = number
+        self.number = number
         self._marks = marks = Marks(self.device, self.card)
+        gc.collect()  # what was left in cycles, if anything, goes now and not at some moment of the step
+        torch.cuda.synchronize(self.device)
         if number == 1:
             torch.cuda.empty_cache()  # what making the model left cached is no part of the training
-        gc.collect()  # what earlier steps left in cycles, if anything, goes now and not at some moment of it
-        torch.cuda.synchronize(self.device)
         there = _names(model, optimizer, batch) if last else {}
         before = _blocks(torch.cuda.memory._snapshot(), self.device) if last else []
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -122,18 +127,31 @@ class Cuda:
     def out_of_memory(self, error: BaseException) -> OutOfMemory:
         """Where the step was when an allocation failed."""
         message = " ".join(str(error).split())
+        if self._ran_out is not None and isinstance(error, torch.OutOfMemoryError):
+            return self._ran_out.model_copy(update={"message": message[:600]})
         asked = _ASKED.search(message)
+        event = self._event(int(float(asked[1]) * _UNITS[asked[2]]) if asked else None)
+        marks = self._marks
+        # on its way here it left the modules that it came from
+        module = marks.failed_in(error) if marks is not None else ""
+        return event.model_copy(update={"module": module or event.module, "message": message[:600]})
+
+    def _see_out_of_memory(self, _device: int, asked: int, _room: int, _free: int) -> None:
+        """The allocator calls this before it raises, while all that the step holds is still there."""
+        with suppress(Exception):  # an error here would take the place of its own
+            self._ran_out = self._event(asked)
+
+    def _event(self, asked: int | None) -> OutOfMemory:
         stats = torch.cuda.memory_stats(self.device)
         marks = self._marks
+        phase = "training" if self.number else Phase.SETUP.value
         return OutOfMemory(
-            step=self._number,
-            phase=marks.phase.value if marks is not None else Phase.SETUP.value,
+            step=self.number,
+            phase=marks.phase.value if marks is not None else phase,
             module=marks.tape.module if marks is not None else "",
-            requested_bytes=int(float(asked[1]) * _UNITS[asked[2]]) if asked else None,
-            # the allocator has tried to make room by now; what it had live is unchanged
+            requested_bytes=asked,
             allocated_bytes=stats.get("allocated_bytes.all.current", 0),
             reserved_bytes=stats.get("reserved_bytes.all.current", 0),
-            message=message[:600],
         )
 
 
@@ -171,6 +189,10 @@ class Marks(Recorder):
     def start(self) -> None:
         """Events count from here."""
         self._start = self.count()
+
+    def failed_in(self, error: BaseException) -> str:
+        """The innermost module that an error came from, "" if that was none."""
+        return self._failure[1] if self._failure[0] is error else ""
 
     def position(self) -> int:
         """Events since the start."""

@@ -12,12 +12,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from memplan.errors import MemplanError
-from memplan.verify.child import SIGN, STATUS_REFUSED
+from memplan.verify.child import ALLOCATOR_SETTINGS, SIGN, STATUS_REFUSED
 from memplan.verify.job import Job
 from memplan.verify.measurement import Measurement, read
 
@@ -43,9 +43,10 @@ def run_job(job: Job, *, tell: Tell | None = None, seconds: float | None = None)
     """Train in a child process and return what it measured. ``tell`` hears what the child says: a kind
     ("state", "step") and a value. After ``seconds`` the child is ended.
 
-    Raises Refused, RunDied, TimeIsUp; on any exception, KeyboardInterrupt too, the child is gone.
+    Raises Refused, RunDied, TimeIsUp; on any exception, KeyboardInterrupt too, the child is gone, and so
+    it is when this process is told to end (SIGTERM).
     """
-    with tempfile.TemporaryDirectory(prefix="memplan-verify-") as folder:
+    with _ending_in_order(), tempfile.TemporaryDirectory(prefix="memplan-verify-") as folder:
         result = Path(folder) / "result.json"
         with (Path(folder) / "stderr").open("w+b") as complaints:
             child = subprocess.Popen(
@@ -54,7 +55,7 @@ def run_job(job: Job, *, tell: Tell | None = None, seconds: float | None = None)
                 stdout=subprocess.PIPE,
                 stderr=complaints,
                 text=True,
-                env=_environment(),
+                env=_environment(job),
                 start_new_session=True,  # Ctrl-C reaches the parent alone, which ends the child in order
             )
             try:
@@ -72,11 +73,32 @@ def run_job(job: Job, *, tell: Tell | None = None, seconds: float | None = None)
             return read(result)
 
 
-def _environment() -> dict[str, str]:
+@contextlib.contextmanager
+def _ending_in_order() -> Iterator[None]:
+    """SIGTERM, as from ``timeout``, unwinds what runs, where it would drop it."""
+    if threading.current_thread() is not threading.main_thread():  # only there may signals be handled
+        yield
+        return
+
+    def end(number: int, _frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _environment(job: Job) -> dict[str, str]:
+    """The child's: its allocator is set as the recipe says, which is what the plan is for, not as this shell
+    happens to be. Before torch 2.9 the variable had the other name."""
     root = str(Path(__file__).resolve().parents[2])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    others = {name: value for name, value in os.environ.items() if name not in ALLOCATOR_SETTINGS}
     return {
-        **os.environ,
+        **others,
+        **(dict.fromkeys(ALLOCATOR_SETTINGS, job.recipe.alloc_conf) if job.recipe.alloc_conf else {}),
         "PYTHONPATH": os.pathsep.join(paths),
         "PYTHONSAFEPATH": "1",  # a folder called like a library, where this was started, is not that library
         "TOKENIZERS_PARALLELISM": "false",

@@ -30,9 +30,11 @@ _CHUNK = 64 << 20  # bytes that a checksum looks at at once
 
 
 class Backend(Protocol):
-    """Where it trains, and how bytes are counted there. ``tape`` is the step that was recorded last."""
+    """Where it trains, and how bytes are counted there. ``tape`` is the step that was recorded last,
+    ``number`` that of the step that runs."""
 
     device: torch.device
+    number: int
     tape: Tape | None
 
     def environment(self) -> AbstractContextManager[None]:
@@ -81,7 +83,7 @@ def train(job: Job, backend: Backend, tell: Tell, steps: list[Step] | None = Non
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         frozen = dict(frozen_tensors(model))
         before = checksums(trained), checksums(frozen)
-        finite = _watch_gradients(optimizer, backend)
+        sound = _watch_gradients(optimizer, backend)
         for number in range(1, run.steps + 1):
             tell("state", f"step {number} of {run.steps}")
             began = time.perf_counter()
@@ -90,7 +92,7 @@ def train(job: Job, backend: Backend, tell: Tell, steps: list[Step] | None = Non
                 counters.model_copy(
                     update={
                         # the loop divides by the passes that it accumulates
-                        "loss": float(loss) * recipe.gradient_accumulation_steps,
+                        "loss": finite(float(loss) * recipe.gradient_accumulation_steps),
                         "seconds": round(time.perf_counter() - began, 3),
                     }
                 )
@@ -100,7 +102,7 @@ def train(job: Job, backend: Backend, tell: Tell, steps: list[Step] | None = Non
         tell("state", "checking that it trained")
         changed = count_changed(before[0], checksums(trained))
         frozen_changed = count_changed(before[1], checksums(frozen))
-    first, last = (_finite(steps[at].loss) for at in (0, -1))
+    first, last = (finite(steps[at].loss) for at in (0, -1))
     evidence = Evidence(
         first_loss=first,
         last_loss=last,
@@ -108,7 +110,7 @@ def train(job: Job, backend: Backend, tell: Tell, steps: list[Step] | None = Non
         changed_tensors=changed,
         frozen_tensors=len(frozen),
         frozen_changed=frozen_changed,
-        gradients_finite=bool(finite) and all(finite),
+        gradients_finite=bool(sound) and all(sound),
     )
     return Training(tuple(steps), evidence, backend.tape)
 
@@ -118,10 +120,9 @@ def source_of(job: Job) -> Source:
     return Random() if job.model.weights == "random" else Checkpoint(fetch(job.model.weights))
 
 
-def _finite(loss: float | None) -> float:
-    if loss is None or not math.isfinite(loss):
-        raise ArithmeticError(f"the loss is {loss}")
-    return loss
+def finite(loss: float | None) -> float | None:
+    """A loss that is a number, else None. What the run took was measured all the same."""
+    return loss if loss is not None and math.isfinite(loss) else None
 
 
 # -- data --------------------------------------------------------------------------------------------------

@@ -5,12 +5,14 @@ What is measured is the callback's step 2: allocated bytes, and without CUDA its
 
 from __future__ import annotations
 
+import gc
 import math
 import tempfile
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
 from memplan.errors import MemplanError
 from memplan.recipe import Loss, Recipe
@@ -24,6 +26,7 @@ from memplan.verify.train import (
     Training,
     checksums,
     count_changed,
+    finite,
     frozen_tensors,
     make_batch,
     source_of,
@@ -43,6 +46,17 @@ class Rows(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """Row by row, as the batch has them."""
         return {key: value[index % len(value)] for key, value in self.batch.items()}
+
+
+class Counting(TrainerCallback):
+    """Tells the backend which step runs."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """From 1 on."""
+        self._backend.number = state.global_step + 1
 
 
 def train_with_trainer(job: Job, backend: Backend, tell: Tell, steps: list[Step]) -> Training:
@@ -66,6 +80,10 @@ def train_with_trainer(job: Job, backend: Backend, tell: Tell, steps: list[Step]
             before = checksums(trained), checksums(frozen)
             callback = MemoryCallback(recipe=recipe, tell=lambda line: tell("state", line[:60]))
             trainer = _trainer(job, model, callback, folder)
+            trainer.add_callback(Counting(backend))
+            if backend.device.type == "cuda":  # as before the first step of memplan's own loop
+                gc.collect()
+                torch.cuda.empty_cache()
             trainer.train()
         finally:
             if environment is not None:
@@ -75,8 +93,8 @@ def train_with_trainer(job: Job, backend: Backend, tell: Tell, steps: list[Step]
         raise RuntimeError("the Trainer ended without a measured step")
     steps.append(_step(callback, logs))
     evidence = Evidence(
-        first_loss=float(logs[0]["loss"]),
-        last_loss=float(logs[-1]["loss"]),
+        first_loss=finite(float(logs[0]["loss"])),
+        last_loss=finite(float(logs[-1]["loss"])),
         trained_tensors=len(trained),
         changed_tensors=count_changed(before[0], checksums(trained)),
         frozen_tensors=len(frozen),
@@ -89,7 +107,7 @@ def train_with_trainer(job: Job, backend: Backend, tell: Tell, steps: list[Step]
 def _step(callback: MemoryCallback, logs: list[dict[str, Any]]) -> Step:
     assert callback.figure is not None
     assert callback.figure.measured is not None
-    cuda = torch.cuda.is_available()
+    cuda = callback.on_cuda
     free, total = torch.cuda.mem_get_info() if cuda else (0, 0)
     stats = torch.cuda.memory_stats() if cuda else {}
     resting = sum(callback.tape.deltas) if callback.tape is not None else torch.cuda.memory_allocated()
