@@ -183,7 +183,7 @@ def reserved(spec: ModelSpec, recipe: Recipe, row: dict[str, Any]) -> dict[str, 
     """What the allocator would reserve for today's run on the row's card, beside what nvidia-smi showed."""
     gpu = find_gpu("a100-80")
     run = predicted_run(spec, recipe)
-    found = run.within(gpu.visible_bytes - context_bytes(gpu, run.card))
+    found = run.within(gpu.visible_bytes - context_bytes(gpu, run.card), gpu.visible_bytes)
     return {
         "published_driver_bytes": row["nvidia_smi_peak"],
         "simulated_peak_bytes": found.reserved,
