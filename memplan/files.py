@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from memplan.errors import MemplanError
@@ -33,16 +35,24 @@ def zipped(path: str | Path, content: bytes) -> bytes:
     return gzip.compress(content, mtime=0) if str(path).endswith(".gz") else content
 
 
-def _replace(path: Path, content: bytes) -> None:
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name[:100]}.", delete=False) as file:
+@contextmanager
+def beside(folder: Path, prefix: str, content: bytes) -> Iterator[Path]:
+    """A new file of the folder, whole and on the disk, to be given its name; deleted if it still has none
+    at the end."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=prefix, delete=False) as file:
+        path = Path(file.name)
         try:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
             mask = os.umask(0)
             os.umask(mask)
-            Path(file.name).chmod(0o666 & ~mask)  # temporary files are their owner's alone
-            Path(file.name).replace(path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+            path.chmod(0o666 & ~mask)  # temporary files are their owner's alone
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    with beside(path.parent, f".{path.name[:100]}.", content) as file:
+        file.replace(path)

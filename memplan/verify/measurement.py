@@ -10,7 +10,6 @@ import base64
 import gzip
 import hashlib
 import json
-import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from memplan.errors import MemplanError
+from memplan.files import beside
 from memplan.importers.fields import shown
 from memplan.recipe import Recipe
 from memplan.tape import Tape
@@ -221,17 +221,8 @@ def write(measurement: Measurement, folder: Path) -> Path:
     path = folder / _name(measurement, content)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".measurement.", delete=False) as file:
-            try:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-                mask = os.umask(0)
-                os.umask(mask)
-                Path(file.name).chmod(0o666 & ~mask)  # temporary files are their owner's alone
-                _place(Path(file.name), path)
-            finally:
-                Path(file.name).unlink(missing_ok=True)
+        with beside(folder, ".measurement.", content) as file:
+            _place(file, path)
     except FileExistsError:
         raise MemplanError(
             f"{shown(str(path))} exists already, and measurements are never replaced"
