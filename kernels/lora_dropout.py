@@ -36,6 +36,14 @@ def _keep(seed, here_m, here_k, threshold):
 
 
 @jit
+def _dropped(x, seed, here_m, here_k, length, width, threshold):
+    """``x[M, K]`` where it is kept, else 0; not yet divided by the share that is."""
+    inside = (here_m < length)[:, None] & (here_k < width)[None, :]
+    values = tl.load(x + here_m.to(tl.int64)[:, None] * width + here_k[None, :], mask=inside, other=0.0)
+    return tl.where(_keep(seed, here_m, here_k, threshold), values, tl.zeros_like(values))
+
+
+@jit
 def _down(
     x, down, seed, out, length, width, rank, threshold, factor,
     DTYPE: tl.constexpr, RANK: tl.constexpr, TILE_M: tl.constexpr, TILE_K: tl.constexpr,
@@ -46,9 +54,7 @@ def _down(
     total = tl.zeros((TILE_M, RANK), tl.float32)
     for start in range(0, width, TILE_K):
         here_k = start + tl.arange(0, TILE_K)
-        inside = (here_m < length)[:, None] & (here_k < width)[None, :]
-        values = tl.load(x + here_m.to(tl.int64)[:, None] * width + here_k[None, :], mask=inside, other=0.0)
-        values = tl.where(_keep(seed, here_m, here_k, threshold), values, tl.zeros_like(values))
+        values = _dropped(x, seed, here_m, here_k, length, width, threshold)
         factors = tl.load(
             down + here_r[None, :] * width + here_k[:, None],
             mask=(here_r < rank)[None, :] & (here_k < width)[:, None],
@@ -71,9 +77,7 @@ def _down_gradient(
     total = tl.zeros((RANK, TILE_K), tl.float32)
     for start in range(0, length, TILE_M):
         here_m = start + tl.arange(0, TILE_M)
-        inside = (here_m < length)[:, None] & (here_k < width)[None, :]
-        values = tl.load(x + here_m.to(tl.int64)[:, None] * width + here_k[None, :], mask=inside, other=0.0)
-        values = tl.where(_keep(seed, here_m, here_k, threshold), values, tl.zeros_like(values))
+        values = _dropped(x, seed, here_m, here_k, length, width, threshold)
         grads = tl.load(
             grad + here_m.to(tl.int64)[None, :] * rank + here_r[:, None],
             mask=(here_m < length)[None, :] & (here_r < rank)[:, None],

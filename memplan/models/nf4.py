@@ -119,28 +119,23 @@ def flat(x: Tensor, operation: str, contiguous: bool = False) -> Tensor:
 def forward(x: Tensor, module: Linear4bit, operation: str) -> Tensor:
     """``nf4_linear.forward``."""
     outputs, inputs = module.shape
-    dtype = module.compute_dtype
-    out = empty((*x.shape[:-1], outputs), x.dtype, operation)
-    x = flat(x, operation)
-    short = _cast(x, dtype, operation)
-    converted = 0 if short is None else prod(x.shape[:-1])
-    size = strip(outputs, inputs, dtype.itemsize, converted)
-    buffer = empty((size, inputs), dtype, operation)
-    result = empty((converted, size), dtype, operation) if converted else None
-    del short, buffer, result
-    return out
+    return _by_strips(x, outputs, inputs, module.compute_dtype, operation)
 
 
 def input_gradient(grad: Tensor, module: Linear4bit, operation: str) -> Tensor:
     """``nf4_linear.input_gradient``."""
     outputs, inputs = module.shape
-    dtype = module.compute_dtype
-    out = empty((*grad.shape[:-1], inputs), grad.dtype, operation)
-    grad = flat(grad, operation)
-    short = _cast(grad, dtype, operation)
-    converted = 0 if short is None else prod(grad.shape[:-1])
-    size = strip(inputs, outputs, dtype.itemsize, converted)
-    buffer = empty((outputs, size), dtype, operation)
+    return _by_strips(grad, inputs, outputs, module.compute_dtype, operation)
+
+
+def _by_strips(x: Tensor, made: int, summed: int, dtype: DType, operation: str) -> Tensor:
+    """A product with ``made`` columns, each a sum over ``summed``; a strip is some of the columns."""
+    out = empty((*x.shape[:-1], made), x.dtype, operation)
+    x = flat(x, operation)
+    short = _cast(x, dtype, operation)
+    converted = 0 if short is None else prod(x.shape[:-1])
+    size = strip(made, summed, dtype.itemsize, converted)
+    buffer = empty((size, summed), dtype, operation)
     result = empty((converted, size), dtype, operation) if converted else None
     del short, buffer, result
     return out
