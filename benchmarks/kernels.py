@@ -1,5 +1,5 @@
-"""Times memplan's kernels against bitsandbytes and PEFT on a GPU, and whole QLoRA steps with and without
-them.
+"""Times memplan's kernels on a GPU against bitsandbytes, PEFT and what else is installed
+(benchmarks/others.py), and whole QLoRA steps with and without them.
 
     python benchmarks/kernels.py [--part NAME ...] [--seconds N] [--rounds N] [--out FOLDER]
     python benchmarks/kernels.py --rehearse
@@ -8,7 +8,8 @@ All candidates of a case take turns in the same run, so that clocks and heat are
 the 10th and 90th percentile of the rounds are kept, beside ceilings measured in the same run: what a copy
 moves, what a 16-bit product computes. Each run becomes one file with the device and the versions, written
 anew after every case, so that a run that is cut off keeps what it has; docs/kernels.md is made from them
-(python docs/generate.py). What matters most comes first, and no case begins after ``--seconds``.
+(python docs/generate.py). What matters most comes first, and no case begins after ``--seconds``. A candidate
+that fails in a case is left out of it, and the record says with which error; so is a part that fails.
 ``--rehearse`` goes through everything in small sizes on a CPU and keeps nothing: what it prints are no
 measurements.
 """
@@ -27,11 +28,13 @@ import importlib.util
 import json
 import random
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from statistics import median, quantiles
+from types import ModuleType
 from typing import Any
 
 import bitsandbytes as bnb
@@ -41,13 +44,16 @@ from torch import nn
 
 from memplan import kernels
 from memplan.kernels.nf4_dequantize import dequantize_into, nf4_dequantize
-from memplan.kernels.nf4_linear import METHODS, nf4_linear, scratch_bytes
+from memplan.kernels.nf4_linear import METHODS, nf4_linear
 from memplan.kernels.nf4_quantize import nf4_quantize
 from memplan.kernels.weight import weight_of
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "data" / "measurements" / "kernels"
-LIBRARIES = ("memplan", "torch", "triton", "bitsandbytes", "peft", "transformers")
+LIBRARIES = (
+    "memplan", "torch", "triton", "bitsandbytes", "peft", "transformers",
+    "torchao", "unsloth", "liger_kernel", "trl", "cut_cross_entropy",
+)  # fmt: skip
 
 Candidates = dict[str, Callable[[], object]]
 
@@ -62,13 +68,26 @@ ROWS = (2048, 512, 8192, 1024, 4096, 16384)  # the middle first
 CASE_SECONDS = 2.0  # a case has fewer rounds than were asked for, where they take longer
 STEP_SECONDS = 20.0
 LEAST_ROUNDS, LEAST_STEPS = 5, 3
-SMALL_SHAPES = {"rehearsal": {"up_proj": (192, 64), "down_proj": (64, 192)}}
+SMALL_SHAPES = {"rehearsal": {"up_proj": (384, 128), "down_proj": (128, 384)}}
 SMALL_ROWS = (32,)
 RANK = 16
+DEVICE_ERRORS = (torch.AcceleratorError,) if hasattr(torch, "AcceleratorError") else ()  # since torch 2.8
+
+
+def beside(name: str) -> ModuleType:
+    """A module of this folder, which is not on the path."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).resolve().parent / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+others = beside("others")
 
 
 class Bench:
-    """Where and how often things are timed."""
+    """Where and how often things are timed, and what other libraries there are to time."""
 
     def __init__(self, device: str, rounds: int) -> None:
         self.device, self.rounds = device, rounds
@@ -77,6 +96,14 @@ class Bench:
         # does
         self.flush = torch.empty(256 << 20 if device == "cuda" else 1, dtype=torch.int8, device=device)
         self.dice = random.Random(0)
+        self.absent: dict[str, str] = {}  # libraries that were looked for, and why they are left out
+
+    @cached_property
+    def nf4(self) -> dict[str, Any]:
+        """The other libraries that have NF4."""
+        found, absent = others.found(others.NF4)
+        self.absent.update(absent)
+        return found
 
     def turns(self, seconds: float, least: int = LEAST_ROUNDS) -> Iterator[int]:
         """Rounds, as many as there is time for, but at least some."""
@@ -86,19 +113,59 @@ class Bench:
                 return
             yield number
 
-    def times(self, candidates: Candidates) -> dict[str, Any]:
-        """Microseconds of each candidate, taking turns in changing order."""
-        for run in candidates.values():  # compiles, chooses algorithms, fills the allocator
-            for _ in range(3):
-                run()
-        found: dict[str, list[float]] = {name: [] for name in candidates}
-        for _ in self.turns(CASE_SECONDS):
-            order = list(candidates)
+    def measure(
+        self,
+        candidates: Candidates,
+        *,
+        before: Callable[[str], object] = lambda name: None,
+        seconds: float = CASE_SECONDS,
+        least: int = LEAST_ROUNDS,
+        warm: int = 3,
+        whole: bool = False,
+    ) -> dict[str, Any]:
+        """Microseconds of each candidate, taking turns in changing order, and bytes that it allocates; of
+        those that fail, the error's name. ``before`` is called with a candidate's name before its turn.
+        """
+        failed = {}
+        for name, run in candidates.items():
+            before(name)
+            error = self.failure(run, warm)
+            if error:
+                failed[name] = error
+        running = {name: run for name, run in candidates.items() if name not in failed}
+        found: dict[str, list[float]] = {name: [] for name in running}
+        for _ in self.turns(seconds, least):
+            order = list(running)
             self.dice.shuffle(order)
             for name in order:
+                before(name)
                 self.flush.zero_()
-                found[name].append(self.one(candidates[name]))
-        return {name: spread(values) for name, values in found.items()}
+                found[name].append(self.one(running[name]))
+        peaks = {}
+        for name, run in running.items():
+            before(name)
+            peaks[name] = self.peak(run, whole=whole)
+        times = {name: spread(values) for name, values in found.items()}
+        return {"times": times, "peak_bytes": peaks, "failed": failed}
+
+    def failure(self, run: Callable[[], object], warm: int) -> str | None:
+        """Warms a candidate up: compiles, chooses algorithms, fills the allocator. The name of the error that
+        this ends in, if it does. An error of the device itself is raised: nothing runs on it after that.
+        """
+        try:
+            for _ in range(warm):
+                run()
+            if self.device == "cuda":
+                torch.cuda.synchronize()
+            return None
+        except Exception as error:
+            if isinstance(error, DEVICE_ERRORS):
+                raise
+            print(f"fails: {error!r:.200}", flush=True)
+            name = type(error).__name__
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+        return name
 
     def one(self, run: Callable[[], object]) -> float:
         """Microseconds of one call."""
@@ -128,9 +195,6 @@ class Bench:
         del result
         return peak
 
-    def peaks(self, candidates: Candidates) -> dict[str, int | None]:
-        return {name: self.peak(run) for name, run in candidates.items()}
-
 
 def spread(values: list[float]) -> dict[str, float]:
     """Median, and the 10th and 90th percentile, in microseconds, of how many rounds."""
@@ -149,7 +213,7 @@ def ceilings(bench: Bench) -> dict[str, float]:
     source = torch.empty(size, dtype=torch.uint8, device=bench.device)
     target = torch.empty_like(source)
     left, right = (torch.randn(side, side, dtype=torch.bfloat16, device=bench.device) for _ in range(2))
-    found = bench.times({"copy": lambda: target.copy_(source), "product": lambda: left @ right})
+    found = bench.measure({"copy": lambda: target.copy_(source), "product": lambda: left @ right})["times"]
     return {
         "copy_bytes_per_s": 2 * size / found["copy"]["median_us"] * 1e6,
         "product_flop_per_s": 2 * side**3 / found["product"]["median_us"] * 1e6,
@@ -177,6 +241,7 @@ def dequantize(bench: Bench) -> Iterator[dict[str, Any]]:
                 "memplan": lambda: nf4_dequantize(packed, state),  # noqa: B023
                 "table": lambda: dequantize_into(out, weight, *whole),  # noqa: B023
                 "comparisons": lambda: dequantize_into(out, weight, *whole, select=True),  # noqa: B023
+                **others.equivalents(bench.nf4, "dequantize", packed, state),
             }
             theirs = bnb_functional.dequantize_4bit(packed, state)
             count = weight.rows * weight.columns
@@ -185,8 +250,7 @@ def dequantize(bench: Bench) -> Iterator[dict[str, Any]]:
                 "case": case,
                 "bytes": round(count * (0.5 + scales + 2)),
                 "equal": bool(torch.equal(theirs, nf4_dequantize(packed, state))),
-                "times": bench.times(candidates),
-                "peak_bytes": bench.peaks(candidates),
+                **bench.measure(candidates),
             }
 
 
@@ -199,12 +263,12 @@ def quantize(bench: Bench) -> Iterator[dict[str, Any]]:
             "memplan": lambda: nf4_quantize(source),  # noqa: B023
         }
         theirs, ours = (run()[0] for run in candidates.values())  # type: ignore[index]
+        candidates |= others.equivalents(bench.nf4, "quantize", source)
         yield {
             "case": case,
             "bytes": round(source.numel() * (2 + 0.5 + 4 / 64)),
             "equal": bool(torch.equal(theirs, ours)),
-            "times": bench.times(candidates),
-            "peak_bytes": bench.peaks(candidates),
+            **bench.measure(candidates),
         }
 
 
@@ -213,31 +277,31 @@ def linear(bench: Bench) -> Iterator[dict[str, Any]]:
     for case, packed, state in weights(bench):
         dense = nf4_dequantize(packed, state)
         outputs, inputs = case["shape"]
+        theirs = others.equivalents(bench.nf4, "linear", packed, state)
         for rows in bench.rows:
             x = torch.randn(rows, inputs, dtype=torch.bfloat16, device=bench.device, requires_grad=True)
             grad = torch.randn(rows, outputs, dtype=torch.bfloat16, device=bench.device)
             runs: Candidates = {
                 "bitsandbytes": lambda: bnb.matmul_4bit(x, packed, quant_state=state),  # noqa: B023
                 **{method: lambda m=method: nf4_linear(x, packed, state, method=m) for method in METHODS},  # noqa: B023
+                **{name: partial(run, x) for name, run in theirs.items()},
                 "dense": lambda: nn.functional.linear(x, dense),  # noqa: B023
             }
-            graphs: dict[str, Any] = {name: run() for name, run in runs.items()}
+            about = {"flop": 2 * rows * outputs * inputs}
+            forward = bench.measure(runs)
+            yield {"case": {**case, "rows": rows, "direction": "forward"}, **about, **forward}
             backwards: Candidates = {
-                name: lambda y=y: torch.autograd.grad(y, x, grad, retain_graph=True)  # noqa: B023
-                for name, y in graphs.items()
+                name: partial(torch.autograd.grad, runs[name](), x, grad, retain_graph=True)  # type: ignore[arg-type]
+                for name in forward["times"]
             }
-            for direction, candidates in (("forward", runs), ("backward", backwards)):
-                yield {
-                    "case": {**case, "rows": rows, "direction": direction},
-                    "flop": 2 * rows * outputs * inputs,
-                    "strip_bytes": scratch_bytes(case["shape"], 2)[direction == "backward"],
-                    "times": bench.times(candidates),
-                    "peak_bytes": bench.peaks(candidates),
-                }
+            backward = bench.measure(backwards)
+            yield {"case": {**case, "rows": rows, "direction": "backward"}, **about, **backward}
 
 
 def lora(bench: Bench) -> Iterator[dict[str, Any]]:
-    """Forward and backward of PEFT's layer, stock and patched, with a residual stream in bf16 and in fp32."""
+    """Forward and backward of PEFT's layer, stock, patched and as others run it, with a residual stream in
+    bf16 and in fp32.
+    """
     from peft import LoraConfig, inject_adapter_in_model
 
     for case, packed, state in weights(bench):
@@ -256,15 +320,19 @@ def lora(bench: Bench) -> Iterator[dict[str, Any]]:
                     x = torch.randn(rows, inputs, dtype=dtype, device=bench.device, requires_grad=True)
                     grad = torch.randn(rows, outputs, dtype=dtype, device=bench.device)
 
-                    def step(model: Any = model, x: Any = x, grad: Any = grad) -> None:
-                        model.proj(x).backward(grad)
+                    def step(layer: Any, x: Any = x, grad: Any = grad) -> None:
+                        layer(x).backward(grad)
 
-                    times, peaks = turns(bench, model, step)
+                    theirs = others.equivalents(bench.nf4, "lora", model.proj)
+                    layers = {"stock": model.proj, "memplan": model.proj, **theirs}
                     yield {
                         "case": {**case, "rows": rows, "dtype": str(dtype), "dropout": dropout, "rank": RANK},
                         "flop": 4 * rows * outputs * inputs,
-                        "times": times,
-                        "peak_bytes": peaks,
+                        **bench.measure(
+                            {name: partial(step, layer) for name, layer in layers.items()},
+                            before=partial(put, model),
+                            least=LEAST_STEPS,
+                        ),
                     }
 
 
@@ -279,45 +347,31 @@ def layer_of(packed: Any, state: Any, outputs: int, inputs: int) -> Any:
     return layer
 
 
-def turns(
-    bench: Bench, model: Any, step: Callable[[], None], *, seconds: float = CASE_SECONDS, whole: bool = False
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Times and peaks of a step, stock and with the kernels, taking turns."""
-    found: dict[str, list[float]] = {"stock": [], "memplan": []}
-    peaks: dict[str, int | None] = {}
-    put: dict[str, Callable[[Any], int]] = {"stock": kernels.remove, "memplan": kernels.apply}
-    for name in found:  # to warm up
-        put[name](model)
-        for _ in range(2):
-            step()
-    for number in bench.turns(seconds, LEAST_STEPS):
-        for name in sorted(found, reverse=number % 2 == 0):
-            put[name](model)
-            bench.flush.zero_()
-            found[name].append(bench.one(step))
-    for name in found:
-        put[name](model)
-        peaks[name] = bench.peak(step, whole=whole)
-    kernels.remove(model)
-    return {name: spread(values) for name, values in found.items()}, peaks
+def put(model: Any, name: str) -> None:
+    """The kernels into a model for memplan's turn, and out of it for the others'."""
+    (kernels.apply if name == "memplan" else kernels.remove)(model)
 
 
 def steps(model_name: str, bench: Bench) -> Iterator[dict[str, Any]]:
     """Whole QLoRA steps, stock and with the kernels: benchmarks/qlora_step.py. Peaks are all that is
     allocated, as a plan's, but for what else this program holds.
     """
-    found = importlib.util.spec_from_file_location("qlora_step", ROOT / "benchmarks" / "qlora_step.py")
-    assert found is not None and found.loader is not None
-    qlora_step = importlib.util.module_from_spec(found)
-    found.loader.exec_module(qlora_step)
+    qlora_step = beside("qlora_step")
     for options in qlora_step.RECIPES:
         held = 0 if bench.device == "cpu" else torch.cuda.memory_allocated()
         case, model, step = qlora_step.case(model_name, options, bench.device)
-        times, peaks = turns(bench, model, step, seconds=STEP_SECONDS, whole=True)
+        found = bench.measure(
+            {"stock": step, "memplan": step},
+            before=partial(put, model),
+            seconds=STEP_SECONDS,
+            least=LEAST_STEPS,
+            warm=2,
+            whole=True,
+        )
         del model, step
         qlora_step.forget()  # before the next: two 70Bs don't fit
-        peaks = {name: None if peak is None else peak - held for name, peak in peaks.items()}
-        yield {"case": case, "times": times, "peak_bytes": peaks}
+        peaks = {name: None if peak is None else peak - held for name, peak in found["peak_bytes"].items()}
+        yield {"case": case, **found, "peak_bytes": peaks}
 
 
 # the most important first
@@ -376,23 +430,31 @@ def run(
         "versions": {name: installed(name) for name in LIBRARIES},
         "rounds": bench.rounds,
         "ceilings": ceilings(bench),
+        "absent": bench.absent,
         "cut_short": [],
+        "failed": {},
         "results": [],
     }
     for part in parts:
         share = SHARES.get(part, 1.0) if parts == list(PARTS) else 1.0
         cases = PARTS[part](bench)
-        while time.monotonic() - start < share * seconds:
-            result = next(cases, None)
-            if result is None:
-                break
-            record["results"].append({"part": part, **result})
-            print(part, line(result), flush=True)
-            if keep is not None:
-                keep(record)
-        else:
-            record["cut_short"].append(part)
-            print(f"{part}: no time for more", flush=True)
+        try:
+            while time.monotonic() - start < share * seconds:
+                result = next(cases, None)
+                if result is None:
+                    break
+                record["results"].append({"part": part, **result})
+                print(part, line(result), flush=True)
+                if keep is not None:
+                    keep(record)
+            else:
+                record["cut_short"].append(part)
+                print(f"{part}: no time for more", flush=True)
+        except Exception as error:
+            if isinstance(error, DEVICE_ERRORS):
+                raise
+            traceback.print_exc()
+            record["failed"][part] = type(error).__name__
         cases.close()  # type: ignore[attr-defined]
     if keep is not None:
         keep(record)
@@ -403,7 +465,13 @@ def line(result: dict[str, Any]) -> str:
     """A result in a line."""
     case = " ".join(str(value) for value in result["case"].values())
     times = ", ".join(f"{name} {found['median_us']:.0f}" for name, found in result["times"].items())
-    return f"{case}: {times} µs" + ("" if result.get("equal", True) else "  NOT EQUAL")
+    failed = "".join(f", {name}: {error}" for name, error in result["failed"].items())
+    return f"{case}: {times} µs{failed}" + ("" if result.get("equal", True) else "  NOT EQUAL")
+
+
+def told(record: dict[str, Any]) -> str | None:
+    """A sentence on the parts that failed, if any did."""
+    return f"failed: {', '.join(record['failed'])}" if record["failed"] else None
 
 
 def main() -> None:
@@ -425,7 +493,7 @@ def main() -> None:
         print("Rehearsal on a CPU, in small sizes: these times are no measurements, and nothing is kept.")
         record = run(parts, Bench("cpu", 2))
         print(f"{len(json.dumps(record))} bytes of results forgotten")
-        return
+        sys.exit(told(record))
     if not torch.cuda.is_available():
         sys.exit("there is no GPU here to measure; --rehearse goes through it all on a CPU")
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -438,8 +506,9 @@ def main() -> None:
         beside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         beside.replace(path[0])
 
-    run(parts, Bench("cuda", arguments.rounds), seconds=arguments.seconds, keep=keep)
+    record = run(parts, Bench("cuda", arguments.rounds), seconds=arguments.seconds, keep=keep)
     print(f"wrote {path[0]}")
+    sys.exit(told(record))
 
 
 if __name__ == "__main__":

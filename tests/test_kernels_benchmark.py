@@ -7,11 +7,12 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-from nf4_weights import one_thread
+from nf4_weights import functional, one_thread, quantized, torch, values
 
 assert one_thread
 for package in ("torch", "triton", "transformers", "peft", "bitsandbytes"):
@@ -52,7 +53,7 @@ def test_a_run_that_has_no_time_keeps_what_it_has(monkeypatch: pytest.MonkeyPatc
 
     def cases(_: object) -> object:
         for number in range(9):
-            yield {"case": {"number": number}, "times": {}}
+            yield {"case": {"number": number}, "times": {}, "failed": {}}
 
     monkeypatch.setattr(benchmark, "PARTS", dict.fromkeys(benchmark.PARTS, cases))
     monkeypatch.setattr(benchmark, "ceilings", lambda _: {})
@@ -98,5 +99,151 @@ def test_the_page_reads_what_the_benchmark_writes(monkeypatch: pytest.MonkeyPatc
     text = page.measured([json.loads(json.dumps(record))])
     assert "a rehearsal, nothing is measured" in text
     assert "#### nf4_dequantize" in text and "#### nf4_linear" in text
-    assert text.count("| rehearsal up_proj [192, 64]") == 2 + 2
+    assert text.count("| rehearsal up_proj [384, 128]") == 2 + 2
     assert "Not yet measured" in page.measured([])
+
+
+# Stand-ins with the signatures of unsloth 2026.10.9, which wants a GPU, and of torchao 0.18.
+UNSLOTH = {
+    "unsloth/__init__.py": "raise AssertionError('this would patch torch, transformers and PEFT')",
+    "unsloth/kernels/__init__.py": "raise AssertionError('nor is this needed')",
+    "unsloth_zoo/__init__.py": "raise AssertionError('nor this')",
+    "unsloth/kernels/utils.py": """
+from bitsandbytes.functional import dequantize_4bit
+
+def fast_dequantize(W, quant_state=None, out=None, use_global_buffer=False, dtype=None):
+    weight = dequantize_4bit(W.t() if W.shape[0] == 1 else W, quant_state)
+    return weight.t() if W.shape[0] == 1 else weight
+
+def matmul_lora(X, W, W_quant, A, B, s, out=None, use_global_buffer=True):
+    assert A is None and B is None
+    return X @ fast_dequantize(W, W_quant, use_global_buffer=True, dtype=X.dtype).t()
+""",
+    "unsloth/kernels/fast_lora.py": """
+from .utils import fast_dequantize
+
+def apply_lora_o(self, X):
+    batch, tokens, width = X.shape
+    if X.dtype.itemsize == 4:
+        raise RuntimeError("mat1 and mat2 must have the same dtype")
+    return self.o_proj(X)
+""",
+}
+TORCHAO = """
+import torch
+
+class NF4Tensor(torch.Tensor):
+    def get_original_weight(self):
+        return self.as_subclass(torch.Tensor).clone()
+
+def to_nf4(tensor, block_size=64, scaler_block_size=256):
+    return tensor.as_subclass(NF4Tensor)
+"""
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[dict[str, str]], None]]:
+    """Writes modules to where they are imported from, for one test."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    before = set(sys.modules)
+
+    def write(files: dict[str, str]) -> None:
+        for name, text in files.items():
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        importlib.invalidate_caches()
+
+    yield write
+    for name in set(sys.modules) - before:
+        if name.split(".")[0] in ("unsloth", "unsloth_zoo", "torchao"):
+            del sys.modules[name]
+
+
+def test_what_else_is_installed_is_timed_beside(
+    install: Callable[[dict[str, str]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each library in the parts that it has something for; where it fails, the others are timed anyway."""
+    from memplan.kernels import launch
+
+    monkeypatch.setattr(launch, "INTERPRETED", False)  # plain torch is quicker
+    install({**UNSLOTH, "torchao/__init__.py": "", "torchao/quantization.py": TORCHAO})
+    benchmark = load("kernels_benchmark", ROOT / "benchmarks" / "kernels.py")
+    parts = ["nf4_dequantize", "nf4_linear", "nf4_quantize", "nf4_lora_linear"]
+    record = benchmark.run(parts, benchmark.Bench("cpu", 1))
+    assert record["absent"] == {} and record["failed"] == {}
+    for result in record["results"]:
+        case, times = result["case"], set(result["times"])
+        there = times & {"torchao", "unsloth"}
+        if result["part"] == "nf4_dequantize":  # torchao has double quantisation only
+            assert there == ({"torchao", "unsloth"} if case["nested"] else {"unsloth"})
+        elif result["part"] == "nf4_linear":
+            assert there == {"torchao", "unsloth"}
+        elif result["part"] == "nf4_quantize":
+            assert there == {"torchao"}
+        else:
+            fails = case["dtype"] == "torch.float32"
+            assert there == (set() if fails else {"unsloth"})
+            assert result["failed"] == ({"unsloth": "RuntimeError"} if fails else {})
+            assert times >= {"stock", "memplan"}
+
+
+def test_others_compute_the_same(install: Callable[[dict[str, str]], None]) -> None:
+    """Of the same weight the same product and gradient: nobody's layout is misread."""
+    install({**UNSLOTH, "torchao/__init__.py": "", "torchao/dtypes/nf4tensor.py": TORCHAO})  # until 0.17
+    others = load("others", ROOT / "benchmarks" / "others.py")
+    libraries, absent = others.found(others.NF4)
+    assert set(libraries) == {"torchao", "unsloth"} and not absent
+    packed, state = quantized(128, 64)
+    weight = functional.dequantize_4bit(packed, state)
+    x = values(8, 64).requires_grad_()
+    y = x @ weight.t()
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    for name, run in others.equivalents(libraries, "linear", packed, state).items():
+        found = run(x)
+        torch.testing.assert_close(found, y, msg=name)
+        torch.testing.assert_close(torch.autograd.grad(found.sum(), x)[0], grad, msg=name)
+    for name, dequantize in others.equivalents(libraries, "dequantize", packed, state).items():
+        assert torch.equal(dequantize(), weight), name
+
+
+def test_a_library_that_is_not_there_is_left_out_with_a_word(
+    install: Callable[[dict[str, str]], None],
+) -> None:
+    """And nothing of it stays behind for others to find."""
+    others = load("others", ROOT / "benchmarks" / "others.py")
+    if not any(importlib.util.find_spec(name) for name in ("torchao", "unsloth")):
+        assert others.found(others.NF4) == ({}, {"torchao": "missing", "unsloth": "missing"})
+    refusal = "raise NotImplementedError('Unsloth cannot find any torch accelerator? You need a GPU.')"
+    install({**UNSLOTH, "unsloth/kernels/utils.py": refusal, "torchao/__init__.py": "import not_there"})
+    libraries, absent = others.found(others.NF4)
+    assert libraries == {} and absent == {"torchao": "ModuleNotFoundError", "unsloth": "NotImplementedError"}
+    assert not {"unsloth", "unsloth.kernels", "unsloth_zoo"} & set(sys.modules)
+
+
+def test_a_part_that_fails_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others are kept, and the record says which failed; so does the exit status."""
+    benchmark = load("kernels_benchmark", ROOT / "benchmarks" / "kernels.py")
+    monkeypatch.setattr(benchmark, "ceilings", lambda _: {})
+
+    def broken(_: object) -> Iterator[dict[str, object]]:
+        yield {"case": {}, "times": {}, "failed": {}}
+        raise MemoryError
+
+    monkeypatch.setitem(benchmark.PARTS, "step_8b", broken)
+    record = benchmark.run(["step_8b", "nf4_quantize"], benchmark.Bench("cpu", 1))
+    assert [result["part"] for result in record["results"]] == ["step_8b", "nf4_quantize", "nf4_quantize"]
+    assert record["failed"] == {"step_8b": "MemoryError"}
+    assert benchmark.told(record) == "failed: step_8b" and benchmark.told({"failed": {}}) is None
+
+
+def test_an_error_of_the_device_ends_the_run() -> None:
+    """After one nothing runs on the card, and whatever came then would be called a failure of its own."""
+    benchmark = load("kernels_benchmark", ROOT / "benchmarks" / "kernels.py")
+
+    def broken() -> None:
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    with pytest.raises(torch.AcceleratorError):
+        benchmark.Bench("cpu", 1).measure({"broken": broken})
