@@ -92,8 +92,8 @@ class Bench:
     def __init__(self, device: str, rounds: int) -> None:
         self.device, self.rounds = device, rounds
         self.shapes, self.rows = (SHAPES, ROWS) if device == "cuda" else (SMALL_SHAPES, SMALL_ROWS)
-        # larger than any L2 cache: written between calls, so that each finds its weight in memory, as a step
-        # does
+        # larger than any L2 cache: written before each call, so that it finds its weight in memory, as in a
+        # step, and so that the call is launched while the card is busy, as in a step
         self.flush = torch.empty(256 << 20 if device == "cuda" else 1, dtype=torch.int8, device=device)
         self.dice = random.Random(0)
         self.absent: dict[str, str] = {}  # libraries that were looked for, and why they are left out
@@ -139,7 +139,6 @@ class Bench:
             self.dice.shuffle(order)
             for name in order:
                 before(name)
-                self.flush.zero_()
                 found[name].append(self.one(running[name]))
         peaks = {}
         for name, run in running.items():
@@ -168,13 +167,14 @@ class Bench:
         return name
 
     def one(self, run: Callable[[], object]) -> float:
-        """Microseconds of one call."""
+        """Microseconds that the device spends on one call."""
         if self.device == "cpu":
             start = time.perf_counter()
             run()
             return (time.perf_counter() - start) * 1e6
         before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
+        self.flush.zero_()
         before.record()
         run()
         after.record()
