@@ -30,6 +30,7 @@ import random
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
@@ -43,8 +44,9 @@ import torch
 from torch import nn
 
 from memplan import kernels
+from memplan.kernels import strips
 from memplan.kernels.nf4_dequantize import dequantize_into, nf4_dequantize
-from memplan.kernels.nf4_linear import METHODS, nf4_linear
+from memplan.kernels.nf4_linear import nf4_linear, scratch_bytes
 from memplan.kernels.nf4_quantize import nf4_quantize
 from memplan.kernels.weight import weight_of
 
@@ -70,6 +72,8 @@ STEP_SECONDS = 20.0
 LEAST_ROUNDS, LEAST_STEPS = 5, 3
 SMALL_SHAPES = {"rehearsal": {"up_proj": (384, 128), "down_proj": (128, 384)}}
 SMALL_ROWS = (32,)
+STRIPS = (strips.STRIP_BYTES, 16 << 20, 8 << 20)  # what is taken today, and smaller
+SMALL_STRIPS = (strips.STRIP_BYTES, 1 << 15)
 RANK = 16
 DEVICE_ERRORS = (torch.AcceleratorError,) if hasattr(torch, "AcceleratorError") else ()  # since torch 2.8
 
@@ -91,7 +95,9 @@ class Bench:
 
     def __init__(self, device: str, rounds: int) -> None:
         self.device, self.rounds = device, rounds
-        self.shapes, self.rows = (SHAPES, ROWS) if device == "cuda" else (SMALL_SHAPES, SMALL_ROWS)
+        self.shapes, self.rows, self.strips = (
+            (SHAPES, ROWS, STRIPS) if device == "cuda" else (SMALL_SHAPES, SMALL_ROWS, SMALL_STRIPS)
+        )
         # larger than any L2 cache: written before each call, so that it finds its weight in memory, as in a
         # step, and so that the call is launched while the card is busy, as in a step
         self.flush = torch.empty(256 << 20 if device == "cuda" else 1, dtype=torch.int8, device=device)
@@ -272,30 +278,71 @@ def quantize(bench: Bench) -> Iterator[dict[str, Any]]:
         }
 
 
+@contextmanager
+def strips_of(size: int) -> Iterator[None]:
+    """The kernels cut weights into strips of at most ``size`` bytes."""
+    before, strips.STRIP_BYTES = strips.STRIP_BYTES, size
+    try:
+        yield
+    finally:
+        strips.STRIP_BYTES = before
+
+
+def cut(size: int, run: Callable[[], object]) -> Callable[[], object]:
+    """A call with strips of that size."""
+
+    def called() -> object:
+        with strips_of(size):
+            return run()
+
+    return called
+
+
+def cuts(sizes: tuple[int, ...], shape: tuple[int, int]) -> dict[str, tuple[int, tuple[int, int]]]:
+    """By a candidate's name the size that it cuts by, and the bytes of a strip of this weight, forward and
+    backward; of sizes that cut it alike only the first.
+    """
+    found: dict[tuple[int, int], int] = {}
+    for size in sizes:
+        with strips_of(size):
+            found.setdefault(scratch_bytes(shape, 2), size)
+    return {f"strips {size / 2**20:g} MiB": (size, held) for held, size in found.items()}
+
+
 def linear(bench: Bench) -> Iterator[dict[str, Any]]:
-    """x @ W.T and the gradient of x; ``dense`` is the product by a weight that is 16-bit already."""
+    """x @ W.T and the gradient of x: which method is fastest at which shape. ``dense`` is the product by a
+    weight that is 16-bit already.
+    """
     for case, packed, state in weights(bench):
         dense = nf4_dequantize(packed, state)
         outputs, inputs = case["shape"]
+        sizes = cuts(bench.strips, case["shape"])
         theirs = others.equivalents(bench.nf4, "linear", packed, state)
         for rows in bench.rows:
             x = torch.randn(rows, inputs, dtype=torch.bfloat16, device=bench.device, requires_grad=True)
             grad = torch.randn(rows, outputs, dtype=torch.bfloat16, device=bench.device)
+            ours = partial(nf4_linear, x, packed, state)
             runs: Candidates = {
-                "bitsandbytes": lambda: bnb.matmul_4bit(x, packed, quant_state=state),  # noqa: B023
-                **{method: lambda m=method: nf4_linear(x, packed, state, method=m) for method in METHODS},  # noqa: B023
+                "bitsandbytes": partial(bnb.matmul_4bit, x, packed, quant_state=state),
+                **{name: cut(size, ours) for name, (size, _) in sizes.items()},
+                "fused": partial(ours, method="fused"),
                 **{name: partial(run, x) for name, run in theirs.items()},
-                "dense": lambda: nn.functional.linear(x, dense),  # noqa: B023
+                "dense": partial(nn.functional.linear, x, dense),
             }
-            about = {"flop": 2 * rows * outputs * inputs}
             forward = bench.measure(runs)
-            yield {"case": {**case, "rows": rows, "direction": "forward"}, **about, **forward}
-            backwards: Candidates = {
-                name: partial(torch.autograd.grad, runs[name](), x, grad, retain_graph=True)  # type: ignore[arg-type]
+            gradients: Candidates = {
+                name: partial(torch.autograd.grad, runs[name](), x, grad, retain_graph=True)
                 for name in forward["times"]
             }
-            backward = bench.measure(backwards)
-            yield {"case": {**case, "rows": rows, "direction": "backward"}, **about, **backward}
+            gradients |= {name: cut(sizes[name][0], run) for name, run in gradients.items() if name in sizes}
+            backward = bench.measure(gradients)
+            for number, (direction, found) in enumerate((("forward", forward), ("backward", backward))):
+                yield {
+                    "case": {**case, "rows": rows, "direction": direction},
+                    "flop": 2 * rows * outputs * inputs,
+                    "strip_bytes": {name: held[number] for name, (_, held) in sizes.items()},
+                    **found,
+                }
 
 
 def lora(bench: Bench) -> Iterator[dict[str, Any]]:

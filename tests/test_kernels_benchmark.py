@@ -247,3 +247,17 @@ def test_an_error_of_the_device_ends_the_run() -> None:
 
     with pytest.raises(torch.AcceleratorError):
         benchmark.Bench("cpu", 1).measure({"broken": broken})
+
+
+def test_strips_are_timed_in_several_sizes_and_left_as_they_were() -> None:
+    """A weight of 32 MiB is one strip, two of 16 and four of 8; one of 8 MiB is the same strip thrice."""
+    from memplan.kernels import strips
+
+    benchmark = load("kernels_benchmark", ROOT / "benchmarks" / "kernels.py")
+    mib = 1 << 20
+    assert benchmark.cuts(benchmark.STRIPS, (4096, 4096)) == {
+        f"strips {size} MiB": (size * mib, (size * mib, size * mib)) for size in (32, 16, 8)
+    }
+    assert list(benchmark.cuts(benchmark.STRIPS, (1024, 4096))) == ["strips 32 MiB"]
+    cut = benchmark.cut(8 * mib, lambda: strips.strip(4096, 4096, 2))
+    assert cut() == 1024 and strips.strip(4096, 4096, 2) == 4096
