@@ -49,6 +49,7 @@ from memplan.kernels.nf4_dequantize import dequantize_into, nf4_dequantize
 from memplan.kernels.nf4_linear import nf4_linear, scratch_bytes
 from memplan.kernels.nf4_quantize import nf4_quantize
 from memplan.kernels.weight import weight_of
+from memplan.models.liger_loss import chunk_size
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "data" / "measurements" / "kernels"
@@ -72,6 +73,10 @@ STEP_SECONDS = 20.0
 LEAST_ROUNDS, LEAST_STEPS = 5, 3
 SMALL_SHAPES = {"rehearsal": {"up_proj": (384, 128), "down_proj": (128, 384)}}
 SMALL_ROWS = (32,)
+HEADS = {"llama-3.1-8b": (128256, 4096), "llama-3.3-70b": (128256, 8192), "qwen-2.5-7b": (152064, 3584)}
+TOKENS = (2048, 8192)
+CHUNKS = (64, 256, 1024)  # rows whose logits are made at once; Liger's are 64 for a Llama 3 at 2048 tokens
+SMALL_HEADS, SMALL_TOKENS, SMALL_CHUNKS = {"rehearsal": (500, 64)}, (48,), (16,)
 STRIPS = (strips.STRIP_BYTES, 16 << 20, 8 << 20)  # what is taken today, and smaller
 SMALL_STRIPS = (strips.STRIP_BYTES, 1 << 15)
 RANK = 16
@@ -98,6 +103,9 @@ class Bench:
         self.shapes, self.rows, self.strips = (
             (SHAPES, ROWS, STRIPS) if device == "cuda" else (SMALL_SHAPES, SMALL_ROWS, SMALL_STRIPS)
         )
+        self.heads, self.tokens, self.chunks = (
+            (HEADS, TOKENS, CHUNKS) if device == "cuda" else (SMALL_HEADS, SMALL_TOKENS, SMALL_CHUNKS)
+        )
         # larger than any L2 cache: written before each call, so that it finds its weight in memory, as in a
         # step, and so that the call is launched while the card is busy, as in a step
         self.flush = torch.empty(256 << 20 if device == "cuda" else 1, dtype=torch.int8, device=device)
@@ -108,6 +116,13 @@ class Bench:
     def nf4(self) -> dict[str, Any]:
         """The other libraries that have NF4."""
         found, absent = others.found(others.NF4)
+        self.absent.update(absent)
+        return found
+
+    @cached_property
+    def losses(self) -> dict[str, Any]:
+        """The libraries that have a loss, each with its candidates."""
+        found, absent = others.found(others.LOSSES)
         self.absent.update(absent)
         return found
 
@@ -345,6 +360,63 @@ def linear(bench: Bench) -> Iterator[dict[str, Any]]:
                 }
 
 
+def loss(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Linear + cross entropy with a frozen head: the loss and the gradient of the hidden states, which takes
+    two products. ``products N`` are those two alone, N rows at a time: what no loss in chunks of N rows can
+    beat. ``distance`` is a gradient's from the stock one, relative to its norm.
+    """
+    for model, (vocabulary, hidden) in bench.heads.items():
+        weight = torch.empty(vocabulary, hidden, dtype=torch.bfloat16, device=bench.device).normal_(0, 0.02)
+        for tokens in bench.tokens:
+            x = torch.randn(tokens, hidden, dtype=torch.bfloat16, device=bench.device, requires_grad=True)
+            targets = torch.randint(vocabulary, (tokens,), device=bench.device)
+            losses: Candidates = {
+                name: partial(gradient, compute, x, weight, targets)
+                for candidates in bench.losses.values()
+                for name, compute in candidates.items()
+            }
+            alone: Candidates = {
+                f"products {rows}": partial(products, x.detach(), weight, rows) for rows in bench.chunks
+            }
+            alone["products all"] = partial(products, x.detach(), weight, tokens)
+            found = bench.measure({**losses, **alone})
+            stock = gradient(bench.losses["transformers"]["stock"], x, weight, targets).float()
+            distances = {
+                name: float((run().float() - stock).norm() / stock.norm())
+                for name, run in losses.items()
+                if name in found["times"]
+            }
+            rows = chunk_size(tokens, hidden, vocabulary)
+            yield {
+                "case": {
+                    "model": model,
+                    "tokens": tokens,
+                    "hidden": hidden,
+                    "vocabulary": vocabulary,
+                    "liger_rows": rows,
+                },
+                "flop": 4 * tokens * hidden * vocabulary,
+                "distance": distances,
+                **found,
+            }
+
+
+def gradient(compute: Any, x: Any, weight: Any, targets: Any) -> Any:
+    """Of the hidden states x [tokens, H]; the weight [V, H] has none."""
+    return torch.autograd.grad(compute(x, weight, targets), x)[0]
+
+
+def products(x: Any, weight: Any, rows: int) -> Any:
+    """Logits of some rows at a time, and the product by which a gradient of theirs becomes that of x."""
+    out = torch.empty_like(x)
+    logits = x.new_empty((rows, weight.shape[0]))
+    for start in range(0, len(x), rows):
+        part = x[start : start + rows]
+        torch.mm(part, weight.t(), out=logits[: len(part)])
+        torch.mm(logits[: len(part)], weight, out=out[start : start + rows])
+    return out
+
+
 def lora(bench: Bench) -> Iterator[dict[str, Any]]:
     """Forward and backward of PEFT's layer, stock, patched and as others run it, with a residual stream in
     bf16 and in fp32.
@@ -421,17 +493,21 @@ def steps(model_name: str, bench: Bench) -> Iterator[dict[str, Any]]:
         yield {"case": case, **found, "peak_bytes": peaks}
 
 
-# the most important first
+# the most important first, and what takes seconds before what takes minutes
 PARTS: dict[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {
     "nf4_dequantize": dequantize,
     "step_8b": partial(steps, "llama-3.1-8b"),
+    "loss": loss,
+    "nf4_quantize": quantize,
     "nf4_linear": linear,
     "step_70b": partial(steps, "llama-3.3-70b"),
-    "nf4_quantize": quantize,
     "nf4_lora_linear": lora,
 }
 # of the whole time, where there is not enough for all: what a part must leave to those after it
-SHARES = {"nf4_dequantize": 0.1, "step_8b": 0.3, "nf4_linear": 0.55, "step_70b": 0.85, "nf4_quantize": 0.9}
+SHARES = {
+    "nf4_dequantize": 0.1, "step_8b": 0.3, "loss": 0.4, "nf4_quantize": 0.45, "nf4_linear": 0.68,
+    "step_70b": 0.9,
+}  # fmt: skip
 
 
 # -- the run -----------------------------------------------------------------------------------------------

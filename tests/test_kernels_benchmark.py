@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from nf4_weights import functional, one_thread, quantized, torch, values
+from nf4_weights import DEVICE, functional, one_thread, quantized, torch, values
 
 assert one_thread
 for package in ("torch", "triton", "transformers", "peft", "bitsandbytes"):
@@ -39,9 +39,12 @@ def test_a_rehearsal_goes_through_all_parts_and_keeps_nothing() -> None:
     )  # fmt: skip
     assert process.returncode == 0, process.stderr[-2000:]
     assert process.stdout.startswith("Rehearsal on a CPU") and "forgotten" in process.stdout
-    for part in ("nf4_dequantize", "step_8b", "nf4_linear", "step_70b", "nf4_quantize", "nf4_lora_linear"):
+    parts = ("nf4_dequantize", "step_8b", "loss", "nf4_quantize", "nf4_linear", "step_70b", "nf4_lora_linear")
+    for part in parts:
         assert f"\n{part} rehearsal" in process.stdout
     assert "NOT EQUAL" not in process.stdout
+    if importlib.util.find_spec("liger_kernel") and DEVICE == "cpu":  # Triton has no driver here
+        assert "liger: RuntimeError" in process.stdout
     assert sorted(RESULTS.glob("*")) == before
 
 
@@ -261,3 +264,27 @@ def test_strips_are_timed_in_several_sizes_and_left_as_they_were() -> None:
     assert list(benchmark.cuts(benchmark.STRIPS, (1024, 4096))) == ["strips 32 MiB"]
     cut = benchmark.cut(8 * mib, lambda: strips.strip(4096, 4096, 2))
     assert cut() == 1024 and strips.strip(4096, 4096, 2) == 4096
+
+
+@pytest.mark.filterwarnings("ignore")  # the libraries' warnings are theirs
+def test_losses_of_a_frozen_head_agree() -> None:
+    """Each library's loss gives stock's gradient of the hidden states, Liger's whatever its chunk."""
+    for package in ("trl", "liger_kernel"):
+        pytest.importorskip(package)
+    benchmark = load("kernels_benchmark", ROOT / "benchmarks" / "kernels.py")
+    record = benchmark.run(["loss"], benchmark.Bench("cpu", 1))
+    (result,) = record["results"]
+    assert record["failed"] == {}
+    case, times = result["case"], result["times"]
+    assert result["flop"] == 2 * (2 * case["tokens"] * case["hidden"] * case["vocabulary"])
+    assert {"stock", "trl", "liger", "liger × 4", "liger × 16", "products 16", "products all"} <= set(times)
+    assert result["distance"].keys() == {name for name in times if not name.startswith("products")}
+    assert result["distance"]["stock"] == 0 and max(result["distance"].values()) < 0.01
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7, 100])
+def test_the_two_products_alone_are_those_of_a_loss(rows: int) -> None:
+    """Logits, and times the weight again: x W^T W, however many rows at a time."""
+    benchmark = load("kernels_benchmark", ROOT / "benchmarks" / "kernels.py")
+    x, weight = values(7, 16), values(50, 16, seed=1)
+    torch.testing.assert_close(benchmark.products(x, weight, rows), x @ weight.t() @ weight)
