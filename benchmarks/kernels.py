@@ -476,7 +476,7 @@ def steps(model_name: str, bench: Bench) -> Iterator[dict[str, Any]]:
     allocated, as a plan's, but for what else this program holds.
     """
     qlora_step = beside("qlora_step")
-    for options in qlora_step.RECIPES:
+    for options in qlora_step.RECIPES[model_name]:
         held = 0 if bench.device == "cpu" else torch.cuda.memory_allocated()
         case, model, step = qlora_step.case(model_name, options, bench.device)
         found = bench.measure(
