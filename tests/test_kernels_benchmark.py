@@ -104,6 +104,9 @@ def test_the_page_reads_what_the_benchmark_writes(monkeypatch: pytest.MonkeyPatc
     assert "#### nf4_dequantize" in text and "#### nf4_linear" in text
     assert text.count("| rehearsal up_proj [384, 128]") == 2 + 2
     assert "Not yet measured" in page.measured([])
+    for result in record["results"]:  # the page tells ours from the libraries' by name
+        words = {name.split()[0] for name in result["times"]} - {"torchao", "unsloth"}
+        assert words <= {*page.OURS, *page.STOCK, *page.CEILINGS}
 
 
 # Stand-ins with the signatures of unsloth 2026.10.9, which wants a GPU, and of torchao 0.18.
@@ -288,3 +291,76 @@ def test_the_two_products_alone_are_those_of_a_loss(rows: int) -> None:
     benchmark = load("kernels_benchmark", ROOT / "benchmarks" / "kernels.py")
     x, weight = values(7, 16), values(50, 16, seed=1)
     torch.testing.assert_close(benchmark.products(x, weight, rows), x @ weight.t() @ weight)
+
+
+def timed(**medians: float) -> dict[str, object]:
+    """Times and peaks, each with a spread of 10 % around its median, in µs; names with _ for a space."""
+    times = {
+        name.replace("_", " "): {"median_us": m, "p10_us": 0.9 * m, "p90_us": 1.1 * m, "rounds": 30}
+        for name, m in medians.items()
+    }
+    return {"times": times, "peak_bytes": dict.fromkeys(times, 1 << 20), "failed": {}}
+
+
+def test_the_page_says_who_is_fastest_and_by_how_much() -> None:
+    """Per case: ahead of the next, of stock and of the products that no loss can do without; ceilings don't
+    compete, and a lead within the spread is called one.
+    """
+    page = load("kernels_page", ROOT / "docs" / "kernels_page.py")
+    linear = {"part": "nf4_linear", "flop": 10**9}
+    loss = {"part": "loss", "flop": 10**9, "distance": {"stock": 0.0, "liger": 0.004}}
+    record = {
+        "started": "2026-01-01T00:00:00+00:00", "device": {"name": "NVIDIA H100"}, "rounds": 30,
+        "versions": {"torch": "2.11.0", "unsloth": "not installed"},
+        "ceilings": {"copy_bytes_per_s": 3e12, "product_flop_per_s": 1e13},
+        "absent": {"unsloth": "missing"}, "cut_short": ["nf4_linear"], "failed": {"step_70b": "KernelError"},
+        "results": [
+            {**linear, "case": {"rows": 512},
+             **timed(bitsandbytes=300, strips_32_MiB=250, strips_8_MiB=200, fused=600, dense=100)},
+            {**linear, "case": {"rows": 2048},
+             **timed(bitsandbytes=400, strips_32_MiB=410, fused=800, dense=390)},
+            {**loss, "case": {"tokens": 2048},
+             **timed(stock=500, liger=300, products_64=260, products_all=200)},
+            {**loss, "case": {"tokens": 8192},
+             **timed(stock=900, products_64=600), "failed": {"liger": "OutOfMemoryError"}},
+        ],
+    }  # fmt: skip
+    text = page.measured([record])
+    assert "unsloth not" not in text and "Left out: unsloth (missing)." in text
+    assert "Parts that failed: step_70b (KernelError)." in text
+    assert "Not finished in the time given: nf4_linear." in text
+    assert (
+        "Fastest of 2 cases: strips 8 MiB in 1, bitsandbytes in 1 (1 within the spread). "
+        "Of memplan's own: strips 8 MiB in 1, strips 32 MiB in 1." in text
+    )
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    heads, found = rows[0], {row[0]: row for row in rows}
+    assert heads[:4] == ["case", "fastest", "ahead of the next by", "stock takes"] and "dense" in heads
+    assert found["512"][1:4] == ["strips 8 MiB", "25%", "1.50 × strips 8 MiB"]
+    assert found["512"][heads.index("strips 8 MiB")] == "200 (180–220), 50%, 1.0 MiB"
+    assert "| 2048 | bitsandbytes | 2% (within the spread) | 0.98 × strips 32 MiB | 400 (360–440)," in text
+    assert "| 2048 | liger | 67% | 1.67 × liger | 1.50 × products all | within 4.0e-03 (liger) |" in text
+    assert "| 8192 |  |  |  | 1.50 × products 64 | within 4.0e-03 (liger) |" in text
+    assert "OutOfMemoryError |" in text.splitlines()[-1] and "| – |" in text.splitlines()[-1]
+
+
+def test_every_step_fits_an_80_gb_card_and_one_is_smaller_with_the_kernels() -> None:
+    """As planned, on the smallest card that is lent; most peaks are where the kernels save nothing."""
+    from memplan.planner import plan
+    from memplan.recipe import Recipe
+
+    steps = load("qlora_step", ROOT / "benchmarks" / "qlora_step.py").RECIPES
+    saved = {}
+    for model, recipes in steps.items():
+        for number, options in enumerate(recipes):
+            stock, ours = (
+                plan(model, Recipe(kernels=kernels, **options), gpus=["h100"])
+                for kernels in ("stock", "memplan")
+            )
+            assert [fit.verdict for fit in (*stock.fits, *ours.fits)] == ["fits", "fits"]
+            saved[model, number] = stock.peak.allocated_bytes - ours.peak.allocated_bytes
+    assert (
+        max(saved, key=lambda step: saved[step]) == ("llama-3.1-8b", 3) and saved["llama-3.1-8b", 3] > 4 << 30
+    )
+    with_activations = Recipe(**steps["llama-3.1-8b"][3])
+    assert plan("llama-3.3-70b", with_activations, gpus=[]).peak.allocated_bytes > 78 << 30
