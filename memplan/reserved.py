@@ -1,9 +1,10 @@
 """What the caching allocator reserves for a run: its loading, its first step, and the steps after it.
 
 A tape is one steady-state step. The allocator, though, remembers what came before: segments lie as loading
-left them, and optimizer states are born at the end of the first step, into what that step has cached. So a
-run is played from the start, on the simulated allocator: loading, then the step without the states until
-its update makes them, then the step as it stands.
+left them, cuBLAS takes its workspaces with the first products of forward and of backward, and optimizer
+states are born at the end of the first step, into what that step has cached. So a run is played from the
+start, on the simulated allocator: loading, then the step with workspaces and states made where they are
+made, then the step as it stands.
 """
 
 from __future__ import annotations
@@ -16,6 +17,12 @@ from memplan.allocator_settings import AllocatorSettings
 from memplan.tape import Category, Phase, Tape
 
 LOADING, FIRST_STEP, LATER_STEP = "loading", "first step", "later step"
+
+# Operations that cuBLAS multiplies in, as tapes name what they allocate for their results.
+_PRODUCTS = frozenset(
+    ("mm", "addmm", "bmm", "baddbmm", "gemm_4bit")
+    + ("nf4_linear", "nf4_linear_grad", "nf4_lora_linear", "nf4_lora_linear_grad")
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,16 +119,35 @@ class Playback:
         self.changes: list[tuple[int, int]] = []
         setup = [segment for segment in tape.segments if segment.phase is Phase.SETUP]
         self.begin = setup[-1].stop if setup else 0
-        rest = tape.events[: self.begin]
-        self.states = [e for e in rest if e >= 0 and tape.categories[e] is Category.OPTIMIZER_STATE]
-        self.others = [e for e in rest if e >= 0 and tape.categories[e] is not Category.OPTIMIZER_STATE]
         self.update = next(
             (s.start for s in tape.segments if s.phase is Phase.OPTIMIZER and s.name == "step"),
             len(tape.events),
         )
+        rest = [event for event in tape.events[: self.begin] if event >= 0]
+        workspaces = [e for e in rest if tape.operations[e] == "cublas_workspace"]
+        self.born = list(zip(self._first_products(), workspaces, strict=False))
+        self.states = [e for e in rest if tape.categories[e] is Category.OPTIMIZER_STATE]
+        later = {*self.states, *(workspace for _, workspace in self.born)}
+        self.others = [event for event in rest if event not in later]
+
+    def _first_products(self) -> list[int]:
+        """The first events after which a thread's cuBLAS handle is there: it is made, workspace and all, when
+        a product has its result and multiplies (aten/src/ATen/cuda/CublasHandlePool.cpp)."""
+        tape, found = self.tape, []
+        for phase in (Phase.FORWARD, Phase.BACKWARD):  # autograd has a thread of its own
+            parts = (segment for segment in tape.segments if segment.phase is phase)
+            at = (i for part in parts for i in range(part.start, min(part.stop, self.update)))
+            first = next((i for i in at if self._product(i)), None)
+            if first is not None:
+                found.append(first + 1)
+        return found
+
+    def _product(self, position: int) -> bool:
+        event = self.tape.events[position]
+        return event >= 0 and self.tape.operations[event] in _PRODUCTS
 
     def load(self, loading: Iterable[tuple[str, int]] | None) -> None:
-        """Everything that is there before the first step but the optimizer's states."""
+        """Everything that is there before the first step."""
         malloc, sizes, live = self.allocator.malloc, self.tape.sizes, self.live
         scratch: list[Block | None] = []
         for what, number in loading or ():
@@ -136,24 +162,30 @@ class Playback:
                 self.allocator.free(block)
             else:
                 self.allocator.empty_cache()
-        for number in self.others:
-            if number not in live:
-                self.position = number
-                live[number] = malloc(sizes[number])
+        self._make(number for number in self.others if number not in live)
 
     def step(self, stage: str) -> None:
-        """One step; the first one makes the states before it updates."""
+        """One step; the first one makes what later ones find there."""
         self.stage = stage
         before = set(self.live)
-        self.play(self.begin, self.update)
+        played = self.begin
         if stage == FIRST_STEP:
-            malloc, sizes = self.allocator.malloc, self.tape.sizes
-            for index in self.states:
-                self.position = index
-                self.live[index] = malloc(sizes[index])
+            for position, workspace in self.born:
+                self.play(played, position)
+                self._make([workspace])
+                played = position
+                before.add(workspace)
+        self.play(played, self.update)
+        if stage == FIRST_STEP:
+            self._make(self.states)
             before.update(self.states)
         self.play(self.update, len(self.tape.events))
         self._hand_on(before)
+
+    def _make(self, storages: Iterable[int]) -> None:
+        for index in storages:
+            self.position = index
+            self.live[index] = self.allocator.malloc(self.tape.sizes[index])
 
     def play(self, start: int, stop: int) -> None:
         """The tape's events from one to another."""

@@ -44,15 +44,18 @@ def make(spec: ModelSpec, recipe: Recipe, shape: tuple[int, int], dtype: DType) 
             if recipe.attn is Attention.FLASH:
                 _every_one()
             elif not bites:
-                _all_ones()
+                _all_ones(shape)
             masks[kind] = _boolean(shape, local) if wanted else None
         del padding
     return masks
 
 
-def _all_ones() -> None:
-    """fast_all(padding_mask): a sum and a comparison."""
+def _all_ones(shape: tuple[int, int]) -> None:
+    """fast_all(padding_mask): a sum, of bools that are cast first (aten/src/ATen/native/ReduceOpsUtils.h
+    ``make_reduction_from_ty``), and a comparison."""
     total = empty((), int64, "sum")
+    cast = empty(shape, int64, "sum")
+    del cast
     equal = empty((), bool_, "eq")
     del total, equal
 

@@ -334,8 +334,13 @@ def softmax(x: Tensor, dtype: DType) -> Tensor:
 
 
 def _softmax_backward(node: Node, grad: Tensor) -> Any:
+    """CUDA multiplies the gradient by the result first, into a tensor of its own
+    (aten/src/ATen/native/cuda/SoftMax.cu ``softmax_backward_cuda_out``)."""
     result = unpack(node.saved)
-    return (empty(result.shape, node.context, "_softmax_backward_data"),)
+    out = empty(result.shape, node.context, "_softmax_backward_data")
+    product = empty(result.shape, result.dtype, "_softmax_backward_data")
+    del product
+    return (out,)
 
 
 # -- views -------------------------------------------------------------------------------------------

@@ -115,6 +115,30 @@ def _embedding_sums(grad: Any, rows: int, num_weights: int) -> Any:
     return out
 
 
+# -- reductions -----------------------------------------------------------------------------------------
+
+
+@operator(aten._softmax_backward_data.default)
+def softmax_backward(recorder: Any, grad: Any, output: Any, dim: int, input_dtype: torch.dtype) -> Any:
+    """aten/src/ATen/native/cuda/SoftMax.cu ``softmax_backward_cuda_out``: the gradient times the result is a
+    tensor of its own."""
+    out = torch.empty_like(grad, dtype=input_dtype)
+    _product = torch.empty_like(grad)
+    return out
+
+
+@operator(aten.sum.default)
+def sum_all(recorder: Any, tensor: Any, *, dtype: torch.dtype | None = None) -> Any:
+    """aten/src/ATen/native/ReduceOpsUtils.h ``make_reduction_from_ty``: what is not of the result's dtype is
+    cast first, but for 16 bits to fp32, which the kernel does."""
+    result = dtype or (tensor.dtype if tensor.is_floating_point() else torch.int64)
+    if tensor.dtype is result or (tensor.dtype.itemsize == 2 and result is torch.float32):
+        return NotImplemented
+    out = torch.empty((), dtype=result)
+    _cast = torch.empty_like(tensor, dtype=result)
+    return out
+
+
 # -- dropout --------------------------------------------------------------------------------------------
 
 
