@@ -1,4 +1,4 @@
-"""docs/accuracy.md, from data/reconciliation.json and data/published_comparison.json."""
+"""docs/accuracy.md, from data/reconciliation.json, emulated.json and published_comparison.json."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import emulated
 import measured
 import published
 
@@ -15,11 +16,11 @@ ROOT = Path(__file__).resolve().parent.parent
 HEAD = """\
 # Accuracy
 
-Made by `python docs/generate.py` from `data/reconciliation.json` and `data/published_comparison.json`, which
-`python benchmarks/reconcile.py` and `python benchmarks/published.py` write, and from the files of
-`data/measurements`, which `memplan verify` writes. {gpus}
+Made by `python docs/generate.py` from `data/reconciliation.json`, `data/emulated.json` and
+`data/published_comparison.json`, which `benchmarks/reconcile.py`, `benchmarks/dry_gpu/compare.py` and
+`benchmarks/published.py` write, and from the files of `data/measurements`, which `memplan verify` writes. {gpus}
 *Predicted* is the plan; *traced* is the real libraries' step under fake tensors on a CPU
-([how-it-works.md](how-it-works.md)).
+([how-it-works.md](how-it-works.md)); *emulated* is the real step on PyTorch's CUDA build without a GPU.
 
 ## Predicted against traced
 
@@ -96,7 +97,7 @@ def page() -> str:
             peaks = [f"{result[kind]['peak_bytes']:,}" for kind in ("predicted", "traced")]
             name = "with the upcasts (default)" if prepared else "without them (`--no-kbit-prep`)"
             text += f"| {name} | {peaks[0]} | {peaks[1]} | `{result['traced']['operation']}` |\n"
-    return text + ABOUT_70B + measured.section() + "\n" + published.section()
+    return text + ABOUT_70B + emulated.section() + "\n" + measured.section() + "\n" + published.section()
 
 
 def _losses(results: list[dict[str, Any]], versions: dict[str, str]) -> str:

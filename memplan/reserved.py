@@ -19,10 +19,9 @@ from memplan.tape import Category, Phase, Tape
 LOADING, FIRST_STEP, LATER_STEP = "loading", "first step", "later step"
 
 # Operations that cuBLAS multiplies in, as tapes name what they allocate for their results.
-_PRODUCTS = frozenset(
-    ("mm", "addmm", "bmm", "baddbmm", "gemm_4bit")
-    + ("nf4_linear", "nf4_linear_grad", "nf4_lora_linear", "nf4_lora_linear_grad")
-)
+_PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "gemm_4bit"}) | {
+    f"nf4_{kind}linear{part}" for kind in ("", "lora_") for part in ("", "_grad")
+}
 
 
 @dataclass(frozen=True, slots=True)

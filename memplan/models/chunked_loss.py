@@ -52,7 +52,7 @@ def fused_head(
 def sft_loss(output: Output) -> Tensor:
     """``compute_loss``: the loss once more, and what is logged."""
     per_token_loss = ops.neg(output.log_probs)
-    num_tokens = empty((), int64, "sum")
+    num_tokens = ops.count(output.label_mask.shape)
     total = _total(per_token_loss)
     loss = ops.divide(total, empty((), int64, "clamp"))
     del total
@@ -60,15 +60,15 @@ def sft_loss(output: Output) -> Tensor:
     if output.aux_loss is not None:
         weighted_aux_loss = ops.scale(output.aux_loss)
         loss = ops.add(loss, ops.scale(weighted_aux_loss, "div"))
-    num_valid = _gathered(int64)
-    entropy_sum = _gathered(float32)
-    num_correct = _gathered(int64)
+    num_valid = _gathered(ops.count(output.label_mask.shape))
+    entropy_sum = _gathered(empty((), float32, "sum"))
+    num_correct = _gathered(ops.count(output.is_top1.shape))
     for _ in range(2):
         positive = empty((), bool_, "gt")
         del positive
         quotient = empty((), float32, "div")
         del quotient
-    total = _gathered(int64)  # of the attention mask
+    total = _gathered(empty((), int64, "sum"))  # of the attention mask
     del total
     if weighted_aux_loss is not None:
         mean = empty((), float32, "mean")
@@ -138,18 +138,15 @@ def _total(x: Tensor) -> Tensor:
 
 def _count(mask: Tensor) -> Tensor:
     """``mask.sum().clamp(min=1)``."""
-    count = empty((), int64, "sum")
+    count = ops.count(mask.shape)
     clamped = empty((), int64, "clamp")
     del count
     return clamped
 
 
-def _gathered(dtype: DType) -> Tensor:
-    """``gather_for_metrics(x.sum()).sum()`` on one card."""
-    own = empty((), dtype, "sum")
-    everyone = empty((), dtype, "sum")
-    del own
-    return everyone
+def _gathered(own: Tensor) -> Tensor:
+    """``gather_for_metrics(x.sum()).sum()`` on one card, of the ``own`` sum."""
+    return empty((), own.dtype, "sum")
 
 
 def _log_probabilities(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:

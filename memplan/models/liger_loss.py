@@ -45,7 +45,7 @@ def _fused_linear_cross_entropy(hidden: Tensor, weight: Tensor) -> Tensor:
         grad_weight = empty(weight.shape, weight.dtype, "zeros_like")
     losses = empty((tokens,), float32, "zeros")
     mask = empty((tokens,), bool_, "ne")
-    count = empty((), int64, "sum")
+    count = ops.count((tokens,))
     del count
     chunk = chunk_size(tokens, width, vocabulary)
     # _can_use_mm_out: products are written in place where autocast would cast nothing

@@ -7,6 +7,7 @@ and flash attention never.
 from __future__ import annotations
 
 from memplan.recipe import Attention, Recipe
+from memplan.shadow import ops
 from memplan.shadow.tensor import DType, Tensor, bool_, empty, int64, state
 from memplan.spec import ModelSpec
 
@@ -51,11 +52,8 @@ def make(spec: ModelSpec, recipe: Recipe, shape: tuple[int, int], dtype: DType) 
 
 
 def _all_ones(shape: tuple[int, int]) -> None:
-    """fast_all(padding_mask): a sum, of bools that are cast first (aten/src/ATen/native/ReduceOpsUtils.h
-    ``make_reduction_from_ty``), and a comparison."""
-    total = empty((), int64, "sum")
-    cast = empty(shape, int64, "sum")
-    del cast
+    """fast_all(padding_mask): a sum and a comparison."""
+    total = ops.count(shape)
     equal = empty((), bool_, "eq")
     del total, equal
 
@@ -80,7 +78,10 @@ def _boolean(shape: tuple[int, int], local: bool) -> Tensor:
     pattern = _window(square) if local else empty(square, bool_, "le")
     result = _and(result, pattern, square)
     del pattern
+    # CUDA's index makes its indices alike first, by expanding them (TensorAdvancedIndexing.cpp ``make_info``)
+    expanded = [empty((batch, 1, 1, length), int64, "index") for _ in range(1 if batch == 1 else 2)]
     padding = empty((batch, 1, 1, length), bool_, "index")
+    del expanded
     result = _and(result, padding, (batch, 1, length, length))
     del padding, ranges
     return result

@@ -183,13 +183,16 @@ def _efficient_backward(node: Node, grad: Tensor) -> Any:
         b, h, s, d = tensor.shape
         gradients.append(ops.transpose(empty((b, s, h, d), tensor.dtype, operation), 1, 2))
     half = query.dtype is not float32
-    if not half:
-        # (grad_out * out).sum(-1), made contiguous; 16-bit kernels compute it themselves
-        product = empty(grad.shape, float32, operation)
-        delta = empty((batch, length, heads), float32, operation)
-        del product
-    if half or min(length, heads) > 1:  # transposed, the sum may be contiguous as it is
+    if half:
         delta = empty((batch, heads, length), float32, operation)
+    else:
+        # (grad_out * out).sum(-1), made contiguous: one C++ expression, whose temporaries live to its end.
+        # 16-bit kernels compute it themselves.
+        product = empty(grad.shape, float32, operation)
+        delta = total = empty((batch, length, heads), float32, operation)
+        if min(length, heads) > 1:  # else the sum is contiguous as it is, transposed
+            delta = empty((batch, heads, length), float32, operation)
+        del total, product
     nbytes = _efficient_workspace(batch * heads, length, head_dim, half)
     workspace = empty((nbytes,), uint8, operation)
     del workspace, delta

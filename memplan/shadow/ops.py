@@ -18,6 +18,7 @@ from memplan.shadow.tensor import (
     empty,
     float16,
     float32,
+    int64,
     iterator_strides,
     normalized,
     state,
@@ -315,6 +316,15 @@ def _input_shape(node: Node) -> Shape:
     edge = node.edges[0]
     assert edge is not None
     return edge[0].meta[edge[1]][0]
+
+
+def count(shape: Shape) -> Tensor:
+    """``mask.sum()`` of bools, which are cast first (aten/src/ATen/native/ReduceOpsUtils.h
+    ``make_reduction_from_ty``)."""
+    total = empty((), int64, "sum")
+    cast = empty(shape, int64, "sum")
+    del cast
+    return total
 
 
 def softmax(x: Tensor, dtype: DType) -> Tensor:

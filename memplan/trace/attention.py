@@ -383,7 +383,11 @@ def efficient_backward(
     if half:  # kKernelComputesDelta
         _delta = torch.empty((batch, heads, length), dtype=torch.float32)
     else:
-        _delta = (grad_out * out.transpose(1, 2)).sum(-1).transpose(-2, -1).contiguous()
+        # one C++ expression, whose temporaries live to its end
+        product = grad_out * out.transpose(1, 2)
+        summed = product.sum(-1).transpose(-2, -1)
+        _delta = summed.contiguous()
+        del summed, product
     _workspace = workspace(
         efficient_backward_workspace(recorder.card, batch, heads, length, key.shape[2], head_dim, half)
     )

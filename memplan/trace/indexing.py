@@ -36,12 +36,25 @@ def nonzero(mask: Any) -> Any:
 
 @operator(aten.index.Tensor)
 def index(recorder: Any, x: Any, indices: Any) -> Any:
-    """By a mask. Indices are no stand-in's business: they allocate the output alone."""
-    if not _is_mask(indices) or _caller() not in recorder.answers:
+    """By a mask; or by one index for each axis, which CUDA makes alike first (TensorAdvancedIndexing.cpp
+    ``make_info``). Other indices are no stand-in's business: they allocate the output alone."""
+    if not _is_mask(indices):
+        return _index_each_axis(x, indices)
+    if _caller() not in recorder.answers:
         return NotImplemented
     (mask,) = indices
     _indices = nonzero(mask)
     return torch.empty((mask.numel(), *x.shape[mask.dim() :]), dtype=x.dtype)
+
+
+def _index_each_axis(x: Any, indices: Any) -> Any:
+    if len(indices) != x.dim() or any(index is None or index.dtype is torch.bool for index in indices):
+        return NotImplemented
+    expanded = torch.broadcast_tensors(*indices)
+    if all(index.stride() == expanded[0].stride() for index in expanded):
+        return NotImplemented
+    _alike = [index.contiguous() for index in expanded]
+    return torch.empty(expanded[0].shape, dtype=x.dtype)
 
 
 @operator(aten.masked_scatter_backward.default)

@@ -63,7 +63,7 @@ def _softmax(recorder: Any, x: Any, dim: int, half_to_float: bool) -> Any:
     return torch.empty_like(x, dtype=torch.float32 if half_to_float else x.dtype)
 
 
-def _softmax_backward(recorder: Any, grad: Any, output: Any, dim: int, input_dtype: torch.dtype) -> Any:
+def _log_softmax_backward(recorder: Any, grad: Any, output: Any, dim: int, input_dtype: torch.dtype) -> Any:
     return torch.empty_like(grad, dtype=input_dtype)
 
 
@@ -79,8 +79,7 @@ def _in_own_dtype(overload: Any) -> Values:
 _CONVERTING: dict[Any, StandIn] = {
     aten._softmax.default: _softmax,
     aten._log_softmax.default: _softmax,
-    aten._softmax_backward_data.default: _softmax_backward,
-    aten._log_softmax_backward_data.default: _softmax_backward,
+    aten._log_softmax_backward_data.default: _log_softmax_backward,
 }
 STANDINS: dict[Any, StandIn] = {**standins.OPERATORS, **_CONVERTING}
 

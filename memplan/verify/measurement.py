@@ -27,6 +27,8 @@ from memplan.tape import Tape
 FORMAT = "memplan measurement"
 SCHEMA_VERSION = 1  # of files that are read; the records' own fields say what is written
 
+DRY = "dry "  # begins the name of a card that is not there (benchmarks/dry_gpu/run.py)
+
 _MAX_BYTES = 256 << 20
 
 
@@ -171,8 +173,16 @@ class Measurement(_Record):
     remarks: tuple[str, ...] = ()
 
     @property
+    def emulated(self) -> bool:
+        """Whether the card was one that is not there (benchmarks/dry_gpu): allocations are real, nothing was
+        computed."""
+        return self.device.name.startswith(DRY)
+
+    @property
     def label(self) -> str:
         """What these numbers may be called."""
+        if self.emulated:
+            return "emulated, no GPU"
         return "measured" if self.device.kind == "cuda" else "measured, CPU storages"
 
     @property
@@ -215,8 +225,13 @@ def packed(tape: Tape) -> str:
 def write(measurement: Measurement, folder: Path) -> Path:
     """Add a file to the folder, as a whole or not at all; no file is ever replaced. Its path.
 
-    Raises MemplanError with one sentence, for example of a full disk.
+    Raises MemplanError with one sentence, for example of a full disk, or where an emulated run would stand
+    among measured ones.
     """
+    if measurement.emulated and folder.name == "measurements":
+        raise MemplanError(
+            "what a card that is not there shows is no measurement: give another folder, --out"
+        )
     content = (measurement.model_dump_json(indent=1) + "\n").encode()
     path = folder / _name(measurement, content)
     try:

@@ -1,0 +1,118 @@
+#define _GNU_SOURCE
+#include "card.h"
+
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#define ADDRESSES ((size_t)16 << 40)
+#define PAGE ((size_t)2 << 20) /* the driver's, for all that a caching allocator asks */
+
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static struct card the_card;
+static char *start, *next;
+static size_t used;
+
+/* DRY_GPU is "bytes:major:minor:multiprocessors:shared memory a block can opt in to:name", see run.py. */
+static void set_up(void) {
+    const char *told = getenv("DRY_GPU");
+    struct card *c = &the_card;
+    if (!told || sscanf(told, "%zu:%d:%d:%d:%d:%199[^\n]", &c->total, &c->major, &c->minor, &c->multiprocessors,
+                        &c->shared_memory, c->name) != 6) {
+        fprintf(stderr, "dry_gpu: DRY_GPU does not describe a card; start programs with benchmarks/dry_gpu/run.py\n");
+        exit(2);
+    }
+    start = mmap(NULL, ADDRESSES, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (start == MAP_FAILED) {
+        perror("dry_gpu: addresses for the card");
+        exit(2);
+    }
+    next = (char *)(((size_t)start + PAGE - 1) / PAGE * PAGE);
+}
+
+const struct card *card(void) {
+    pthread_once(&once, set_up);
+    return &the_card;
+}
+
+size_t card_used(void) { return used; }
+
+int card_take(size_t bytes) {
+    size_t total = card()->total;
+    pthread_mutex_lock(&lock);
+    int full = bytes > total - used;
+    if (!full) used += bytes;
+    pthread_mutex_unlock(&lock);
+    return full;
+}
+
+void card_give(size_t bytes) {
+    pthread_mutex_lock(&lock);
+    used -= bytes;
+    pthread_mutex_unlock(&lock);
+}
+
+char *card_addresses(size_t bytes) {
+    card();
+    pthread_mutex_lock(&lock);
+    char *at = next;
+    if (bytes > (size_t)(start + ADDRESSES - next)) at = NULL;
+    else next += (bytes + PAGE - 1) / PAGE * PAGE;
+    pthread_mutex_unlock(&lock);
+    return at;
+}
+
+int card_map(char *at, size_t bytes, int on) {
+    int protection = on ? PROT_READ | PROT_WRITE : PROT_NONE;
+    int flags = MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    return mmap(at, bytes, protection, flags, -1, 0) == MAP_FAILED;
+}
+
+int card_has(const void *at) {
+    card();
+    return (const char *)at >= start && (const char *)at < start + ADDRESSES;
+}
+
+void card_copy(void *to, const void *from, size_t bytes) {
+    if (bytes <= SMALL || !card_has(to)) memmove(to, from, bytes);
+}
+
+void card_fill(void *to, int value, size_t bytes) {
+    if (bytes <= SMALL || !card_has(to)) memset(to, value, bytes);
+}
+
+/* What a Hopper answers; the limits of CUDA's programming guide that Ampere and newer share. */
+int card_attribute(int attribute) {
+    const struct card *c = card();
+    switch (attribute) {
+    case 1: case 2: case 3: return 1024;         /* threads of a block, along x, along y */
+    case 4: return 64;                           /* along z */
+    case 5: return 2147483647;                   /* blocks along x */
+    case 6: case 7: return 65535;                /* along y, z */
+    case 8: return 49152;                        /* shared memory of a block */
+    case 9: return 65536;                        /* constant memory */
+    case 10: return 32;                          /* warp */
+    case 11: return 2147483647;                  /* pitch */
+    case 12: case 82: return 65536;              /* registers of a block, of a multiprocessor */
+    case 13: return 1980000;                     /* clock, kHz */
+    case 14: return 512;                         /* texture alignment */
+    case 16: return c->multiprocessors;
+    case 36: return 2619000;                     /* memory clock, kHz */
+    case 37: return 5120;                        /* memory bus, bits */
+    case 38: return 50 << 20;                    /* L2 */
+    case 39: return 2048;                        /* threads of a multiprocessor */
+    case 75: return c->major;
+    case 76: return c->minor;
+    case 81: return c->shared_memory + 1024;     /* shared memory of a multiprocessor */
+    case 97: return c->shared_memory;            /* that a block opts in to */
+    case 15: case 18: case 20: case 35: case 50: /* integrated, timeout, exclusive, ECC, PCI domain */
+    case 33: case 34: return 0;                  /* PCI bus and device */
+    case 106: return 32;                         /* blocks of a multiprocessor */
+    case 111: return 1024;                       /* shared memory that the driver keeps of each block */
+    case 88: case 100: case 101: case 119: case 128: case 129: case 130: case 132: return 0; /* of the host's, fabric */
+    default: return 1;                           /* supported */
+    }
+}

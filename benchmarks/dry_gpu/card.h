@@ -1,0 +1,27 @@
+/* The card that is not there: what it says of itself, and its memory, which is handed out and counted.
+ *
+ * Addresses come out of one reservation, so that an address tells whose it is. Pages exist only once somebody writes
+ * to them, and kernels, which would, do not run: an 80 GB card fits in a few MiB of the host's memory.
+ */
+#pragma once
+#include <stddef.h>
+
+#define HIDDEN __attribute__((visibility("hidden")))
+#define SMALL (1 << 20) /* copies and fills up to this are carried out: ids, losses, flags, tables */
+
+struct card {
+    char name[200];
+    size_t total; /* bytes that the driver reports */
+    int major, minor, multiprocessors, shared_memory;
+};
+
+const struct card *card(void);
+size_t card_used(void);
+int card_take(size_t bytes); /* 0, or 1 if the card has no room */
+void card_give(size_t bytes);
+char *card_addresses(size_t bytes); /* an aligned range, not yet usable; NULL without room for it */
+int card_map(char *at, size_t bytes, int on);
+int card_has(const void *at);
+int card_attribute(int attribute);  /* numbered as cudaDeviceAttr and CUdevice_attribute both are */
+void card_copy(void *to, const void *from, size_t bytes);
+void card_fill(void *to, int value, size_t bytes);

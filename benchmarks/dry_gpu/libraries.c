@@ -1,0 +1,41 @@
+/* What PyTorch reads back from NVIDIA's libraries on the way of a training step: handles, versions, one way to
+ * multiply. Everything else of them is a function that returns success (build.py). */
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+static int some(void **handle) { *handle = calloc(1, 4096); return 0; }
+
+#ifdef CUBLAS
+int cublasCreate_v2(void **handle) { return some(handle); }
+int cublasDestroy_v2(void *handle) { free(handle); return 0; }
+int cublasGetMathMode(void *handle, int *mode) { (void)handle; *mode = 0; return 0; }
+int cublasGetPointerMode_v2(void *handle, int *mode) { (void)handle; *mode = 0; return 0; }
+#endif
+
+#ifdef CUBLASLT
+int cublasLtCreate(void **handle) { return some(handle); }
+int cublasLtMatmulDescCreate(void **d, int compute, int scale) { (void)compute, (void)scale; return some(d); }
+int cublasLtMatrixLayoutCreate(void **l, int type, uint64_t rows, uint64_t columns, int64_t ld) {
+    (void)type, (void)rows, (void)columns, (void)ld;
+    return some(l);
+}
+int cublasLtMatmulPreferenceCreate(void **p) { return some(p); }
+int cublasLtMatmulAlgoGetHeuristic(void *handle, void *operation, void *a, void *b, void *c, void *d, void *preference,
+                                   int asked, void *results, int *found) {
+    (void)handle, (void)operation, (void)a, (void)b, (void)c, (void)d, (void)preference;
+    if (asked > 0) memset(results, 0, 96); /* cublasLtMatmulHeuristicResult_t: no workspace, success */
+    *found = asked > 0;
+    return 0;
+}
+#endif
+
+#ifdef CUDNN
+size_t cudnnGetVersion(void) { return 91900; }
+size_t cudnnGetCudartVersion(void) { return 13000; }
+int cudnnCreate(void **handle) { return some(handle); }
+#endif
+
+#ifdef NCCL
+int ncclGetVersion(int *version) { *version = 22809; return 0; }
+#endif

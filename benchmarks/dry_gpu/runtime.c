@@ -1,0 +1,267 @@
+/* libcudart of the card that is not there. Signatures: NVIDIA's cuda_runtime_api.h, 13.0. */
+#define _GNU_SOURCE
+#include "card.h"
+
+#include <cuda_runtime_api.h>
+#include <dlfcn.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+static __thread cudaError_t last;
+
+static cudaError_t full(void) { return last = cudaErrorMemoryAllocation; }
+
+/* Memory. The sizes of what was handed out stand in a table by address: 2 MiB slots, found by hashing. */
+
+#define SLOTS (1 << 20)
+static struct { char *at; size_t bytes; } taken[SLOTS];
+
+static size_t slot(const char *at) {
+    size_t i = ((size_t)at >> 21) * 0x9e3779b97f4a7c15u >> 44;
+    while (taken[i].at && taken[i].at != at) i = (i + 1) % SLOTS;
+    return i;
+}
+
+cudaError_t cudaMalloc(void **at, size_t bytes) {
+    size_t whole = (bytes + 511) / 512 * 512;
+    if (card_take(whole)) return full();
+    char *address = card_addresses(whole);
+    if (!address || card_map(address, whole, 1)) {
+        card_give(whole);
+        return full();
+    }
+    size_t i = slot(address);
+    taken[i].at = address;
+    taken[i].bytes = whole;
+    *at = address;
+    return cudaSuccess;
+}
+
+cudaError_t cudaFree(void *at) {
+    if (!at) return cudaSuccess;
+    size_t i = slot(at);
+    if (!taken[i].at) return last = cudaErrorInvalidValue;
+    card_map(at, taken[i].bytes, 0);
+    card_give(taken[i].bytes);
+    taken[i].bytes = 0; /* the address stays: it is not handed out twice */
+    return cudaSuccess;
+}
+
+cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *total) {
+    *total = card()->total;
+    *free_bytes = *total - card_used();
+    return cudaSuccess;
+}
+
+cudaError_t cudaMallocManaged(void **at, size_t bytes, unsigned flags) {
+    (void)flags;
+    return posix_memalign(at, 4096, bytes) ? full() : cudaSuccess;
+}
+
+cudaError_t cudaHostAlloc(void **at, size_t bytes, unsigned flags) {
+    (void)flags;
+    return posix_memalign(at, 4096, bytes) ? full() : cudaSuccess;
+}
+
+cudaError_t cudaFreeHost(void *at) { free(at); return cudaSuccess; }
+
+cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *of, const void *at) {
+    int on_card = card_has(at);
+    memset(of, 0, sizeof *of);
+    of->type = on_card ? cudaMemoryTypeDevice : cudaMemoryTypeUnregistered;
+    of->devicePointer = on_card ? (void *)at : NULL;
+    of->hostPointer = on_card ? NULL : (void *)at;
+    return cudaSuccess;
+}
+
+cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind) {
+    (void)kind;
+    card_copy(to, from, bytes);
+    /* No kernel computed a flag, and what libraries ask on the way is whether all is plain: nothing padded or packed. */
+    if (bytes == 1 && card_has(from) && !card_has(to)) *(char *)to = 1;
+    return cudaSuccess;
+}
+
+cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind, cudaStream_t on) {
+    (void)on;
+    return cudaMemcpy(to, from, bytes, kind);
+}
+
+cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width,
+                              size_t height, enum cudaMemcpyKind kind, cudaStream_t on) {
+    (void)kind, (void)on;
+    if (width * height <= SMALL || !card_has(to))
+        for (size_t row = 0; row < height; row++)
+            memmove((char *)to + row * to_pitch, (const char *)from + row * from_pitch, width);
+    return cudaSuccess;
+}
+
+cudaError_t cudaMemset(void *to, int value, size_t bytes) { card_fill(to, value, bytes); return cudaSuccess; }
+
+cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t on) {
+    (void)on;
+    return cudaMemset(to, value, bytes);
+}
+
+cudaError_t cudaGetSymbolAddress(void **at, const void *symbol) { *at = (void *)symbol; return cudaSuccess; }
+
+/* The card. */
+
+cudaError_t cudaGetDeviceCount(int *count) { *count = 1; return cudaSuccess; }
+cudaError_t cudaGetDevice(int *device) { *device = 0; return cudaSuccess; }
+cudaError_t cudaDriverGetVersion(int *version) { *version = 13000; return cudaSuccess; }
+cudaError_t cudaRuntimeGetVersion(int *version) { *version = 13000; return cudaSuccess; }
+
+cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attribute, int device) {
+    (void)device;
+    *value = card_attribute(attribute);
+    return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetPCIBusId(char *id, int length, int device) {
+    (void)device;
+    snprintf(id, length, "0000:00:00.0");
+    return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) {
+    *least = 0, *greatest = -5;
+    return cudaSuccess;
+}
+
+cudaError_t cudaDeviceCanAccessPeer(int *can, int device, int peer) {
+    (void)device, (void)peer;
+    *can = 0;
+    return cudaSuccess;
+}
+
+cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int device) {
+    (void)device;
+    const struct card *c = card();
+    memset(p, 0, sizeof *p);
+    snprintf(p->name, sizeof p->name, "%s", c->name);
+    p->totalGlobalMem = c->total;
+    p->major = c->major, p->minor = c->minor;
+    p->multiProcessorCount = c->multiprocessors;
+    p->sharedMemPerBlock = card_attribute(cudaDevAttrMaxSharedMemoryPerBlock);
+    p->sharedMemPerBlockOptin = c->shared_memory;
+    p->sharedMemPerMultiprocessor = card_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+    p->reservedSharedMemPerBlock = card_attribute(cudaDevAttrReservedSharedMemoryPerBlock);
+    p->regsPerBlock = p->regsPerMultiprocessor = card_attribute(cudaDevAttrMaxRegistersPerBlock);
+    p->warpSize = card_attribute(cudaDevAttrWarpSize);
+    p->memPitch = card_attribute(cudaDevAttrMaxPitch);
+    p->maxThreadsPerBlock = card_attribute(cudaDevAttrMaxThreadsPerBlock);
+    p->maxThreadsPerMultiProcessor = card_attribute(cudaDevAttrMaxThreadsPerMultiProcessor);
+    p->maxBlocksPerMultiProcessor = card_attribute(cudaDevAttrMaxBlocksPerMultiprocessor);
+    for (int i = 0; i < 3; i++) {
+        p->maxThreadsDim[i] = card_attribute(cudaDevAttrMaxBlockDimX + i);
+        p->maxGridSize[i] = card_attribute(cudaDevAttrMaxGridDimX + i);
+    }
+    p->totalConstMem = card_attribute(cudaDevAttrTotalConstantMemory);
+    p->textureAlignment = card_attribute(cudaDevAttrTextureAlignment);
+    p->memoryBusWidth = card_attribute(cudaDevAttrGlobalMemoryBusWidth);
+    p->l2CacheSize = card_attribute(cudaDevAttrL2CacheSize);
+    p->canMapHostMemory = p->concurrentKernels = p->unifiedAddressing = p->streamPrioritiesSupported = 1;
+    p->managedMemory = p->concurrentManagedAccess = p->cooperativeLaunch = p->hostRegisterSupported = 1;
+    return cudaSuccess;
+}
+
+/* Streams and events: nothing is ever waiting. An event is the host's time. */
+
+static cudaError_t some(void **handle) { *handle = calloc(1, 64); return cudaSuccess; }
+
+cudaError_t cudaStreamCreate(cudaStream_t *s) { return some((void **)s); }
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t *s, unsigned flags, int priority) {
+    (void)flags, (void)priority;
+    return some((void **)s);
+}
+cudaError_t cudaStreamGetPriority(cudaStream_t s, int *priority) { (void)s; *priority = 0; return cudaSuccess; }
+cudaError_t cudaStreamIsCapturing(cudaStream_t s, enum cudaStreamCaptureStatus *status) {
+    (void)s;
+    *status = cudaStreamCaptureStatusNone;
+    return cudaSuccess;
+}
+cudaError_t cudaStreamGetCaptureInfo(cudaStream_t s, enum cudaStreamCaptureStatus *status, unsigned long long *id,
+                                     cudaGraph_t *graph, const cudaGraphNode_t **on, const cudaGraphEdgeData **edges,
+                                     size_t *count) {
+    (void)graph, (void)on, (void)edges;
+    if (id) *id = 0;
+    if (count) *count = 0;
+    return cudaStreamIsCapturing(s, status);
+}
+cudaError_t cudaLaunchHostFunc(cudaStream_t s, cudaHostFn_t call, void *with) { (void)s; call(with); return cudaSuccess; }
+cudaError_t cudaStreamAddCallback(cudaStream_t s, cudaStreamCallback_t call, void *with, unsigned flags) {
+    (void)flags;
+    call(s, cudaSuccess, with);
+    return cudaSuccess;
+}
+cudaError_t cudaEventCreate(cudaEvent_t *e) { return some((void **)e); }
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned flags) { (void)flags; return some((void **)e); }
+cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s) {
+    (void)s;
+    clock_gettime(CLOCK_MONOTONIC, (struct timespec *)e);
+    return cudaSuccess;
+}
+cudaError_t cudaEventRecordWithFlags(cudaEvent_t e, cudaStream_t s, unsigned flags) {
+    (void)flags;
+    return cudaEventRecord(e, s);
+}
+cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to) {
+    struct timespec *a = (struct timespec *)from, *b = (struct timespec *)to;
+    *ms = (b->tv_sec - a->tv_sec) * 1e3 + (b->tv_nsec - a->tv_nsec) / 1e6;
+    return cudaSuccess;
+}
+cudaError_t cudaEventDestroy(cudaEvent_t e) { free(e); return cudaSuccess; }
+
+/* Kernels are looked up and launched, and do nothing. */
+
+cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *of, const void *kernel) {
+    (void)kernel;
+    memset(of, 0, sizeof *of);
+    of->maxThreadsPerBlock = 1024;
+    of->numRegs = 64;
+    of->ptxVersion = of->binaryVersion = card()->major * 10 + card()->minor;
+    of->maxDynamicSharedSizeBytes = card()->shared_memory;
+    return cudaSuccess;
+}
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, const void *kernel, int threads, size_t shared) {
+    (void)kernel, (void)shared;
+    *blocks = threads > 0 ? 1024 / threads : 1; /* 64 registers a thread */
+    if (*blocks < 1) *blocks = 1;
+    return cudaSuccess;
+}
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *blocks, const void *kernel, int threads,
+                                                                   size_t shared, unsigned flags) {
+    (void)flags;
+    return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, threads, shared);
+}
+void **__cudaRegisterFatBinary(void *binary) { (void)binary; static void *handle; return &handle; }
+cudaError_t __cudaGetKernel(cudaKernel_t *kernel, const void *function) {
+    *kernel = (cudaKernel_t)function;
+    return cudaSuccess;
+}
+
+/* Errors. */
+
+cudaError_t cudaGetLastError(void) { cudaError_t was = last; last = cudaSuccess; return was; }
+cudaError_t cudaPeekAtLastError(void) { return last; }
+const char *cudaGetErrorName(cudaError_t e) {
+    return e == cudaSuccess ? "cudaSuccess" : e == cudaErrorMemoryAllocation ? "cudaErrorMemoryAllocation" : "cudaError";
+}
+const char *cudaGetErrorString(cudaError_t e) {
+    return e == cudaSuccess ? "no error" : e == cudaErrorMemoryAllocation ? "out of memory" : "an error";
+}
+
+static int nothing(void) { return 0; }
+
+cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void **function, unsigned version,
+                                             unsigned long long flags, enum cudaDriverEntryPointQueryResult *found) {
+    (void)version, (void)flags;
+    void *driver = dlopen("libcuda.so.1", RTLD_LAZY);
+    *function = driver ? dlsym(driver, name) : NULL;
+    if (!*function) *function = (void *)nothing;
+    if (found) *found = cudaDriverEntryPointSuccess;
+    return cudaSuccess;
+}

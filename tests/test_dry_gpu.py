@@ -1,0 +1,73 @@
+"""The card that is not there: its memory is counted, and that is never called a measurement."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from example_measurements import CARD, example
+
+from memplan.errors import MemplanError
+from memplan.verify.measurement import DRY, write
+
+ROOT = Path(__file__).parent.parent
+GIB = 1 << 30
+
+
+@pytest.fixture
+def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
+    if shutil.which("gcc") is None:
+        pytest.skip("there is no gcc")
+    library = tmp_path / "card.so"
+    source = ROOT / "benchmarks" / "dry_gpu" / "card.c"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-Wall", "-Werror", source, "-o", library], check=True)
+    monkeypatch.setenv("DRY_GPU", f"{80 * GIB}:9:0:132:232448:{DRY}H100")
+    loaded = ctypes.CDLL(str(library))
+    loaded.card_take.argtypes = loaded.card_give.argtypes = [ctypes.c_size_t]
+    loaded.card_used.restype = ctypes.c_size_t
+    loaded.card_addresses.argtypes, loaded.card_addresses.restype = [ctypes.c_size_t], ctypes.c_void_p
+    loaded.card_map.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    loaded.card_has.argtypes = [ctypes.c_void_p]
+    loaded.card_copy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+    return loaded
+
+
+def test_it_hands_out_what_it_has_and_no_more(card: ctypes.CDLL) -> None:
+    assert card.card_take(79 * GIB) == 0
+    assert card.card_take(2 * GIB) == 1
+    assert card.card_used() == 79 * GIB
+    card.card_give(79 * GIB)
+    assert card.card_take(80 * GIB) == 0
+
+
+def test_its_pages_exist_once_they_are_written(card: ctypes.CDLL) -> None:
+    at = card.card_addresses(64 * GIB)  # more than this machine has
+    assert card.card_map(at, 64 * GIB, 1) == 0
+    assert card.card_has(at) and not card.card_has(id(card))
+    sent, back = ctypes.create_string_buffer(b"ids and labels"), ctypes.create_string_buffer(15)
+    card.card_copy(at, sent, 15)
+    card.card_copy(back, at, 15)
+    assert back.value == b"ids and labels"
+
+
+def test_a_card_is_described_as_the_table_has_it() -> None:
+    code = "import sys; sys.path.insert(0, 'benchmarks/dry_gpu'); import run; print(run.description('h200'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    total, major, minor, multiprocessors, shared, name = done.stdout.strip().split(":")
+    assert (major, minor, multiprocessors, shared) == ("9", "0", "132", "232448")
+    assert name == f"{DRY}NVIDIA H200"
+    assert int(total) > 139 * GIB
+
+
+def test_what_it_shows_is_no_measurement(tmp_path: Path) -> None:
+    assert example().label == "measured"
+    dry = example(device=CARD.model_copy(update={"name": f"{DRY}NVIDIA H200"}))
+    assert dry.label == "emulated, no GPU"
+    with pytest.raises(MemplanError, match="no measurement"):
+        write(dry, tmp_path / "measurements")
+    assert not (tmp_path / "measurements").exists()
+    assert write(dry, tmp_path / "emulated").is_file()
