@@ -97,7 +97,7 @@ def test_the_70b_on_an_a6000() -> None:
     assert with_upcasts.note is not None
     assert with_upcasts.note.startswith("out of memory in the first step's forward")
     (without,) = plan("llama-70b", Recipe(mode="qlora", r=8, kbit_prep=False), gpus=["a6000"]).fits
-    assert without.verdict == "fits"
+    assert without.verdict == "tight"  # it leaves less than 2 % of what it reserves
     (large,) = plan("llama-70b", Recipe(mode="qlora", r=8), gpus=["h100"]).fits
     assert large.verdict == "fits"
 

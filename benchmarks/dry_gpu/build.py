@@ -16,8 +16,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 # where what matters of a library is written; of all others in libraries.c, under a macro of its name
 WRITTEN = {"cudart": "runtime.c", "cuda": "driver.c"}
-LIBRARY = re.compile(r"lib(cu\w+|nccl|nvrtc|nvshmem)\w*\.so")
-DRIVER = "libcuda.so.1"
+LIBRARY = re.compile(r"lib(cu\w+|nccl|nvrtc|nvshmem|nvidia)[\w-]*\.so")
+DRIVER, MANAGEMENT = "libcuda.so.1", "libnvidia-ml.so.1"
 CARD = "libdry_card.so"
 
 
@@ -61,7 +61,8 @@ def build(out: Path, headers: Path) -> None:
     site = Path(sysconfig.get_path("purelib"))
     objects = [*site.glob("torch/lib/*.so"), *site.glob("bitsandbytes/libbitsandbytes_cuda130.so")]
     _compile(out / CARD, headers, HERE / "card.c")
-    for file, library in {**wanted(objects), DRIVER: Wanted(symbols=_driver(headers))}.items():
+    libraries = {**wanted(objects), DRIVER: Wanted(symbols=_driver(headers)), MANAGEMENT: Wanted()}
+    for file, library in libraries.items():
         stem = _stem(file)
         source = HERE / WRITTEN.get(stem, "libraries.c")
         rest, script = out / f"{stem}.c", out / f"{stem}.map"

@@ -78,8 +78,10 @@ def _boolean(shape: tuple[int, int], local: bool) -> Tensor:
     pattern = _window(square) if local else empty(square, bool_, "le")
     result = _and(result, pattern, square)
     del pattern
-    # CUDA's index makes its indices alike first, by expanding them (TensorAdvancedIndexing.cpp ``make_info``)
-    expanded = [empty((batch, 1, 1, length), int64, "index") for _ in range(1 if batch == 1 else 2)]
+    # CUDA's index makes its two indices alike first: each is copied that expanding has given a stride of zero
+    # (TensorAdvancedIndexing.cpp ``make_info``)
+    copies = (batch > 1) + (length > 1)
+    expanded = [empty((batch, 1, 1, length), int64, "index") for _ in range(copies)]
     padding = empty((batch, 1, 1, length), bool_, "index")
     del expanded
     result = _and(result, padding, (batch, 1, length, length))
