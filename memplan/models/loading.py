@@ -1,7 +1,7 @@
 """How a model comes onto the card, as far as the allocator remembers it: which block lies where, and what
 loading leaves behind in the cache.
 
-Two ways, both the stock ones:
+The stock ways:
 
 *qlora*: ``from_pretrained`` quantises on the card. It first takes and drops one block as large as the model
 (transformers 5.23 modeling_utils.py, ``caching_allocator_warmup``), then loads one parameter after the other
@@ -13,6 +13,9 @@ moved to the device of their layer.
 *full, lora*: the model is made on the host, and the Trainer moves it, parameter by parameter in the order of
 its modules (torch/nn/modules/module.py, ``_apply``).
 
+And memplan's own, for what it measures (memplan/verify/build.py): a model is made where it stays, module by module,
+and the cache is emptied after each weight that has been quantised.
+
 Left out: scratch of the mean over scales; the copies that merge a checkpoint's experts; the norms that DoRA
 computes when it begins.
 """
@@ -21,6 +24,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from math import prod
 
 from memplan.models import blueprint
@@ -44,7 +48,29 @@ def loading(spec: ModelSpec, recipe: Recipe, tape: Tape, capacity: int | None = 
     resting = _resting(tape)
     if recipe.mode is not Mode.QLORA:
         return iter([("alloc", index) for index, _, _ in resting])
-    return _quantised(spec, recipe, resting, tape, capacity)
+    return _quantised(spec, recipe, resting, tape, _Warmup(capacity))
+
+
+def making(spec: ModelSpec, recipe: Recipe, tape: Tape) -> Iterator[Step]:
+    """The same of a model that memplan's verifier makes."""
+    resting = _resting(tape)
+    if recipe.mode is Mode.QLORA:
+        yield from _quantised(spec, recipe, resting, tape, None)
+    else:
+        yield from (("alloc", index) for index, _, _ in resting)
+    yield "empty_cache", 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Warmup:
+    """transformers' block as large as the model, on a card of so many bytes."""
+
+    capacity: int | None
+
+    def size(self, model: int) -> int:
+        if self.capacity is None:
+            return model
+        return min(model, max(self.capacity - _WARMUP_RESERVE, 0))
 
 
 def _resting(tape: Tape) -> list[tuple[int, str, Category]]:
@@ -65,8 +91,9 @@ def _quantised(
     recipe: Recipe,
     resting: list[tuple[int, str, Category]],
     tape: Tape,
-    capacity: int | None,
+    warmup: _Warmup | None,
 ) -> Iterator[Step]:
+    """With a ``warmup`` as transformers loads, without one as memplan makes a model."""
     storages: dict[str, list[int]] = {}
     adapters, made = [], []
     for index, name, category in resting:
@@ -86,21 +113,22 @@ def _quantised(
         return ("scratch", nbytes), scratch - 1
 
     four_bit = {name for name in shapes if name.removesuffix(".weight") + ".absmax" in storages}
-    size = sum(
-        (prod(shape) + 1) // 2 if name in four_bit else prod(shape) * itemsize
-        for name, shape in shapes.items()
-    )
-    if capacity is not None:
-        size = min(size, max(capacity - _WARMUP_RESERVE, 0))
-    take, warm = temporary(size)
-    yield take
-    yield "drop", warm
+    if warmup is not None:
+        size = sum(
+            (prod(shape) + 1) // 2 if name in four_bit else prod(shape) * itemsize
+            for name, shape in shapes.items()
+        )
+        take, warm = temporary(warmup.size(size))
+        yield take
+        yield "drop", warm
     for index in made:
         yield "alloc", index
     narrow: list[tuple[int, int]] = []  # what the preparation casts: scratch, storage
-    for name in sorted(shapes, key=_natural):
+    for name in sorted(shapes, key=_natural if warmup is not None else _tree):
         if name in four_bit:
             yield from _quantise(shapes[name], itemsize, storages, name.removesuffix(".weight"), temporary)
+            if warmup is None:
+                yield "empty_cache", 0
             continue
         indices = _take(storages, name)
         for index in indices:
@@ -159,6 +187,11 @@ def _take(storages: dict[str, list[int]], name: str) -> list[int]:
                 del storages[known]
             return [first]
     return []
+
+
+def _tree(name: str) -> bool:
+    """The order of modules: the embedding comes before the layers that ``named_shapes`` begins with."""
+    return not name.startswith("model.embed_tokens")
 
 
 def _natural(name: str) -> list[tuple[int, int, str, int]]:

@@ -14,7 +14,7 @@ from memplan.diff import Diff, Held, diff
 from memplan.fit import context_of
 from memplan.reserved import Reserved, simulate
 from memplan.tape import Category, Peak, Tape, replay
-from memplan.verify.job import predicted_tape
+from memplan.verify.job import predicted_tape, spec_of
 from memplan.verify.measurement import Measurement, OutOfMemory
 
 
@@ -96,8 +96,8 @@ def _described(held: Held) -> str:
 
 
 def compare(measured: Measurement) -> Comparison:
-    """Hold a measurement against the plan. On a GPU the plan is played on the simulated allocator: as the
-    verifier makes its models, in the tape's order and with the cache emptied before the first step.
+    """Hold a measurement against the plan. On a GPU the plan is played on the simulated allocator, from the
+    making of the model on, as the verifier does it.
 
     Raises MemplanError if the model or the recipe has no plan, or the recorded tape is damaged.
     """
@@ -158,9 +158,11 @@ def compare(measured: Measurement) -> Comparison:
 
 def _simulated(measured: Measurement, plan: Tape) -> Reserved:
     """The run on the simulated allocator, with the room that it had."""
+    from memplan.models.loading import making
+
     settings = parse_settings(measured.recipe.alloc_conf)
-    room = room_of(measured)
-    return simulate(plan, None, settings, capacity=room, limit=measured.run.cap_bytes)
+    made = making(spec_of(measured.model), measured.recipe, plan)
+    return simulate(plan, made, settings, capacity=room_of(measured), limit=measured.run.cap_bytes)
 
 
 def room_of(measured: Measurement) -> int:

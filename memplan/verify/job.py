@@ -137,12 +137,14 @@ def gets_through(model: Model, recipe: Recipe, room: int) -> bool:
     """Whether the run is predicted to train where the allocator may have ``room`` bytes: simulated as the
     verifier makes its models, for the card of this machine if there is one."""
     from memplan.allocator_settings import parse_settings
+    from memplan.models.loading import making
     from memplan.models.step import write_long_tape
     from memplan.reserved import simulate
 
-    resolved = recipe.resolved()
-    tape = write_long_tape(spec_of(model), resolved, card=_card_here())
-    return simulate(tape, None, parse_settings(resolved.alloc_conf), limit=room).ran_out is None
+    spec, resolved = spec_of(model), recipe.resolved()
+    tape = write_long_tape(spec, resolved, card=_card_here())
+    made = making(spec, resolved, tape)
+    return simulate(tape, made, parse_settings(resolved.alloc_conf), limit=room).ran_out is None
 
 
 def _card_here() -> Card | None:
