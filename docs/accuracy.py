@@ -18,9 +18,10 @@ HEAD = """\
 
 Made by `python docs/generate.py` from `data/reconciliation.json`, `data/emulated.json` and
 `data/published_comparison.json`, which `benchmarks/reconcile.py`, `benchmarks/dry_gpu/compare.py` and
-`benchmarks/published.py` write, and from the files of `data/measurements`, which `memplan verify` writes. {gpus}
+`benchmarks/published.py` write, and from the files of `data/measurements`, which `memplan verify` writes.
+{gpus}
 *Predicted* is the plan; *traced* is the real libraries' step under fake tensors on a CPU
-([how-it-works.md](how-it-works.md)); *emulated* is the real step on PyTorch's CUDA build without a GPU.
+([how-it-works.md](how-it-works.md)); *emulated* is the real step on PyTorch's CUDA build, without a GPU.
 
 ## Predicted against traced
 

@@ -45,7 +45,7 @@ int nvmlInit_v2(void) { return 0; }
 int nvmlDeviceGetHandleByPciBusId_v2(const char *id, void **device) { (void)id; return some(device); }
 int nvmlDeviceGetNvLinkRemoteDeviceType(void *device, unsigned link, int *type) { (void)device, (void)link, (void)type; return 3; }
 int nvmlDeviceGetNvLinkRemotePciInfo_v2(void *device, unsigned link, void *info) { (void)device, (void)link, (void)info; return 3; }
-int nvmlDeviceGetComputeRunningProcesses(void *device, unsigned *count, void *infos) { (void)device, (void)count, (void)infos; return 3; }
+int nvmlDeviceGetComputeRunningProcesses(void *device, unsigned *count, void *infos) { (void)device, (void)infos; *count = 0; return 0; }
 int nvmlSystemGetCudaDriverVersion_v2(int *version) { *version = 13000; return 0; }
 int nvmlDeviceGetGpuFabricInfoV(void *device, void *info) { (void)device, (void)info; return 0; } /* state 0: none */
 #endif

@@ -2,8 +2,8 @@
 
     python benchmarks/dry_gpu/run.py --gpu h200 -- python -m memplan verify llama-3.2-1b --out emulated
 
-What comes out is *emulated*: no measurement, and memplan does not call it one. README.md says what environment
-it needs.
+What comes out is *emulated*: no measurement, and memplan does not call it one. README.md says what it
+needs.
 """
 
 from __future__ import annotations

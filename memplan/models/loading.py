@@ -13,8 +13,8 @@ moved to the device of their layer.
 *full, lora*: the model is made on the host, and the Trainer moves it, parameter by parameter in the order of
 its modules (torch/nn/modules/module.py, ``_apply``).
 
-And memplan's own, for what it measures (memplan/verify/build.py): a model is made where it stays, module by module,
-and the cache is emptied after each weight that has been quantised.
+And memplan's own, for what it measures (memplan/verify/build.py): a model is made where it stays, module by
+module, and the cache is emptied after each weight that has been quantised.
 
 Left out: scratch of the mean over scales; the copies that merge a checkpoint's experts; the norms that DoRA
 computes when it begins.
