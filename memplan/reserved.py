@@ -170,8 +170,8 @@ class Playback:
         played = self.begin
         if stage == FIRST_STEP:
             for position, workspace in self.born:
-                self.play(played, position)
-                self._make([workspace])
+                self.play(played, position)  # which stays the place: a product asks for its workspace
+                self.live[workspace] = self.allocator.malloc(self.tape.sizes[workspace])
                 played = position
                 before.add(workspace)
         self.play(played, self.update)

@@ -49,6 +49,22 @@ def test_states_are_born_into_what_the_first_step_cached() -> None:
     assert [reserved // MIB for _, reserved in run.changes] == [94, 158]
 
 
+def test_the_first_product_asks_for_its_workspace() -> None:
+    tape = Tape()
+    tape.begin(Phase.SETUP, "weights")
+    tape.alloc(30 * MIB, "parameter", Category.WEIGHTS)
+    tape.alloc(32 * MIB, "cublas_workspace", Category.TEMPORARIES)
+    tape.begin(Phase.FORWARD, "forward")
+    tape.alloc(64 * MIB, "mm", Category.TEMPORARIES)
+    tape.free(2)
+    tape.finish()
+    assert simulate(tape, capacity=(30 + 32 + 64) * MIB).ran_out is None
+    ran_out = simulate(tape, capacity=100 * MIB).ran_out
+    assert ran_out is not None
+    assert (ran_out.stage, ran_out.phase, ran_out.operation) == ("first step", Phase.FORWARD, "mm")
+    assert (ran_out.requested, ran_out.reserved) == (32 * MIB, (30 + 64) * MIB)
+
+
 def test_what_a_step_replaces_the_next_one_finds() -> None:
     tape = tape_of((30, Category.WEIGHTS), (2, Category.OPTIMIZER_STATE), step=[4, "step", 2, "-1", "-2"])
     assert simulate(tape).ran_out is None
