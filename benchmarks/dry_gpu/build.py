@@ -11,6 +11,7 @@ import subprocess
 import sysconfig
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -91,6 +92,7 @@ def _defined(source: Path, headers: Path) -> set[str]:
     return {_renamed(headers).get(name, name) for name in names}
 
 
+@cache
 def _renamed(headers: Path) -> dict[str, str]:
     """``cuda.h`` calls the newest version of a function by its plain name."""
     text = (headers / "cuda.h").read_text()

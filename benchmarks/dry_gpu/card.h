@@ -6,7 +6,6 @@
 #pragma once
 #include <stddef.h>
 
-#define HIDDEN __attribute__((visibility("hidden")))
 #define SMALL (1 << 20) /* copies and fills up to this are carried out: ids, losses, flags, tables */
 
 struct card {

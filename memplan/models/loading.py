@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from math import prod
 
 from memplan.models import blueprint
@@ -45,32 +44,22 @@ Step = tuple[str, int]
 def loading(spec: ModelSpec, recipe: Recipe, tape: Tape, capacity: int | None = None) -> Iterator[Step]:
     """What the allocator is asked for before the first step, of the storages that an unfolded ``tape`` has
     in SETUP; optimizer states come later. ``capacity``: bytes of the card, which bound the warm-up."""
-    resting = _resting(tape)
-    if recipe.mode is not Mode.QLORA:
-        return iter([("alloc", index) for index, _, _ in resting])
-    return _quantised(spec, recipe, resting, tape, _Warmup(capacity))
+    return _steps(spec, recipe, tape, capacity, stock=True)
 
 
 def making(spec: ModelSpec, recipe: Recipe, tape: Tape) -> Iterator[Step]:
     """The same of a model that memplan's verifier makes."""
-    resting = _resting(tape)
-    if recipe.mode is Mode.QLORA:
-        yield from _quantised(spec, recipe, resting, tape, None)
-    else:
-        yield from (("alloc", index) for index, _, _ in resting)
+    yield from _steps(spec, recipe, tape, None, stock=False)
     yield "empty_cache", 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Warmup:
-    """transformers' block as large as the model, on a card of so many bytes."""
-
-    capacity: int | None
-
-    def size(self, model: int) -> int:
-        if self.capacity is None:
-            return model
-        return min(model, max(self.capacity - _WARMUP_RESERVE, 0))
+def _steps(
+    spec: ModelSpec, recipe: Recipe, tape: Tape, capacity: int | None, *, stock: bool
+) -> Iterator[Step]:
+    resting = _resting(tape)
+    if recipe.mode is Mode.QLORA:
+        return _quantised(spec, recipe, resting, tape, capacity, stock=stock)
+    return iter([("alloc", index) for index, _, _ in resting])
 
 
 def _resting(tape: Tape) -> list[tuple[int, str, Category]]:
@@ -91,9 +80,11 @@ def _quantised(
     recipe: Recipe,
     resting: list[tuple[int, str, Category]],
     tape: Tape,
-    warmup: _Warmup | None,
+    capacity: int | None,
+    *,
+    stock: bool,
 ) -> Iterator[Step]:
-    """With a ``warmup`` as transformers loads, without one as memplan makes a model."""
+    """As transformers loads (``stock``), else as memplan makes a model."""
     storages: dict[str, list[int]] = {}
     adapters, made = [], []
     for index, name, category in resting:
@@ -113,21 +104,23 @@ def _quantised(
         return ("scratch", nbytes), scratch - 1
 
     four_bit = {name for name in shapes if name.removesuffix(".weight") + ".absmax" in storages}
-    if warmup is not None:
+    if stock:
         size = sum(
             (prod(shape) + 1) // 2 if name in four_bit else prod(shape) * itemsize
             for name, shape in shapes.items()
         )
-        take, warm = temporary(warmup.size(size))
+        if capacity is not None:
+            size = min(size, max(capacity - _WARMUP_RESERVE, 0))
+        take, warm = temporary(size)
         yield take
         yield "drop", warm
     for index in made:
         yield "alloc", index
     narrow: list[tuple[int, int]] = []  # what the preparation casts: scratch, storage
-    for name in sorted(shapes, key=_natural if warmup is not None else _tree):
+    for name in sorted(shapes, key=_natural if stock else _tree):
         if name in four_bit:
             yield from _quantise(shapes[name], itemsize, storages, name.removesuffix(".weight"), temporary)
-            if warmup is None:
+            if not stock:
                 yield "empty_cache", 0
             continue
         indices = _take(storages, name)

@@ -9,12 +9,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from memplan.allocator_settings import parse_settings
 from memplan.diff import Diff, Held, diff
 from memplan.fit import context_of
-from memplan.reserved import Reserved, simulate
 from memplan.tape import Category, Peak, Tape, replay
-from memplan.verify.job import predicted_tape, spec_of
+from memplan.verify.job import predicted_tape, simulated
 from memplan.verify.measurement import Measurement, OutOfMemory
 
 
@@ -119,12 +117,15 @@ def compare(measured: Measurement) -> Comparison:
         )
     if not measured.run.cudnn_attention:
         remarks.append("cuDNN's attention was switched off, as the plan has FlashAttention")
-    simulated = _simulated(measured, plan) if measured.device.kind == "cuda" else None
+    played = None
+    if measured.device.kind == "cuda":
+        limit = measured.run.cap_bytes
+        played = simulated(measured.model, measured.recipe, plan, capacity=room_of(measured), limit=limit)
     reserved = Figure(
-        predicted=None if simulated is None else simulated.in_step,
+        predicted=None if played is None else played.in_step,
         measured=steady.reserved_bytes if steady else None,
     )
-    blocks = predicted.allocated_bytes if simulated is None else simulated.allocated
+    blocks = predicted.allocated_bytes if played is None else played.allocated
     return Comparison(
         title=measured.title,
         label=measured.label,
@@ -149,20 +150,11 @@ def compare(measured: Measurement) -> Comparison:
         measured_peak=_where(seen) if seen is not None else None,
         room=room_of(measured),
         # on a host nothing was near its limit, so nothing is shown
-        fits_predicted=None if simulated is None else simulated.ran_out is None,
+        fits_predicted=None if played is None else played.ran_out is None,
         fits_measured=_fitted(measured),
         diff=_diff(plan, tape),
         remarks=tuple(remarks),
     )
-
-
-def _simulated(measured: Measurement, plan: Tape) -> Reserved:
-    """The run on the simulated allocator, with the room that it had."""
-    from memplan.models.loading import making
-
-    settings = parse_settings(measured.recipe.alloc_conf)
-    made = making(spec_of(measured.model), measured.recipe, plan)
-    return simulate(plan, made, settings, capacity=room_of(measured), limit=measured.run.cap_bytes)
 
 
 def room_of(measured: Measurement) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -14,6 +14,9 @@ from memplan.recipe import Attention, Loss, Recipe
 from memplan.spec import ModelSpec
 from memplan.tape import Tape
 from memplan.verify.measurement import Device, Measurement, Model, Run
+
+if TYPE_CHECKING:
+    from memplan.reserved import Reserved
 
 
 class Job(BaseModel):
@@ -136,15 +139,24 @@ def peak_bytes(model: Model, recipe: Recipe, card: Card | None = None) -> int:
 def gets_through(model: Model, recipe: Recipe, room: int) -> bool:
     """Whether the run is predicted to train where the allocator may have ``room`` bytes: simulated as the
     verifier makes its models, for the card of this machine if there is one."""
+    from memplan.models.step import write_long_tape
+
+    resolved = recipe.resolved()
+    tape = write_long_tape(spec_of(model), resolved, card=_card_here())
+    return simulated(model, resolved, tape, limit=room).ran_out is None
+
+
+def simulated(
+    model: Model, recipe: Recipe, tape: Tape, *, capacity: int | None = None, limit: int | None = None
+) -> Reserved:
+    """What a run of the step ``tape`` reserves, from the making of the model on, as the verifier does it;
+    ``capacity`` and ``limit`` as in :class:`memplan.allocator.Allocator`."""
     from memplan.allocator_settings import parse_settings
     from memplan.models.loading import making
-    from memplan.models.step import write_long_tape
     from memplan.reserved import simulate
 
-    spec, resolved = spec_of(model), recipe.resolved()
-    tape = write_long_tape(spec, resolved, card=_card_here())
-    made = making(spec, resolved, tape)
-    return simulate(tape, made, parse_settings(resolved.alloc_conf), limit=room).ran_out is None
+    made = making(spec_of(model), recipe, tape)
+    return simulate(tape, made, parse_settings(recipe.alloc_conf), capacity=capacity, limit=limit)
 
 
 def _card_here() -> Card | None:
