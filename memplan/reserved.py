@@ -18,11 +18,6 @@ from memplan.tape import Category, Phase, Tape
 
 LOADING, FIRST_STEP, LATER_STEP = "loading", "first step", "later step"
 
-# Operations that cuBLAS multiplies in, as tapes name what they allocate for their results.
-_PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "gemm_4bit"}) | {
-    f"nf4_{kind}linear{part}" for kind in ("", "lora_") for part in ("", "_grad")
-}
-
 
 @dataclass(frozen=True, slots=True)
 class RanOut:
@@ -136,14 +131,10 @@ class Playback:
         for phase in (Phase.FORWARD, Phase.BACKWARD):  # autograd has a thread of its own
             parts = (segment for segment in tape.segments if segment.phase is phase)
             at = (i for part in parts for i in range(part.start, min(part.stop, self.update)))
-            first = next((i for i in at if self._product(i)), None)
+            first = next((i for i in at if tape.events[i] in tape.products), None)
             if first is not None:
                 found.append(first + 1)
         return found
-
-    def _product(self, position: int) -> bool:
-        event = self.tape.events[position]
-        return event >= 0 and self.tape.operations[event] in _PRODUCTS
 
     def load(self, loading: Iterable[tuple[str, int]] | None) -> None:
         """Everything that is there before the first step."""

@@ -80,7 +80,8 @@ class Tape:
 
     ``events[i]`` is a storage's index when it is allocated and its complement (``~index``) when it is
     released; ``deltas[i]``, filled in by :meth:`finish`, is the change in live bytes that it makes. The
-    other lists are per storage.
+    other lists are per storage. ``products`` are storages after whose birth cuBLAS multiplies: the first time
+    that a thread does, it has its workspace made (:mod:`memplan.reserved`).
     """
 
     provenance: str = "predicted"
@@ -90,6 +91,7 @@ class Tape:
     categories: list[Category] = field(default_factory=list)
     operations: list[str] = field(default_factory=list)
     modules: list[str] = field(default_factory=list)
+    products: set[int] = field(default_factory=set)
     segments: list[Segment] = field(default_factory=list)
     module: str = ""  # where the writer is now
 
@@ -123,6 +125,10 @@ class Tape:
     def free(self, index: int) -> None:
         """Write the death of a storage."""
         self.events.append(~index)
+
+    def multiply(self) -> None:
+        """Write that cuBLAS multiplies here, with all that it needs allocated."""
+        self.products.add(len(self.sizes) - 1)
 
 
 @dataclass(frozen=True, slots=True)

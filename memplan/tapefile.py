@@ -64,6 +64,7 @@ def encode(tape: Tape, info: TapeInfo | None = None) -> bytes:
         "categories": numbers([category.value for category in tape.categories]),
         "operations": numbers(tape.operations),
         "modules": numbers(tape.modules),
+        "products": sorted(tape.products),
         "strings": list(strings),
     }
     return json.dumps(document, separators=(",", ":")).encode()
@@ -160,9 +161,11 @@ def _tape(document: dict[str, Any]) -> Tape:
         categories=[Category(text) for text in texts("categories")],
         operations=texts("operations"),
         modules=texts("modules"),
+        products=set(column("products")) if "products" in document else set(),
         segments=[_segment(row) for row in document["segments"]],
     )
     storages = len(tape.sizes)
+    _check(max(tape.products, default=0) < max(storages, 1), "a product has no storage")
     for name in ("categories", "operations", "modules"):
         _check(len(getattr(tape, name)) == storages, f"it has {storages} sizes and other numbers of {name}")
     _check(not any(size % ALLOCATION_GRANULARITY for size in tape.sizes), "its sizes are not rounded")

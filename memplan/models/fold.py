@@ -239,6 +239,7 @@ class _Unfolding:
         tape.categories = [old.categories[index] for index in origin]
         tape.operations = [old.operations[index] for index in origin]
         tape.modules = [old.modules[index] for index in origin]
+        tape.products = {index for index, was in enumerate(origin) if was in old.products}
         tape.finish()
         return True
 

@@ -73,20 +73,20 @@ def _chunk(
         # autocast caches no cast of a view such as weight.t() (ATen/autocast_mode.cpp, cached_cast)
         cast_weight = None if weight.dtype is dtype else empty(weight.shape, dtype, "_to_copy")
         cast_hidden = None if hidden.dtype is dtype else empty((rows, width), dtype, "_to_copy")
-        logits = empty((rows, vocabulary), dtype, "mm")
+        logits = product((rows, vocabulary), dtype, "mm")
         del cast_weight, cast_hidden
         cached_weight = autocast(weight)
-        product = empty((rows, width), dtype, "mm")
-        del cached_weight, product
+        grad_hidden = product((rows, width), dtype, "mm")
+        del cached_weight, grad_hidden
     if grad_weight is None:
         return
     cast_hidden = None if hidden.dtype is dtype else empty((rows, width), dtype, "_to_copy")
     if dtype is float32 or state.card.capability < (8, 0):
         # parameter-sized products and their fp32 copies, where neither kind of addmm applies
-        product = empty(weight.shape, dtype, "mm")
+        short = product(weight.shape, dtype, "mm")
         del cast_hidden
-        product = ops.to(product, float32)
-        del product
+        short = ops.to(short, float32)
+        del short
 
 
 def _backward(node: Node, grad: Tensor) -> Any:

@@ -7,8 +7,10 @@ The stock ways:
 (transformers 5.23 modeling_utils.py, ``caching_allocator_warmup``), then loads one parameter after the other
 in the order of ``dot_natural_key`` without threads (core_model_loading.py: on-the-fly quantisation), each
 weight in 16 bits until bitsandbytes has quantised it (0.50 functional.py, ``quantize_4bit``). PEFT's
-preparation then casts what is not 4-bit and empties the cache (0.21 peft/utils/other.py), and adapters are
-moved to the device of their layer.
+preparation then casts what is not 4-bit and empties the cache (0.21 peft/utils/other.py). Adapters are moved
+to the card in the dtype that their layer computes in, one layer after another, and then cast to fp32, all of
+them (peft/tuners/tuners_utils.py, ``_move_adapter_to_device_of_base_layer``, ``cast_adapter_dtype``); TRL's
+SFTTrainer casts them back to bf16 (1.16 trainer/sft_trainer.py).
 
 *full, lora*: the model is made on the host, and the Trainer moves it, parameter by parameter in the order of
 its modules (torch/nn/modules/module.py, ``_apply``).
@@ -28,7 +30,7 @@ from math import prod
 
 from memplan.models import blueprint
 from memplan.models.modules import NF4_BLOCK
-from memplan.recipe import DTypeName, Mode, Recipe
+from memplan.recipe import DTypeName, Loss, Mode, Recipe
 from memplan.spec import ModelSpec
 from memplan.tape import Category, Phase, Tape
 
@@ -86,10 +88,11 @@ def _quantised(
 ) -> Iterator[Step]:
     """As transformers loads (``stock``), else as memplan makes a model."""
     storages: dict[str, list[int]] = {}
-    adapters, made = [], []
+    adapters: list[tuple[int, str]] = []
+    made = []
     for index, name, category in resting:
         if category is Category.ADAPTERS:
-            adapters.append(index)
+            adapters.append((index, name))
         elif name in _NOT_LOADED or name.endswith("embed_scale"):
             made.append(index)
         else:
@@ -140,8 +143,33 @@ def _quantised(
             yield "alloc", index
             yield "drop", number
         yield "empty_cache", 0
-    for index in adapters:
-        yield "alloc", index
+    yield from _adapters(recipe, adapters, tape, four_bit if stock else set(), temporary)
+
+
+def _adapters(recipe, adapters, tape, four_bit, temporary) -> Iterator[Step]:  # type: ignore[no-untyped-def]
+    """Adapters as PEFT brings them onto the card; ``four_bit``: the names of 4-bit weights that have some."""
+    in_16_bits = recipe.dtype is not DTypeName.FLOAT32
+    back = recipe.loss is Loss.CHUNKED and recipe.adapter_dtype is DTypeName.BFLOAT16
+    moved: list[tuple[int, int]] = []
+    for index, name in adapters:
+        narrow = name.partition(".lora_")[0] + ".weight" in four_bit or not recipe.kbit_prep
+        if not (in_16_bits and narrow and ".lora_" in name):
+            yield "alloc", index
+        elif recipe.adapter_dtype is DTypeName.FLOAT32 or back:
+            take, number = temporary(tape.sizes[index] if back else tape.sizes[index] // 2)
+            yield take
+            moved.append((index, number))
+        else:
+            yield "alloc", index
+    for wide in range(1 + back):
+        for at, (index, number) in enumerate(moved):
+            if back and not wide:
+                take, upcast = temporary(2 * tape.sizes[index])
+                yield take
+                moved[at] = index, upcast
+            else:
+                yield "alloc", index
+            yield "drop", number
 
 
 def _quantise(shape, itemsize, storages, module, temporary) -> Iterator[Step]:  # type: ignore[no-untyped-def]

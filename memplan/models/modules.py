@@ -12,7 +12,7 @@ from typing import Any
 from memplan.models.gemm_4bit import fused
 from memplan.shadow import ops
 from memplan.shadow.autograd import Node, attach, require_grad
-from memplan.shadow.matmul import linear
+from memplan.shadow.matmul import linear, product
 from memplan.shadow.tensor import DType, Shape, Tensor, category, empty, float32, int64, state, uint8
 from memplan.tape import Category
 
@@ -101,7 +101,7 @@ class Linear4bit:
             return empty(shape, x.dtype, "gemm_4bit")
         scales = self._forward_scales()
         weight = empty(self.shape, x.dtype, "gemm_4bit")
-        out = empty(shape, x.dtype, "gemm_4bit")
+        out = product(shape, x.dtype, "gemm_4bit")
         del scales, weight
         return out
 
@@ -124,7 +124,7 @@ def _matmul_4bit_backward(node: Node, grad: Tensor) -> Any:
     weight = module.dequantized(grad.dtype)
     if grad.strides is not None:
         grad = ops.contiguous(grad)
-    out = empty(shape, grad.dtype, "mm")
+    out = product(shape, grad.dtype, "mm")
     del weight
     return (out,)  # torch.matmul folds and unfolds: _unsafe_view is no view to autograd
 

@@ -12,6 +12,7 @@ from memplan.models.adapters import Lora
 from memplan.models.modules import Linear4bit
 from memplan.shadow import ops
 from memplan.shadow.autograd import Node, attach, save, save_output, unpack
+from memplan.shadow.matmul import product
 from memplan.shadow.tensor import DType, Tensor, empty, int64, state, view_strides
 
 
@@ -65,7 +66,9 @@ class NF4Lora(Lora):
         x = flat(x, name, bool(self.dropout))
         hidden = empty((prod(x.shape[:-1]), self.down.shape[0]), x.dtype, name)
         if not self.dropout:
-            _cast(self.down, x.dtype, name)
+            _down = _cast(self.down, x.dtype, name)
+            state.tape.multiply()
+            del _down
         _up = _cast(self.up, x.dtype, name)
         return forward(x, base, name), hidden
 
@@ -77,7 +80,7 @@ def _lora_backward(node: Node, grad: Tensor) -> Any:
     _seed = unpack(node.saved[4]) if dropout else None
     grad, x = flat(grad, name), flat(x, name, dropout)
     up_cast = _cast(up, grad.dtype, name)
-    hidden_grad = empty(hidden.shape, grad.dtype, name)
+    hidden_grad = product(hidden.shape, grad.dtype, name)
     del up_cast
     for_up = _product(up.shape, grad.dtype, up.dtype, name)
     for_down = (
@@ -94,8 +97,8 @@ def _lora_backward(node: Node, grad: Tensor) -> Any:
 def _product(shape: tuple[int, ...], computed: DType, wanted: DType, name: str) -> Tensor:
     """A factor's gradient: fp32 straight from 16 bits, but 16 bits from fp32 by way of a copy."""
     if computed.itemsize <= wanted.itemsize:
-        return empty(shape, wanted, name)
-    wide = empty(shape, computed, name)
+        return product(shape, wanted, name)
+    wide = product(shape, computed, name)
     short = empty(shape, wanted, name)
     del wide
     return short
@@ -137,6 +140,7 @@ def _by_strips(x: Tensor, made: int, summed: int, dtype: DType, operation: str) 
     size = strip(made, summed, dtype.itemsize, converted)
     buffer = empty((size, summed), dtype, operation)
     result = empty((converted, size), dtype, operation) if converted else None
+    state.tape.multiply()
     del short, buffer, result
     return out
 

@@ -7,7 +7,17 @@ from typing import Any
 
 from memplan.shadow.autograd import AccumulateGrad, Node, attach, save, unpack
 from memplan.shadow.ops import clone, pointwise, to, tracked, view
-from memplan.shadow.tensor import Tensor, empty, float32, state, view_strides
+from memplan.shadow.tensor import DType, Shape, Tensor, empty, float32, state, view_strides
+
+
+def product(shape: Shape, dtype: DType, operation: str, *operands: Tensor) -> Tensor:
+    """What cuBLAS multiplies into. Of ``operands``, those that it can't read as they lie are copied for as
+    long as that takes (aten/src/ATen/native/cuda/Blas.cpp, prepare_batch_matrix_for_cublas)."""
+    out = empty(shape, dtype, operation)
+    copies = [empty(x.shape, x.dtype, operation) for x in operands if x.strides is not None]
+    state.tape.multiply()
+    del copies
+    return out
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -33,10 +43,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             None if x.node is None else save(weight),
         )
         node.context = x.shape, weight.shape, bias is not None
-        out = empty(shape, x.dtype, operation)
+        out = product(shape, x.dtype, operation)
         attach(node, out)
         return out
-    return empty(shape, x.dtype, operation)
+    return product(shape, x.dtype, operation)
 
 
 def _linear_backward(node: Node, grad: Tensor) -> Any:
@@ -50,11 +60,11 @@ def _linear_backward(node: Node, grad: Tensor) -> Any:
     for_weight = for_x = for_bias = None
     # mm's arguments sort as (mat2, self), addmm's as (mat1, mat2, self).
     if weight is not None and node.context[2]:
-        for_x = _viewed(empty(x_shape, grad.dtype, "mm"))
+        for_x = _viewed(product(x_shape, grad.dtype, "mm"))
     if x is not None:
-        for_weight = _viewed(empty(weight_shape, grad.dtype, "mm"))
+        for_weight = _viewed(product(weight_shape, grad.dtype, "mm"))
     if weight is not None and not node.context[2]:
-        for_x = _viewed(empty(x_shape, grad.dtype, "mm"))
+        for_x = _viewed(product(x_shape, grad.dtype, "mm"))
     if node.edges[2]:
         for_bias = grad  # summed by the engine, when addmm's backward has let go of what it saved
     return for_x, for_weight, for_bias
@@ -83,10 +93,10 @@ def matmul(x: Tensor, y: Tensor) -> Tensor:
             None if x.node is None else save(y),
         )
         node.context = x.shape, y.shape
-        out = empty(flat, x.dtype, "bmm")
+        out = product(flat, x.dtype, "bmm")
         attach(node, out)
     else:
-        out = empty(flat, x.dtype, "bmm")
+        out = product(flat, x.dtype, "bmm")
     return view(out, shape)
 
 
@@ -101,9 +111,9 @@ def _matmul_backward(node: Node, grad: Tensor) -> Any:
     x_shape, y_shape = node.context
     for_y = for_x = None
     if x is not None:
-        for_y = _viewed(empty(y_shape, grad.dtype, "bmm"))
+        for_y = _viewed(product(y_shape, grad.dtype, "bmm"))
     if y is not None:
-        for_x = _viewed(empty(x_shape, grad.dtype, "bmm"))
+        for_x = _viewed(product(x_shape, grad.dtype, "bmm"))
     return for_x, for_y
 
 
@@ -114,14 +124,14 @@ def mm(x: Tensor, y: Tensor) -> Tensor:
         x = autocast(x)
     shape = x.shape[0], y.shape[1]
     if not tracked(x, y):
-        return empty(shape, x.dtype, "mm")
+        return product(shape, x.dtype, "mm")
     node = Node(_mm_backward, x, y)
     node.saved = (
         None if y.node is None else save(x),
         None if x.node is None else save(y),
     )
     node.context = x.shape, y.shape
-    out = empty(shape, x.dtype, "mm")
+    out = product(shape, x.dtype, "mm")
     attach(node, out)
     return out
 
@@ -129,21 +139,16 @@ def mm(x: Tensor, y: Tensor) -> Tensor:
 def _mm_backward(node: Node, grad: Tensor) -> Any:
     x, y = (None if saved is None else unpack(saved) for saved in node.saved)
     x_shape, y_shape = node.context
-    for_y = None if x is None else empty(y_shape, grad.dtype, "mm")
-    for_x = None if y is None else empty(x_shape, grad.dtype, "mm")
+    for_y = None if x is None else product(y_shape, grad.dtype, "mm")
+    for_x = None if y is None else product(x_shape, grad.dtype, "mm")
     return for_x, for_y
 
 
 def baddbmm(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-    """``torch.baddbmm(x, y, z, alpha=...)``; operands that cuBLAS can't read as they lie are copied for the
-    product (aten/src/ATen/native/cuda/Blas.cpp, prepare_batch_matrix_for_cublas)."""
+    """``torch.baddbmm(x, y, z, alpha=...)``."""
     node = Node(_baddbmm_backward, x, y, z) if tracked(x, y, z) else None
     saved = (save(y), save(z)) if node is not None else None
-    out = empty(x.shape, x.dtype, "baddbmm")
-    copies = [
-        empty(operand.shape, operand.dtype, "baddbmm") for operand in (y, z) if operand.strides is not None
-    ]
-    del copies
+    out = product(x.shape, x.dtype, "baddbmm", y, z)
     if node is not None:
         node.saved = saved
         attach(node, out)
@@ -152,22 +157,13 @@ def baddbmm(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
 
 def _baddbmm_backward(node: Node, grad: Tensor) -> Any:
     y, z = (unpack(saved) for saved in node.saved)
-    product = _bmm(y.shape, grad, z)
-    for_y = pointwise("mul", product)
-    del product
-    product = _bmm(z.shape, y, grad)
-    for_z = pointwise("mul", product)
-    del product
+    unscaled = product(y.shape, grad.dtype, "bmm", grad, z)
+    for_y = pointwise("mul", unscaled)
+    del unscaled
+    unscaled = product(z.shape, y.dtype, "bmm", y, grad)
+    for_z = pointwise("mul", unscaled)
+    del unscaled
     return (grad if node.edges[0] else None), for_y, for_z
-
-
-def _bmm(shape: tuple[int, ...], *operands: Tensor) -> Tensor:
-    out = empty(shape, operands[0].dtype, "bmm")
-    copies = [
-        empty(operand.shape, operand.dtype, "bmm") for operand in operands if operand.strides is not None
-    ]
-    del copies
-    return out
 
 
 def autocast(x: Tensor) -> Tensor:

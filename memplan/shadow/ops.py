@@ -264,15 +264,16 @@ def result_activation(name: str, x: Tensor) -> Tensor:
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
-    """``nn.functional.dropout`` in training on CUDA: native_dropout, which saves a bool mask."""
+    """``nn.functional.dropout`` in training on CUDA: native_dropout, which makes a mask of bools, then its
+    result, and saves the mask (aten/src/ATen/native/cuda/Dropout.cu ``dropout_cuda``)."""
     if not p:
         return x
     from memplan.shadow.tensor import bool_
 
     needs = tracked(x)
     node = Node(_dropout_backward, x) if needs else None
-    out = pointwise("native_dropout", x)
     mask = pointwise("native_dropout", x, dtype=bool_)
+    out = pointwise("native_dropout", x)
     if node is not None:
         node.saved = save_output(mask)
         attach(node, out)

@@ -38,6 +38,7 @@ def matrix_product(recorder: Any, left: Any, right: Any) -> Any:
     shape = (*left.shape[:-1], right.shape[-1])
     out = torch.empty(shape, dtype=left.dtype)
     _held = _copies(left, right)
+    recorder.tape.multiply()
     return out
 
 
@@ -48,6 +49,7 @@ def matrix_product_plus(
     """As above; a bias is read by cuBLASLt's epilogue, or copied into the output."""
     out = torch.empty((*left.shape[:-1], right.shape[-1]), dtype=left.dtype)
     _held = _copies(left, right)
+    recorder.tape.multiply()
     return out
 
 
@@ -57,6 +59,7 @@ def matrix_product_into(recorder: Any, *operands: Any, out: Any, **_: Any) -> An
     ``_addmm_dtype_out_cuda``): nothing but copies of matrices; a bias is read as it is."""
     matrices = [it for it in operands if isinstance(it, torch.Tensor) and it.dim() == 2]
     _held = _copies(*matrices, out)
+    recorder.tape.multiply()
     return out
 
 
@@ -144,8 +147,9 @@ def sum_all(recorder: Any, tensor: Any, *, dtype: torch.dtype | None = None) -> 
 
 @operator(aten.native_dropout.default)
 def native_dropout(recorder: Any, tensor: Any, p: float, train: bool | None) -> tuple[Any, Any]:
-    """aten/src/ATen/native/cuda/Dropout.cu ``native_dropout_cuda``: the output and a mask of bools."""
-    return torch.empty_like(tensor), torch.empty_like(tensor, dtype=torch.bool)
+    """aten/src/ATen/native/cuda/Dropout.cu ``dropout_cuda``: a mask of bools, then the output."""
+    mask = torch.empty_like(tensor, dtype=torch.bool)
+    return torch.empty_like(tensor), mask
 
 
 @operator(aten.native_dropout_backward.default)

@@ -14,6 +14,7 @@ def without_workspaces(tape: Tape) -> Tape:
         categories=tape.categories,
         operations=tape.operations,
         modules=tape.modules,
+        products=tape.products,
         segments=tape.segments,
     )
     for index, operation in enumerate(tape.operations):

@@ -1,0 +1,133 @@
+"""What the plain scripts share: their options, their data, and the peaks that they print. Nothing of memplan's."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
+
+STEPS = 3
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model", help="folder of a checkpoint")
+    parser.add_argument("--out", type=Path, required=True, help="where the peaks go, in JSON")
+    parser.add_argument("--mode", choices=["full", "lora", "qlora"], default="qlora")
+    parser.add_argument("--r", type=int, default=8)
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--targets", nargs="+", default=["all-linear"])
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--attention", default="sdpa")
+    parser.add_argument("--optim", default="adamw_torch_fused")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--accumulate", type=int, default=1)
+    parser.add_argument("--device-map")
+    parser.add_argument("--history", type=Path)
+    parser.add_argument("--no-double-quant", dest="double_quant", action="store_false")
+    parser.add_argument("--no-prepare", dest="prepare", action="store_false")
+    for name in ("checkpointing", "bf16", "fp16"):
+        parser.add_argument(f"--{name}", action="store_true")
+    return parser.parse_args()
+
+
+def load(asked: argparse.Namespace) -> Any:
+    """The model as a script loads it: 4-bit ones onto the card, others onto the host."""
+    if asked.history:
+        torch.cuda.memory._record_memory_history(max_entries=10_000_000, stacks="python")
+    dtype = getattr(torch, asked.dtype)
+    quantised = {}
+    if asked.mode == "qlora":
+        quantised["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=asked.double_quant,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return AutoModelForCausalLM.from_pretrained(
+        asked.model,
+        dtype=dtype,
+        attn_implementation=asked.attention,
+        device_map=asked.device_map,
+        **quantised,
+    )
+
+
+def lora(asked: argparse.Namespace) -> Any:
+    from peft import LoraConfig
+
+    targets = asked.targets[0] if asked.targets == ["all-linear"] else asked.targets
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=asked.r,
+        lora_alpha=2 * asked.r,
+        lora_dropout=asked.dropout,
+        target_modules=targets,
+    )
+
+
+def rows(asked: argparse.Namespace) -> Iterator[dict[str, list[int]]]:
+    """Enough for the steps; all of one length, nothing padded."""
+    ids = list(range(1, 101)) * (asked.length // 100 + 1)
+    for _ in range(asked.batch * asked.accumulate * STEPS):
+        yield {
+            "input_ids": ids[: asked.length],
+            "attention_mask": [1] * asked.length,
+            "labels": ids[: asked.length],
+        }
+
+
+def arguments(asked: argparse.Namespace) -> dict[str, Any]:
+    """TrainingArguments that every trainer here takes."""
+    return {
+        "output_dir": str(asked.out.with_suffix("")),
+        "max_steps": STEPS,
+        "per_device_train_batch_size": asked.batch,
+        "gradient_accumulation_steps": asked.accumulate,
+        "gradient_checkpointing": asked.checkpointing,
+        "bf16": asked.bf16,
+        "fp16": asked.fp16,
+        "optim": asked.optim,
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "report_to": "none",
+        "seed": 0,
+    }
+
+
+class Peaks(TrainerCallback):
+    """What torch.cuda says: the most allocated in each step, the most reserved in all."""
+
+    def __init__(self, asked: argparse.Namespace) -> None:
+        self.asked = asked
+        self.steps: list[dict[str, int]] = []
+        self.marks = []
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        torch.cuda.reset_peak_memory_stats()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        found = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        self.steps.append(dict(zip(("allocated", "reserved"), found, strict=True)))
+
+    def write(self) -> None:
+        import importlib.metadata
+        if self.asked.history:
+            import pickle
+            self.asked.history.write_bytes(pickle.dumps(torch.cuda.memory._snapshot()["device_traces"][0]))
+
+        libraries = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl")
+        found = {
+            "allocated": self.steps[-1]["allocated"],
+            "reserved": max(step["reserved"] for step in self.steps),
+            "steps": self.steps,
+            "device": torch.cuda.get_device_name(),
+            "libraries": {name: importlib.metadata.version(name) for name in libraries},
+        }
+        self.asked.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
