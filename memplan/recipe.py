@@ -105,6 +105,7 @@ class Recipe(BaseModel):
 
     gradient_checkpointing: bool | None = None
     use_reentrant: bool | None = None
+    use_cache: bool = False
     attn: Attention | None = None
     loss: Loss = Loss.STANDARD
     batch_size: int = Field(default=1, ge=1, le=1 << 20)

@@ -39,7 +39,6 @@ class ModelSpec(BaseModel):
     longrope: bool = False  # keeps a second table of frequencies, for long sequences
     attention_dropout: float = 0.0
     resid_dropout: float = 0.0
-    use_cache: bool = True
 
     sliding_window: int | None = None
     layer_types: tuple[LayerKind, ...] = ()

@@ -243,6 +243,55 @@ cudaError_t __cudaGetKernel(cudaKernel_t *kernel, const void *function) {
     return cudaSuccess;
 }
 
+/* One thing that shapes depend on is counted: how many elements are not zero (aten/src/ATen/native/cuda/Nonzero.cu,
+ * with cub's reduction). All of them, says the card, as it says that every flag is true: nothing is padded or masked. */
+
+#define KERNELS (1 << 18)
+static struct { const void *function; const char *name; } kernels[KERNELS];
+
+static size_t kernel_slot(const void *function) {
+    size_t i = ((size_t)function >> 4) * 0x9e3779b97f4a7c15u >> 46;
+    while (kernels[i].function && kernels[i].function != function) i = (i + 1) % KERNELS;
+    return i;
+}
+
+void __cudaRegisterFunction(void **binary, const char *function, char *device, const char *name, int threads, void *a,
+                            void *b, void *c, void *d, int *e) {
+    (void)binary, (void)device, (void)threads, (void)a, (void)b, (void)c, (void)d, (void)e;
+    if (!strstr(name, "6reduce") || !strstr(name, "DeviceReduce")) return;
+    size_t i = kernel_slot(function);
+    kernels[i].function = function;
+    kernels[i].name = name;
+}
+
+static void launched(const void *function, void **arguments) {
+    static __thread int count = -1;
+    const char *name = kernels[kernel_slot(function)].name;
+    if (!name) return;
+    /* DeviceReduceKernel(in, partial sums, number, ...), then DeviceReduceSingleTileKernel(in, out, number, ...) */
+    if (strstr(name, "NonZeroOp")) count = (int)*(unsigned long long *)arguments[2];
+    if (count >= 0 && strstr(name, "DeviceReduceSingleTileKernel")) {
+        **(int **)arguments[1] = count;
+        count = -1;
+    }
+}
+
+cudaError_t cudaLaunchKernel(const void *function, dim3 grid, dim3 block, void **arguments, size_t shared,
+                             cudaStream_t on) {
+    (void)grid, (void)block, (void)shared, (void)on;
+    launched(function, arguments);
+    return cudaSuccess;
+}
+cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void **arguments, size_t shared,
+                               cudaStream_t on) {
+    return cudaLaunchKernel((const void *)kernel, grid, block, arguments, shared, on);
+}
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *config, const void *function, void **arguments) {
+    (void)config;
+    launched(function, arguments);
+    return cudaSuccess;
+}
+
 /* Errors. */
 
 cudaError_t cudaGetLastError(void) { cudaError_t was = last; last = cudaSuccess; return was; }

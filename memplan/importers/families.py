@@ -99,7 +99,6 @@ class Family:
 
 _COMMON = {
     "hidden_act": "silu",
-    "use_cache": True,
     "tie_word_embeddings": False,
     "attention_bias": False,
     "attention_dropout": 0.0,

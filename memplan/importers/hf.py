@@ -106,7 +106,6 @@ def spec_from_config(
             longrope=longrope,
             attention_dropout=fields.probability("attention_dropout"),
             resid_dropout=fields.probability("resid_pdrop") if "resid_pdrop" in family.defaults else 0.0,
-            use_cache=fields.flag("use_cache"),
             sliding_window=window,
             layer_types=layer_types,
             **_softcaps(fields, family),

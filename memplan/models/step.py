@@ -70,7 +70,7 @@ def _written(spec: ModelSpec, recipe: Recipe, card: Card | None, *, folded: bool
 def kinds(spec: ModelSpec, recipe: Recipe) -> list[Any]:
     """What tells layers apart: experts or not, which mask and rotation they are given, what is adapted."""
     wanted = masks.needed(spec, recipe)
-    caches = uses_cache(spec, recipe) and "sliding_attention" in spec.layer_types
+    caches = uses_cache(recipe) and "sliding_attention" in spec.layer_types
     by_type = any(wanted.values()) or caches or spec.model_type == "gemma3_text"
     adapted = parameters.adapted_by_layer(spec, recipe)
     return [
@@ -83,10 +83,9 @@ def kinds(spec: ModelSpec, recipe: Recipe) -> list[Any]:
     ]
 
 
-def uses_cache(spec: ModelSpec, recipe: Recipe) -> bool:
-    """Whether training fills a cache of keys and values: a Trainer leaves ``use_cache`` as the config says;
-    checkpointing and TRL's trainer turn it off."""
-    return spec.use_cache and not recipe.gradient_checkpointing and recipe.loss is not Loss.CHUNKED
+def uses_cache(recipe: Recipe) -> bool:
+    """Whether training fills a cache of keys and values: checkpointing and TRL's fused head turn it off."""
+    return recipe.use_cache and not recipe.gradient_checkpointing and recipe.loss is not Loss.CHUNKED
 
 
 def router_loss(spec: ModelSpec, recipe: Recipe) -> bool:
@@ -188,7 +187,7 @@ def _decoder(
     spec, recipe, tape = model.spec, model.recipe, state.tape
     embeds = model.embedding(ids)
     tape.module = "model"
-    cache: list[Tensor] | None = [] if uses_cache(spec, recipe) else None
+    cache: list[Tensor] | None = [] if uses_cache(recipe) else None
     with category(Category.ACTIVATIONS if recipe.gradient_checkpointing else Category.TEMPORARIES):
         # recomputation needs them
         positions = _positions(recipe.seq_len)

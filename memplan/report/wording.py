@@ -37,6 +37,8 @@ def phrases(recipe: Recipe) -> dict[str, str]:
     result["max_grad_norm"] = f"clip {recipe.max_grad_norm:g}" if recipe.max_grad_norm else "no clipping"
     result["gradient_accumulation_steps"] = f"accumulate {recipe.gradient_accumulation_steps}"
     result["gradient_checkpointing"] = _checkpointing(recipe)
+    if recipe.use_cache:
+        result["use_cache"] = "key-value cache"
     result["attn"] = recipe.attn.value if recipe.attn else "sdpa"
     result["loss"] = f"{recipe.loss.value} loss"
     result["batch_size"] = f"{recipe.batch_size} × {recipe.seq_len} tokens"

@@ -76,6 +76,7 @@ def base_model(config: dict[str, Any], recipe: Recipe) -> nn.Module:
     from transformers import AutoModelForCausalLM, initialization
 
     hf, kind = configuration(config)
+    hf.use_cache = recipe.use_cache  # as the Trainer does with what TrainingArguments say (trainer.py, 5.23)
     with initialization.no_init_weights(), _any_attention():
         model: nn.Module = AutoModelForCausalLM.from_config(
             hf, dtype=DTYPES[recipe.dtype], attn_implementation=attention(kind, recipe)

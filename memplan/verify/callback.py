@@ -224,6 +224,7 @@ def recipe_of(args: Any, model: Any, seq_len: int) -> Recipe:
         "max_grad_norm": args.max_grad_norm or 0.0,
         "optimizer": str(getattr(args.optim, "value", args.optim)),
         "autocast": bool(args.bf16 or args.fp16),
+        "use_cache": bool(getattr(base.config, "use_cache", False)),  # set by the Trainer
         "attn": getattr(base.config, "_attn_implementation", None) or "sdpa",
         "loss": _loss(args),
         "gradient_checkpointing": any(

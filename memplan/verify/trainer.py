@@ -135,6 +135,7 @@ def _trainer(job: Job, model: Any, callback: MemoryCallback, folder: str) -> Any
         "lr_scheduler_type": "constant",
         "weight_decay": 0.0,
         "max_grad_norm": recipe.max_grad_norm,
+        "use_cache": recipe.use_cache,
         "bf16": recipe.autocast and recipe.dtype.value != "float16",
         "fp16": recipe.autocast and recipe.dtype.value == "float16",
         "gradient_checkpointing": bool(recipe.gradient_checkpointing),
