@@ -103,7 +103,8 @@ int card_attribute(int attribute) {
     case 36: return 2619000;                     /* memory clock, kHz */
     case 37: return 5120;                        /* memory bus, bits */
     case 38: return 50 << 20;                    /* L2 */
-    case 39: return 2048;                        /* threads of a multiprocessor */
+    case 39:                                     /* threads of a multiprocessor */
+        return c->major == 12 || (c->major == 8 && c->minor) ? 1536 : c->major == 7 && c->minor ? 1024 : 2048;
     case 75: return c->major;
     case 76: return c->minor;
     case 81: return c->shared_memory + 1024;     /* shared memory of a multiprocessor */

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from memplan.models.indexing import by_mask, masked_scatter
 from memplan.models.moe import top_k
 from memplan.shadow import ops
-from memplan.shadow.autograd import Node, attach, save, save_output, unpack
+from memplan.shadow.autograd import Node, attach, split_sum, save, save_output, unpack
 from memplan.shadow.tensor import DType, Tensor, bool_, empty, float32, int64, state
 from memplan.spec import ModelSpec
 
@@ -116,6 +116,7 @@ def _sum_tokens(x: Tensor) -> Tensor:
     """``x.sum(dim=0)``."""
     node = Node(ops._expand_backward, x) if ops.tracked(x) else None
     out = empty(x.shape[1:], x.dtype, "sum")
+    split_sum(x.shape)
     if node is not None:
         attach(node, out)
     return out

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from heapq import heappop, heappush
+from math import prod
 from sys import getrefcount
 from typing import Any
 
-from memplan.shadow.tensor import DType, Shape, Tensor, empty, iterator_strides, state
+from memplan.reduction import scratch
+from memplan.shadow.tensor import DType, Shape, Tensor, empty, iterator_strides, state, uint8
 from memplan.tape import Category, Phase
 
 Grads = Sequence["Tensor | None"]
@@ -307,4 +309,14 @@ def _sum_to(grad: Tensor, shape: Shape) -> Tensor:
         for axis, size in enumerate(grad.shape)
     )
     summed = empty(kept, grad.dtype, "sum")
+    if 1 < prod(kept) == kept[-1] == grad.shape[-1] and (grad.strides is None or grad.strides[-1] == 1):
+        split_sum(grad.shape)
     return summed.viewed(shape)
+
+
+def split_sum(shape: Shape) -> None:
+    """What summing floats [..., N] to [N] takes for a moment (:mod:`memplan.reduction`)."""
+    needed = scratch(shape, state.card)
+    if needed is not None:
+        buffers = [empty((nbytes,), uint8, "sum") for nbytes in needed]
+        del buffers

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from memplan.reduction import scratch
 from memplan.trace.operators import operator, up, workspace
 
 aten = torch.ops.aten
@@ -139,6 +140,23 @@ def sum_all(recorder: Any, tensor: Any, *, dtype: torch.dtype | None = None) -> 
         return NotImplemented
     out = torch.empty((), dtype=result)
     _cast = torch.empty_like(tensor, dtype=result)
+    return out
+
+
+@operator(aten.sum.dim_IntList)
+def sum_over(
+    recorder: Any, tensor: Any, dims: Any, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> Any:
+    """Rows summed over all axes but the last: partial sums, where blocks share the work."""
+    rank = tensor.dim()
+    summed = sorted(dim % rank for dim in dims or range(rank))
+    columns = tensor.shape[-1] if rank else 1
+    if not tensor.is_floating_point() or summed != list(range(rank - 1)) or columns == 1 or tensor.stride(-1) != 1:
+        return NotImplemented
+    out = torch.empty((1,) * (rank - 1) * keepdim + (columns,), dtype=dtype or tensor.dtype)
+    needed = scratch(tuple(tensor.shape), recorder.card)
+    if needed is not None:
+        _buffers = [workspace(nbytes) for nbytes in needed]
     return out
 
 
