@@ -197,10 +197,10 @@ def _tiles(hidden: Tensor, weight: Tensor, dtype: DType, *, keep_rows: bool) -> 
     for start in range(0, tokens, TOKEN_CHUNK):
         if hidden.dtype is not dtype:
             hidden_chunk = empty((min(TOKEN_CHUNK, tokens - start), width), dtype, "_to_copy")
-        if weight.dtype is dtype:
-            continue
         for row in range(0, vocabulary, VOCABULARY_CHUNK):
-            rows = empty((min(VOCABULARY_CHUNK, vocabulary - row), width), dtype, "_to_copy")
+            if weight.dtype is not dtype:
+                rows = empty((min(VOCABULARY_CHUNK, vocabulary - row), width), dtype, "_to_copy")
+            state.tape.multiply()
             if not keep_rows:
                 rows = None
     return [buffer, hidden_chunk, rows]

@@ -46,7 +46,8 @@ Step = tuple[str, int]
 def loading(spec: ModelSpec, recipe: Recipe, tape: Tape, capacity: int | None = None) -> Iterator[Step]:
     """What the allocator is asked for before the first step, of the storages that an unfolded ``tape`` has
     in SETUP; optimizer states come later. ``capacity``: bytes of the card, which bound the warm-up."""
-    return _steps(spec, recipe, tape, capacity, stock=True)
+    yield from _steps(spec, recipe, tape, capacity, stock=True)
+    yield "empty_cache", 0  # Trainer.train: accelerator.free_memory (transformers 5.23 trainer.py)
 
 
 def making(spec: ModelSpec, recipe: Recipe, tape: Tape) -> Iterator[Step]:
