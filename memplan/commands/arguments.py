@@ -169,6 +169,11 @@ def _add_step(group: argparse._ArgumentGroup) -> None:
         help="which of torch's two ways of checkpointing (default: docs/recipe.md)",
     )
     group.add_argument(
+        "--device-map",
+        choices=["auto"],
+        help="from_pretrained's: weights are loaded onto the card (default: by the host, except in 4 bits)",
+    )
+    group.add_argument(
         "--use-cache",
         action=argparse.BooleanOptionalAction,
         help="train with a cache of keys and values, which no Trainer does" + _default("use_cache"),

@@ -13,7 +13,10 @@ them (peft/tuners/tuners_utils.py, ``_move_adapter_to_device_of_base_layer``, ``
 SFTTrainer casts them back to bf16 (1.16 trainer/sft_trainer.py).
 
 *full, lora*: the model is made on the host, and the Trainer moves it, parameter by parameter in the order of
-its modules (torch/nn/modules/module.py, ``_apply``).
+its modules (torch/nn/modules/module.py, ``_apply``). With ``device_map="auto"`` it is loaded onto the card as
+above, by threads whose order is the machine's (here: that of the names), and adapters come as above.
+
+In all of them the Trainer empties the cache before the first step.
 
 And memplan's own, for what it measures (memplan/verify/build.py): a model is made where it stays, module by
 module, and the cache is emptied after each weight that has been quantised.
@@ -28,6 +31,7 @@ import re
 from collections.abc import Iterator
 from math import prod
 
+from memplan.allocator import SMALL_SEGMENT
 from memplan.models import blueprint
 from memplan.models.modules import NF4_BLOCK
 from memplan.recipe import DTypeName, Loss, Mode, Recipe
@@ -60,8 +64,8 @@ def _steps(
     spec: ModelSpec, recipe: Recipe, tape: Tape, capacity: int | None, *, stock: bool
 ) -> Iterator[Step]:
     resting = _resting(tape)
-    if recipe.mode is Mode.QLORA:
-        return _quantised(spec, recipe, resting, tape, capacity, stock=stock)
+    if recipe.mode is Mode.QLORA or (stock and recipe.device_map):
+        return _onto_card(spec, recipe, resting, tape, capacity, stock=stock)
     return iter([("alloc", index) for index, _, _ in resting])
 
 
@@ -78,7 +82,7 @@ def _resting(tape: Tape) -> list[tuple[int, str, Category]]:
     return found
 
 
-def _quantised(
+def _onto_card(
     spec: ModelSpec,
     recipe: Recipe,
     resting: list[tuple[int, str, Category]],
@@ -115,6 +119,11 @@ def _quantised(
         )
         if capacity is not None:
             size = min(size, max(capacity - _WARMUP_RESERVE, 0))
+        if recipe.device_map:  # accelerate asks for a number on the card, whose segment counts as room
+            take, probe = temporary(1)
+            yield take
+            yield "drop", probe
+            size -= SMALL_SEGMENT
         take, warm = temporary(size)
         yield take
         yield "drop", warm

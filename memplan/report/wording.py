@@ -42,6 +42,8 @@ def phrases(recipe: Recipe) -> dict[str, str]:
     result["attn"] = recipe.attn.value if recipe.attn else "sdpa"
     result["loss"] = f"{recipe.loss.value} loss"
     result["batch_size"] = f"{recipe.batch_size} × {recipe.seq_len} tokens"
+    if recipe.device_map:
+        result["device_map"] = f"device map {recipe.device_map}"
     if recipe.alloc_conf:
         result["alloc_conf"] = recipe.alloc_conf
     return result
