@@ -17,8 +17,8 @@ from memplan.resolve import resolve
 from memplan.tape import Phase, replay
 
 # torch.cuda.max_memory_allocated of an evaluation after the second step and max_memory_reserved then, of a
-# plain script: Trainer(eval_strategy="steps", eval_steps=2) on the emulated A100 (benchmarks/dry_gpu), torch 2.13,
-# transformers 5.23, peft 0.21, bitsandbytes 0.50; batches of 8.
+# plain script: Trainer(eval_strategy="steps", eval_steps=2) on the emulated A100 (benchmarks/dry_gpu), torch
+# 2.13, transformers 5.23, peft 0.21, bitsandbytes 0.50; batches of 8.
 EMULATED = [
     ("llama-3.2-1b", {"mode": "qlora"}, 18_583_517_696, 32_910_606_336),
     ("llama-3.2-1b", {"mode": "qlora", "autocast": True}, 22_797_482_496, 27_497_857_024),
