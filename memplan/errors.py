@@ -12,10 +12,32 @@ MemplanError                one clear sentence for the user; the command line pr
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 
 class MemplanError(Exception):
     """A question that cannot be answered as asked. ``str(error)`` is one sentence fit for a user."""
+
+
+def reason(error: BaseException) -> str:
+    """Why something failed, in a few words: the system's, or the library's own message. Never an exception's
+    name, which says nothing to a user."""
+    if isinstance(error, UnicodeError):
+        return "it is no UTF-8 text"
+    said = getattr(error, "strerror", None) or " ".join(str(error).split())
+    if isinstance(error, KeyError) and error.args:
+        return f"{error.args[0]!r} is missing"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(error, MemoryError):
+        return "this machine has no memory left"
+    return str(said)[:200] or "no reason was given"
+
+
+def first_complaint(error: Any) -> tuple[str, str]:
+    """Of pydantic's ValidationError the place of the first fault, and what is wrong there, in words."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    return ".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")
 
 
 class UnknownName(MemplanError):

@@ -65,7 +65,7 @@ class Fit(BaseModel):
 
 class Run:
     """A run to be held against cards: its tape with every layer played, how it is loaded onto a card of so
-    many bytes, and the allocator's settings."""
+    many bytes, the allocator's settings, and the tape of an evaluation after its steps, if there is one."""
 
     def __init__(
         self,
@@ -73,8 +73,9 @@ class Run:
         loading: Callable[[int | None], list[Step] | None],
         settings: AllocatorSettings,
         card: Card | None = None,
+        evaluation: Tape | None = None,
     ) -> None:
-        self.tape, self.settings = tape, settings
+        self.tape, self.settings, self.evaluation = tape, settings, evaluation
         self.loading = loading
         self.card = card or Card()
 
@@ -83,13 +84,20 @@ class Run:
         """The run where nothing limits it."""
         from memplan.reserved import simulate
 
-        return simulate(self.tape, self.loading(None), self.settings)
+        return simulate(self.tape, self.loading(None), self.settings, evaluation=self.evaluation)
 
     def within(self, room: int, total: int, limit: int | None = None) -> Reserved:
         """The run where the driver has ``room`` bytes for it, on a card of ``total``."""
         from memplan.reserved import simulate
 
-        return simulate(self.tape, self.loading(total), self.settings, capacity=room, limit=limit)
+        return simulate(
+            self.tape,
+            self.loading(total),
+            self.settings,
+            capacity=room,
+            limit=limit,
+            evaluation=self.evaluation,
+        )
 
 
 def glance(gpu: Gpu, allocated: int, loaded: int) -> Verdict | None:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, computed_field, 
 from memplan.advice import Advice
 from memplan.card import FLASH_CAPABILITY, Card
 from memplan.errors import MemplanError
+from memplan.evaluation import Evaluation
 from memplan.fit import Fit, Run, Verdict, glance, judge
 from memplan.gpu import Gpu
 from memplan.recipe import Kernels, Mode, Recipe
@@ -102,8 +103,8 @@ class AllocatorInfo(_Record):
 class Plan(_Record):
     """The answer. All byte fields are bytes of device memory.
 
-    ``allocator`` and ``fits`` are found out when they are asked for: the allocator's simulation takes longer
-    than all the rest.
+    ``allocator``, ``fits`` and ``evaluation`` are found out when they are asked for: the allocator's
+    simulation takes longer than all the rest.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -123,6 +124,8 @@ class Plan(_Record):
     _allocator: AllocatorInfo | None = PrivateAttr(default=None)
     _fits: tuple[Fit, ...] | None = PrivateAttr(default=None)
     _advice: tuple[Advice, ...] = PrivateAttr(default=())
+    _evaluation: Evaluation | None = PrivateAttr(default=None)
+    _asked: tuple[ModelSpec, Recipe] | None = PrivateAttr(default=None)
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -152,6 +155,30 @@ class Plan(_Record):
     def advice(self) -> tuple[Advice, ...]:
         """What to change, for each card that it was asked for (:meth:`advised`)."""
         return self._advice
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def evaluation(self) -> Evaluation | None:
+        """What the Trainer's default evaluation takes; null where the step was not predicted."""
+        if self._evaluation is None and self._asked is not None:
+            from memplan.evaluation import evaluation
+
+            self._evaluation = evaluation(*self._asked)
+        return self._evaluation
+
+    def evaluated(self) -> Plan:
+        """The same plan with verdicts of the run with an evaluation in it, if that is higher than a step."""
+        found = self.evaluation
+        if found is None or self._asked is None or found.allocated_bytes <= self.peak.allocated_bytes:
+            return self
+        from memplan.evaluation import with_evaluation
+
+        runs, asked = self._simulated(), self._asked
+        longer = _Runs(lambda card: with_evaluation(runs.run(card), *asked), runs.cards)
+        fits = tuple(judge(gpu, longer.run(card)) for gpu, card in runs.cards)
+        result = self.model_copy()
+        result._evaluation = found.model_copy(update={"fits": fits})
+        return result
 
     def advised(self, advice: Iterable[Advice]) -> Plan:
         """The same plan with advice."""
@@ -198,7 +225,7 @@ class Plan(_Record):
         found = {}
         if isinstance(data, dict):
             data = dict(data)
-            found = {name: data.pop(name) for name in ("allocator", "fits", "advice") if name in data}
+            found = {name: data.pop(name) for name in _FOUND if name in data}
         result: Plan = handler(data)
         if "allocator" in found:
             result._allocator = AllocatorInfo.model_validate(found["allocator"])
@@ -206,7 +233,12 @@ class Plan(_Record):
             result._fits = tuple(Fit.model_validate(fit) for fit in found["fits"])
         if "advice" in found:
             result._advice = tuple(Advice.model_validate(one) for one in found["advice"])
+        if found.get("evaluation") is not None:
+            result._evaluation = Evaluation.model_validate(found["evaluation"])
         return result
+
+
+_FOUND = ("allocator", "fits", "advice", "evaluation")  # what a plan's JSON has beside its fields
 
 
 @dataclass
@@ -245,7 +277,7 @@ def plan(
     resolved = parameters.resolve_recipe(spec, recipe or Recipe())
     tape = write(spec, resolved)
     base, adapters, trainable = parameters.count(spec, resolved)
-    return plan_from_tape(
+    result = plan_from_tape(
         tape,
         ModelInfo(
             name=spec.name,
@@ -263,6 +295,8 @@ def plan(
         gpus,
         write=lambda card: predicted_run(spec, resolved, card),
     )
+    result._asked = spec, resolved
+    return result
 
 
 def _experts(spec: ModelSpec, recipe: Recipe) -> str | None:
@@ -308,7 +342,7 @@ def write(spec: ModelSpec, recipe: Recipe, card: Card | None = None) -> Tape:
     """The folded tape of a step of a resolved recipe."""
     from memplan.models.step import write_tape
 
-    with _one_at_a_time, _without_cycle_collector():
+    with playing():
         return write_tape(spec, recipe, card=card)
 
 
@@ -318,7 +352,7 @@ def predicted_run(spec: ModelSpec, recipe: Recipe, card: Card | None = None) -> 
     from memplan.models.loading import loading
     from memplan.models.step import write_long_tape
 
-    with _one_at_a_time, _without_cycle_collector():
+    with playing():
         tape = write_long_tape(spec, recipe, card=card)
     return Run(
         tape,
@@ -424,7 +458,7 @@ def predicted_tape(model: str | Path | ModelSpec, recipe: Recipe | None = None) 
     from memplan.resolve import resolve
 
     spec = resolve(model).spec
-    with _one_at_a_time, _without_cycle_collector():
+    with playing():
         return write_tape(spec, parameters.resolve_recipe(spec, recipe or Recipe()), folded=False)
 
 
@@ -433,15 +467,17 @@ _one_at_a_time = Lock()
 
 
 @contextmanager
-def _without_cycle_collector() -> Iterator[None]:
-    """The shadow makes thousands of objects and no cycles: looking for some costs a tenth of a plan."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+def playing() -> Iterator[None]:
+    """To play in. The shadow makes thousands of objects and no cycles: looking for some costs a tenth of a
+    plan."""
+    with _one_at_a_time:
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if enabled:
+                gc.enable()
 
 
 def _peak_info(peak: Peak) -> PeakInfo:

@@ -17,6 +17,7 @@ from memplan.allocator_settings import AllocatorSettings
 from memplan.tape import Category, Phase, Tape
 
 LOADING, FIRST_STEP, LATER_STEP = "loading", "first step", "later step"
+EVALUATION = "evaluation"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +70,13 @@ def simulate(
     *,
     capacity: int | None = None,
     limit: int | None = None,
+    evaluation: Tape | None = None,
 ) -> Reserved:
     """Play the run that the unfolded ``tape`` is a step of.
 
     ``loading`` as :func:`memplan.models.loading.loading` gives it; without it, what rests is allocated in
-    the tape's order. ``capacity`` and ``limit`` as in :class:`memplan.allocator.Allocator`.
+    the tape's order. ``capacity`` and ``limit`` as in :class:`memplan.allocator.Allocator`. ``evaluation``,
+    an unfolded tape, follows the later step; what is said of that step is then said of both.
     """
     allocator = Allocator(settings, capacity=capacity, limit=limit)
     run = Playback(tape, allocator)
@@ -83,6 +86,8 @@ def simulate(
         allocator.peak_allocated = allocator.allocated
         run.watch()
         run.step(LATER_STEP)
+        if evaluation is not None:
+            run.evaluate(evaluation)
     except OutOfMemory as error:
         return Reserved(
             allocator.peak_allocated,
@@ -172,6 +177,17 @@ class Playback:
         self.play(self.update, len(self.tape.events))
         self._hand_on(before)
 
+    def evaluate(self, tape: Tape) -> None:
+        """What an evaluation makes and drops; what rests on its tape is there already."""
+        self.stage = EVALUATION
+        training, resting = self.tape, self.live
+        self.tape, self.live = tape, {}
+        begin = next(segment.start for segment in tape.segments if segment.phase is Phase.FORWARD)
+        self.play(begin, len(tape.events))
+        for block in self.live.values():
+            self.allocator.free(block)
+        self.tape, self.live = training, resting
+
     def _make(self, storages: Iterable[int]) -> None:
         for index in storages:
             self.position = index
@@ -213,7 +229,7 @@ class Playback:
     def place(self, error: OutOfMemory) -> RanOut:
         """What the run was doing when it went out of memory."""
         tape = self.tape
-        if self.stage == LOADING or self.position < self.begin:
+        if self.stage == LOADING or (self.stage != EVALUATION and self.position < self.begin):
             storage, phase, layer = self.position, Phase.SETUP, None
             if self.stage != LOADING:
                 phase = Phase.OPTIMIZER

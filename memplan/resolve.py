@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from memplan.errors import MemplanError, SpecError, UnknownName, UnsupportedArchitecture
+from memplan.errors import MemplanError, SpecError, UnknownName, UnsupportedArchitecture, reason
 from memplan.importers.families import FAMILIES
 from memplan.importers.fields import shown
 from memplan.importers.hf import has_vision_tower, spec_from_config
@@ -284,8 +284,8 @@ def _from_hub(hub_id: str) -> ResolvedConfig:
                 why = f"{hub_id} has no config.json on the Hub: name a repository in transformers' format"
             case _:
                 why = (
-                    f"{hub_id} is not in memplan's list and could not be fetched from the Hub "
-                    f"({type(error).__name__}): check the network"
+                    f"{hub_id} is not in memplan's list and could not be fetched from the Hub: "
+                    "check the network"
                 )
         raise SpecError(f"{why}, {instead}") from None
     return _from_file(Path(downloaded), hub_id=hub_id)
@@ -351,7 +351,7 @@ def _read(path: Path) -> Any:
         with path.open("rb") as file:
             content = file.read(_MAX_CONFIG_BYTES + 1)
     except OSError as error:
-        raise SpecError(f"{where} can't be read: {error.strerror or type(error).__name__}") from None
+        raise SpecError(f"{where} can't be read: {reason(error)}") from None
     if len(content) > _MAX_CONFIG_BYTES:
         raise SpecError(f"{where} is larger than {_MAX_CONFIG_BYTES >> 20} MiB, so it is no config.json")
     try:

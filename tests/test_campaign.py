@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -74,6 +79,14 @@ def test_the_smoke_campaign_is_for_a_cpu() -> None:
         ("[1]", "is no campaign"),
         ("runs: [{name: a, model: llama-3.2-1b, speed: 3}]", "runs.0.speed"),
         ("runs: [{name: a, model: x}, {name: a, model: x}]", "two runs of the name 'a'"),
+        ("runs: [{name: a, model: x, seconds: .inf}]", "runs.0.seconds: .*finite"),
+        ("runs: [{name: a, model: x, seconds: .nan}]", "runs.0.seconds: "),
+        ("runs: [{name: a, model: x, seconds: 0}]", "runs.0.seconds: .*greater than 0"),
+        ("runs: [{name: a, model: x, learning_rate: .nan}]", "runs.0.learning_rate: "),
+        ("runs: [{name: a, model: x, seed: -1}]", "runs.0.seed: "),
+        ("runs: [{name: a, model: x, steps: 99999999999999999999}]", "runs.0.steps: "),
+        ("defaults: {learning_rate: -.inf}\nruns: [{name: a, model: x}]", "defaults.learning_rate: "),
+        ("defaults: {learning_rate: 0}\nruns: [{name: a, model: x}]", "defaults.learning_rate: "),
         ("runs: [{name: a, model: lama-3.2-1b}]", "run 'a': .*did you mean"),
         ("runs: [{name: a, model: llama-3.2-1b, recipe: {rank: 3}}]", "run 'a': rank"),
         ("runs: [{name: a, model: llama-3.2-1b, frontier: batch_size}]", "a frontier needs a cap"),
@@ -89,6 +102,7 @@ def test_bad_plans(tmp_path: Path, text: str, complaint: str) -> None:
     with pytest.raises(MemplanError, match=complaint) as caught:
         expand(load(path))
     assert "\n" not in str(caught.value)
+    assert not re.search(r"https?:|pydantic|Error", str(caught.value))
     with pytest.raises(MemplanError, match="can't be read"):
         load(tmp_path / "none.yaml")
 
@@ -199,7 +213,7 @@ def test_reading_what_is_done_takes_of_the_budget(
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
 
-    def slowly(folder: Path) -> dict[str, Measurement]:
+    def slowly(folder: Path, skipped: Any = None) -> dict[str, Measurement]:
         clock[0] += 80.0
         return {}
 
@@ -262,3 +276,142 @@ def test_a_dry_run_starts_nothing(
     assert "soon" in outcome.out
     assert "late" not in outcome.out
     assert not (tmp_path / "m").exists()
+
+
+def test_a_run_without_a_budget_has_a_limit(
+    plan: Path, tmp_path: Path, memplan: Memplan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    player = Player(monkeypatch)
+    memplan("campaign", plan, "--out", tmp_path / "m")
+    assert player.limits == [120.0, 5000.0, 120.0]  # five times the estimate, at least two minutes
+    player.limits.clear()
+    memplan("campaign", plan, "--out", tmp_path / "n", "--timeout", "7", "--budget", "2000")
+    assert player.limits == [7.0, 7.0, 7.0]
+
+
+@pytest.mark.parametrize("option", ["--budget", "--timeout"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "0", "-3", "soon"])
+def test_seconds_are_a_number_above_0(plan: Path, memplan: Memplan, option: str, value: str) -> None:
+    outcome = memplan("campaign", plan, f"{option}={value}")
+    assert (outcome.status, outcome.out) == (2, "")
+    assert "must be a number above 0" in outcome.err
+
+
+def test_a_full_disk_loses_no_run_and_ends_no_campaign(
+    plan: Path, tmp_path: Path, memplan: Memplan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from memplan.verify import measurement
+
+    player = Player(monkeypatch)
+    place = measurement._place
+
+    def full(temporary: Path, path: Path) -> None:
+        if path.parent.name == "m":
+            raise OSError(28, "No space left on device")
+        place(temporary, path)
+
+    monkeypatch.setattr(measurement, "_place", full)
+    monkeypatch.setattr(measurement.tempfile, "tempdir", str(tmp_path))
+    outcome = memplan("campaign", plan, "--out", tmp_path / "m")
+    assert player.ran == ["soon", "long", "late"]
+    assert outcome.status == 1
+    assert "3 runs: 3 trained" in outcome.out
+    assert outcome.err.count("No space left on device; it is kept in") == 3
+    kept = [m.run.campaign for path in tmp_path.glob("memplan-kept-*") for _, m in read_all(path)]
+    assert sorted(str(name) for name in kept) == ["late", "long", "soon"]
+    assert not (tmp_path / "m").exists()
+
+
+def test_what_can_be_kept_nowhere_is_printed(
+    plan: Path, tmp_path: Path, memplan: Memplan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from memplan.verify import measurement
+
+    Player(monkeypatch)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(measurement, "_place", full)
+    monkeypatch.setattr(measurement.tempfile, "tempdir", str(tmp_path))
+    outcome = memplan("campaign", plan, "--out", tmp_path / "m", "--only", "soon")
+    assert outcome.status == 1
+    assert "1 runs: 1 trained" in outcome.out
+    (line,) = [line for line in outcome.err.splitlines() if line.startswith("memplan: {")]
+    assert json.loads(line.removeprefix("memplan: "))["run"]["campaign"] == "soon"
+    assert not list(tmp_path.glob("memplan-kept-*"))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"null", b'{"format": "memplan measurement"}', b"\xff", b"[" * 9000]
+)
+def test_a_stray_file_is_passed_over_and_left_alone(
+    plan: Path, tmp_path: Path, memplan: Memplan, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    player = Player(monkeypatch)
+    asked = ("campaign", plan, "--out", tmp_path / "m", "--resume", "--only", "soon")
+    memplan(*asked)
+    stray = tmp_path / "m" / "stray.json"
+    stray.write_bytes(content)
+    outcome = memplan(*asked)
+    assert outcome.status == 0
+    assert player.ran == ["soon"]
+    assert outcome.err.count("'stray.json' is passed over: ") == 1
+    assert outcome.err.count("\n") == 1
+    told = memplan("report", tmp_path / "m")
+    assert told.status == 0
+    assert "qwen2.5-0.5b" in told.out
+    assert told.err == outcome.err
+    assert stray.read_bytes() == content
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from memplan.verify.locks import alone
+with alone(Path(sys.argv[1])) as ours:
+    print(ours, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_folder_takes_one_campaign_at_a_time_and_a_dead_one_holds_nothing(
+    plan: Path, tmp_path: Path, memplan: Memplan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    player = Player(monkeypatch)
+    folder = tmp_path / "m"
+    folder.mkdir()
+    with subprocess.Popen([sys.executable, "-c", HOLD, folder], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "True\n"
+        outcome = memplan("campaign", plan, "--out", folder)
+        assert (outcome.status, outcome.out, player.ran) == (2, "", [])
+        assert "another campaign is writing to" in outcome.err
+        assert memplan("campaign", plan, "--out", folder, "--dry-run").status == 0
+        other.kill()
+    assert list(folder.iterdir()) == []
+    assert memplan("campaign", plan, "--out", folder, "--only", "soon").status == 0
+
+
+def test_folders_of_dead_processes_are_swept_and_no_others(tmp_path: Path) -> None:
+    from memplan.verify.locks import sweep
+
+    old = time.time() - 3600
+    names = ("memplan-verify-abcdefgh", "memplan-verify-inuse000", "memplan-verify-x", "other")
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "stderr").touch()
+        os.utime(tmp_path / name, (old, old))
+    (tmp_path / "memplan-verify-justmade").mkdir()
+    (tmp_path / "memplan-verify-linked00").symlink_to(tmp_path / "other")
+    (tmp_path / "memplan-verify-file0000").touch()
+    used = tmp_path / "memplan-verify-inuse000"
+    with subprocess.Popen([sys.executable, "-c", HOLD, used], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "True\n"
+        sweep(tmp_path)
+        left = {path.name for path in tmp_path.iterdir()}
+        other.kill()
+    spared = {"memplan-verify-justmade", "memplan-verify-linked00", "memplan-verify-file0000"}
+    assert left == spared | set(names[1:])
+    assert (tmp_path / "other" / "stderr").exists()

@@ -322,8 +322,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, answer: Exception | Path) -> None:
         (Gated(), "some/model is gated: accept its licence"),
         (NotFound(), "the Hub shows no model some/model"),
         (NoEntry(), "some/model has no config.json on the Hub"),
-        (NoLocalEntry(), "could not be fetched from the Hub (NoLocalEntry): check the network"),
-        (OSError("resolve\nhost"), "could not be fetched from the Hub (OSError): check the network"),
+        (NoLocalEntry(), "could not be fetched from the Hub: check the network"),
+        (OSError("resolve\nhost"), "could not be fetched from the Hub: check the network"),
     ],
 )
 def test_a_hub_that_refuses_is_one_clear_sentence(

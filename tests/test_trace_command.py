@@ -76,6 +76,8 @@ def test_the_trace_answers_as_the_plan_does(mode: str, memplan: Run, llama: Path
         assert peaks[0][key] == peaks[1][key]
     a.pop("summary")  # a few tensors lie in other categories
     b.pop("summary")
+    assert a.pop("evaluation") is None  # which is predicted only
+    assert b.pop("evaluation")["batch_size"] == 8
     assert a == b
     assert Plan.model_validate_json(traced.out).provenance == "traced"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Collection, Sequence
 from enum import Enum
@@ -90,6 +91,17 @@ def add_model(parser: Parser) -> None:
 def add_json(parser: argparse._ActionsContainer) -> None:
     """The option --json."""
     parser.add_argument("--json", action="store_true", default=False, help="print JSON")
+
+
+def positive(text: str) -> float:
+    """The type of an option that takes a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"it must be a number above 0, not {text[:40]!r}")
+    return value
 
 
 def add_tape(parser: Parser) -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memplan.commands.arguments import Parser, add_json
+from memplan.commands.arguments import Parser, add_json, positive
+from memplan.errors import MemplanError, reason
+from memplan.importers.fields import shown
 
 if TYPE_CHECKING:
     from memplan.verify.campaign import Planned
@@ -21,9 +26,10 @@ _RESERVE = 8.0  # seconds of the budget kept for ending a run that takes too lon
 EXAMPLES = """\
 A plan is YAML: benchmarks/campaign.yaml is one, docs/verify.md says what may
 stand in it. Runs go by priority, then as they stand. One that is estimated not
-to end within the budget is left for later, and one that does not end is ended,
-so the budget is never overrun. Every run that ends is written at once, to be
-passed over by --resume.
+to end within the budget is left for later, and one that takes five times its
+estimate, or all that is left, is ended, so the budget is never overrun. Every
+run that ends is written at once, to be passed over by --resume. A folder takes
+one campaign at a time.
 
 exit status: 0 every run of the plan has a measurement, 1 some are left or
 failed, 2 bad plan.
@@ -39,7 +45,14 @@ def parser() -> Parser:
     result = Parser("campaign", "Many verified runs, one after another.", "PLAN [options]", EXAMPLES)
     result.add_argument("plan", metavar="PLAN", help="a YAML file")
     result.add_argument(
-        "--budget", type=float, metavar="S", default=None, help="seconds for all (default: no limit)"
+        "--budget", type=positive, metavar="S", default=None, help="seconds for all (default: no limit)"
+    )
+    result.add_argument(
+        "--timeout",
+        type=positive,
+        metavar="S",
+        default=None,
+        help="end a run after S seconds (default: five times its estimate, at least 120)",
     )
     result.add_argument(
         "--resume", action="store_true", default=False, help="pass over runs that have a measurement"
@@ -69,46 +82,101 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.only is not None:
         planned = [run for run in planned if arguments.only in run.name]
     folder = Path(arguments.out) if arguments.out else default_folder()
-    there = campaign.done(folder) if arguments.resume else {}
-    rows: dict[str, dict[str, Any]] = {
-        run.name: _row(run, there[run.key]) if run.key in there else _left(run) for run in planned
-    }
-    if not arguments.dry_run:
+    if arguments.dry_run:
+        rows, _ = _begin(planned, folder, resume=arguments.resume)
+    else:
         stack.require(doing="verifying")
-        _run_all([run for run in planned if run.key not in there], rows, folder, arguments.budget, began)
+        with _to_itself(folder):  # before it is read: what another campaign ends meanwhile would be run again
+            rows, waiting = _begin(planned, folder, resume=arguments.resume)
+            _run_all(waiting, rows, folder, arguments, began)
     _print(list(rows.values()), arguments.json)
-    finished = all(row["outcome"] in ("trained", "out of memory") for row in rows.values())
+    finished = all(
+        row["outcome"] in ("trained", "out of memory") and not row["lost"] for row in rows.values()
+    )
     return STATUS_DONE if finished or arguments.dry_run else STATUS_LEFT
 
 
-def _run_all(
-    waiting: list[Planned], rows: dict[str, dict[str, Any]], folder: Path, budget: float | None, began: float
-) -> None:
-    from memplan.report.progress import campaigning
-    from memplan.verify.campaign import slowness
-    from memplan.verify.measurement import make_ready, write
-    from memplan.verify.runner import Refused, RunDied, TimeIsUp, run_job
+def _begin(planned: list[Planned], folder: Path, *, resume: bool) -> tuple[dict[str, Any], list[Planned]]:
+    """A row for each run, and the runs that are left."""
+    from memplan.verify import campaign
+
+    there = campaign.done(folder, _say) if resume else {}
+    rows = {run.name: _row(run, there[run.key]) if run.key in there else _left(run) for run in planned}
+    return rows, [run for run in planned if run.key not in there]
+
+
+@contextmanager
+def _to_itself(folder: Path) -> Iterator[None]:
+    """The folder for this campaign alone; made, and taken away again if nothing came into it. Raises
+    MemplanError where another campaign has it, or where it can't be written to."""
+    from memplan.verify.locks import alone
+    from memplan.verify.measurement import make_ready
 
     make_ready(folder)
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MemplanError(f"{shown(str(folder))} can't be made: {reason(error)}") from None
+    try:
+        with alone(folder) as ours:
+            if ours is False:
+                raise MemplanError(
+                    f"another campaign is writing to {shown(str(folder))}: wait for it, or give another --out"
+                )
+            yield
+    finally:
+        if made:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def _say(sentence: str) -> None:
+    sys.stderr.write(f"memplan: {sentence}\n")
+
+
+def _run_all(
+    waiting: list[Planned],
+    rows: dict[str, dict[str, Any]],
+    folder: Path,
+    arguments: argparse.Namespace,
+    began: float,
+) -> None:
+    from memplan.report.progress import campaigning
+    from memplan.verify.campaign import patience, slowness
+    from memplan.verify.measurement import keep
+    from memplan.verify.runner import Refused, RunDied, TimeIsUp, run_job
+
+    budget: float | None = arguments.budget
     seen: list[tuple[float, float]] = []
     with campaigning(len(waiting)) as (tell, begin, advance):
         for run in waiting:
-            left = None if budget is None else budget - _RESERVE - (time.monotonic() - began)
-            if left is not None and run.seconds * slowness(seen) > left:
-                rows[run.name]["why"] = f"needs about {run.seconds * slowness(seen):.0f} s"
+            left = math.inf if budget is None else budget - _RESERVE - (time.monotonic() - began)
+            expected = run.seconds * slowness(seen)
+            if expected > left:
+                rows[run.name]["why"] = f"needs about {expected:.0f} s"
                 advance()
                 continue
             begin(run.name)
             started = time.monotonic()
             try:
-                measured = run_job(run.job, tell=tell, seconds=left)
-            except (Refused, RunDied, TimeIsUp) as error:
+                limit = arguments.timeout or patience(expected)
+                measured = run_job(run.job, tell=tell, seconds=min(left, limit))
+            except (Refused, RunDied, TimeIsUp, OSError) as error:
                 kind = "refused" if isinstance(error, Refused) else "no result"
-                rows[run.name] |= {"outcome": kind, "why": str(error)}
-                sys.stderr.write(f"memplan: {run.name}: {error}\n")
+                why = reason(error) if isinstance(error, OSError) else str(error)
+                rows[run.name] |= {"outcome": kind, "why": why}
+                _say(f"{run.name}: {why}")
             else:
-                path = write(measured, folder)
-                rows[run.name] = _row(run, measured) | {"file": path.name}
+                path, trouble = keep(measured, folder)
+                rows[run.name] = _row(run, measured)
+                if trouble is None and path is not None:
+                    rows[run.name]["file"] = path.name
+                else:
+                    rows[run.name] |= {"lost": True, "why": trouble}
+                    _say(f"{run.name}: {trouble}")
+                    if path is None:
+                        _say(measured.model_copy(update={"tape": None, "tape_step": None}).model_dump_json())
                 seen.append((run.seconds, time.monotonic() - started))
             advance()
 
@@ -122,6 +190,7 @@ def _left(run: Planned) -> dict[str, Any]:
         "measured": None,
         "percent": None,
         "why": None,
+        "lost": False,
     }
 
 
@@ -137,6 +206,7 @@ def _row(run: Planned, measured: Measurement) -> dict[str, Any]:
         "measured": found.allocated.measured,
         "percent": found.allocated.percent,
         "why": found.why,
+        "lost": False,
     }
 
 

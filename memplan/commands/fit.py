@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = make_recipe(**recipe_options(arguments))
     if arguments.maximize is not None:
         recipe = _maximized(arguments, recipe)
-    answer = plan(arguments.model, recipe, gpus=arguments.gpu)
+    answer = plan(arguments.model, recipe, gpus=arguments.gpu).evaluated()
     fits = all(fit.verdict != "does not fit" for fit in answer.fits)
     if arguments.advise or (arguments.advise is None and not fits and arguments.maximize is None):
         from memplan.advise import advise

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from memplan.commands.arguments import Parser, add_json
-from memplan.errors import MemplanError
+from memplan.errors import MemplanError, reason
 from memplan.importers.fields import shown
 
 BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
@@ -53,7 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.folder) if arguments.folder is not None else default_folder()
     if arguments.folder is not None and not folder.is_dir():
         raise MemplanError(f"there is no folder {shown(str(folder))}")
-    pairs = [(measured, compare(measured)) for _, measured in read_all(folder)] if folder.is_dir() else []
+    files = read_all(folder, _skipped) if folder.is_dir() else ()
+    pairs = [(measured, compare(measured)) for _, measured in files]
     if arguments.json:
         from memplan.report.machine import print_list
 
@@ -65,13 +66,16 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _skipped(sentence: str) -> None:
+    sys.stderr.write(f"memplan: {sentence}\n")
+
+
 def _replace(path: Path, text: str) -> None:
     where = shown(str(path))
     try:
         page = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or type(error).__name__
-        raise MemplanError(f"{where} can't be read: {why}") from None
+        raise MemplanError(f"{where} can't be read: {reason(error)}") from None
     head, begin, rest = page.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end:

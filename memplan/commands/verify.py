@@ -7,7 +7,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memplan.commands.arguments import Parser, UsageError, add_json, add_model, add_recipe, recipe_options
+from memplan.commands.arguments import (
+    Parser,
+    UsageError,
+    add_json,
+    add_model,
+    add_recipe,
+    positive,
+    recipe_options,
+)
+from memplan.errors import MemplanError
 
 if TYPE_CHECKING:
     from memplan.verify.compare import Comparison
@@ -81,7 +90,11 @@ def add_run(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--steps", type=int, metavar="N", default=3, help="steps, at least 2 (default: 3)")
     group.add_argument("--seed", type=int, metavar="N", default=0, help="of weights and tokens (default: 0)")
     group.add_argument(
-        "--learning-rate", type=float, metavar="X", default=1e-3, help="(default: 0.001); costs no memory"
+        "--learning-rate",
+        type=positive,
+        metavar="X",
+        default=1e-3,
+        help="(default: 0.001); costs no memory",
     )
     group.add_argument(
         "--cap",
@@ -95,7 +108,13 @@ def add_run(group: argparse._ArgumentGroup) -> None:
         default=True,
         help="let PyTorch choose cuDNN's attention, as it does on Hopper (default: on)",
     )
-    group.add_argument("--timeout", type=float, metavar="S", default=None, help="end the run after S seconds")
+    group.add_argument(
+        "--timeout",
+        type=positive,
+        metavar="S",
+        default=3600.0,
+        help="end the run after S seconds (default: 3600)",
+    )
     group.add_argument(
         "--anyway", action="store_true", default=False, help="run it even if the plan says that it can't fit"
     )
@@ -107,9 +126,11 @@ def run(arguments: argparse.Namespace) -> int:
     from memplan.recipe import make_recipe
     from memplan.verify.compare import compare
     from memplan.verify.job import make_job
-    from memplan.verify.measurement import make_ready, write
+    from memplan.verify.measurement import SEEDS, keep, make_ready
     from memplan.verify.runner import run_job
 
+    if not 0 <= arguments.seed < SEEDS:
+        raise UsageError(f"--seed must be a whole number from 0 to {SEEDS - 1}")
     if arguments.steps < 2:
         raise UsageError("--steps must be at least 2: the first step makes the optimizer's state")
     stack.require(doing="verifying")
@@ -131,13 +152,15 @@ def run(arguments: argparse.Namespace) -> int:
 
     with training(job.run.steps) as tell:
         measured = run_job(job, tell=tell, seconds=arguments.timeout)
-    try:
-        if not arguments.no_save:
-            path = write(measured, folder)
+    trouble = None
+    if not arguments.no_save:
+        path, trouble = keep(measured, folder)
+        if trouble is None:
             sys.stderr.write(f"memplan: wrote {path}\n")
-    finally:  # a disk that has filled up meanwhile leaves at least this
-        found = compare(measured)
-        show(measured, found, arguments)
+    found = compare(measured)
+    show(measured, found, arguments)
+    if trouble is not None:
+        raise MemplanError(trouble)
     return STATUS_TRAINED if found.outcome == "trained" and found.why is None else STATUS_NOT
 
 

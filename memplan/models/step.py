@@ -7,6 +7,7 @@ and cuBLAS's workspaces are there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from memplan.card import Card
@@ -51,20 +52,36 @@ def write_long_tape(spec: ModelSpec, recipe: Recipe, *, card: Card | None = None
 
 
 def _written(spec: ModelSpec, recipe: Recipe, card: Card | None, *, folded: bool, unfolded: bool) -> Tape:
-    played = fold.all_layers(spec.num_hidden_layers)
-    if folded and not router_loss(spec, recipe):  # which goes over all layers again, in the head
-        played = fold.layers_to_play(kinds(spec, recipe), first_is_like_others=recipe.mode is Mode.FULL)
-    while True:
-        tape = _play(spec, recipe, card, played)
-        if played.complete or fold.fold(tape, played):
-            break
-        played = played.longer()
-    if unfolded and not played.complete:
-        tape = fold.unfold(tape, played) or _play(spec, recipe, card, fold.all_layers(spec.num_hidden_layers))
+    tape = written(
+        lambda played: _play(spec, recipe, card, played), spec, recipe, folded=folded, unfolded=unfolded
+    )
     for segment in tape.segments:
         if segment.phase is Phase.OPTIMIZER:
             segment.layer = None  # an update goes by parameters, not by layers: folding alone needed to know
     return tape
+
+
+def written(
+    play: Callable[[Played], Tape], spec: ModelSpec, recipe: Recipe, *, folded: bool, unfolded: bool
+) -> Tape:
+    """What ``play`` writes of so many layers that the others follow from them (all of them unless
+    ``folded``); ``unfolded``: written out again."""
+    played = layers_to_play(spec, recipe) if folded else fold.all_layers(spec.num_hidden_layers)
+    while True:
+        tape = play(played)
+        if played.complete or fold.fold(tape, played):
+            break
+        played = played.longer()
+    if unfolded and not played.complete:
+        tape = fold.unfold(tape, played) or play(fold.all_layers(spec.num_hidden_layers))
+    return tape
+
+
+def layers_to_play(spec: ModelSpec, recipe: Recipe) -> Played:
+    """The layers that are played of a folded tape."""
+    if router_loss(spec, recipe):  # which goes over all layers again, in the head
+        return fold.all_layers(spec.num_hidden_layers)
+    return fold.layers_to_play(kinds(spec, recipe), first_is_like_others=recipe.mode is Mode.FULL)
 
 
 def kinds(spec: ModelSpec, recipe: Recipe) -> list[Any]:
@@ -94,7 +111,11 @@ def router_loss(spec: ModelSpec, recipe: Recipe) -> bool:
     return recipe.loss is Loss.CHUNKED and any(spec.sparse_layers) and spec.router_aux_loss_coef != 0.0
 
 
-def _play(spec: ModelSpec, recipe: Recipe, card: Card | None, played: Played) -> Tape:
+def at_rest(
+    spec: ModelSpec, recipe: Recipe, card: Card | None, played: Played
+) -> tuple[Model, optimizers.State, list[Tensor]]:
+    """Begin a new tape with what is there before a step: the model, its optimizer states, and cuBLAS's
+    workspaces."""
     state.__init__(card)  # type: ignore[misc]
     tape = state.tape
     model = Builder(spec, recipe).build(played)
@@ -102,16 +123,26 @@ def _play(spec: ModelSpec, recipe: Recipe, card: Card | None, played: Played) ->
     tape.begin(Phase.SETUP, "workspaces")
     tape.module = ""
     # one for each cuBLAS handle, and autograd's thread has its own
-    _workspaces = [
+    workspaces = [
         empty((state.card.cublas_workspace,), DTYPES["uint8"], "cublas_workspace") for _ in range(2)
     ]
     tape.begin(Phase.SETUP, "batch")
-    shape = (recipe.batch_size, recipe.seq_len)
+    return model, states, workspaces
+
+
+def batch(size: int, length: int) -> list[Tensor]:
+    """Token ids, attention mask and labels."""
     with category(Category.ACTIVATIONS):
-        ids, attention_mask, labels = (empty(shape, int64, "batch") for _ in range(3))
+        return [empty((size, length), int64, "batch") for _ in range(3)]
+
+
+def _play(spec: ModelSpec, recipe: Recipe, card: Card | None, played: Played) -> Tape:
+    model, states, _workspaces = at_rest(spec, recipe, card, played)
+    tape = state.tape
+    ids, attention_mask, labels = batch(recipe.batch_size, recipe.seq_len)
     # every micro-step after the first finds gradients there, so the second shows what all the others do
     for _ in range(min(recipe.gradient_accumulation_steps, 2)):
-        loss = _forward(model, ids, attention_mask, labels, played.indices)
+        loss = forward(model, ids, attention_mask, labels, played.indices)
         if recipe.gradient_accumulation_steps > 1:
             with category(Category.LOGITS_AND_LOSS):
                 loss = ops.scale(loss, "div")
@@ -133,7 +164,7 @@ def _play(spec: ModelSpec, recipe: Recipe, card: Card | None, played: Played) ->
     return tape
 
 
-def _forward(model: Model, ids: Tensor, attention_mask: Tensor, labels: Tensor, played: list[int]) -> Tensor:
+def forward(model: Model, ids: Tensor, attention_mask: Tensor, labels: Tensor, played: list[int]) -> Tensor:
     """``model(**batch).loss``, under autocast as accelerate wraps it."""
     recipe = model.recipe
     if recipe.autocast:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 HEADING = "bold"
+WARNING = "yellow"
 QUIET = "dim"
 
 WIDEST = 100  # columns; longer bars and lines say no more
@@ -72,11 +73,16 @@ def table(
         console.print(line, soft_wrap=True)
 
 
-def note(console: Console, sentence: str) -> None:
+def note(console: Console, sentence: str, style: str = QUIET) -> None:
     """Print a sentence that may be passed over."""
     indent = " " * (len(sentence) - len(sentence.lstrip()))
     for line in wrap(sentence, console.width, subsequent_indent=indent, break_on_hyphens=False):
-        console.print(Text(line, QUIET), soft_wrap=True)
+        console.print(Text(line, style), soft_wrap=True)
+
+
+def warning(console: Console, sentence: str) -> None:
+    """Print a sentence that should not be passed over."""
+    note(console, sentence, WARNING)
 
 
 def paragraph(console: Console, phrases: Sequence[str], label: str = "", style: str = "") -> None:

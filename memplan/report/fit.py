@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from memplan.report.console import QUIET, Cell, heading, note, paragraph, table
+from memplan.report.console import QUIET, Cell, heading, note, paragraph, table, warning
+from memplan.report.evaluation import evaluating, varying
 from memplan.report.plan import NEEDED, TIGHT, VERDICT_STYLES, moment, short_card, show_model
 from memplan.report.units import gib
 from memplan.report.wording import phrases
@@ -61,6 +62,9 @@ def show_fit(plan: Plan, console: Console) -> None:
     note(console, NEEDED)
     if any(fit.verdict == "tight" for fit in plan.fits):
         note(console, TIGHT)
+    for sentence in (evaluating(plan), varying(plan.recipe)):
+        if sentence is not None:
+            warning(console, sentence)
     for advice in plan.advice:
         console.print()
         show_advice(advice, console)

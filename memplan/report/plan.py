@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from memplan.report.console import QUIET, Cell, heading, note, paragraph, speaks_unicode, table
+from memplan.report.console import QUIET, Cell, heading, note, paragraph, speaks_unicode, table, warning
+from memplan.report.evaluation import evaluating
 from memplan.report.units import count, gib, ratio, share
 from memplan.report.wording import asked_and_default
 
@@ -76,6 +77,9 @@ def show_plan(plan: Plan, console: Console, given: Collection[str] = (), *, simu
         reserved = gib(plan.allocator.reserved_bytes)
         heading(console, "Cards", f"{reserved} GiB reserved ({plan.provenance}, allocator simulated)")
         show_fits(plan.fits, console)
+    evaluation = evaluating(plan)
+    if evaluation is not None:
+        warning(console, evaluation)
 
 
 def _show_glances(plan: Plan, console: Console) -> None:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from memplan.errors import MemplanError
+from memplan.errors import MemplanError, first_complaint, reason
 from memplan.importers.fields import shown
 from memplan.recipe import Recipe, make_recipe
 from memplan.verify.job import Job, cap, gets_through, make_job
-from memplan.verify.measurement import Measurement, Run, read_all
+from memplan.verify.measurement import SEEDS, Measurement, Run, read_all
 
 
 class _Record(BaseModel):
@@ -28,28 +29,28 @@ class Entry(_Record):
     model: str
     recipe: dict[str, Any] = Field(default_factory=dict)
     priority: int = 100
-    seconds: float | None = Field(default=None, gt=0)
+    seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     device: Literal["cuda", "cpu"] | None = None
     layers: int | None = None
     weights: str | None = None
-    steps: int | None = Field(default=None, ge=2)
-    seed: int | None = None
-    learning_rate: float | None = Field(default=None, gt=0)
+    steps: int | None = Field(default=None, ge=2, le=1 << 24)
+    seed: int | None = Field(default=None, ge=0, lt=SEEDS)
+    learning_rate: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     loop: Literal["memplan", "trainer", "sft"] = "memplan"
     cap: str | None = None
     cudnn_attention: bool | None = None
     anyway: bool = False
     frontier: Literal["batch_size", "seq_len"] | None = None
-    step_of: int = Field(default=1, ge=1)  # by how much the frontier's option grows
+    step_of: int = Field(default=1, ge=1, le=1 << 24)  # by how much the frontier's option grows
 
 
 class Defaults(_Record):
     """What entries leave out."""
 
     device: Literal["cuda", "cpu"] = "cuda"
-    steps: int = Field(default=3, ge=2)
-    seed: int = 0
-    learning_rate: float = 1e-3
+    steps: int = Field(default=3, ge=2, le=1 << 24)
+    seed: int = Field(default=0, ge=0, lt=SEEDS)
+    learning_rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     cudnn_attention: bool = True
 
 
@@ -87,8 +88,7 @@ def load(path: Path) -> Plan:
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or type(error).__name__
-        raise MemplanError(f"the campaign {where} can't be read: {why}") from None
+        raise MemplanError(f"the campaign {where} can't be read: {reason(error)}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" (line {mark.line + 1})" if mark is not None else ""
@@ -96,9 +96,8 @@ def load(path: Path) -> Plan:
     try:
         plan = Plan.model_validate(document)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "it"
-        raise MemplanError(f"{where} is no campaign: {place}: {first['msg']}") from None
+        place, what = first_complaint(error)
+        raise MemplanError(f"{where} is no campaign: {place or 'it'}: {what}") from None
     names = [entry.name for entry in plan.runs]
     double = next((name for name in names if names.count(name) > 1), None)
     if double is not None:
@@ -230,6 +229,15 @@ def slowness(done: list[tuple[float, float]]) -> float:
     return max([1.0, *(real / estimated for estimated, real in done)])
 
 
+# A run is assumed to hang that takes so many times as long as its estimate, and so many seconds at least.
+_PATIENCE, _LEAST_PATIENCE = 5.0, 120.0
+
+
+def patience(seconds: float) -> float:
+    """After how many seconds a run is ended that should take so many."""
+    return max(_PATIENCE * seconds, _LEAST_PATIENCE)
+
+
 # -- what is done already ----------------------------------------------------------------------------------
 
 
@@ -244,8 +252,9 @@ def fingerprint(device: str, run: Job | Measurement) -> str:
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
-def done(folder: Path) -> dict[str, Measurement]:
+def done(folder: Path, skipped: Callable[[str], None] | None = None) -> dict[str, Measurement]:
     """The measurements of a folder by fingerprint; of several the last. A run that failed has none: whatever
-    was wrong may have been mended."""
-    found = (m for _, m in read_all(folder) if m.outcome.kind != "failed") if folder.is_dir() else ()
+    was wrong may have been mended. ``skipped`` as for :func:`memplan.verify.measurement.read_all`."""
+    files = read_all(folder, skipped) if folder.is_dir() else ()
+    found = (m for _, m in files if m.outcome.kind != "failed")
     return {fingerprint(m.device.kind, m): m for m in found}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from memplan.errors import MemplanError
+from memplan.errors import MemplanError, reason
 from memplan.importers.fields import shown
 
 
@@ -32,9 +32,7 @@ class Checkpoint:
             files = sorted(self.folder.glob("*.safetensors"))
             found = {name: file for file in files for name in self._open(file, "cpu").keys()}  # noqa: SIM118
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise MemplanError(
-                f"the checkpoint's index in {where} can't be read ({type(error).__name__})"
-            ) from None
+            raise MemplanError(f"the checkpoint's index in {where} can't be read ({reason(error)})") from None
         if not found:
             raise MemplanError(
                 f"{where} has no safetensors, the only kind of weights that memplan loads; leave out "
@@ -50,8 +48,9 @@ class Checkpoint:
             try:
                 self._files[key] = safe_open(str(file), framework="pt", device=device)
             except (OSError, SafetensorError) as error:
-                why = " ".join(str(error).split())[:120] or type(error).__name__
-                raise MemplanError(f"the weights in {shown(str(file))} can't be read: {why}") from None
+                raise MemplanError(
+                    f"the weights in {shown(str(file))} can't be read: {reason(error)}"
+                ) from None
         return self._files[key]
 
     def _name(self, model: nn.Module, name: str) -> str | None:
@@ -122,8 +121,8 @@ def fetch(where: str) -> Path:
 
     try:
         return Path(snapshot_download(where, allow_patterns=["*.safetensors", "*.json"]))
-    except Exception as error:  # an HTTP library's own exceptions, broken caches, certificates, proxies ...
+    except Exception:  # an HTTP library's own exceptions, broken caches, certificates, proxies ...
         raise MemplanError(
-            f"the weights of {shown(where)} could not be fetched from the Hub ({type(error).__name__}): "
+            f"the weights of {shown(where)} could not be fetched from the Hub: "
             "check the name and the network, or give a local folder"
         ) from None

@@ -18,7 +18,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from memplan.errors import MemplanError
+from memplan.errors import MemplanError, reason
 from memplan.verify.job import Job
 from memplan.verify.measurement import Device, Measurement, Outcome, Step
 
@@ -41,8 +41,13 @@ def main() -> int:
         return STATUS_REFUSED
     result = Path(sys.argv[1])
     beside = result.with_suffix(".part")
-    beside.write_text(measured.model_dump_json(), encoding="utf-8")
-    beside.replace(result)
+    content = measured.model_dump_json()
+    try:
+        beside.write_text(content, encoding="utf-8")
+        beside.replace(result)
+    except OSError:  # the disk is full
+        sys.stdout.write("\n")  # whatever a library left on the line
+        tell("result", content)
     return STATUS_DONE
 
 
@@ -119,7 +124,7 @@ def _sentence(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     if frames:
         where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})"
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{where}"
+    return f"{reason(error)}{where}"
 
 
 def _backend(job: Job) -> Any:

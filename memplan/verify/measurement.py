@@ -12,13 +12,13 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
-from memplan.errors import MemplanError
+from memplan.errors import MemplanError, first_complaint, reason
 from memplan.files import beside
 from memplan.importers.fields import shown
 from memplan.recipe import Recipe
@@ -28,6 +28,8 @@ FORMAT = "memplan measurement"
 SCHEMA_VERSION = 1  # of files that are read; the records' own fields say what is written
 
 DRY = "dry "  # begins the name of a card that is not there (benchmarks/dry_gpu/run.py)
+
+SEEDS = 1 << 63  # of torch.manual_seed
 
 _MAX_BYTES = 256 << 20
 
@@ -65,7 +67,7 @@ class Run(_Record):
     loop: Literal["memplan", "trainer", "sft"] = "memplan"
     steps: PositiveInt = 3
     seed: int = 0
-    learning_rate: float = 1e-3
+    learning_rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     text: str | None = None
     cap_bytes: PositiveInt | None = None
     cap_name: str | None = None
@@ -243,9 +245,29 @@ def write(measurement: Measurement, folder: Path) -> Path:
             f"{shown(str(path))} exists already, and measurements are never replaced"
         ) from None
     except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or type(error).__name__
-        raise MemplanError(f"the measurement can't be written to {shown(str(folder))}: {why}") from None
+        raise MemplanError(
+            f"the measurement can't be written to {shown(str(folder))}: {reason(error)}"
+        ) from None
     return path
+
+
+def keep(measurement: Measurement, folder: Path) -> tuple[Path | None, str | None]:
+    """Add a file to the folder, or where that can't be (a disk has filled up) to a new one for temporary
+    files: what took long to measure is not lost. The path, and what went wrong in a sentence that says where
+    the file is."""
+    try:
+        return write(measurement, folder), None
+    except MemplanError as error:
+        trouble = str(error)
+    elsewhere = None
+    try:
+        elsewhere = Path(tempfile.mkdtemp(prefix="memplan-kept-"))
+        path = write(measurement, elsewhere)
+    except (MemplanError, OSError) as error:
+        if elsewhere is not None:
+            elsewhere.rmdir()
+        return None, f"{trouble}; nor could it be kept elsewhere: {reason(error)}"
+    return path, f"{trouble}; it is kept in {path}"
 
 
 def make_ready(folder: Path) -> None:
@@ -256,8 +278,9 @@ def make_ready(folder: Path) -> None:
         with tempfile.NamedTemporaryFile(dir=there, prefix=".measurement."):
             pass
     except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or type(error).__name__
-        raise MemplanError(f"measurements can't be written to {shown(str(folder))}: {why}") from None
+        raise MemplanError(
+            f"measurements can't be written to {shown(str(folder))}: {reason(error)}"
+        ) from None
 
 
 def _place(temporary: Path, path: Path) -> None:
@@ -295,8 +318,7 @@ def read(path: Path) -> Measurement:
         with path.open("rb") as file:
             content = file.read(_MAX_BYTES + 1)
     except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or type(error).__name__
-        raise MemplanError(f"the measurement {where} can't be read: {why}") from None
+        raise MemplanError(f"the measurement {where} can't be read: {reason(error)}") from None
     if len(content) > _MAX_BYTES:
         raise MemplanError(f"{where} is larger than {_MAX_BYTES >> 20} MiB, so it is no measurement")
     try:
@@ -318,14 +340,23 @@ def parse(document: Any, where: str) -> Measurement:
     try:
         return Measurement.model_validate(document)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise MemplanError(f"{where} is a damaged measurement: {place}: {first['msg']}") from None
+        place, what = first_complaint(error)
+        raise MemplanError(f"{where} is a damaged measurement: {place}: {what}") from None
     except MemplanError as error:  # of its recipe
         raise MemplanError(f"{where} is a damaged measurement: recipe: {error}") from None
 
 
-def read_all(folder: Path) -> Iterator[tuple[Path, Measurement]]:
-    """All measurements of a folder, by name, that is by date."""
+def read_all(
+    folder: Path, skipped: Callable[[str], None] | None = None
+) -> Iterator[tuple[Path, Measurement]]:
+    """All measurements of a folder, by name, that is by date. ``skipped`` is told in a sentence of each file
+    that is none, half-written or strange; without it MemplanError is raised for the first."""
     for path in sorted(folder.glob("*.json")):
-        yield path, read(path)
+        try:
+            measured = read(path)
+        except MemplanError as error:
+            if skipped is None:
+                raise
+            skipped(f"{path.name!r} is passed over: {error}")
+            continue
+        yield path, measured

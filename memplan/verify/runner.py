@@ -6,10 +6,10 @@ import contextlib
 import json
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,8 +19,10 @@ from typing import Any
 from memplan.errors import MemplanError
 from memplan.verify.child import ALLOCATOR_SETTINGS, SIGN, STATUS_REFUSED
 from memplan.verify.job import Job
-from memplan.verify.measurement import Measurement, read
+from memplan.verify.locks import working_folder
+from memplan.verify.measurement import Measurement, parse, read
 
+_EXCEPTION = r"^[\w.]+(?:Error|Exception|Exit|Warning): "
 _GRACE = 5.0  # seconds to end in when told to
 _TICK = 0.2
 
@@ -44,22 +46,22 @@ def run_job(job: Job, *, tell: Tell | None = None, seconds: float | None = None)
     ("state", "step") and a value. After ``seconds`` the child is ended.
 
     Raises Refused, RunDied, TimeIsUp; on any exception, KeyboardInterrupt too, the child is gone, and so
-    it is when this process is told to end (SIGTERM).
+    it is when this process is told to end (SIGTERM, SIGHUP).
     """
-    with _ending_in_order(), tempfile.TemporaryDirectory(prefix="memplan-verify-") as folder:
-        result = Path(folder) / "result.json"
-        with (Path(folder) / "stderr").open("w+b") as complaints:
+    with _ending_in_order(), working_folder() as folder:
+        result = folder / "result.json"
+        with (folder / "stderr").open("w+b") as complaints:
             child = subprocess.Popen(
                 [sys.executable, "-m", "memplan.verify.child", str(result)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=complaints,
                 text=True,
-                env=_environment(job),
+                env={**_environment(job), "TMPDIR": str(folder)},  # what it leaves there goes with it
                 start_new_session=True,  # Ctrl-C reaches the parent alone, which ends the child in order
             )
             try:
-                refused = _listen(child, job, tell, seconds)
+                refused, sent = _listen(child, job, tell, seconds)
                 status = child.wait(_GRACE)
             except subprocess.TimeoutExpired:
                 raise RunDied("the training process would not end") from None
@@ -67,6 +69,8 @@ def run_job(job: Job, *, tell: Tell | None = None, seconds: float | None = None)
                 _end(child)
             if status == STATUS_REFUSED and refused is not None:
                 raise Refused(refused)
+            if not result.is_file() and sent is not None:
+                return parse(json.loads(sent), "what the training process sent")
             if not result.is_file():
                 complaints.seek(0)
                 raise RunDied(_obituary(status, complaints.read().decode(errors="replace")))
@@ -75,7 +79,8 @@ def run_job(job: Job, *, tell: Tell | None = None, seconds: float | None = None)
 
 @contextlib.contextmanager
 def _ending_in_order() -> Iterator[None]:
-    """SIGTERM, as from ``timeout``, unwinds what runs, where it would drop it."""
+    """SIGTERM, as from ``timeout``, and SIGHUP, as from a terminal that is closed, unwind what runs, where
+    they would drop it. A signal that is ignored (``nohup``) stays so."""
     if threading.current_thread() is not threading.main_thread():  # only there may signals be handled
         yield
         return
@@ -83,11 +88,16 @@ def _ending_in_order() -> Iterator[None]:
     def end(number: int, _frame: Any) -> None:
         raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, end)
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, end)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _environment(job: Job) -> dict[str, str]:
@@ -105,8 +115,11 @@ def _environment(job: Job) -> dict[str, str]:
     }
 
 
-def _listen(child: subprocess.Popen[str], job: Job, tell: Tell | None, seconds: float | None) -> str | None:
-    """Until the child closes its output. What it was refused for, if it was."""
+def _listen(
+    child: subprocess.Popen[str], job: Job, tell: Tell | None, seconds: float | None
+) -> tuple[str | None, str | None]:
+    """Until the child closes its output. What it was refused for, if it was, and the result if it could not
+    write it."""
     assert child.stdin is not None
     with contextlib.suppress(BrokenPipeError):  # it died at once: its status will say so
         child.stdin.write(job.model_dump_json() + "\n")
@@ -114,7 +127,7 @@ def _listen(child: subprocess.Popen[str], job: Job, tell: Tell | None, seconds: 
     lines: queue.Queue[str | None] = queue.Queue()
     threading.Thread(target=_read, args=(child, lines), daemon=True).start()
     end = None if seconds is None else time.monotonic() + seconds
-    refused = None
+    refused = sent = None
     while True:
         if end is not None and time.monotonic() >= end:
             raise TimeIsUp(f"the run was ended after {seconds:.0f} s")
@@ -123,12 +136,14 @@ def _listen(child: subprocess.Popen[str], job: Job, tell: Tell | None, seconds: 
         except queue.Empty:
             continue
         if line is None:
-            return refused
+            return refused, sent
         if not line.startswith(SIGN):
             continue
         message = json.loads(line.removeprefix(SIGN))
         if message["kind"] == "refused":
             refused = message["value"]
+        elif message["kind"] == "result":
+            sent = message["value"]
         elif tell is not None:
             tell(message["kind"], message["value"])
 
@@ -157,7 +172,8 @@ def _end(child: subprocess.Popen[str]) -> None:
 
 def _obituary(status: int, complaints: str) -> str:
     lines = [line.strip() for line in complaints.splitlines() if line.strip()]
-    last = f": {lines[-1][:200]}" if lines else ""
+    # the last line of a traceback says what happened, after the exception's name
+    last = f": {re.sub(_EXCEPTION, '', lines[-1])[:200]}" if lines else ""
     if status < 0:
         name = signal.Signals(-status).name
         hint = " (did the host run out of memory?)" if -status == signal.SIGKILL else ""

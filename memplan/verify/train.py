@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from memplan.errors import MemplanError
+from memplan.errors import MemplanError, reason
 from memplan.importers.fields import shown
 from memplan.recipe import Recipe
 from memplan.tape import Tape
@@ -147,15 +147,15 @@ def _tokens(job: Job, count: int) -> torch.Tensor:
     try:
         words = text.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise MemplanError(f"the text {shown(str(text))} can't be read: {type(error).__name__}") from None
+        raise MemplanError(f"the text {shown(str(text))} can't be read: {reason(error)}") from None
     try:
         if where is None:
             raise FileNotFoundError
         tokenizer = AutoTokenizer.from_pretrained(where)
-    except Exception as error:  # whatever the Hub, its cache or a tokenizer's files raise
+    except Exception:  # whatever the Hub, its cache or a tokenizer's files raise
         raise MemplanError(
-            f"there is no tokenizer for --text in {shown(str(where or job.model.name))} "
-            f"({type(error).__name__}): give --weights with a folder that has one, or leave out --text"
+            f"there is no tokenizer for --text in {shown(str(where or job.model.name))}: "
+            "give --weights with a folder that has one, or leave out --text"
         ) from None
     ids = tokenizer(words, truncation=True, max_length=count, return_tensors="pt")["input_ids"][0]
     if len(ids) < count:

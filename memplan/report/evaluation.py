@@ -1,0 +1,52 @@
+"""What to know of a run beside its steps: evaluations, and steps of other lengths."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from memplan.report.units import gib
+
+if TYPE_CHECKING:
+    from memplan.planner import Plan
+    from memplan.recipe import Recipe
+
+
+def evaluating(plan: Plan) -> str | None:
+    """The warning where the Trainer's default evaluation takes more than a training step; else None."""
+    found = plan.evaluation
+    if found is None or found.allocated_bytes <= plan.peak.allocated_bytes:
+        return None
+    sentence = (
+        f"Evaluating with the Trainer's default batch of {found.batch_size} takes "
+        f"{gib(found.allocated_bytes)} GiB allocated, more than a training step"
+    )
+    if found.fits:
+        sentence += f" ({_cards(plan)})"
+    if found.with_one_bytes < found.allocated_bytes:
+        sentence += f": set per_device_eval_batch_size=1 ({gib(found.with_one_bytes)} GiB)"
+    return sentence + "."
+
+
+def _cards(plan: Plan) -> str:
+    from memplan.report.plan import short_card
+
+    assert plan.evaluation is not None
+    return "; ".join(
+        f"{short_card(fit.gpu)}: {gib(fit.reserved_bytes)} reserved, {fit.verdict}"
+        for fit in plan.evaluation.fits
+    )
+
+
+# Emulated (A100 80 GB, torch 2.13): batch 4, lengths uniform up to 1024, 40 steps, LoRA; docs/fit.md.
+_VARYING = (
+    "Steps are taken to be of one length. Where lengths vary, the allocator keeps blocks of each and may "
+    "reserve 2.5 times as much (seen in emulated runs); PYTORCH_ALLOC_CONF=expandable_segments:True keeps it "
+    "within 1.1 times."
+)
+
+
+def varying(recipe: Recipe) -> str | None:
+    """What lengths that vary from step to step do, unless the recipe has the setting against it."""
+    from memplan.allocator_settings import parse_settings
+
+    return None if parse_settings(recipe.alloc_conf).expandable_segments else _VARYING
