@@ -25,8 +25,8 @@ _GRACE = 5.0  # seconds to end in when told to
 _TICK = 0.2
 
 # Python looks for modules in the current folder first, and a file there called like a library is not that
-# library. Python 3.11 has PYTHONSAFEPATH against it; on 3.10 the folder, which comes before all others, is taken
-# off before anything is imported (sys is built in).
+# library. Python 3.11 has PYTHONSAFEPATH against it; on 3.10 the folder, which comes before all others, is
+# taken off before anything is imported (sys is built in).
 _CHILD = """import sys
 if not getattr(sys.flags, "safe_path", False):
     del sys.path[0]
