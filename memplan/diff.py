@@ -288,13 +288,13 @@ def _setup_pairs(a: list[_Allocation], b: list[_Allocation]) -> list[_Pair]:
         lambda one: (one.category, one.layer),
     )
     by_like: list[dict[Any, deque[int]]] = [{}, {}]
-    for index, y in enumerate(right):
+    for index, one in enumerate(right):
         for known, like in zip(by_like, likes, strict=True):
-            known.setdefault(like(y), deque()).append(index)
+            known.setdefault(like(one), deque()).append(index)
     free = dict(enumerate(right))
     pairs: list[_Pair] = []
     for x in left:
-        y = None
+        y: _Allocation | None = None
         for known, like in zip(by_like, likes, strict=True):
             waiting = known.get(like(x), deque())
             while waiting and y is None:

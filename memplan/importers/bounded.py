@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 # A list or an object takes 60 bytes and more for the two that it is in the file, a short text 70 for four;
-# the rest grows eightfold at most. What memplan reads has far fewer: the tape of 126 layers thousands of lists
-# and texts, the config.json of a classifier two texts for each of its labels.
+# the rest grows eightfold at most. What memplan reads has far fewer: the tape of 126 layers has thousands of
+# lists and texts, the config.json of a classifier two texts for each of its labels.
 MOST_CONTAINERS = 1 << 17
 MOST_TEXTS = 1 << 20
 
