@@ -9,7 +9,7 @@ but no difference in names alone makes tapes unequal.
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import SequenceMatcher
 from itertools import groupby
@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict
 from memplan.tape import Category, Phase, Tape, replay
 
 _PIECE = 1000  # allocations that difflib, which takes quadratic time, is given at once
+_MOST_LAYERS = 2000  # runs of layers, which difflib is given at once
 
 
 class _Record(BaseModel):
@@ -281,14 +282,25 @@ def _setup_pairs(a: list[_Allocation], b: list[_Allocation]) -> list[_Pair]:
     """Only what differs: each with what the other has in its place, if anything."""
     only_a, only_b = _cancel(Counter(map(_name, a)), Counter(map(_name, b)))
     left, right = _take(a, only_a), _take(b, only_b)
+    # alike in all but the size, else in category and layer; each list in order, so that no search is long
+    likes: tuple[Callable[[_Allocation], Any], ...] = (
+        lambda one: _name(one)[:3],
+        lambda one: (one.category, one.layer),
+    )
+    by_like: list[dict[Any, deque[int]]] = [{}, {}]
+    for index, one in enumerate(right):
+        for known, like in zip(by_like, likes, strict=True):
+            known.setdefault(like(one), deque()).append(index)
+    free = dict(enumerate(right))
     pairs: list[_Pair] = []
     for x in left:
-        y = next((y for y in right if _name(y)[:3] == _name(x)[:3]), None)
-        y = y or next((y for y in right if (y.category, y.layer) == (x.category, x.layer)), None)
-        if y is not None:
-            right.remove(y)
+        y: _Allocation | None = None
+        for known, like in zip(by_like, likes, strict=True):
+            waiting = known.get(like(x), deque())
+            while waiting and y is None:
+                y = free.pop(waiting.popleft(), None)
         pairs.append((x, y))
-    return pairs + [(None, y) for y in right]
+    return pairs + [(None, y) for y in free.values()]
 
 
 def _name(one: _Allocation) -> _Name:
@@ -317,7 +329,9 @@ def _step_pairs(a: list[_Allocation], b: list[_Allocation]) -> Iterator[_Pair]:
             continue
         layers_a, layers_b = _runs(run_a, _layer), _runs(run_b, _layer)
         labels_a, labels_b = [_layer(run[0]) for run in layers_a], [_layer(run[0]) for run in layers_b]
-        if _phase(run_a[0]) is Phase.OPTIMIZER and labels_a != labels_b:  # not every writer tells its layers
+        many = len(labels_a) * len(labels_b) > _MOST_LAYERS**2
+        # not every writer tells an optimizer's layers
+        if many or (_phase(run_a[0]) is Phase.OPTIMIZER and labels_a != labels_b):
             yield from _lined_up(run_a, run_b)
             continue
         for _, i, j, k, m in SequenceMatcher(None, labels_a, labels_b, autojunk=False).get_opcodes():

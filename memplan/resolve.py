@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from memplan.errors import MemplanError, SpecError, UnknownName, UnsupportedArchitecture, reason
+from memplan.importers.bounded import TooManyParts, read_json
 from memplan.importers.families import FAMILIES
 from memplan.importers.fields import shown
 from memplan.importers.hf import has_vision_tower, spec_from_config
@@ -355,7 +356,9 @@ def _read(path: Path) -> Any:
     if len(content) > _MAX_CONFIG_BYTES:
         raise SpecError(f"{where} is larger than {_MAX_CONFIG_BYTES >> 20} MiB, so it is no config.json")
     try:
-        return json.loads(content.decode("utf-8-sig"))
+        return read_json(content)
+    except TooManyParts as error:
+        raise SpecError(f"{where} {error}, so it is no config.json") from None
     except UnicodeDecodeError:
         raise SpecError(f"{where} is no UTF-8 text, so it is no config.json") from None
     except json.JSONDecodeError as error:

@@ -16,13 +16,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from memplan.errors import MemplanError
 from memplan.files import write_whole, zipped
+from memplan.importers.bounded import TooManyParts, read_json
 from memplan.importers.fields import shown
 from memplan.tape import ALLOCATION_GRANULARITY, Category, Phase, Segment, Tape
 
 FORMAT = "memplan tape"
 VERSION = 1
 
-_MAX_BYTES = 1 << 30  # the tape of 126 layers is 20 MiB
+_MAX_BYTES = 64 << 20  # unpacked; the tape of 126 layers is 20 MiB
+_MAX_EVENTS = 1 << 22  # with every repetition; that tape has 110,000, and readers go through all of them
+_MAX_SIZE = 1 << 62  # bytes; what a 64-bit number holds, far above any card
 
 
 class TapeInfo(BaseModel):
@@ -130,9 +133,11 @@ def _parse(content: bytes, where: str) -> Any:
                 raise MemplanError(f"the tape {where} is cut short")
         if len(content) > _MAX_BYTES:
             raise MemplanError(f"{where} is larger than {_MAX_BYTES >> 20} MiB, so it is no tape")
-        return json.loads(content)
+        return read_json(content)
     except zlib.error:
         raise MemplanError(f"the tape {where} is damaged: its compression is broken") from None
+    except TooManyParts as error:
+        raise MemplanError(f"{where} {error}, so it is no tape") from None
     except (ValueError, RecursionError):  # no JSON, no UTF-8, nested too deeply
         raise MemplanError(f"{where} is no valid JSON, so it is no tape; is it cut short?") from None
 
@@ -149,6 +154,8 @@ def _tape(document: dict[str, Any]) -> Tape:
             isinstance(values, list) and all(type(value) is int for value in values), f"{name} are no numbers"
         )
         _check(least is None or min(values, default=least) >= least, f"{name} are negative")
+        largest = max(max(values, default=0), -min(values, default=0))
+        _check(largest <= _MAX_SIZE, f"{name} are beyond any card")
         return values
 
     def texts(name: str) -> list[str]:
@@ -184,6 +191,7 @@ def _segment(row: Any) -> Segment:
     _check(layer is None or type(layer) is int, "a segment's layer is no number")
     _check(all(type(value) is int for value in (start, stop, repeat, *marks)), "a segment has no numbers")
     _check(start <= stop and repeat >= 1 and direction in (1, -1), "a segment is turned around")
+    _check(repeat <= _MAX_EVENTS, f"a segment is repeated more than {_MAX_EVENTS:,} times")
     return Segment(Phase(phase), name, layer, start, stop, repeat, tuple(marks), direction)
 
 
@@ -202,6 +210,8 @@ def _check_order(tape: Tape) -> None:
     else:
         _check(all(a == b for a, b in list(pairwise(ends))[::2]), "its segments don't follow one another")
     _check(bool(tape.segments), "it has no segments")
+    events = sum(segment.repeat * (segment.stop - segment.start) for segment in tape.segments)
+    _check(events <= _MAX_EVENTS, f"its repetitions make more than {_MAX_EVENTS:,} events")
 
 
 def _check(sound: bool, complaint: str) -> None:

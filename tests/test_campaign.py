@@ -71,11 +71,22 @@ def test_the_smoke_campaign_is_for_a_cpu() -> None:
     assert all(run.job.device == "cpu" and run.job.model.layers == 1 for run in planned)
 
 
+LAUGHS = "\n".join(f"a{n + 1}: &a{n + 1} [{', '.join([f'*a{n}'] * 9)}]" for n in range(12)) + "\nruns: *a12"
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
         ("runs: [", "is no valid YAML"),
         ("runs: []", "runs: "),
+        ("[" * 5000, "nested too deeply"),
+        ("runs: " + "[" * 40 + "]" * 40, "nested too deeply"),
+        ("runs: &a [*a]", "an alias stands inside of what it names"),
+        ("runs: [&x {name: a, priority: 3}, {<<: *x}]", "runs.0.model"),  # an alias is no fault
+        ("a0: &a0 [l, o, l]\n" + LAUGHS, "its aliases unfold to more than 100,000 parts"),
+        ("a0: &a0 {a: 1}\n" + LAUGHS.replace("[", "{<<: [").replace("]", "]}"), "unfold to more than"),
+        (f"runs: [{{name: a, model: llama-3.2-1b, seed: 0x{'f' * 5000}}}]", "a number that is too long"),
+        (f"about: {'a' * (300 << 10)}", "larger than 256 KiB"),
         ("[1]", "is no campaign"),
         ("runs: [{name: a, model: llama-3.2-1b, speed: 3}]", "runs.0.speed"),
         ("runs: [{name: a, model: x}, {name: a, model: x}]", "two runs of the name 'a'"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import errno
+import gzip
 import json
 import os
 import re
@@ -38,6 +40,17 @@ def test_nothing_is_ever_replaced(tmp_path: Path) -> None:
     assert path.read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 1
     assert write(example(date="2026-11-25T12:00:01+00:00"), tmp_path) != path
+
+
+def test_a_tape_inside_has_the_bounds_of_one(tmp_path: Path) -> None:
+    bomb = base64.b64encode(gzip.compress(b" " * (65 << 20))).decode()
+    measured = read(write(example(tape=bomb), tmp_path))
+    with pytest.raises(MemplanError, match="larger than 64 MiB, so it is no tape"):
+        measured.read_tape()
+    path = tmp_path / "lists.json"
+    path.write_bytes(b"[" + b"[]," * (1 << 17) + b"1]")
+    with pytest.raises(MemplanError, match="more than 131,072 lists and objects, so it is no measurement"):
+        read(path)
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

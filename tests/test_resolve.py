@@ -186,9 +186,10 @@ BROKEN = {
     "binary": (bytes(range(256)), "no UTF-8 text"),
     "a list": (b"[]", "must be a JSON object"),
     "a string": (b'"llama"', "must be a JSON object"),
-    "too deep": (b"[" * 200_000, "nested too deeply"),
+    "too deep": (b"[" * 100_000, "nested too deeply"),
     "a long number": (b'{"vocab_size": ' + b"9" * 5000 + b"}", "too long to be read"),
     "huge": (b" " * (17 << 20), "larger than 16 MiB"),
+    "all lists": (b"[" + b"[]," * (1 << 17) + b"1]", "more than 131,072 lists and objects"),
 }
 
 

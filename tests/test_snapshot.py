@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import time
+import tracemalloc
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -223,6 +225,48 @@ def test_other_files_are_refused(content: bytes, complaint: str, tmp_path: Path)
     path.write_bytes(content)
     with pytest.raises(MemplanError, match=complaint):
         load_snapshot(path)
+
+
+BOMBS = {
+    "a memo of 4 GB": (b"\x80\x02Nr\xff\xff\xff\x0f.", "is no memory snapshot"),
+    "tuples nested deeply": (b"\x80\x02)" + b"\x85" * 400_000 + b".", "a tuple of more than numbers"),
+    "a key that is hashed for ever": (
+        b"\x80\x04}" + b"K\x01\x94" + b"".join(b"h%c" % n * 2 + b"\x86\x94" for n in range(60)) + b"Ns.",
+        "a tuple of more than numbers",
+    ),
+    "a number as a key": (b"\x80\x04}K\x01Ns.", "a key that is no text"),
+    "a number of many digits": (b"\x80\x04\x8a\xff" + b"\x11" * 255 + b".", "a number of 255 bytes"),
+    "a text of 4 GB": (b"\x80\x04X\xff\xff\xff\xffa.", "cut short or damaged"),
+    "a set": (b"\x80\x04\x8f(K\x01\x90.", "a set"),
+    "lists nested deeply": (b"\x80\x04" + b"]" * 400_000 + b"a" * 399_999 + b".", "segments without a trace"),
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_few_bytes_take_neither_time_nor_memory(bomb: str, tmp_path: Path) -> None:
+    content, complaint = BOMBS[bomb]
+    path = tmp_path / "a.pickle"
+    path.write_bytes(content)
+    began = time.monotonic()
+    tracemalloc.start()
+    with pytest.raises(MemplanError, match=complaint) as error:
+        load_snapshot(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "\n" not in str(error.value)
+    assert peak < 100 * MIB
+    assert time.monotonic() - began < 10
+
+
+def test_rows_that_are_written_once_are_read_once(tmp_path: Path) -> None:
+    whole = document()
+    whole["segments"] *= 100_000  # of one segment's blocks: the file has a byte or two for each
+    with pytest.raises(MemplanError, match="segments share their blocks"):
+        load_snapshot(dumped(tmp_path / "a.pickle", whole))
+    loop: dict[str, Any] = {}
+    loop["self"] = loop
+    with pytest.raises(MemplanError, match="the setting 'a' is no plain value"):
+        load_snapshot(dumped(tmp_path / "b.pickle", document(allocator_settings={"a": loop})))
 
 
 def test_a_file_cut_anywhere_is_one_sentence(tmp_path: Path) -> None:

@@ -136,6 +136,27 @@ BAD = {
         "follow",
     ),
     "no segments": (changed(segments=[]), "segments"),
+    "repeated for ever": (
+        changed(segments=[["setup", "", None, 0, 3, 10**15, [], 1]], deltas=[1024, 512, -512]),
+        "repeated more than 4,194,304 times",
+    ),
+    "repeated by many": (
+        changed(segments=[["setup", "", None, 0, 3, 1 << 21, [], 1]], deltas=[1024, 512, -512]),
+        "more than 4,194,304 events",
+    ),
+    "no such sizes": (changed(sizes=[1024, 512 << 70]), "beyond any card"),
+    "unpacks to more than it may": (
+        lambda path: path.write_bytes(gzip.compress(b'{"a": "' + b" " * (65 << 20) + b'"}')),
+        "larger than 64 MiB",
+    ),
+    "nothing but lists": (
+        lambda path: path.write_bytes(b"[" + b"[]," * (1 << 17) + b"1]"),
+        "more than 131,072 lists and objects",
+    ),
+    "nothing but texts": (
+        lambda path: path.write_bytes(b"[" + b'"",' * (1 << 20 | 1) + b"1]"),
+        "more than 1,048,576 texts",
+    ),
     "short segment": (changed(segments=[["setup"]]), "unpack"),
     "unknown phase": (changed(segments=[["nap", "", None, 0, 3, 1, [], 1]]), "Phase"),
     "folded without changes": (changed(deltas=[1]), "more events"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,36 @@ def test_the_page_says_which_can_be_traced(model_type: str, mode: str) -> None:
 def test_adapters_elsewhere(model_type: str, targets: Any) -> None:
     # what the page recommends where all-linear can't be
     assert traced(model_type, mode="lora", target_modules=targets).trainable > 0
+
+
+def test_labels_of_classifiers_make_no_difference() -> None:
+    """transformers makes a name for each, and a causal language model has none."""
+    many = {"num_labels": 1 << 31, "id2label": {"0": "a"}, "problem_type": "regression"}
+    recipe = Recipe(seq_len=48)
+    assert trace_model({"model_type": "gpt2"} | GPT2 | many, recipe).tape.sizes == traced("gpt2").tape.sizes
+
+
+@pytest.mark.parametrize(
+    ("config", "complaint"),
+    [
+        ({"model_type": "gpt2"} | GPT2 | {"n_layer": 1_000_000}, "n_layer is 1000000, .* 512 at most"),
+        ({"model_type": "mpt", "n_layers": 1 << 40}, "n_layers is 1099511627776"),
+        ({"model_type": "gemma3", "text_config": {"num_hidden_layers": 513}}, "num_hidden_layers is 513"),
+        ({"model_type": "llama", "num_key_value_heads": 1 << 30}, "num_key_value_heads is 1073741824"),
+        ({"model_type": "llama", "hidden_size": 1 << 50}, "hidden_size is 1125899906842624"),
+    ],
+)
+def test_counts_that_no_model_has_are_refused_before_anything_is_made(
+    config: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(TraceError, match=complaint):
+        trace_model(config, Recipe(seq_len=32))
+
+
+def test_a_model_of_modules_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(import_module("memplan.trace.build"), "_MAX_MODULES", 30)
+    with pytest.raises(TraceError, match="more than 30 modules"):
+        traced("gpt2")
 
 
 def test_gpt2_layers_are_quantised_though_they_are_no_linear_layers() -> None:

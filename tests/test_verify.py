@@ -515,6 +515,33 @@ def test_a_child_does_not_outlive_its_parent(tmp_path: Path) -> None:
     assert not (tmp_path / "result.json").exists()
 
 
+@pytest.mark.parametrize("safe_path", [True, False])  # Python 3.10 does not know it
+def test_code_in_the_current_folder_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, safe_path: bool
+) -> None:
+    for name in ("json", "torch", "memplan", "sitecustomize"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f":{tmp_path / 'mine'}:")
+    settings = runner._environment(job_of(tmp_path))
+    assert settings["PYTHONPATH"].split(os.pathsep) == [
+        str(Path(runner.__file__).parents[2]),
+        str(tmp_path / "mine"),
+    ]
+    if not safe_path:
+        del settings["PYTHONSAFEPATH"]
+    done = subprocess.run(
+        [sys.executable, "-c", runner._CHILD, str(tmp_path / "result.json")],
+        input="no job\n",
+        capture_output=True,
+        env=settings,
+        text=True,
+        check=False,
+    )
+    assert "validation error for Job" in done.stderr  # it came as far as to read its job
+    assert not (tmp_path / "ran").exists()
+
+
 def test_what_fails_while_it_trains_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = job_of(tmp_path)
     monkeypatch.setattr(training, "make_optimizer", lambda *_: 1 / 0)

@@ -11,6 +11,9 @@ from memplan.errors import SpecError
 
 MAX_SIZE = 1 << 24  # far above any published size, low enough that no product of sizes is absurd
 MAX_POSITIONS = 1 << 40
+# Llama-3.1-405B has 126, and models merged of others' layers some 300. Questions take time and memory
+# by the layer.
+MAX_LAYERS = 512
 _MISSING = object()
 
 

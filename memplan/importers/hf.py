@@ -22,10 +22,8 @@ from pydantic import ValidationError
 
 from memplan.errors import SpecError, UnsupportedArchitecture
 from memplan.importers.families import FAMILIES, FULL, SLIDING, Family
-from memplan.importers.fields import MAX_POSITIONS, Fields, shown
+from memplan.importers.fields import MAX_LAYERS, MAX_POSITIONS, Fields, shown
 from memplan.spec import ModelSpec
-
-_MAX_LAYERS = 10_000
 
 # Activations whose memory is known: element-wise, and each saves its input only.
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_pytorch_tanh"}
@@ -62,7 +60,7 @@ def spec_from_config(
     fields = Fields(config, family.defaults, frozenset(family.nullable), name)
     _refuse_variants(fields)
 
-    layers = fields.size("num_hidden_layers", most=_MAX_LAYERS)
+    layers = fields.size("num_hidden_layers", most=MAX_LAYERS)
     hidden, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
     head_dim = fields.size_or_none("head_dim")
     if hidden % heads and (head_dim is None or family.heads_divide_hidden):

@@ -1,16 +1,16 @@
-"""Snapshots from files. A pickle is a program; this one is run with nothing to call, so that one may read a
-stranger's file."""
+"""Snapshots from files. A pickle is a program; it is read by a machine that can put plain values together and
+nothing else (:mod:`memplan.snapshot.pickled`), so that one may read a stranger's file."""
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterable
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from memplan.errors import MemplanError
 from memplan.importers.fields import shown
+from memplan.snapshot.pickled import Damaged, NotPlain, read_plain
 from memplan.snapshot.records import (
     ORIGIN_KEY,
     Action,
@@ -51,20 +51,6 @@ class _NoDevice(Exception):
     pass
 
 
-class _Refused(Exception):
-    pass
-
-
-class _Containers(pickle.Unpickler):
-    """Reads lists, dictionaries, tuples, text and numbers, and finds nothing that could be called."""
-
-    def find_class(self, module: str, name: str) -> NoReturn:
-        raise _Refused(f"{module}.{name}")
-
-    def persistent_load(self, pid: Any) -> NoReturn:
-        raise _Refused("a reference to something outside")
-
-
 def _document(path: Path, where: str) -> Any:
     try:
         with path.open("rb") as file:
@@ -78,17 +64,17 @@ def _document(path: Path, where: str) -> Any:
                     f"{where} is no pickle, so it is no memory snapshot, which "
                     "torch.cuda.memory._dump_snapshot writes"
                 )
-            return _Containers(file).load()
+            return read_plain(file.read())
     except MemplanError:
         raise
     except OSError as error:
         raise MemplanError(f"the snapshot {where} can't be read: {error.strerror}") from None
-    except _Refused as error:
+    except NotPlain as error:
         raise MemplanError(
             f"{where} holds more than plain values ({shown(str(error))}), so it is no memory snapshot, "
             "and it was not run"
         ) from None
-    except Exception:  # whatever broken programs do to the unpickler
+    except Damaged:
         raise MemplanError(f"the snapshot {where} is cut short or damaged") from None
 
 
@@ -100,6 +86,8 @@ def _snapshot(document: dict[str, Any], device: int) -> Snapshot:
     if device not in seen and (seen or device):
         others = ", ".join(str(number) for number in sorted(seen)) or "none at all"
         raise _NoDevice(f"has nothing of device {device}; it has {others}")
+    if len({id(row.get("blocks")) for row in segments}) < len(segments):
+        raise ValueError("segments share their blocks")  # a few bytes for as many rows as one likes
     frames = _FrameReader()
     entries = _dicts(traces[device], "the trace") if 0 <= device < len(traces) else []
     return Snapshot(
@@ -194,9 +182,10 @@ def _total(row: dict[str, Any], key: str, counted: int) -> int:
 def _settings(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise ValueError("allocator_settings are no settings by name")
-    plain = (str, int, float, type(None), dict)
+    plain = (str, int, float, type(None))
     for key, setting in value.items():
-        if not isinstance(setting, plain):
+        parts = setting.values() if isinstance(setting, dict) else (setting,)
+        if not all(isinstance(part, plain) for part in parts):
             raise ValueError(f"the setting {shown(key)} is no plain value")
     return value
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from memplan.errors import TraceError
+from memplan.importers.fields import MAX_LAYERS, MAX_POSITIONS, MAX_SIZE, shown
 from memplan.recipe import Attention, DTypeName, Kernels, Mode, Recipe
 
 DTYPES = {
@@ -22,6 +22,13 @@ DTYPES = {
     DTypeName.FLOAT16: torch.float16,
     DTypeName.FLOAT32: torch.float32,
 }
+
+# Of heads that classify, which no step here has; transformers makes a name for each of ``num_labels``.
+_OF_OTHER_HEADS = ("num_labels", "id2label", "label2id", "problem_type")
+
+# Making a module takes 0.1 ms. DeepSeek-V3's 61 layers of 256 experts are 80,000 where each expert has modules
+# of its own; with fused experts, as here, no model has more than a few thousand.
+_MAX_MODULES = 100_000
 
 
 def build(config: dict[str, Any], recipe: Recipe) -> nn.Module:
@@ -47,7 +54,10 @@ def configuration(config: dict[str, Any]) -> tuple[Any, Any]:
     """transformers' configuration and class of a causal language model."""
     from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, __version__
 
-    settings = copy.deepcopy(config)  # transformers writes into nested ones, such as rope_scaling
+    try:
+        settings: dict[str, Any] = _bounded(config)  # a copy, for transformers writes into nested ones too
+    except RecursionError:
+        raise TraceError("the configuration is nested too deeply to be one of a model") from None
     model_type = settings.pop("model_type", None)
     if model_type is None:
         raise TraceError("the configuration has no model_type, so transformers can't tell which model it is")
@@ -66,6 +76,45 @@ def configuration(config: dict[str, Any]) -> tuple[Any, Any]:
     return hf, AutoModelForCausalLM._model_mapping[type(hf)]
 
 
+def _bounded(value: Any, key: str = "") -> Any:
+    """A configuration, or a part of it, without what other heads need. Raises TraceError where it counts more
+    of something than any model has: the libraries make one after the other, however many are asked for."""
+    if isinstance(value, dict):
+        return {name: _bounded(part, name) for name, part in value.items() if name not in _OF_OTHER_HEADS}
+    if isinstance(value, list):
+        return [_bounded(part) for part in value]
+    if isinstance(value, int) and not isinstance(value, bool):
+        most = MAX_POSITIONS
+        if key.endswith(("layer", "layers")) and not key.startswith("max_"):  # max_window_layers makes none
+            most = MAX_LAYERS
+        elif key.startswith(("num_", "n_")):
+            most = MAX_SIZE
+        if value > most:
+            raise TraceError(
+                f"the configuration can't be traced: {key or 'an entry'} is {shown(value)}, but it must be "
+                f"{most} at most"
+            )
+    return value
+
+
+@contextmanager
+def _few_modules() -> Iterator[None]:
+    """Ends the making of a model that has no end. Raises TraceError."""
+    made, init = 0, nn.Module.__init__
+
+    def counted(self: nn.Module, *arguments: Any, **options: Any) -> None:
+        nonlocal made
+        made += 1
+        if made > _MAX_MODULES:
+            raise TraceError(
+                f"the model has more than {_MAX_MODULES:,} modules, which none that is known has"
+            )
+        init(self, *arguments, **options)
+
+    with mock.patch.object(nn.Module, "__init__", counted):
+        yield
+
+
 def as_built(config: dict[str, Any], recipe: Recipe) -> Recipe:
     """The recipe with the attention that the model has."""
     _, kind = configuration(config)
@@ -77,7 +126,7 @@ def base_model(config: dict[str, Any], recipe: Recipe) -> nn.Module:
 
     hf, kind = configuration(config)
     hf.use_cache = recipe.use_cache  # as the Trainer does with what TrainingArguments say (trainer.py, 5.23)
-    with initialization.no_init_weights(), _any_attention():
+    with initialization.no_init_weights(), _any_attention(), _few_modules():
         model: nn.Module = AutoModelForCausalLM.from_config(
             hf, dtype=DTYPES[recipe.dtype], attn_implementation=attention(kind, recipe)
         )

@@ -16,6 +16,11 @@ from memplan.recipe import Recipe, make_recipe
 from memplan.verify.job import Job, cap, gets_through, make_job
 from memplan.verify.measurement import SEEDS, Measurement, Run, read_all
 
+_MAX_BYTES = 256 << 10  # benchmarks/campaign.yaml, of 60 runs, has 9 KiB; PyYAML reads 100 KiB a second
+_MAX_PARTS = 100_000  # with every alias written out
+_MAX_NESTED = 32
+_MAX_DIGITS = 40
+
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -86,7 +91,13 @@ def load(path: Path) -> Plan:
             "campaigns are YAML, which needs PyYAML: run `pip install 'memplan[verify]'`"
         ) from None
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+        if len(content) > _MAX_BYTES:
+            raise MemplanError(f"{where} is larger than {_MAX_BYTES >> 10} KiB, so it is no campaign")
+        document = _document(content.decode("utf-8"))
+    except _TooMuch as error:
+        raise MemplanError(f"{where} is no campaign: {error}") from None
     except (OSError, ValueError) as error:
         raise MemplanError(f"the campaign {where} can't be read: {reason(error)}") from None
     except yaml.YAMLError as error:
@@ -103,6 +114,52 @@ def load(path: Path) -> Plan:
     if double is not None:
         raise MemplanError(f"{where} has two runs of the name {double!r}")
     return plan
+
+
+class _TooMuch(Exception):
+    pass
+
+
+def _document(text: str) -> Any:
+    """The value of a YAML text, which is measured before it is made: a few aliases of aliases unfold to more
+    than there is memory for."""
+    import yaml
+
+    loader = yaml.SafeLoader(text)
+    known: dict[int, int] = {}  # parts, aliases written out, of nodes that are done
+    open_: set[int] = set()
+
+    def parts(node: yaml.Node, depth: int) -> int:
+        if id(node) in known:
+            return known[id(node)]
+        if id(node) in open_:
+            raise _TooMuch("an alias stands inside of what it names")
+        if depth > _MAX_NESTED:
+            raise _TooMuch("it is nested too deeply")
+        inside: list[yaml.Node] = []
+        if isinstance(node, yaml.ScalarNode):
+            if node.tag.endswith((":int", ":float")) and len(node.value) > _MAX_DIGITS:
+                raise _TooMuch("it holds a number that is too long")
+        else:
+            inside = [x for pair in node.value for x in (pair if isinstance(pair, tuple) else (pair,))]
+        open_.add(id(node))
+        count = 1 + sum(parts(one, depth + 1) for one in inside)
+        open_.discard(id(node))
+        if count > _MAX_PARTS:
+            raise _TooMuch(f"its aliases unfold to more than {_MAX_PARTS:,} parts")
+        known[id(node)] = count
+        return count
+
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        parts(node, 0)
+        return loader.construct_document(node)
+    except RecursionError:  # while it is taken apart
+        raise _TooMuch("it is nested too deeply") from None
+    finally:
+        loader.dispose()
 
 
 def expand(plan: Plan, device: str | None = None) -> list[Planned]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import gzip
 import hashlib
-import json
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 
 from memplan.errors import MemplanError, first_complaint, reason
 from memplan.files import beside
+from memplan.importers.bounded import TooManyParts, read_json
 from memplan.importers.fields import shown
 from memplan.recipe import Recipe
 from memplan.tape import Tape
@@ -32,6 +32,7 @@ DRY = "dry "  # begins the name of a card that is not there (benchmarks/dry_gpu/
 SEEDS = 1 << 63  # of torch.manual_seed
 
 _MAX_BYTES = 256 << 20
+_MAX_BYTES = 64 << 20  # with the tape of 126 layers, compressed, it is 2 MiB
 
 
 class _Record(BaseModel):
@@ -322,7 +323,9 @@ def read(path: Path) -> Measurement:
     if len(content) > _MAX_BYTES:
         raise MemplanError(f"{where} is larger than {_MAX_BYTES >> 20} MiB, so it is no measurement")
     try:
-        document = json.loads(content)
+        document = read_json(content)
+    except TooManyParts as error:
+        raise MemplanError(f"{where} {error}, so it is no measurement") from None
     except (ValueError, RecursionError):
         raise MemplanError(f"{where} is no valid JSON, so it is no measurement; is it cut short?") from None
     return parse(document, where)

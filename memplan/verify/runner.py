@@ -26,6 +26,15 @@ _EXCEPTION = r"^[\w.]+(?:Error|Exception|Exit|Warning): "
 _GRACE = 5.0  # seconds to end in when told to
 _TICK = 0.2
 
+# Python looks for modules in the current folder first, and a file there called like a library is not that
+# library. Python 3.11 has PYTHONSAFEPATH against it; on 3.10 the folder, which comes before all others, is
+# taken off before anything is imported (sys is built in).
+_CHILD = """import sys
+if not getattr(sys.flags, "safe_path", False):
+    del sys.path[0]
+from memplan.verify.child import main
+sys.exit(main())"""
+
 Tell = Callable[[str, Any], None]
 
 
@@ -52,7 +61,7 @@ def run_job(job: Job, *, tell: Tell | None = None, seconds: float | None = None)
         result = folder / "result.json"
         with (folder / "stderr").open("w+b") as complaints:
             child = subprocess.Popen(
-                [sys.executable, "-m", "memplan.verify.child", str(result)],
+                [sys.executable, "-c", _CHILD, str(result)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=complaints,
@@ -102,15 +111,17 @@ def _ending_in_order() -> Iterator[None]:
 
 def _environment(job: Job) -> dict[str, str]:
     """The child's: its allocator is set as the recipe says, which is what the plan is for, not as this shell
-    happens to be. Before torch 2.9 the variable had the other name."""
+    happens to be. Before torch 2.9 the variable had the other name.
+
+    An empty entry of PYTHONPATH, which a colon too many makes, would be the current folder."""
     root = str(Path(__file__).resolve().parents[2])
-    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     others = {name: value for name, value in os.environ.items() if name not in ALLOCATOR_SETTINGS}
     return {
         **others,
         **(dict.fromkeys(ALLOCATOR_SETTINGS, job.recipe.alloc_conf) if job.recipe.alloc_conf else {}),
         "PYTHONPATH": os.pathsep.join(paths),
-        "PYTHONSAFEPATH": "1",  # a folder called like a library, where this was started, is not that library
+        "PYTHONSAFEPATH": "1",  # for what the child starts itself, see _CHILD
         "TOKENIZERS_PARALLELISM": "false",
     }
 
