@@ -1,4 +1,4 @@
-"""A short run of every fuzzer (``python -m tests.fuzz`` makes the long ones), and what they must be able to see."""
+"""A short run of every fuzzer (``python -m tests.fuzz`` makes the long ones), and what they must see."""
 
 from __future__ import annotations
 
@@ -22,7 +22,15 @@ from fuzz.snapshots import Payload
 from memplan.errors import MemplanError
 
 SEED = 2
-INPUTS = {"configs": 250, "recipes": 150, "arguments": 100, "yaml_files": 100, "tapes": 100, "snapshots": 150, "measurements": 60}
+INPUTS = {
+    "configs": 250,
+    "recipes": 150,
+    "arguments": 100,
+    "yaml_files": 100,
+    "tapes": 100,
+    "snapshots": 150,
+    "measurements": 60,
+}
 
 
 @pytest.mark.parametrize("name", run.FUZZERS)

@@ -1,6 +1,7 @@
 """Fuzzing: many odd inputs, and what memplan must do with each of them.
 
-``python -m tests.fuzz --inputs 20000 --seed 1`` runs all fuzzers and prints a table. A fuzzer is a module with
+``python -m tests.fuzz --inputs 20000 --seed 1`` runs all fuzzers and prints a table. A fuzzer is a module
+with
 
 - ``SHARE``: which part of the inputs is its own,
 - ``make(random)``: an input, a plain value that follows from the random numbers alone,

@@ -26,7 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         configs.add(asked.corpus)
     found: list[Found] = []
     for name in asked.only or FUZZERS:
-        inputs = asked.inputs if asked.only and len(asked.only) == 1 else round(asked.inputs * FUZZERS[name].SHARE)
+        inputs = (
+            asked.inputs if asked.only and len(asked.only) == 1 else round(asked.inputs * FUZZERS[name].SHARE)
+        )
         numbers = range(inputs) if asked.number is None else [asked.number]
         found.append(hunt(name, asked.seed, numbers, asked.jobs, tell=sys.stderr))
     sys.stdout.write(table(found, asked.seed))

@@ -1,4 +1,4 @@
-"""Inputs in a process of their own, so that one that kills, hangs or fills memory is one fault and not the end."""
+"""Inputs in a process of their own: one that kills it, hangs or fills memory is one fault and not the end."""
 
 from __future__ import annotations
 
@@ -29,10 +29,21 @@ PLANTED = "planted"  # the folder that payloads make when they are run
 
 Check = Callable[[Any], None]
 
-_INTERNAL = re.compile(r"\b[A-Z]\w*(Error|Exception|Warning)\b|pydantic|Traceback|<class |NoneType| object at 0x")
-_LAUNCHES = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "pty.spawn", "pickle.find_class",
-             "socket.connect", "socket.getaddrinfo", "webbrowser.open")  # fmt: skip
-_CHANGES = ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
+_INTERNAL = re.compile(
+    r"\b[A-Z]\w*(Error|Exception|Warning)\b|pydantic|Traceback|<class |NoneType| object at 0x"
+)
+_LAUNCHES = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "pty.spawn",
+             "pickle.find_class", "socket.connect", "socket.getaddrinfo", "webbrowser.open")  # fmt: skip
+_CHANGES = (
+    "os.mkdir",
+    "os.remove",
+    "os.rename",
+    "os.rmdir",
+    "os.link",
+    "os.symlink",
+    "os.truncate",
+    "os.chmod",
+)
 
 
 class Fault(Exception):
@@ -200,7 +211,11 @@ def sentence(text: str) -> None:
 
 def place(error: BaseException) -> str:
     """The last line of memplan's own that an exception came through; its number would part equal faults."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "memplan" in Path(frame.filename).parts]
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if "memplan" in Path(frame.filename).parts
+    ]
     if not frames:
         return "?"
     parts = Path(frames[-1].filename).parts

@@ -50,7 +50,11 @@ def _renamed(random: Random, value: Any) -> Any:
     """Another text somewhere."""
     if isinstance(value, str):
         return random.choice((value, "")) + random.choice((*ESCAPES, *MARKUP, "\ud800"))
-    places = [key for key, item in (value.items() if isinstance(value, dict) else ()) if isinstance(item, str | dict)]
+    places = [
+        key
+        for key, item in (value.items() if isinstance(value, dict) else ())
+        if isinstance(item, str | dict)
+    ]
     if not places:
         return value
     key = random.choice(places)

@@ -62,7 +62,13 @@ def value_of(name: str, seed: int, number: int) -> Any:
 
 
 def hunt(
-    name: str, seed: int, numbers: Sequence[int], jobs: int = 1, *, shrinking: float = SHRINKING, tell: TextIO | None = None
+    name: str,
+    seed: int,
+    numbers: Sequence[int],
+    jobs: int = 1,
+    *,
+    shrinking: float = SHRINKING,
+    tell: TextIO | None = None,
 ) -> Found:
     """Check a fuzzer's inputs of these numbers, in so many processes."""
     found, check = Found(name), FUZZERS[name].check

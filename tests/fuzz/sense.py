@@ -14,7 +14,7 @@ from memplan.tape import Tape, replay, static_bytes, timeline
 
 from .harness import Fault
 
-VERDICTS = ("does not fit", "tight", "fits")
+FITS = "fits"
 SHARES = (0.5, 0.9, 0.97, 0.99, 1.0, 1.015, 1.03, 1.5)  # of what a run reserves
 
 
@@ -25,7 +25,7 @@ def holds(fact: bool, otherwise: str, detail: object = "") -> None:
 
 
 def sound_plan(plan: Plan, *, cards: bool = False) -> None:
-    """Bytes add up, verdicts agree; with ``cards``, a larger card never gets a worse one."""
+    """Bytes add up, verdicts agree; with ``cards``, what fits on a card fits on every larger one."""
     peak = plan.peak.allocated_bytes
     parts = plan.peak.by_category.model_dump()
     holds(peak > 0 and min(parts.values()) >= 0, "bytes that are not positive", parts)
@@ -34,7 +34,11 @@ def sound_plan(plan: Plan, *, cards: bool = False) -> None:
     resting = sum(plan.static_bytes.model_dump().values())
     holds(0 < resting <= peak, "more rests on the card than is there at the peak", f"{resting} {peak}")
     allocated, reserved = plan.allocator.allocated_bytes, plan.allocator.reserved_bytes
-    holds(peak <= allocated <= reserved, "allocated bytes beyond reserved ones", f"{peak} {allocated} {reserved}")
+    holds(
+        peak <= allocated <= reserved,
+        "allocated bytes beyond reserved ones",
+        f"{peak} {allocated} {reserved}",
+    )
     counts = plan.parameters
     holds(0 < counts.trainable <= counts.total, "trainable parameters beyond all", counts)
     for fit in plan.fits:
@@ -57,9 +61,12 @@ def _monotone(run: Run) -> None:
     for share in SHARES:
         visible = (int(whole * share) + context_bytes(card, run.card) >> 20) + 1
         sized = card.model_copy(update={"name": "a card of a test", "torch_visible_mib": visible})
-        seen.append(VERDICTS.index(judge(sized, run).verdict))
-    holds(seen == sorted(seen), "a larger card gets a worse verdict", dict(zip(SHARES, seen, strict=True)))
-    holds(seen[-1] == 2, "half as much again does not fit", seen)
+        seen.append(judge(sized, run).verdict)
+    # A card that is too small may be just small enough for the allocator to give memory back in time: there
+    # "tight" and "does not fit" come and go, as they do in PyTorch.
+    fits = [verdict == FITS for verdict in seen]
+    holds(fits == sorted(fits), "a larger card gets a worse verdict", dict(zip(SHARES, seen, strict=True)))
+    holds(fits[-1] and not fits[0], "half of what is reserved fits, or half as much again does not", seen)
 
 
 def sound_tape(tape: Tape, events: int = 20_000) -> None:
@@ -92,5 +99,3 @@ def strict_json(text: str) -> Any:
 
 def _no_json(name: str) -> NoReturn:
     raise Fault("JSON with a number that is none", name)
-
-

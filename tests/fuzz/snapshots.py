@@ -1,4 +1,4 @@
-"""Memory snapshots: pickles of documents that are changed, pickles whose bytes are, and programs of opcodes."""
+"""Memory snapshots: pickles of changed documents, pickles with changed bytes, and programs of opcodes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,10 @@ def make(random: Random) -> bytes:
     whole = pickle.loads(random.choice(corpus()))
     trace, segments = whole["device_traces"][0], whole["segments"]
     first = random.randrange(len(trace))  # a short one is as good, and is soon made smaller
-    document = whole | {"device_traces": [trace[first : first + random.choice((0, 5, 40))]], "segments": segments[:3]}
+    document = whole | {
+        "device_traces": [trace[first : first + random.choice((0, 5, 40))]],
+        "segments": segments[:3],
+    }
     document = often(random, document if random.random() < 0.7 else whole)
     if kind < 0.3 and isinstance(document, dict):
         document[random.choice(("external_annotations", "segments", "more"))] = [Payload()]
@@ -61,23 +64,39 @@ def make(random: Random) -> bytes:
     return flipped(random, content) if random.random() < 0.25 else content
 
 
+PLAIN = (b"(", b"]", b"}", b")", b"N", b".", b"0", b"1", b"2", b"\x94", b"\x88", b"\x8f", b"e", b"t", b"s",
+         b"u", b"a", b"\x85", b"\x86", b"\x87", b"l", b"d", b"o", b"R", b"b", b"\x81", b"Q")  # fmt: skip
+WITH_BYTE = (b"q", b"h", b"K", b"\x8a", b"U", b"\x8c", b"\x80")
+WITH_32_BITS = (b"r", b"j", b"X", b"B", b"T", b"J", b"\x8b")
+WITH_64_BITS = (b"\x8d", b"\x8e", b"\x96", b"\x95")
+WITH_LINE = (b"I", b"L", b"p", b"g", b"F", b"V")
+REPEATED = (b"]", b"(", b"\x85", b")\x85", b"]\x94h\0", b"2\x86", b"(lp0\n", b"]a")
+CALLS = tuple(
+    name + b"\n(X" + struct.pack("<I", len(text)) + text + b"tR"
+    for name, text in (
+        (b"cos\nmkdir", PLANTED.encode()),
+        (b"cposix\nmkdir", PLANTED.encode()),
+        (b"cbuiltins\nexec", f"__import__('os').mkdir('{PLANTED}')".encode()),
+    )
+)
+FRAME = b"}(X\x08\0\0\0segments]X\x0d\0\0\0device_traces]u"  # of a snapshot without anything
+
+
 def program(random: Random) -> bytes:
     """Opcodes as they come, some with huge lengths and memo indices, some that would call something."""
     opcodes = (
-        lambda: random.choice((b"(", b"]", b"}", b")", b"N", b".", b"0", b"1", b"2", b"\x94", b"\x88", b"\x8f", b"e", b"t",
-                               b"s", b"u", b"a", b"\x85", b"\x86", b"\x87", b"l", b"d", b"o", b"R", b"b", b"\x81", b"Q")),
-        lambda: random.choice((b"r", b"j", b"X", b"B", b"T", b"J", b"\x8b")) + struct.pack("<I", _large(random, 32)),
-        lambda: random.choice((b"\x8d", b"\x8e", b"\x96", b"\x95")) + struct.pack("<Q", _large(random, 64)),
-        lambda: random.choice((b"q", b"h", b"K", b"\x8a", b"U", b"\x8c", b"\x80")) + random.randbytes(1),
-        lambda: random.choice((b"I", b"L", b"p", b"g", b"F", b"V")) + str(_large(random, 64)).encode() + b"\n",
-        lambda: random.choice((b"cos\nmkdir\n", b"cposix\nmkdir\n", b"ios\nmkdir\n")) + b"(X\x07\x00\x00\x00planted" + b"tR",
-        lambda: b"cbuiltins\nexec\n(X\x1f\x00\x00\x00__import__('os').mkdir('planted')tR"[: random.choice((15, 60))],
-        lambda: random.choice((b"]", b"(", b"\x85", b")\x85", b"]\x94h\0", b"2\x86", b"(lp0\n", b"]a")) * random.choice((3, 500, 300_000)),
-        lambda: b"}(X\x08\0\0\0segments]X\x0d\0\0\0device_traces]u",
-    )  # fmt: skip
-    return b"\x80" + random.choice(b"\x02\x04\x05").to_bytes(1, "little") + b"".join(
-        random.choice(opcodes)() for _ in range(random.choice((1, 2, 4, 30)))
-    ) + random.choice((b".", b""))
+        lambda: random.choice(PLAIN),
+        lambda: random.choice(WITH_BYTE) + random.randbytes(1),
+        lambda: random.choice(WITH_32_BITS) + struct.pack("<I", _large(random, 32)),
+        lambda: random.choice(WITH_64_BITS) + struct.pack("<Q", _large(random, 64)),
+        lambda: random.choice(WITH_LINE) + b"%d\n" % _large(random, 64),
+        lambda: random.choice(REPEATED) * random.choice((3, 500, 300_000)),
+        lambda: random.choice(CALLS),
+        lambda: FRAME,
+    )
+    length = random.choice((1, 2, 4, 30))
+    parts = [b"\x80" + bytes([random.choice((2, 4, 5))]), *(random.choice(opcodes)() for _ in range(length))]
+    return b"".join([*parts, random.choice((b".", b""))])
 
 
 def _large(random: Random, bits: int) -> int:

@@ -33,7 +33,9 @@ def corpus() -> tuple[dict[str, Any], ...]:
     recipe = make_recipe(seq_len=64)
     tapes: list[Tape] = [example_tape(2), write(SPECS["llama"](12), recipe.resolved())]
     tapes.append(predicted_tape(SPECS["gemma2"](2), Recipe(mode="full", seq_len=16)))
-    info = TapeInfo(memplan_version="0", model="a/b", recipe=recipe.model_dump(mode="json"), libraries={"torch": "2"})
+    info = TapeInfo(
+        memplan_version="0", model="a/b", recipe=recipe.model_dump(mode="json"), libraries={"torch": "2"}
+    )
     return tuple(json.loads(encode(tape, info)) for tape in tapes)
 
 
@@ -45,7 +47,9 @@ def make(random: Random) -> bytes:
         random.choice(rows)[5] = random.choice((0, 1, 2, 10**6, 10**15, 10**400))
         document = document | {"segments": rows}
     if random.random() < 0.3:
-        document = document | {"sizes": [size * random.choice((1, 1, 3, 1 << 50)) for size in document["sizes"]]}
+        document = document | {
+            "sizes": [size * random.choice((1, 1, 3, 1 << 50)) for size in document["sizes"]]
+        }
     if random.random() < 0.6:
         document = often(random, document, 2)
     content = encoded(document)
@@ -58,7 +62,9 @@ def make(random: Random) -> bytes:
         if random.random() < 0.3:
             content = flipped(random, content)
     elif random.random() < 0.02:
-        content = bomb(random.choice((b"[", b" ", b"[],", b'{"format": "memplan tape", "version": 1, "a": ')), 1 << 30)
+        content = bomb(
+            random.choice((b"[", b" ", b"[],", b'{"format": "memplan tape", "version": 1, "a": ')), 1 << 30
+        )
     return content
 
 

@@ -24,14 +24,17 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 @cache
 def corpus() -> tuple[dict[str, Any], ...]:
     """The campaigns of the repository."""
-    return tuple(yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(BENCHMARKS.glob("campaign*.yaml")))
+    return tuple(
+        yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(BENCHMARKS.glob("campaign*.yaml"))
+    )
 
 
-SCALARS = ("1:1:1", "0x" + "f" * 5000, ".inf", ".nan", "-.inf", "2026-11-25", "!!binary aGk=", "~", "on", "1_000", "0o17",
-           "!!set {a}", "!!float x", "&a {self: *a}", "*nobody", "{<<: *nobody}", "{1: 2}", "[" * 3000, "? x", "%YAML 9",
-           f"!!python/object/apply:os.mkdir [{PLANTED}]", f"!!python/object/new:os.mkdir [{PLANTED}]", "!!python/name:os.mkdir",
-           f"!!python/module:{PLANTED}", "!!timestamp 2026-99-99", "!!int abc", "!<tag:yaml.org,2002:python/tuple> [1]",
-           '"\\uD800"', '"\\x1b[2J"', "'" + "A" * 10_000 + "'", "99999999999999999999", "1e999")  # fmt: skip
+SCALARS = ("1:1:1", "0x" + "f" * 5000, ".inf", ".nan", "-.inf", "2026-11-25", "!!binary aGk=", "~", "on",
+           "0o17", "1_000", "!!set {a}", "!!float x", "&a {self: *a}", "*nobody", "{<<: *nobody}", "{1: 2}",
+           f"!!python/object/apply:os.mkdir [{PLANTED}]", f"!!python/object/new:os.mkdir [{PLANTED}]",
+           "!!python/name:os.mkdir", "!!python/module:antigravity", "!<tag:yaml.org,2002:python/tuple> [1]",
+           "!!timestamp 2026-99-99", "!!int abc", '"\\uD800"', '"\\x1b[2J"', "'" + "A" * 10_000 + "'",
+           "9" * 20, "[" * 3000, "1e999", "? x", "%YAML 9")  # fmt: skip
 
 
 def make(random: Random) -> bytes:
@@ -42,7 +45,10 @@ def make(random: Random) -> bytes:
     if isinstance(document, dict) and random.random() < 0.3:
         for run in document.get("runs", ()) if isinstance(document.get("runs"), list) else ():
             if isinstance(run, dict) and isinstance(run.get("recipe"), dict):
-                run["recipe"] = {**run["recipe"], random.choice(("seq_len", "r", "mode", "optimizer", "x")): odd(random)}
+                run["recipe"] = {
+                    **run["recipe"],
+                    random.choice(("seq_len", "r", "mode", "optimizer", "x")): odd(random),
+                }
     text = yaml.safe_dump(document, allow_unicode=False)
     if random.random() < 0.25:  # in the place of a value
         lines = text.splitlines(keepends=True)
@@ -50,7 +56,10 @@ def make(random: Random) -> bytes:
         lines[number] = lines[number].partition(":")[0] + f": {random.choice(SCALARS)}\n"
         text = "".join(lines)
     elif random.random() < 0.05:
-        text = aliases(random.choice((3, 8, 12, 40)), random.choice(("about", "runs", "defaults", "more"))) + text
+        text = (
+            aliases(random.choice((3, 8, 12, 40)), random.choice(("about", "runs", "defaults", "more")))
+            + text
+        )
     content = text.encode("utf-8", "surrogatepass")
     return flipped(random, content) if random.random() < 0.1 else content
 
@@ -67,6 +76,8 @@ def check(value: bytes) -> None:
     path = Path("campaign.yaml")
     path.write_bytes(value)
     for run in expand(load(path)):
-        holds(math.isfinite(run.seconds) and run.seconds > 0, "a run that takes no time, or no end", run.seconds)
+        holds(
+            math.isfinite(run.seconds) and run.seconds > 0, "a run that takes no time, or no end", run.seconds
+        )
         holds(run.job.predicted_bytes > 0, "bytes that are not positive", run.job.predicted_bytes)
         holds(run.key == run.model_copy().key, "a run is not equal to itself")
