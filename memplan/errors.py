@@ -46,11 +46,13 @@ class UnknownName(MemplanError):
     def __init__(self, kind: str, name: str, known: Iterable[str], hint: str = "") -> None:
         import difflib
 
+        from memplan.importers.fields import shown
+
         self.kind, self.name = kind, name
         lowered = {candidate.lower(): candidate for candidate in known}
         matches = difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.4)
         self.close = [lowered[match] for match in matches]
-        text = f"unknown {kind} {name!r}"
+        text = f"unknown {kind} {shown(name)}"
         if self.close:
             *head, last = self.close
             text += f"; did you mean {', '.join(head) + ' or ' if head else ''}{last}?"

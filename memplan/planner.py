@@ -16,7 +16,7 @@ from memplan.advice import Advice
 from memplan.card import FLASH_CAPABILITY, Card
 from memplan.errors import MemplanError
 from memplan.evaluation import Evaluation
-from memplan.fit import Fit, Run, Verdict, glance, judge
+from memplan.fit import Fit, Run, Verdict, glance, judge, recast_bytes
 from memplan.gpu import Gpu
 from memplan.recipe import Kernels, Mode, Recipe
 from memplan.spec import ModelSpec
@@ -205,10 +205,11 @@ class Plan(_Record):
             return
         resting = sum(self.static_bytes.model_dump().values())
         loaded = resting - self.static_bytes.optimizer_state
+        recast = recast_bytes(self._tape) if self.recipe.kbit_prep and self._tape is not None else 0
         for gpu, card in self._runs.cards:
             # of a card that runs other kernels only what rests is known; settings may take more than a glance
             # allows for
-            told = glance(gpu, self.peak.allocated_bytes if card is None else resting, loaded)
+            told = glance(gpu, self.peak.allocated_bytes if card is None else resting, loaded, recast)
             if told == "fits" and (card is not None or self.recipe.alloc_conf):
                 told = None
             yield gpu, told or judge(gpu, self._runs.run(card)).verdict

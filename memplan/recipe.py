@@ -246,7 +246,9 @@ def make_recipe(**options: Any) -> Recipe:
 
 
 def _sentence(error: ValidationError) -> str:
+    from memplan.importers.fields import shown
+
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"][:1])
     message = first["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}, got {first['input']!r}" if where else message
+    return f"{where}: {message}, got {shown(first['input'])}" if where else message

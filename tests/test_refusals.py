@@ -91,3 +91,21 @@ def test_a_bug_is_not_a_verdict(memplan: Callable[..., Outcome], monkeypatch: py
     assert outcome.status == 70
     assert outcome.err.startswith("memplan: a bug in memplan (KeyError: 'tape'); please report it")
     assert outcome.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": [0] * 1000},
+        {"optimizer": "A" * 10_000},
+        {"optimizer": [[[["x"] * 300]]]},
+        {"r": "9" * 5000},
+        {"mode": {"a": ["b"] * 1000}},
+    ],
+)
+def test_what_is_long_is_not_quoted_in_full(options: dict[str, Any]) -> None:
+    from memplan.recipe import make_recipe
+
+    with pytest.raises(MemplanError) as caught:
+        make_recipe(**options)
+    assert len(str(caught.value)) < 400

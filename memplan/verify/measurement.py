@@ -31,7 +31,6 @@ DRY = "dry "  # begins the name of a card that is not there (benchmarks/dry_gpu/
 
 SEEDS = 1 << 63  # of torch.manual_seed
 
-_MAX_BYTES = 256 << 20
 _MAX_BYTES = 64 << 20  # with the tape of 126 layers, compressed, it is 2 MiB
 
 

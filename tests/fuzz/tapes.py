@@ -1,0 +1,96 @@
+"""Tape files: those that the program writes, changed as JSON, as bytes, and as compressed bytes."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from functools import cache
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from example_tapes import example_tape
+from small_specs import SPECS
+
+from memplan.diff import diff
+from memplan.planner import predicted_tape, write
+from memplan.recipe import Recipe, make_recipe
+from memplan.report.diff import markdown
+from memplan.report.perfetto import trace_json
+from memplan.tape import Tape
+from memplan.tapefile import TapeInfo, encode, load, save
+
+from .harness import Fault
+from .mutate import encoded, flipped, nested, odd, often
+from .sense import holds, plain, sound_tape, strict_json
+
+SHARE = 0.15
+
+
+@cache
+def corpus() -> tuple[dict[str, Any], ...]:
+    """Documents of folded and of played tapes."""
+    recipe = make_recipe(seq_len=64)
+    tapes: list[Tape] = [example_tape(2), write(SPECS["llama"](12), recipe.resolved())]
+    tapes.append(predicted_tape(SPECS["gemma2"](2), Recipe(mode="full", seq_len=16)))
+    info = TapeInfo(
+        memplan_version="0", model="a/b", recipe=recipe.model_dump(mode="json"), libraries={"torch": "2"}
+    )
+    return tuple(json.loads(encode(tape, info)) for tape in tapes)
+
+
+def make(random: Random) -> bytes:
+    """A file's content."""
+    document = random.choice(corpus())
+    if random.random() < 0.3:  # what a folded tape says of its repetitions is easily got wrong
+        rows = [list(row) for row in document["segments"]]
+        random.choice(rows)[5] = random.choice((0, 1, 2, 10**6, 10**15, 10**400))
+        document = document | {"segments": rows}
+    if random.random() < 0.3:
+        document = document | {
+            "sizes": [size * random.choice((1, 1, 3, 1 << 50)) for size in document["sizes"]]
+        }
+    if random.random() < 0.6:
+        document = often(random, document, 2)
+    content = encoded(document)
+    if random.random() < 0.1:
+        content = flipped(random, content)
+    if random.random() < 0.03:
+        content = encoded(random.choice((odd(random), nested(150), b"[" * 200_000, b'{"a":' * 100_000)))
+    if random.random() < 0.3:
+        content = gzip.compress(content, mtime=0)
+        if random.random() < 0.3:
+            content = flipped(random, content)
+    elif random.random() < 0.02:
+        content = bomb(
+            random.choice((b"[", b" ", b"[],", b'{"format": "memplan tape", "version": 1, "a": ')), 1 << 30
+        )
+    return content
+
+
+@cache
+def bomb(pattern: bytes, size: int) -> bytes:
+    """A small file that unpacks to so many bytes."""
+    block = pattern * ((1 << 20) // len(pattern))
+    packed = gzip.compress(block, mtime=0)
+    return packed * (size // len(block))  # members of one file unpack one after another
+
+
+def check(value: bytes) -> None:
+    """Read it, and do with it what commands do."""
+    path = Path("tape.json")
+    path.write_bytes(value)
+    tape, info = load(path)
+    sound_tape(tape)
+    save(tape, "again.json.gz", info)
+    again, told = load("again.json.gz")
+    holds((again, told) == (tape, info), "a tape that is written is another when read")
+    found = diff(tape, example_tape(2))
+    strict_json(found.model_dump_json())
+    plain(markdown(found, ("a", "b")))
+    if any(segment.repeat > 1 for segment in tape.segments):
+        return
+    try:
+        strict_json(trace_json(tape, "a tape").decode())
+    except ValueError as error:
+        raise Fault("a tape that is read can't be drawn", str(error)) from None
