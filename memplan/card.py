@@ -33,7 +33,9 @@ class Card:
     def threads(self) -> int:
         """Threads that a multiprocessor runs at most (CUDA programming guide, table of compute
         capabilities)."""
-        return {(7, 5): 1024, (8, 6): 1536, (8, 7): 1536, (8, 9): 1536, (12, 0): 1536}.get(self.capability, 2048)
+        return {(7, 5): 1024, (8, 6): 1536, (8, 7): 1536, (8, 9): 1536, (12, 0): 1536}.get(
+            self.capability, 2048
+        )
 
     @property
     def shared_memory(self) -> int:

@@ -111,7 +111,9 @@ class Recipe(BaseModel):
     batch_size: int = Field(default=1, ge=1, le=1 << 20)
     seq_len: int = Field(default=2048, ge=1, le=1 << 24)
 
-    device_map: Literal["auto"] | None = None  # of from_pretrained; 4-bit models are always loaded onto the card
+    device_map: Literal["auto"] | None = (
+        None  # of from_pretrained; 4-bit models are always loaded onto the card
+    )
     alloc_conf: str = ""  # PYTORCH_ALLOC_CONF
 
     if not TYPE_CHECKING:  # there, the fields are the signature

@@ -1,4 +1,4 @@
-"""A checkpoint that takes no disk: a real model's ``config.json``, its safetensors as one file of holes, a tokenizer.
+"""A checkpoint that takes no disk: a real model's ``config.json``, safetensors made of holes, a tokenizer.
 
 python benchmarks/plain/checkpoint.py llama-3.1-8b FOLDER    # an alias of data/model_specs.json
 
@@ -63,7 +63,9 @@ def _tokenizer(folder: Path) -> None:
 
     words = {f"w{number}": number for number in range(WORDS)} | {"<eos>": WORDS}
     plain = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<eos>", pad_token="<eos>").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<eos>", pad_token="<eos>").save_pretrained(
+        folder
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the plain scripts share: their options, their data, and the peaks that they print. Nothing of memplan's."""
+"""What the plain scripts share: options, data, and the peaks that they write. Nothing of memplan's."""
 
 from __future__ import annotations
 
@@ -118,8 +118,10 @@ class Peaks(TrainerCallback):
 
     def write(self) -> None:
         import importlib.metadata
+
         if self.asked.history:
             import pickle
+
             self.asked.history.write_bytes(pickle.dumps(torch.cuda.memory._snapshot()["device_traces"][0]))
 
         libraries = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl")

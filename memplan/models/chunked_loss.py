@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from memplan.models.indexing import by_mask, masked_scatter
 from memplan.models.moe import top_k
 from memplan.shadow import ops
-from memplan.shadow.autograd import Node, attach, split_sum, save, save_output, unpack
+from memplan.shadow.autograd import Node, attach, save, save_output, split_sum, unpack
 from memplan.shadow.tensor import DType, Tensor, bool_, empty, float32, int64, state
 from memplan.spec import ModelSpec
 

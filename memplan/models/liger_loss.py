@@ -10,7 +10,7 @@ from typing import Any
 
 from memplan.shadow import ops
 from memplan.shadow.autograd import Node, attach, save_output, unpack
-from memplan.shadow.matmul import autocast
+from memplan.shadow.matmul import autocast, product
 from memplan.shadow.tensor import Tensor, bool_, empty, float32, int64, state
 
 

@@ -151,7 +151,12 @@ def sum_over(
     rank = tensor.dim()
     summed = sorted(dim % rank for dim in dims or range(rank))
     columns = tensor.shape[-1] if rank else 1
-    if not tensor.is_floating_point() or summed != list(range(rank - 1)) or columns == 1 or tensor.stride(-1) != 1:
+    if (
+        not tensor.is_floating_point()
+        or summed != list(range(rank - 1))
+        or columns == 1
+        or tensor.stride(-1) != 1
+    ):
         return NotImplemented
     out = torch.empty((1,) * (rank - 1) * keepdim + (columns,), dtype=dtype or tensor.dtype)
     needed = scratch(tuple(tensor.shape), recorder.card)
