@@ -227,7 +227,7 @@ def compare(row: dict[str, Any]) -> dict[str, Any]:
         gradients = max(point.by_category[Category.GRADIENTS] for point in result.timeline())
         floor = sum(before.values()) + gradients
         return entry | {"after_step": error(floor, row["bytes"])}
-    entry["peak"] = error(result.peak.allocated_bytes, row["bytes"])
+    entry["peak"] = error(result.peak.tensor_bytes, row["bytes"])
     entry["peak"] |= {"phase": result.peak.phase, "operation": result.peak.operation}
     entry["after_step"] = error(sum(before.values()), row["torch_alloc_after_train"])
     entry["reserved"] = reserved(spec, recipe, row)

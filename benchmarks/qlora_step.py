@@ -75,7 +75,7 @@ def _predicted(name: str, options: dict[str, Any]) -> dict[str, Any]:
     return {
         f"predicted_{kernels}_bytes": plan(
             name, Recipe(kernels=kernels, **options), gpus=[]
-        ).peak.allocated_bytes
+        ).peak.tensor_bytes
         for kernels in ("stock", "memplan")
     }
 

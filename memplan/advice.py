@@ -8,7 +8,7 @@ from memplan.fit import Verdict
 
 
 class Change(BaseModel):
-    """One change. Bytes: ``allocated_bytes`` at the peak after it, ``saves_bytes`` less than before;
+    """One change. Bytes: ``tensor_bytes`` at the peak after it, ``saves_bytes`` less than before;
     ``needed_bytes`` with the allocator simulated, None where the peak alone is too large. ``cost`` in words;
     ``command``: memplan's option; ``config``: the same in PEFT, TRL or the Trainer."""
 
@@ -18,7 +18,7 @@ class Change(BaseModel):
     cost: str
     command: str
     config: str
-    allocated_bytes: int
+    tensor_bytes: int
     saves_bytes: int
     needed_bytes: int | None
     verdict: Verdict

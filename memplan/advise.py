@@ -282,7 +282,7 @@ def advise(model: str | Path | ModelSpec, recipe: Recipe, gpu: str) -> Advice:
             cost=idea.cost,
             command=idea.command(asked),
             config=idea.config(asked),
-            allocated_bytes=after,
+            tensor_bytes=after,
             saves_bytes=before - after,
             needed_bytes=pricer.needed(changed),
             verdict=pricer.verdict(changed),

@@ -15,7 +15,7 @@ class Evaluation(BaseModel):
     """An evaluation in the middle of training, of sequences as long as those that are trained on, with only
     the loss asked for (no ``compute_metrics``). Bytes.
 
-    ``allocated_bytes``: the peak of live tensors with the Trainer's default batch, ``batch_size``, made in
+    ``tensor_bytes``: the peak of live tensors with the Trainer's default batch, ``batch_size``, made in
     ``operation`` of ``module``; ``with_one_bytes``: the same with ``per_device_eval_batch_size=1``. ``fits``:
     verdicts of the run with the default evaluation in it, for each card that they were asked for.
     """
@@ -23,7 +23,7 @@ class Evaluation(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     batch_size: int
-    allocated_bytes: int
+    tensor_bytes: int
     operation: str
     module: str
     with_one_bytes: int
@@ -40,7 +40,7 @@ def evaluation(spec: ModelSpec, recipe: Recipe) -> Evaluation:
         peak, one = (replay(write_evaluation(spec, recipe, size)) for size in (DEFAULT_BATCH, 1))
     return Evaluation(
         batch_size=DEFAULT_BATCH,
-        allocated_bytes=peak.allocated_bytes,
+        tensor_bytes=peak.allocated_bytes,
         operation=peak.operation,
         module=peak.module,
         with_one_bytes=one.allocated_bytes,

@@ -69,14 +69,43 @@ class CategoryBytes(_Record):
 
 
 class PeakInfo(_Record):
-    """The peak of allocated bytes: how much, when, in which operation, and whose bytes."""
+    """The highest point of a step: how much, when, in which operation, and whose bytes.
 
-    allocated_bytes: int
+    ``tensor_bytes``: the live tensors, each rounded to 512 bytes, which ``by_category`` adds up to.
+    """
+
+    tensor_bytes: int
     phase: Literal["forward", "backward", "optimizer"]
     operation: str
     module: str
     layer: int | None
     by_category: CategoryBytes
+
+    _count: Callable[[], int] | None = PrivateAttr(default=None)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def allocated_bytes(self) -> int:
+        """``torch.cuda.max_memory_allocated``: the allocator counts whole blocks, and one whose rest is 1 MiB
+        or less is not split. Simulated when it is asked for."""
+        if self._count is None:
+            raise MemplanError(
+                "the peak of a plan that was read from JSON is not simulated: call plan() again"
+            )
+        return self._count()
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _keep_the_count(cls, data: Any, handler: Any) -> PeakInfo:
+        """Read from JSON: what was simulated then is there."""
+        counted = None
+        if isinstance(data, dict):
+            data = dict(data)
+            counted = data.pop("allocated_bytes", None)
+        result: PeakInfo = handler(data)
+        if counted is not None:
+            result._count = lambda: int(counted)
+        return result
 
 
 class Summary(_Record):
@@ -169,7 +198,7 @@ class Plan(_Record):
     def evaluated(self) -> Plan:
         """The same plan with verdicts of the run with an evaluation in it, if that is higher than a step."""
         found = self.evaluation
-        if found is None or self._asked is None or found.allocated_bytes <= self.peak.allocated_bytes:
+        if found is None or self._asked is None or found.tensor_bytes <= self.peak.tensor_bytes:
             return self
         from memplan.evaluation import with_evaluation
 
@@ -209,7 +238,7 @@ class Plan(_Record):
         for gpu, card in self._runs.cards:
             # of a card that runs other kernels only what rests is known; settings may take more than a glance
             # allows for
-            told = glance(gpu, self.peak.allocated_bytes if card is None else resting, loaded, recast)
+            told = glance(gpu, self.peak.tensor_bytes if card is None else resting, loaded, recast)
             if told == "fits" and (card is not None or self.recipe.alloc_conf):
                 told = None
             yield gpu, told or judge(gpu, self._runs.run(card)).verdict
@@ -426,7 +455,8 @@ def plan_from_tape(
     )
     result._tape = tape
     cards = list(_cards(tape, gpus, rewritable=write is not None))
-    result._runs = _Runs(write or (lambda _card: _as_it_lies(tape, recipe)), cards)
+    runs = result._runs = _Runs(write or (lambda _card: _as_it_lies(tape, recipe)), cards)
+    result.peak._count = lambda: runs.run().free.allocated
     return result
 
 
@@ -483,7 +513,7 @@ def playing() -> Iterator[None]:
 
 def _peak_info(peak: Peak) -> PeakInfo:
     return PeakInfo(
-        allocated_bytes=peak.allocated_bytes,
+        tensor_bytes=peak.allocated_bytes,
         phase=peak.phase.value,
         operation=peak.operation,
         module=peak.module,

@@ -67,8 +67,9 @@ def example_plan(**options: Any) -> Plan:
             adapters=categories.adapters,
             optimizer_state=categories.optimizer_state,
         ),
-        peak=PeakInfo(
-            allocated_bytes=total,
+        peak=PeakInfo(  # type: ignore[call-arg]
+            tensor_bytes=total,
+            allocated_bytes=total + 2**20,
             phase="backward",
             operation="mm",
             module="model.layers.79.mlp.down_proj",
@@ -119,7 +120,7 @@ def example_advice(text: str = "") -> Advice:
                 cost=f"nothing {text}",
                 command=f"--no-kbit-prep {text}",
                 config="leave it out",
-                allocated_bytes=40 * GIB,
+                tensor_bytes=40 * GIB,
                 saves_bytes=4 * GIB,
                 needed_bytes=45 * GIB,
                 verdict="fits",

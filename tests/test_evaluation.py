@@ -68,7 +68,7 @@ def test_the_trainers_evaluations_on_the_emulated_card(model, options, allocated
     assert 0 <= found.allocated - allocated <= masks
     assert abs(found.reserved - reserved) <= reserved // 1000
     # the sum of tensors, which is what the warning says, is below it by what blocks have more
-    tensors = evaluation(spec, recipe).allocated_bytes
+    tensors = evaluation(spec, recipe).tensor_bytes
     assert 0 <= found.allocated - tensors < 0.004 * allocated
 
 
@@ -107,8 +107,8 @@ def test_all_layers_and_a_few_folded_ones_say_the_same(model, options):
 
 def test_a_plan_warns_where_evaluating_takes_more_than_training():
     found = plan("llama-3.2-1b", Recipe(autocast=True))
-    assert found.peak.allocated_bytes < 5.7e9
-    assert found.evaluation.allocated_bytes == 22_797_610_496
+    assert found.peak.tensor_bytes < 5.7e9
+    assert found.evaluation.tensor_bytes == 22_797_610_496
     assert evaluating(found) == (
         "Evaluating with the Trainer's default batch of 8 takes 21.23 GiB allocated, more than a training "
         "step: set per_device_eval_batch_size=1 (4.00 GiB)."

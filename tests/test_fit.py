@@ -201,7 +201,7 @@ def test_what_loading_leaves_is_not_overlooked_at_a_glance(
     static = answer.static_bytes
     loaded = static.weights + static.quantization_state + static.adapters
     recast = recast_bytes(answer.run().tape) if answer.recipe.kbit_prep else 0
-    assert glance(card(room), answer.peak.allocated_bytes, loaded, recast) is None
+    assert glance(card(room), answer.peak.tensor_bytes, loaded, recast) is None
 
 
 def test_the_margin_is_what_is_promised() -> None:

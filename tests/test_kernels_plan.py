@@ -80,7 +80,7 @@ def test_no_listed_size_needs_more(seq_len: int, loss: str) -> None:
 
 
 def peak(model: str, **recipe: Any) -> int:
-    return plan(model, Recipe(**recipe), gpus=[]).peak.allocated_bytes
+    return plan(model, Recipe(**recipe), gpus=[]).peak.tensor_bytes
 
 
 def test_no_dequantised_weight_and_no_mask_is_on_the_tape() -> None:

@@ -43,7 +43,7 @@ def test_each_file_tells_the_same_step(memplan: Run, model: Path, tmp_path: Path
         1 for event in tape.events if event >= 0 and tape.sizes[event]
     )
     trace = json.loads(names["--trace-json"].read_bytes())
-    peak = plan(model, about_recipe(about.recipe)).peak.allocated_bytes
+    peak = plan(model, about_recipe(about.recipe)).peak.tensor_bytes
     assert [e["args"]["bytes"] for e in trace["traceEvents"] if e["ph"] == "i"] == [peak]
     page = names["--html"].read_text(encoding="utf-8")
     assert f"<h1>{model.name}</h1>" in page

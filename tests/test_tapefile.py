@@ -192,4 +192,4 @@ def test_plan_writes_its_tape_with_every_layer(memplan: Run, tmp_path: Path) -> 
     assert info.libraries == {}
     assert all(segment.repeat == 1 for segment in tape.segments)
     answer = plan("llama-3.2-1b", Recipe(mode="lora"))
-    assert replay(tape).allocated_bytes == answer.peak.allocated_bytes
+    assert replay(tape).allocated_bytes == answer.peak.tensor_bytes

@@ -26,7 +26,7 @@ MOST_POINTS = 2000
 
 EXAMPLES = """\
 Without --exact the answer takes less than a second and says what no run can do
-without: the peak of allocated bytes. What the allocator loses comes out of
+without: the tensors at the peak. What the allocator loses comes out of
 that; --exact simulates it for each point, which takes longer.
 
 examples:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from memplan.report.console import HEADING, QUIET, Cell, note, paragraph, table
-from memplan.report.plan import FOOTNOTE, SUMMARY, VERDICT_STYLES, short_card, show_model
+from memplan.report.plan import FOOTNOTE, SUMMARY, VERDICT_STYLES, known, short_card, show_model
 from memplan.report.units import count, gib, ratio
 from memplan.report.wording import common_and_own
 
@@ -56,4 +56,4 @@ def show_comparison(plans: Sequence[Plan], console: Console) -> None:
 
 
 def _summary_cell(field: str) -> Callable[[Plan], str]:
-    return lambda plan: gib(getattr(plan.summary, field))
+    return lambda plan: gib(known(plan)[field])

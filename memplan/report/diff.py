@@ -92,7 +92,7 @@ def _peaks(diff: Diff, names: tuple[str, str]) -> _Rows:
         row("", "A", "B"),
         row("tape", *names),
         row("provenance", a.provenance, b.provenance),
-        row("allocated", f"{a.allocated_bytes:,}", f"{b.allocated_bytes:,}"),
+        row("tensors", f"{a.allocated_bytes:,}", f"{b.allocated_bytes:,}"),
         row("phase", a.phase.value, b.phase.value),
         row("layer", layer(a), layer(b)),
         row("operation", a.operation, b.operation),

@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 def evaluating(plan: Plan) -> str | None:
     """The warning where the Trainer's default evaluation takes more than a training step; else None."""
     found = plan.evaluation
-    if found is None or found.allocated_bytes <= plan.peak.allocated_bytes:
+    if found is None or found.tensor_bytes <= plan.peak.tensor_bytes:
         return None
     sentence = (
-        f"Evaluating with the Trainer's default batch of {found.batch_size} takes "
-        f"{gib(found.allocated_bytes)} GiB allocated, more than a training step"
+        f"Evaluating with the Trainer's default batch of {found.batch_size} takes at "
+        f"least {gib(found.tensor_bytes)} GiB, more than a training step"
     )
     if found.fits:
         sentence += f" ({_cards(plan)})"
-    if found.with_one_bytes < found.allocated_bytes:
+    if found.with_one_bytes < found.tensor_bytes:
         sentence += f": set per_device_eval_batch_size=1 ({gib(found.with_one_bytes)} GiB)"
     return sentence + "."
 

@@ -42,8 +42,8 @@ def show_fit(plan: Plan, console: Console) -> None:
     heading(
         console,
         "Reserved",
-        f"{gib(allocator.reserved_bytes)} GiB (allocator simulated): {gib(allocator.allocated_bytes)} in "
-        f"blocks, {gib(allocator.fragmentation_bytes)} between",
+        f"{gib(allocator.reserved_bytes)} GiB (allocator simulated), "
+        f"{gib(allocator.fragmentation_bytes)} more than allocated",
     )
     rows = [[Text(cell, QUIET) for cell in ("GiB", "usable", "reserved", "beside", "needed", "headroom", "")]]
     for fit in plan.fits:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from memplan.frontier import Frontier, Row
 
 AT_MOST = (
-    "At most: what the peak of allocated bytes leaves room for. What the allocator loses comes out of it; "
+    "At most: what the tensors at the peak leave room for. What the allocator loses comes out of it; "
     "--exact simulates that."
 )
 EXACT = "With the allocator simulated: this fits, and one token more is not said to."

@@ -10,7 +10,18 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memplan.report.plan import CATEGORIES, FOOTNOTE, NEEDED, SUMMARY, TIGHT, moment, short_card
+from memplan.report.plan import (
+    CATEGORIES,
+    FOOTNOTE,
+    NEEDED,
+    RESTS,
+    SUMMARY,
+    TIGHT,
+    known,
+    moment,
+    rests,
+    short_card,
+)
 from memplan.report.units import count, gib, ratio, share
 from memplan.report.wording import asked_and_default, micro_steps
 from memplan.tape import ALLOCATION_GRANULARITY, Category, Tape
@@ -185,10 +196,10 @@ def _peak(plan: Plan) -> str:
         for field, (label, _) in CATEGORIES.items()
         if (size := getattr(peak.by_category, field))
     ]
-    known = [
-        _row(label, f"{gib(size)} GiB", share(size, whole))
-        for field, label in SUMMARY.items()
-        for size in (getattr(plan.summary, field),)
+    if rest := rests(plan):
+        rows.append(_row(f'<span class="swatch"></span>{RESTS}', f"{gib(rest)} GiB", share(rest, whole)))
+    four = [
+        _row(SUMMARY[field], f"{gib(size)} GiB", share(size, whole)) for field, size in known(plan).items()
     ]
     return f"""<section>
 <h2>Peak</h2>
@@ -199,7 +210,7 @@ def _peak(plan: Plan) -> str:
 <div class="tables">
 <table>{"".join(rows)}</table>
 <div><h3>The same in the four categories that people know</h3>
-<table>{"".join(known)}</table>
+<table>{"".join(four)}</table>
 <p class="quiet small">{FOOTNOTE}</p></div>
 </div>
 </section>

@@ -78,7 +78,7 @@ def _counters(tape: Tape) -> Iterator[dict[str, Any]]:
         field = tape.categories[event if event >= 0 else ~event].value
         totals[field] += tape.deltas[position]
         yield _event("C", CATEGORIES[field][0], position, args={"bytes": totals[field]})
-        yield _event("C", "allocated", position, args={"bytes": live[position]})
+        yield _event("C", "tensors", position, args={"bytes": live[position]})
 
 
 def _peak(tape: Tape) -> Iterator[dict[str, Any]]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from memplan.fit import Fit
-    from memplan.planner import ModelInfo, PeakInfo, Plan, Summary
+    from memplan.planner import ModelInfo, PeakInfo, Plan
 
 # What each category is called, and its colour.
 CATEGORIES = {
@@ -35,9 +35,10 @@ SUMMARY = {
     "optimizer_state": "optimizer state",
     "activations": "activations",
 }
+RESTS = "rests of blocks"
 FOOTNOTE = (
     "Quantisation state counts as weights, gradients as optimizer state, "
-    "logits and temporaries as activations."
+    "logits, temporaries and rests of blocks as activations."
 )
 NEEDED = (
     "Needed is what PyTorch's allocator reserves over loading, the first step and a later one, simulated, "
@@ -69,7 +70,7 @@ def show_plan(plan: Plan, console: Console, given: Collection[str] = (), *, simu
     console.print()
     _show_peak(plan, console)
     console.print()
-    _show_summary(plan.summary, plan.peak.allocated_bytes, console)
+    _show_summary(plan, console)
     console.print()
     if not simulated:
         _show_glances(plan, console)
@@ -155,21 +156,32 @@ def _show_peak(plan: Plan, console: Console) -> None:
     if plan.libraries:
         versions = [f"{name} {version}" for name, version in plan.libraries.items()]
         paragraph(console, versions, f"  {plan.provenance} with", QUIET)
-    whole, width = peak.allocated_bytes, max(console.width - _BAR_MARGIN, 8)
+    whole, rest, width = peak.allocated_bytes, rests(plan), max(console.width - _BAR_MARGIN, 8)
     rows: list[list[Cell]] = []
     for field, (label, colour) in CATEGORIES.items():
         part = getattr(peak.by_category, field)
         if part:
             drawn = bar(part, whole, width, unicode=speaks_unicode(console))
             rows.append([label, f"{gib(part)} GiB", share(part, whole), Text(drawn, colour)])
+    if rest:
+        rows.append([RESTS, f"{gib(rest)} GiB", share(rest, whole), ""])
     table(console, rows, "<>><", _LABEL_WIDTH)
 
 
-def _show_summary(summary: Summary, whole: int, console: Console) -> None:
+def rests(plan: Plan) -> int:
+    """Bytes of blocks at the peak that no tensor has."""
+    return max(plan.peak.allocated_bytes - plan.peak.tensor_bytes, 0)
+
+
+def known(plan: Plan) -> dict[str, int]:
+    """The four categories that people know, which add up to what is allocated."""
+    parts = {field: getattr(plan.summary, field) for field in SUMMARY}
+    return {**parts, "activations": parts["activations"] + rests(plan)}
+
+
+def _show_summary(plan: Plan, console: Console) -> None:
     heading(console, "The same in the four categories that people know")
-    rows = [
-        [label, f"{gib(getattr(summary, field))} GiB", share(getattr(summary, field), whole)]
-        for field, label in SUMMARY.items()
-    ]
+    whole = plan.peak.allocated_bytes
+    rows = [[SUMMARY[field], f"{gib(size)} GiB", share(size, whole)] for field, size in known(plan).items()]
     table(console, rows, "<>>", _LABEL_WIDTH)
     note(console, FOOTNOTE)
