@@ -132,9 +132,12 @@ def at_most(peaks: Peaks, what: What, other: int, hint: int = 2048) -> int:
 def largest(
     spec: ModelSpec, recipe: Recipe, gpu: Gpu, what: What, other: int, *, peaks: Peaks | None = None
 ) -> int:
-    """The largest value that the verdict calls *fits*, while it does not call the next one so; 0 for none.
+    """The largest value that the verdict calls *fits*, as it does all values below it that are tried; 0 for
+    none.
 
-    The allocator's losses go up and down, so that a still larger value may fit by luck; it is not looked for.
+    The allocator's losses go up and down with sizes, on a real card too, so some values fit by luck while
+    smaller ones do not. Who reads "up to N" means all of them: those just below, and 20 down to three quarters
+    of it, are tried, and where one does not fit the answer is sought below that one.
     """
     peaks = peaks or Peaks(spec, resolve_recipe(spec, recipe), gpu)
     recipe, card = peaks.recipe, peaks.card
@@ -146,8 +149,28 @@ def largest(
         margin = fit.reserved_bytes * MARGIN_PER_CENT // 100 - fit.headroom_bytes
         return min(margin, 0) if fit.verdict == "fits" else max(margin, 1)
 
+    known: dict[int, int] = {}
+
+    def once(value: int) -> int:
+        if value not in known:
+            known[value] = excess(value)
+        return known[value]
+
     bound = at_most(peaks, what, other)
-    return _last_not_above_zero(excess, bound, bound - bound // 16) if bound else 0
+    while bound:
+        found = _last_not_above_zero(once, bound, bound - bound // 16)
+        lucky = [value for value in _below(found) if once(value) > 0]
+        if not lucky:
+            return found
+        bound = min(lucky) - 1
+    return 0
+
+
+def _below(value: int) -> list[int]:
+    """Values to be tried before "up to ``value``" is said."""
+    near = range(value - 1, max(value - 5, 0), -1)
+    far = (value - value * step // 80 for step in range(1, 21))
+    return [it for it in dict.fromkeys((*near, *far)) if 0 < it < value]
 
 
 def _last_not_above_zero(excess: Callable[[int], int], last: int, hint: int) -> int:

@@ -18,7 +18,7 @@ from memplan.errors import MemplanError
 from memplan.evaluation import Evaluation
 from memplan.fit import Fit, Run, Verdict, glance, judge, recast_bytes
 from memplan.gpu import Gpu
-from memplan.recipe import Kernels, Mode, Recipe
+from memplan.recipe import DTypeName, Kernels, Mode, Recipe
 from memplan.spec import ModelSpec
 from memplan.tape import Category, Peak, Point, Tape, replay, static_bytes, timeline
 
@@ -454,7 +454,7 @@ def plan_from_tape(
         libraries=libraries or {},
     )
     result._tape = tape
-    cards = list(_cards(tape, gpus, rewritable=write is not None))
+    cards = list(_cards(tape, recipe, gpus, rewritable=write is not None))
     runs = result._runs = _Runs(write or (lambda _card: _as_it_lies(tape, recipe)), cards)
     result.peak._count = lambda: runs.run().free.allocated
     return result
@@ -466,20 +466,35 @@ def _as_it_lies(tape: Tape, recipe: Recipe) -> Run:
     return Run(tape, lambda _capacity: None, parse_settings(recipe.alloc_conf))
 
 
-def _cards(tape: Tape, gpus: Iterable[str] | None, *, rewritable: bool) -> Iterator[tuple[Gpu, Card | None]]:
-    """The cards to judge, each with what the run has to be written for. Before Ampere there is no
-    FlashAttention: PyTorch then takes kernels that need more, so the step is written again; flash-attn
+def _cards(
+    tape: Tape, recipe: Recipe, gpus: Iterable[str] | None, *, rewritable: bool
+) -> Iterator[tuple[Gpu, Card | None]]:
+    """The cards to judge, each with what the run has to be written for. Before Ampere other kernels run: there
+    is no FlashAttention, and none in bfloat16 that is efficient. So the step is written again; flash-attn
     itself, and a trace made for Ampere, can't be judged."""
-    package = "_flash_attn_forward" in tape.operations
-    flash = package or "_scaled_dot_product_flash_attention" in tape.operations
+    fused = {name for name in _FUSED if name in tape.operations}
+    if recipe.dtype is DTypeName.FLOAT16 or (recipe.dtype is DTypeName.FLOAT32 and not recipe.autocast):
+        fused.discard("_scaled_dot_product_efficient_attention")
+    package = "_flash_attn_forward" in fused
     for gpu in judged(gpus):
-        if not flash or gpu.capability is None or gpu.capability >= FLASH_CAPABILITY:
+        if gpu.capability is None or gpu.capability >= FLASH_CAPABILITY:
             yield gpu, None
         elif rewritable and not package:
             yield gpu, Card(gpu.capability)
+        elif not fused:
+            yield gpu, None
         elif gpus is not None:
+            kind = "FlashAttention" if fused & set(_FUSED[:2]) else "efficient attention in bfloat16"
             remedy = "use attn 'sdpa'" if package else "plan without a trace, or trace with attn 'eager'"
-            raise MemplanError(f"this step runs FlashAttention, which the {gpu.name} can't: {remedy}")
+            raise MemplanError(f"this step runs {kind}, which the {gpu.name} can't: {remedy}")
+
+
+# Attention's fused kernels, as tapes name them.
+_FUSED = (
+    "_flash_attn_forward",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+)
 
 
 def predicted_tape(model: str | Path | ModelSpec, recipe: Recipe | None = None) -> Tape:

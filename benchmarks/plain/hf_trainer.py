@@ -10,7 +10,7 @@ from transformers import Trainer, TrainingArguments
 asked = options()
 model = load(asked)
 if asked.mode == "qlora" and asked.prepare:
-    model = prepare_model_for_kbit_training(model)
+    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=not asked.open)
 if asked.mode != "full":
     model = get_peft_model(model, lora(asked))
 peaks = Peaks(asked)
