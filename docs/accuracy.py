@@ -9,6 +9,7 @@ from typing import Any
 
 import emulated
 import measured
+import plain
 import published
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,12 +17,17 @@ ROOT = Path(__file__).resolve().parent.parent
 HEAD = """\
 # Accuracy
 
-Made by `python docs/generate.py` from `data/reconciliation.json`, `data/emulated.json` and
-`data/published_comparison.json`, which `benchmarks/reconcile.py`, `benchmarks/dry_gpu/compare.py` and
-`benchmarks/published.py` write, and from the files of `data/measurements`, which `memplan verify` writes.
+Made by `python docs/generate.py` from `data/reconciliation.json`, `data/emulated.json`, `data/plain.json`
+and `data/published_comparison.json`, which `benchmarks/reconcile.py`, `benchmarks/dry_gpu/compare.py`,
+`benchmarks/plain/run.py` and `benchmarks/published.py` write, and from the files of `data/measurements`,
+which `memplan verify` writes.
 {gpus}
 *Predicted* is the plan; *traced* is the real libraries' step under fake tensors on a CPU
 ([how-it-works.md](how-it-works.md)); *emulated* is the real step on PyTorch's CUDA build, without a GPU.
+
+Which number is compared: with traces and published peaks the sum of live tensors (`peak.tensor_bytes`),
+for a trace has no blocks; with emulated runs, plain scripts and measurements what the allocator counts,
+which is what `torch.cuda.max_memory_allocated` says and memplan prints (`peak.allocated_bytes`).
 
 ## Predicted against traced
 
@@ -98,7 +104,8 @@ def page() -> str:
             peaks = [f"{result[kind]['peak_bytes']:,}" for kind in ("predicted", "traced")]
             name = "with the upcasts (default)" if prepared else "without them (`--no-kbit-prep`)"
             text += f"| {name} | {peaks[0]} | {peaks[1]} | `{result['traced']['operation']}` |\n"
-    return text + ABOUT_70B + emulated.section() + "\n" + measured.section() + "\n" + published.section()
+    sections = (emulated.section(), plain.section(), measured.section(), published.section())
+    return text + ABOUT_70B + "\n".join(sections)
 
 
 def _losses(results: list[dict[str, Any]], versions: dict[str, str]) -> str:

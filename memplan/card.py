@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Streaming multiprocessors of a full card of that compute capability: A100, RTX 3090/A6000 (84),
-# RTX 4090, H100 SXM, B200, RTX PRO 6000. NVIDIA's architecture white papers.
-_MULTIPROCESSORS = {(8, 0): 108, (8, 6): 84, (8, 9): 128, (9, 0): 132, (10, 0): 148, (12, 0): 188}
+# Streaming multiprocessors of one card of each compute capability: V100, T4, A100, RTX A6000, RTX 4090,
+# H100 SXM, B200, RTX PRO 6000. NVIDIA's architecture white papers.
+_MULTIPROCESSORS = {
+    (7, 0): 80, (7, 5): 40, (8, 0): 108, (8, 6): 84, (8, 9): 128, (9, 0): 132, (10, 0): 148, (12, 0): 188,
+}  # fmt: skip
 
 # FlashAttention wants Ampere or newer (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
 FLASH_CAPABILITY = (8, 0)
@@ -41,7 +43,8 @@ class Card:
     def shared_memory(self) -> int:
         """Bytes of shared memory that a block may opt in to (CUDA programming guide, table of compute
         capabilities)."""
-        return {(8, 0): 166_912, (9, 0): 232_448, (10, 0): 232_448}.get(self.capability, 101_376)
+        known = {(7, 0): 98_304, (7, 5): 65_536, (8, 0): 166_912, (9, 0): 232_448, (10, 0): 232_448}
+        return known.get(self.capability, 101_376)
 
     @property
     def cublas_workspace(self) -> int:

@@ -136,8 +136,8 @@ def largest(
     none.
 
     The allocator's losses go up and down with sizes, on a real card too, so some values fit by luck while
-    smaller ones do not. Who reads "up to N" means all of them: those just below, and 20 down to three quarters
-    of it, are tried, and where one does not fit the answer is sought below that one.
+    smaller ones do not. Who reads "up to N" means all of them: those just below, and 20 down to three
+    quarters of it, are tried, and where one does not fit the answer is sought below that one.
     """
     peaks = peaks or Peaks(spec, resolve_recipe(spec, recipe), gpu)
     recipe, card = peaks.recipe, peaks.card

@@ -469,8 +469,8 @@ def _as_it_lies(tape: Tape, recipe: Recipe) -> Run:
 def _cards(
     tape: Tape, recipe: Recipe, gpus: Iterable[str] | None, *, rewritable: bool
 ) -> Iterator[tuple[Gpu, Card | None]]:
-    """The cards to judge, each with what the run has to be written for. Before Ampere other kernels run: there
-    is no FlashAttention, and none in bfloat16 that is efficient. So the step is written again; flash-attn
+    """The cards to judge, each with what the run has to be written for. Before Ampere other kernels run:
+    there is no FlashAttention, and no efficient one in bfloat16. So the step is written again; flash-attn
     itself, and a trace made for Ampere, can't be judged."""
     fused = {name for name in _FUSED if name in tape.operations}
     if recipe.dtype is DTypeName.FLOAT16 or (recipe.dtype is DTypeName.FLOAT32 and not recipe.autocast):

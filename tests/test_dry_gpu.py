@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,9 @@ from pathlib import Path
 import pytest
 from example_measurements import CARD, example
 
+from memplan.card import Card
 from memplan.errors import MemplanError
+from memplan.gpu import find_gpu
 from memplan.verify.measurement import DRY, write
 
 ROOT = Path(__file__).parent.parent
@@ -61,6 +64,25 @@ def test_a_card_is_described_as_the_table_has_it() -> None:
     assert (major, minor, multiprocessors, shared) == ("9", "0", "132", "232448")
     assert name == f"{DRY}NVIDIA H200"
     assert int(total) > 139 * GIB
+
+
+def test_a_card_s_own_facts_and_the_plan_s_are_the_same() -> None:
+    code = """import json, sys
+sys.path.insert(0, "benchmarks/dry_gpu")
+import run
+print(json.dumps([run.MULTIPROCESSORS, list(run.SHARED_KIB.items())]))"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    multiprocessors, shared = json.loads(done.stdout)
+    for name in (
+        "Tesla T4",
+        "NVIDIA A100-SXM4-80GB",
+        "NVIDIA RTX A6000",
+        "NVIDIA H100 80GB HBM3",
+        "NVIDIA B200",
+    ):
+        assert Card(find_gpu(name).capability).multiprocessors == multiprocessors[name]
+    for capability, kib in shared:
+        assert Card(tuple(capability)).shared_memory == kib << 10
 
 
 def test_what_it_shows_is_no_measurement(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--device-map")
-    parser.add_argument("--history", type=Path)
+    parser.add_argument("--history", type=Path, help="where the allocator's history goes, as a pickle")
     parser.add_argument("--no-double-quant", dest="double_quant", action="store_false")
     parser.add_argument("--no-prepare", dest="prepare", action="store_false")
     parser.add_argument("--open", action="store_true", help="prepare without gradient checkpointing")
@@ -108,7 +108,6 @@ class Peaks(TrainerCallback):
     def __init__(self, asked: argparse.Namespace) -> None:
         self.asked = asked
         self.steps: list[dict[str, int]] = []
-        self.marks = []
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         torch.cuda.reset_peak_memory_stats()

@@ -1,0 +1,123 @@
+"""Plain scripts on the card that is not there, held against the plan: what a user's own program takes.
+
+    python benchmarks/plain/run.py                     every case of cases.json; writes data/plain.json
+    python benchmarks/plain/run.py NAME ...            some of them; writes nothing
+
+Needs the environment of benchmarks/dry_gpu/README.md. The scripts and what they load import nothing of
+memplan's. Exit status 1 if a case's peak of allocated bytes is more than 64 KiB from the plan's, or its
+reserved bytes more than 0.5 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from memplan import Recipe, plan
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+RESULTS = ROOT / "data" / "plain.json"
+ALLOCATED, RESERVED = 64 << 10, 0.005  # bytes; a share
+QUIET = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "PYTHONWARNINGS": "ignore",
+}
+
+
+def cases() -> list[dict[str, Any]]:
+    """What cases.json lists."""
+    listed: list[dict[str, Any]] = json.loads((HERE / "cases.json").read_text(encoding="utf-8"))["cases"]
+    return listed
+
+
+def emulated(case: dict[str, Any], folder: Path, gpu: str, libraries: Path) -> dict[str, Any]:
+    """What a case's script wrote: bytes by step, the device, versions. Raises RuntimeError with the script's
+    last words if it failed."""
+    checkpoint, out = folder / case["model"], folder / f"{case['name']}.json"
+    if not checkpoint.exists():
+        _on_the_card(gpu, libraries, "checkpoint.py", case["model"], str(checkpoint))
+    _on_the_card(
+        gpu, libraries, f"{case['script']}.py", str(checkpoint), "--out", str(out), *case["run"].split()
+    )
+    found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+    return found
+
+
+def _on_the_card(gpu: str, libraries: Path, script: str, *arguments: str) -> None:
+    card = [sys.executable, str(ROOT / "benchmarks" / "dry_gpu" / "run.py"), "--gpu", gpu]
+    command = [*card, "--libraries", str(libraries), "--", sys.executable, str(HERE / script), *arguments]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **QUIET}, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"{script} {' '.join(arguments)}: {done.stderr.strip()[-800:]}")
+
+
+def row(case: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """Both sides of a case, in bytes. Allocated is the second step's, which the plan plays; a third may place
+    blocks otherwise."""
+    predicted = plan(case["model"], Recipe(**case["recipe"]), gpus=[]).allocator
+    return {
+        **{name: case[name] for name in ("name", "script", "model", "run", "recipe")},
+        "allocated": {"predicted": predicted.allocated_bytes, "emulated": found["steps"][1]["allocated"]},
+        "reserved": {"predicted": predicted.reserved_bytes, "emulated": found["reserved"]},
+        "steps": found["steps"],
+        "device": found["device"],
+        "libraries": found["libraries"],
+        "date": date.today().isoformat(),
+    }
+
+
+def equal(one: dict[str, Any]) -> bool:
+    """Whether a row is within what is promised."""
+    allocated, reserved = one["allocated"], one["reserved"]
+    return (
+        abs(allocated["predicted"] - allocated["emulated"]) <= ALLOCATED
+        and abs(reserved["predicted"] - reserved["emulated"]) <= RESERVED * reserved["emulated"]
+    )
+
+
+def main() -> int:
+    """The exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="cases (default: all, which are written)")
+    parser.add_argument("--gpu", default="a100", help="the card (default: %(default)s)")
+    parser.add_argument("--libraries", type=Path, default=ROOT / ".dry_gpu", help="as for dry_gpu/run.py")
+    asked = parser.parse_args()
+    chosen = [case for case in cases() if not asked.names or case["name"] in asked.names]
+    if len(chosen) < len(asked.names):
+        parser.error(f"cases.json has only {', '.join(case['name'] for case in cases())}")
+    rows, failed = [], 0
+    with tempfile.TemporaryDirectory(prefix="plain-") as folder:
+        for case in chosen:
+            try:
+                one = row(case, emulated(case, Path(folder), asked.gpu, asked.libraries))
+            except RuntimeError as error:
+                print(f"{case['name']:28} failed: {error}", flush=True)
+                failed += 1
+                continue
+            rows.append(one)
+            failed += not equal(one)
+            told = " ".join(
+                f"{kind} {one[kind]['emulated']:>14,} {one[kind]['predicted'] - one[kind]['emulated']:>+12,}"
+                for kind in ("allocated", "reserved")
+            )
+            print(f"{case['name']:28} {told} {'' if equal(one) else '  APART'}", flush=True)
+    print(f"{len(rows)} emulated, {failed} apart or failed: bytes, and what the plan has more or less")
+    if not asked.names:
+        RESULTS.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
