@@ -332,10 +332,13 @@ class SizedTape:
         ]
         deltas = [sizes[index] * times for index, times in self.events]
         live = best = 0
+        known: dict[tuple[int, int], tuple[int, int]] = {}  # of stretches that several layers share
         for start, stop, repeat in self.segments:
-            profile = list(accumulate(deltas[start:stop]))
-            net = profile[-1]
-            best = max(best, live + max(profile) + max(net, 0) * (repeat - 1))
+            if (start, stop) not in known:
+                profile = list(accumulate(deltas[start:stop]))
+                known[start, stop] = profile[-1], max(profile)
+            net, top = known[start, stop]
+            best = max(best, live + top + max(net, 0) * (repeat - 1))
             live += repeat * net
         return best
 

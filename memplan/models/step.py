@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from memplan.card import Card
-from memplan.models import blueprint, fold, masks, optimizers, parameters
+from memplan.models import blueprint, fold, masks, optimizers, parameters, unlike
 from memplan.models.build import Builder, Model
 from memplan.models.checkpoint import checkpoint
 from memplan.models.chunked_loss import Output, fused_head, sft_loss
@@ -18,6 +18,7 @@ from memplan.models.decoder import FAMILIES, Context
 from memplan.models.fold import Played
 from memplan.models.liger_loss import liger_loss
 from memplan.models.loss import causal_lm_loss
+from memplan.models.unlike import Standing, standing
 from memplan.recipe import Attention, DTypeName, Loss, Mode, Recipe
 from memplan.shadow import autograd, ops
 from memplan.shadow.tensor import (
@@ -51,16 +52,23 @@ def write_long_tape(spec: ModelSpec, recipe: Recipe, *, card: Card | None = None
 
 
 def _written(spec: ModelSpec, recipe: Recipe, card: Card | None, *, folded: bool, unfolded: bool) -> Tape:
-    played = fold.all_layers(spec.num_hidden_layers)
+    every = fold.all_layers(spec.num_hidden_layers)
+    played: Played | Standing = every
     if folded and not router_loss(spec, recipe):  # which goes over all layers again, in the head
-        played = fold.layers_to_play(kinds(spec, recipe), first_is_like_others=recipe.mode is Mode.FULL)
+        layers = kinds(spec, recipe)
+        played = fold.layers_to_play(layers, first_is_like_others=recipe.mode is Mode.FULL)
+        if played.complete:
+            played = standing(layers, _trained(spec, recipe))
     while True:
         tape = _play(spec, recipe, card, played)
-        if played.complete or fold.fold(tape, played):
+        if isinstance(played, Standing) and unfolded and not played.complete:
+            tape = unlike.unfold(tape, played) or _play(spec, recipe, card, every)
+            break
+        if played.complete or (unlike if isinstance(played, Standing) else fold).fold(tape, played):
             break
         played = played.longer()
-    if unfolded and not played.complete:
-        tape = fold.unfold(tape, played) or _play(spec, recipe, card, fold.all_layers(spec.num_hidden_layers))
+    if unfolded and isinstance(played, Played) and not played.complete:
+        tape = fold.unfold(tape, played) or _play(spec, recipe, card, every)
     for segment in tape.segments:
         if segment.phase is Phase.OPTIMIZER:
             segment.layer = None  # an update goes by parameters, not by layers: folding alone needed to know
@@ -83,6 +91,12 @@ def kinds(spec: ModelSpec, recipe: Recipe) -> list[Any]:
     ]
 
 
+def _trained(spec: ModelSpec, recipe: Recipe) -> list[bool]:
+    """Whether each layer has anything to train."""
+    adapted = parameters.adapted_by_layer(spec, recipe)
+    return [adapted is None or bool(adapted[index]) for index in range(spec.num_hidden_layers)]
+
+
 def uses_cache(spec: ModelSpec, recipe: Recipe) -> bool:
     """Whether training fills a cache of keys and values: a Trainer leaves ``use_cache`` as the config says;
     checkpointing and TRL's trainer turn it off."""
@@ -95,7 +109,7 @@ def router_loss(spec: ModelSpec, recipe: Recipe) -> bool:
     return recipe.loss is Loss.CHUNKED and any(spec.sparse_layers) and spec.router_aux_loss_coef != 0.0
 
 
-def _play(spec: ModelSpec, recipe: Recipe, card: Card | None, played: Played) -> Tape:
+def _play(spec: ModelSpec, recipe: Recipe, card: Card | None, played: Played | Standing) -> Tape:
     state.__init__(card)  # type: ignore[misc]
     tape = state.tape
     model = Builder(spec, recipe).build(played)
@@ -112,7 +126,7 @@ def _play(spec: ModelSpec, recipe: Recipe, card: Card | None, played: Played) ->
         ids, attention_mask, labels = (empty(shape, int64, "batch") for _ in range(3))
     # every micro-step after the first finds gradients there, so the second shows what all the others do
     for _ in range(min(recipe.gradient_accumulation_steps, 2)):
-        loss = _forward(model, ids, attention_mask, labels, played.indices)
+        loss = _forward(model, ids, attention_mask, labels, list(played.indices))
         if recipe.gradient_accumulation_steps > 1:
             with category(Category.LOGITS_AND_LOSS):
                 loss = ops.scale(loss, "div")
