@@ -36,6 +36,7 @@ LONGEST = 1 << 20  # tokens in a sequence, batches: beyond them the answer is "e
 _SORTED_FROM = 3072  # tokens: an embedding's gradient is sorted above (memplan.models.modules)
 _NEAR = 1 << 16
 _SHORT = 32  # tokens
+_MOST_SIMULATED = 10_000  # layers of all points: the default table of 126 layers, which takes a minute
 _NEVER_FUSED_ABOVE = 1536  # tokens (memplan.models.gemm_4bit)
 
 
@@ -88,9 +89,15 @@ def frontier(
 ) -> Frontier:
     """The longest sequence for each recipe and batch. ``progress`` is told of each cell that is done.
 
-    Raises RecipeError where a recipe does not suit the model.
+    Raises RecipeError where a recipe does not suit the model, MemplanError where too much is to be simulated.
     """
-    batches = list(batches)
+    batches, recipes = list(batches), list(recipes)
+    points = len(batches) * len(recipes)
+    if simulated and points * spec.num_hidden_layers > _MOST_SIMULATED:
+        raise MemplanError(
+            f"{points} points of {spec.num_hidden_layers} layers are too many to simulate: ask for "
+            f"{_MOST_SIMULATED // spec.num_hidden_layers} at most, of fewer batch sizes, modes, optimizers"
+        )
     rows = []
     for recipe in recipes:
         sizes = Peaks(spec, resolve_recipe(spec, recipe), gpu)
@@ -355,10 +362,13 @@ class SizedTape:
         ]
         deltas = [sizes[index] * times for index, times in self.events]
         live = best = 0
+        known: dict[tuple[int, int], tuple[int, int]] = {}  # of stretches that several layers share
         for start, stop, repeat in self.segments:
-            profile = list(accumulate(deltas[start:stop]))
-            net = profile[-1]
-            best = max(best, live + max(profile) + max(net, 0) * (repeat - 1))
+            if (start, stop) not in known:
+                profile = list(accumulate(deltas[start:stop]))
+                known[start, stop] = profile[-1], max(profile)
+            net, top = known[start, stop]
+            best = max(best, live + top + max(net, 0) * (repeat - 1))
             live += repeat * net
         return best
 

@@ -6,7 +6,8 @@ functions read it. Bytes are ``int`` and already rounded to the allocator's 512-
 
 A tape is a list of *segments*. A segment belongs to one phase and, inside the decoder, to one layer.
 In a *folded* tape one segment of each run of identical layers stands for ``repeat`` of them: its
-events happen ``repeat`` times in a row. Replay reads folded and unfolded tapes alike.
+events happen ``repeat`` times in a row. Or segments of like layers are the same stretch of events, each with
+its own ``layer``. Replay reads folded and unfolded tapes alike.
 """
 
 from __future__ import annotations
@@ -164,17 +165,21 @@ def replay(tape: Tape) -> Peak:
     live = 0
     best = -1
     best_segment = best_event = best_round = 0
+    known: dict[tuple[int, int], tuple[int, int, int]] = {}
     for number, segment in enumerate(tape.segments):
-        deltas = tape.deltas[segment.start : segment.stop]
-        if not deltas:
+        stretch = segment.start, segment.stop
+        if segment.start >= segment.stop:
             continue
-        profile = list(accumulate(deltas))
-        net, top = profile[-1], max(profile)
+        if stretch not in known:
+            profile = list(accumulate(tape.deltas[segment.start : segment.stop]))
+            top = max(profile)
+            known[stretch] = profile[-1], top, segment.start + profile.index(top)
+        net, top, highest = known[stretch]
         # Of equal repetitions the last is highest if each leaves something behind, else the first.
         round_ = segment.repeat - 1 if net > 0 else 0
         if live + round_ * net + top > best:
             best = live + round_ * net + top
-            best_segment, best_event, best_round = number, segment.start + profile.index(top), round_
+            best_segment, best_event, best_round = number, highest, round_
         live += segment.repeat * net
     at = tape.segments[best_segment]
     storage = tape.events[best_event]
@@ -198,8 +203,12 @@ def _by_category(tape: Tape, number: int, event: int, rounds: int) -> dict[Categ
             index = events[position]
             totals[categories[index if index >= 0 else ~index]] += deltas[position] * times
 
+    times: dict[tuple[int, int], int] = {}
     for segment in tape.segments[:number]:
-        add(segment.start, segment.stop, segment.repeat)
+        stretch = segment.start, segment.stop
+        times[stretch] = times.get(stretch, 0) + segment.repeat
+    for (start, stop), count in times.items():
+        add(start, stop, count)
     here = tape.segments[number]
     add(here.start, here.stop, rounds)
     add(here.start, event + 1, 1)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_specs import SPECS
 
+from memplan.models import step, unlike
 from memplan.models.fold import Played, layers_to_play
 from memplan.models.parameters import resolve_recipe
 from memplan.models.step import write_long_tape, write_tape
+from memplan.models.unlike import standing
 from memplan.recipe import make_recipe
+from memplan.spec import ModelSpec
 from memplan.tape import Tape, replay, static_bytes
 
 OPTIONS = {
@@ -129,6 +134,84 @@ def test_targets_may_tell_layers_apart(targets: str | tuple[str, ...]) -> None:
     folded, unfolded = write_tape(spec, recipe), write_tape(spec, recipe, folded=False)
     assert replay(folded) == replay(unfolded)
     assert static_bytes(folded) == static_bytes(unfolded)
+
+
+# Families whose layers differ, as far as a configuration can make them.
+_DIFFERING = ("gemma2", "gemma3", "qwen2", "qwen3_moe")
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from(_DIFFERING),
+    st.lists(st.booleans(), min_size=3, max_size=24),
+    st.fixed_dictionaries({name: st.sampled_from(values) for name, values in OPTIONS.items()}),
+    st.booleans(),
+)
+def test_layers_that_differ_in_no_order_agree_to_the_byte(
+    family: str, differs: list[bool], options: dict[str, object], reentrant: bool
+) -> None:
+    spec = differing(family, differs)
+    if options["gradient_checkpointing"]:
+        options["use_reentrant"] = reentrant
+    if options["mode"] != "full":
+        options["target_modules"] = "attention"
+    recipe = resolve_recipe(spec, make_recipe(**options))
+    folded, unfolded = write_tape(spec, recipe), write_tape(spec, recipe, folded=False)
+    assert replay(folded) == replay(unfolded)
+    assert static_bytes(folded) == static_bytes(unfolded)
+    assert told(write_long_tape(spec, recipe)) == told(unfolded)
+
+
+def differing(family: str, differs: list[bool]) -> ModelSpec:
+    spec = SPECS[family](len(differs))
+    if family == "qwen3_moe":
+        return spec.model_copy(update={"sparse_layers": tuple(differs)})
+    kinds = tuple("sliding_attention" if one else "full_attention" for one in differs)
+    return spec.model_copy(update={"layer_types": kinds, "sliding_window": 64})
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sets(st.integers(0, 19), min_size=1),
+    st.fixed_dictionaries({name: st.sampled_from(values) for name, values in OPTIONS.items()}),
+)
+def test_targets_may_be_any_layers(chosen: set[int], options: dict[str, object]) -> None:
+    spec = SPECS["llama"](20)
+    options |= {"mode": "lora", "target_modules": tuple(f"layers.{index}.mlp.up_proj" for index in chosen)}
+    recipe = resolve_recipe(spec, make_recipe(**options))
+    folded, unfolded = write_tape(spec, recipe), write_tape(spec, recipe, folded=False)
+    assert replay(folded) == replay(unfolded)
+    assert static_bytes(folded) == static_bytes(unfolded)
+    assert told(write_long_tape(spec, recipe)) == told(unfolded)
+
+
+@given(st.lists(st.sampled_from("abc"), min_size=1, max_size=60), st.integers(0, 60))
+def test_whoever_stands_for_a_layer_has_its_surroundings(kinds: list[str], begins: int) -> None:
+    chosen = standing(kinds, [index >= begins for index in range(len(kinds))])
+    for _ in range(3):
+        assert sum(times for _, times in chosen.repeats) == len(kinds)
+        assert list(chosen.indices) == sorted(set(chosen.indices))
+        place = {index: number for number, index in enumerate(chosen.indices)}
+        for layer, stand in enumerate(chosen.stands):
+            at = place[stand]
+            assert [kinds[index] for index in chosen.indices[max(at - 1, 0) : at + 2]] == kinds[
+                max(layer - 1, 0) : layer + 2
+            ]
+        chosen = chosen.longer()
+    assert chosen.complete
+
+
+@pytest.mark.parametrize("options", [{}, {"mode": "full"}, {"mode": "lora", "gradient_checkpointing": False}])
+def test_of_layers_that_differ_in_no_order_few_are_played(options: dict[str, object]) -> None:
+    order = random.Random(1)
+    spec = differing("qwen2", [order.random() < 0.5 for _ in range(512)])
+    recipe = resolve_recipe(spec, make_recipe(seq_len=130, **options))
+    chosen = step.standing(step.kinds(spec, recipe), step._trained(spec, recipe))
+    assert len(chosen.indices) < 40
+    assert unlike.unfold(step._play(spec, recipe, None, chosen), chosen) is not None
+    tape = write_tape(spec, recipe)
+    assert len({(segment.start, segment.stop) for segment in tape.segments}) < 1000
+    assert max(segment.layer or 0 for segment in tape.segments) == 511
 
 
 def test_the_number_of_layers_is_charged() -> None:

@@ -150,6 +150,12 @@ def test_the_largest_fits_and_the_next_does_not(
     assert found <= bound
 
 
+def test_more_than_a_minute_of_simulation_is_refused() -> None:
+    spec = resolve("llama-3.1-405b").spec
+    with pytest.raises(MemplanError, match=r"100 points of 126 layers are too many .* ask for 79 at most"):
+        frontier(spec, [Recipe()], find_gpu("h100"), range(1, 101), simulated=True)
+
+
 def test_exact_cells_fit() -> None:
     spec, gpu = SPECS["llama"](4), find_gpu("t4")
     recipe = make_recipe(mode="lora", attn="eager")

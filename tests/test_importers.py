@@ -345,8 +345,8 @@ BAD = {
     "infinite": ({"attention_dropout": math.inf}, "attention_dropout is inf"),
     "huge": ({"hidden_size": 10**30}, "more than 19 digits"),
     "too deep": (
-        {"num_hidden_layers": 513},
-        "num_hidden_layers is 513, but it must be a whole number from 1 to 512",
+        {"num_hidden_layers": 321},
+        "num_hidden_layers is 321, but it must be a whole number from 1 to 320",
     ),
     "absurd": ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
     "a list": ({"vocab_size": [1]}, "vocab_size is a list"),

@@ -12,6 +12,7 @@ from memplan.models.fold import Played
 from memplan.models.modules import Embedding, Linear, Linear4bit, RMSNorm, parameter
 from memplan.models.optimizers import Group
 from memplan.models.targets import is_saved, is_target
+from memplan.models.unlike import Standing
 from memplan.recipe import DTypeName, Kernels, Mode, Recipe
 from memplan.shadow.tensor import DTYPES, DType, Tensor, float32, state
 from memplan.spec import ModelSpec
@@ -126,7 +127,7 @@ class Builder:
             self.trainable.append(lora.magnitude)
         return lora
 
-    def build(self, played: Played) -> Model:
+    def build(self, played: Played | Standing) -> Model:
         """Write the static part of the tape and return the model."""
         spec, recipe, tape = self.spec, self.recipe, state.tape
         outside = blueprint.outside(spec)

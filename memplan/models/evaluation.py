@@ -14,6 +14,7 @@ from __future__ import annotations
 from memplan.card import Card
 from memplan.models.fold import Played
 from memplan.models.step import at_rest, batch, forward, written
+from memplan.models.unlike import Standing
 from memplan.recipe import Recipe
 from memplan.shadow.tensor import no_grad, state
 from memplan.spec import ModelSpec
@@ -37,14 +38,16 @@ def write_evaluation(
     )
 
 
-def _play(spec: ModelSpec, recipe: Recipe, batch_size: int, card: Card | None, played: Played) -> Tape:
+def _play(
+    spec: ModelSpec, recipe: Recipe, batch_size: int, card: Card | None, played: Played | Standing
+) -> Tape:
     model, _states, _workspaces = at_rest(spec, recipe, card, played)
     tape = state.tape
     _trained_on = batch(recipe.batch_size, recipe.seq_len)  # the training loop's name for it goes on
     tape.begin(Phase.FORWARD, "batch")
     ids, attention_mask, labels = batch(batch_size, recipe.seq_len)
     with no_grad():
-        loss = forward(model, ids, attention_mask, labels, played.indices)
+        loss = forward(model, ids, attention_mask, labels, list(played.indices))
     tape.begin(Phase.FORWARD, "end")
     del loss
     tape.finish()  # what dies with these names is no part of it

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from memplan.card import Card
-from memplan.models import blueprint, fold, masks, optimizers, parameters
+from memplan.models import blueprint, fold, masks, optimizers, parameters, unlike
 from memplan.models.build import Builder, Model
 from memplan.models.checkpoint import checkpoint
 from memplan.models.chunked_loss import Output, fused_head, sft_loss
@@ -19,6 +19,7 @@ from memplan.models.decoder import FAMILIES, Context
 from memplan.models.fold import Played
 from memplan.models.liger_loss import liger_loss
 from memplan.models.loss import causal_lm_loss
+from memplan.models.unlike import Standing, standing
 from memplan.recipe import Attention, DTypeName, Loss, Mode, Recipe
 from memplan.shadow import autograd, ops
 from memplan.shadow.tensor import (
@@ -62,26 +63,37 @@ def _written(spec: ModelSpec, recipe: Recipe, card: Card | None, *, folded: bool
 
 
 def written(
-    play: Callable[[Played], Tape], spec: ModelSpec, recipe: Recipe, *, folded: bool, unfolded: bool
+    play: Callable[[Played | Standing], Tape],
+    spec: ModelSpec,
+    recipe: Recipe,
+    *,
+    folded: bool,
+    unfolded: bool,
 ) -> Tape:
     """What ``play`` writes of so many layers that the others follow from them (all of them unless
     ``folded``); ``unfolded``: written out again."""
-    played = layers_to_play(spec, recipe) if folded else fold.all_layers(spec.num_hidden_layers)
+    every = fold.all_layers(spec.num_hidden_layers)
+    played = layers_to_play(spec, recipe) if folded else every
     while True:
         tape = play(played)
-        if played.complete or fold.fold(tape, played):
+        if isinstance(played, Standing) and unfolded and not played.complete:
+            return unlike.unfold(tape, played) or play(every)
+        if played.complete or (unlike if isinstance(played, Standing) else fold).fold(tape, played):
             break
         played = played.longer()
-    if unfolded and not played.complete:
-        tape = fold.unfold(tape, played) or play(fold.all_layers(spec.num_hidden_layers))
+    if unfolded and isinstance(played, Played) and not played.complete:
+        tape = fold.unfold(tape, played) or play(every)
     return tape
 
 
-def layers_to_play(spec: ModelSpec, recipe: Recipe) -> Played:
+def layers_to_play(spec: ModelSpec, recipe: Recipe) -> Played | Standing:
     """The layers that are played of a folded tape."""
+    every = fold.all_layers(spec.num_hidden_layers)
     if router_loss(spec, recipe):  # which goes over all layers again, in the head
-        return fold.all_layers(spec.num_hidden_layers)
-    return fold.layers_to_play(kinds(spec, recipe), first_is_like_others=recipe.mode is Mode.FULL)
+        return every
+    layers = kinds(spec, recipe)
+    played = fold.layers_to_play(layers, first_is_like_others=recipe.mode is Mode.FULL)
+    return standing(layers, _trained(spec, recipe)) if played.complete else played
 
 
 def kinds(spec: ModelSpec, recipe: Recipe) -> list[Any]:
@@ -100,6 +112,12 @@ def kinds(spec: ModelSpec, recipe: Recipe) -> list[Any]:
     ]
 
 
+def _trained(spec: ModelSpec, recipe: Recipe) -> list[bool]:
+    """Whether each layer has anything to train."""
+    adapted = parameters.adapted_by_layer(spec, recipe)
+    return [adapted is None or bool(adapted[index]) for index in range(spec.num_hidden_layers)]
+
+
 def uses_cache(recipe: Recipe) -> bool:
     """Whether training fills a cache of keys and values: checkpointing and TRL's fused head turn it off."""
     return recipe.use_cache and not recipe.gradient_checkpointing and recipe.loss is not Loss.CHUNKED
@@ -112,7 +130,7 @@ def router_loss(spec: ModelSpec, recipe: Recipe) -> bool:
 
 
 def at_rest(
-    spec: ModelSpec, recipe: Recipe, card: Card | None, played: Played
+    spec: ModelSpec, recipe: Recipe, card: Card | None, played: Played | Standing
 ) -> tuple[Model, optimizers.State, list[Tensor]]:
     """Begin a new tape with what is there before a step: the model, its optimizer states, and cuBLAS's
     workspaces."""
@@ -136,13 +154,13 @@ def batch(size: int, length: int) -> list[Tensor]:
         return [empty((size, length), int64, "batch") for _ in range(3)]
 
 
-def _play(spec: ModelSpec, recipe: Recipe, card: Card | None, played: Played) -> Tape:
+def _play(spec: ModelSpec, recipe: Recipe, card: Card | None, played: Played | Standing) -> Tape:
     model, states, _workspaces = at_rest(spec, recipe, card, played)
     tape = state.tape
     ids, attention_mask, labels = batch(recipe.batch_size, recipe.seq_len)
     # every micro-step after the first finds gradients there, so the second shows what all the others do
     for _ in range(min(recipe.gradient_accumulation_steps, 2)):
-        loss = forward(model, ids, attention_mask, labels, played.indices)
+        loss = forward(model, ids, attention_mask, labels, list(played.indices))
         if recipe.gradient_accumulation_steps > 1:
             with category(Category.LOGITS_AND_LOSS):
                 loss = ops.scale(loss, "div")

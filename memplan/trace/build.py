@@ -26,7 +26,7 @@ DTYPES = {
 # Of heads that classify, which no step here has; transformers makes a name for each of ``num_labels``.
 _OF_OTHER_HEADS = ("num_labels", "id2label", "label2id", "problem_type")
 
-# Making a module takes 0.1 ms. DeepSeek-V3's 61 layers of 256 experts are 80,000 where each has modules
+# Making a module takes 0.1 ms. DeepSeek-V3's 61 layers of 256 experts are 80,000 where each expert has some
 # of its own; with fused experts, as here, no model has more than a few thousand.
 _MAX_MODULES = 100_000
 
