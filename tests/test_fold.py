@@ -204,7 +204,7 @@ def test_whoever_stands_for_a_layer_has_its_surroundings(kinds: list[str], begin
 @pytest.mark.parametrize("options", [{}, {"mode": "full"}, {"mode": "lora", "gradient_checkpointing": False}])
 def test_of_layers_that_differ_in_no_order_few_are_played(options: dict[str, object]) -> None:
     order = random.Random(1)
-    spec = differing("qwen2", [order.random() < 0.5 for _ in range(512)])
+    spec = differing("qwen2", [order.random() < 0.5 for _ in range(320)])
     recipe = resolve_recipe(spec, make_recipe(seq_len=130, **options))
     chosen = step.standing(step.kinds(spec, recipe), step._trained(spec, recipe))
     assert len(chosen.indices) < 40
