@@ -55,3 +55,12 @@ class TraceError(MemplanError):
 
 class KernelError(MemplanError):
     """What the kernels of :mod:`memplan.kernels` can't compute, or where they can't run."""
+
+
+def reason(error: Exception) -> str:
+    """Why a file could not be read or written, in the system's words."""
+    if isinstance(error, UnicodeError):
+        return "it is no UTF-8 text"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or "the system does not say why"

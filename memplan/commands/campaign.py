@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memplan.commands.arguments import Parser, add_json
+from memplan.streams import remark
 
 if TYPE_CHECKING:
     from memplan.verify.campaign import Planned
@@ -105,7 +105,7 @@ def _run_all(
             except (Refused, RunDied, TimeIsUp) as error:
                 kind = "refused" if isinstance(error, Refused) else "no result"
                 rows[run.name] |= {"outcome": kind, "why": str(error)}
-                sys.stderr.write(f"memplan: {run.name}: {error}\n")
+                remark(f"{run.name}: {error}")
             else:
                 path = write(measured, folder)
                 rows[run.name] = _row(run, measured) | {"file": path.name}

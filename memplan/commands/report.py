@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from memplan.commands.arguments import Parser, add_json
 from memplan.errors import MemplanError
 from memplan.importers.fields import shown
+from memplan.streams import say
 
 BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
 
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     elif arguments.into is not None:
         _replace(Path(arguments.into), section(pairs))
     else:
-        sys.stdout.write(section(pairs))
+        say(section(pairs))
     return 0
 
 
