@@ -12,8 +12,9 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from memplan import __version__
-from memplan.errors import MemplanError, UnknownName
+from memplan import __version__, streams
+from memplan.errors import MemplanError, UnknownName, reason
+from memplan.importers.fields import shown
 
 COMMANDS = (
     "plan",
@@ -83,24 +84,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     # Collecting cycles while modules load is another part of it (7 %), and a plan ends before it would help.
     gc.set_threshold(100_000)
+    if not streams.ready():  # before anything is planned, trained or saved whose answer nobody would get
+        return _complain(
+            "standard output is closed; where the exit status alone is wanted, send it to /dev/null"
+        )
     try:
-        status = _run(arguments)
-        sys.stdout.flush()
+        return _status(arguments)
+    finally:
+        streams.settle()
+
+
+def _status(arguments: list[str]) -> int:
+    """The exit status. Every way in which a command can end has its own: Python's for an exception is 1,
+    which means "does not fit"."""
+    try:
+        status = _ended(arguments)
+        with streams.writing():
+            sys.stdout.flush()
         return status
     except MemplanError as error:
         return _complain(str(error))
-    except BrokenPipeError:
-        # Whoever read our output has closed it (`| head`). Python would complain once more when it
-        # flushes at exit, so give it another place to flush to (docs.python.org, signal, "Note on SIGPIPE").
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # whoever read our output has closed it (`| head`)
         return STATUS_BROKEN_PIPE
     except OSError as error:
-        return _complain(str(error))
+        where = f"{shown(str(error.filename))}: " if error.filename is not None else ""
+        return _complain(f"{where}{reason(error)}")
     except KeyboardInterrupt:
         return STATUS_INTERRUPTED
-    except Exception as error:  # Python would exit with 1, which means "does not fit"
+    except MemoryError:
+        return _complain("this machine has too little memory to answer that")
+    except RecursionError:
+        return _complain("something in what was read is nested too deeply")
+    except Exception as error:
         if os.environ.get("MEMPLAN_TRACEBACK"):
-            raise
+            import traceback
+
+            streams.aside(traceback.format_exc())
         _complain(
             f"a bug in memplan ({type(error).__name__}: {error}); please report it with the command and what "
             "MEMPLAN_TRACEBACK=1 prints"
@@ -108,16 +127,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return STATUS_BUG
 
 
+def _ended(arguments: list[str]) -> int:
+    try:
+        return _run(arguments)
+    except SystemExit as end:  # argparse after --help; SIGTERM while a child process trains
+        return end.code if isinstance(end.code, int) else 0
+
+
 def _run(arguments: list[str]) -> int:
     if not arguments:
-        sys.stderr.write(HELP)
+        streams.aside(HELP)
         return STATUS_BAD_QUESTION
     first, *rest = arguments
     if first in ("-h", "--help", "help"):
-        sys.stdout.write(HELP)
+        streams.say(HELP)
         return 0
     if first in ("-V", "--version"):
-        sys.stdout.write(f"memplan {__version__}\n")
+        streams.say(f"memplan {__version__}\n")
         return 0
     if first in COMMANDS:
         return _run_command(first, rest)
@@ -149,5 +175,5 @@ def _complain(sentence: str) -> int:
     line = " ".join(sentence.split())
     if len(line) > LONGEST_COMPLAINT:  # it quotes something long that was typed or read
         line = line[: LONGEST_COMPLAINT - 1] + "…"
-    sys.stderr.write(f"memplan: {line}\n")
+    streams.remark(line)
     return STATUS_BAD_QUESTION

@@ -6,6 +6,7 @@ import argparse
 import math
 import re
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from enum import Enum
 from typing import Any, NoReturn
 
@@ -22,6 +23,7 @@ from memplan.recipe import (
     QuantType,
     Recipe,
 )
+from memplan.streams import say
 
 # Fields that say nothing about a mode without adapters, or without a 4-bit base.
 ADAPTER_FIELDS = frozenset(
@@ -63,6 +65,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise the complaint instead of printing usage and exiting."""
         raise UsageError(f"{message} (see {self.prog} --help)")
+
+    def print_help(self, file: Any = None) -> None:
+        """Print the help as an answer is printed; argparse would pass over a full disk."""
+        say(self.format_help())
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -165,11 +171,13 @@ def _add_step(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--batch-size",
         "--per-device-train-batch-size",
-        type=int,
+        type=whole,
         metavar="N",
         help="sequences in one forward pass" + _default("batch_size"),
     )
-    group.add_argument("--seq-len", type=int, metavar="N", help="tokens in a sequence" + _default("seq_len"))
+    group.add_argument(
+        "--seq-len", type=whole, metavar="N", help="tokens in a sequence" + _default("seq_len")
+    )
     group.add_argument(
         "--gradient-checkpointing",
         action=argparse.BooleanOptionalAction,
@@ -209,7 +217,7 @@ def _add_step(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_adapters(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--r", type=int, metavar="N", help="rank" + _default("r"))
+    group.add_argument("--r", type=whole, metavar="N", help="rank" + _default("r"))
     group.add_argument("--lora-alpha", type=float, metavar="X", help="scale (default: 2 r); costs no memory")
     group.add_argument("--lora-dropout", type=float, metavar="P", help="dropout" + _default("lora_dropout"))
     group.add_argument(
@@ -278,7 +286,7 @@ def _add_optimizer(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--gradient-accumulation-steps",
-        type=int,
+        type=whole,
         metavar="N",
         help="forward and backward passes a step" + _default("gradient_accumulation_steps"),
     )
@@ -332,6 +340,16 @@ def _default(field: str) -> str:
     elif isinstance(value, bool):
         value = "on" if value else "off"
     return f" (default: {value})"
+
+
+def whole(text: str) -> int:
+    """A whole number that 64 bits hold: none that is asked for is longer, and arithmetic with floats fails
+    on much longer ones. Raises ArgumentTypeError."""
+    with suppress(ValueError):  # Python refuses to read more than 4300 digits
+        number = int(text)
+        if number.bit_length() < 64:
+            return number
+    raise argparse.ArgumentTypeError(f"it takes a whole number of at most 18 digits, not {text[:60]!r}")
 
 
 def _long_name(text: str) -> str:

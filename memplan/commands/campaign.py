@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from memplan.commands.arguments import Parser, add_json, positive
 from memplan.errors import MemplanError, reason
 from memplan.importers.fields import shown
+from memplan.streams import remark
 
 if TYPE_CHECKING:
     from memplan.verify.campaign import Planned
@@ -100,7 +100,7 @@ def _begin(planned: list[Planned], folder: Path, *, resume: bool) -> tuple[dict[
     """A row for each run, and the runs that are left."""
     from memplan.verify import campaign
 
-    there = campaign.done(folder, _say) if resume else {}
+    there = campaign.done(folder, remark) if resume else {}
     rows = {run.name: _row(run, there[run.key]) if run.key in there else _left(run) for run in planned}
     return rows, [run for run in planned if run.key not in there]
 
@@ -129,10 +129,6 @@ def _to_itself(folder: Path) -> Iterator[None]:
         if made:
             with suppress(OSError):
                 folder.rmdir()
-
-
-def _say(sentence: str) -> None:
-    sys.stderr.write(f"memplan: {sentence}\n")
 
 
 def _run_all(
@@ -166,7 +162,7 @@ def _run_all(
                 kind = "refused" if isinstance(error, Refused) else "no result"
                 why = reason(error) if isinstance(error, OSError) else str(error)
                 rows[run.name] |= {"outcome": kind, "why": why}
-                _say(f"{run.name}: {why}")
+                remark(f"{run.name}: {why}")
             else:
                 path, trouble = keep(measured, folder)
                 rows[run.name] = _row(run, measured)
@@ -174,9 +170,11 @@ def _run_all(
                     rows[run.name]["file"] = path.name
                 else:
                     rows[run.name] |= {"lost": True, "why": trouble}
-                    _say(f"{run.name}: {trouble}")
+                    remark(f"{run.name}: {trouble}")
                     if path is None:
-                        _say(measured.model_copy(update={"tape": None, "tape_step": None}).model_dump_json())
+                        remark(
+                            measured.model_copy(update={"tape": None, "tape_step": None}).model_dump_json()
+                        )
                 seen.append((run.seconds, time.monotonic() - started))
             advance()
 

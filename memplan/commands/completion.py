@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
 
 from memplan.commands.arguments import Parser, completions
+from memplan.streams import say
 
 EXAMPLES = """\
 examples:
@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         print_list("commands", [asdict(command) for command in commands])
     else:
-        sys.stdout.write(_WRITERS[arguments.shell](commands))
+        say(_WRITERS[arguments.shell](commands))
     return 0
 
 

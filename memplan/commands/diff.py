@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TYPE_CHECKING, Any
 
 from memplan.commands.arguments import Parser, UsageError, add_json, add_recipe, recipe_options
+from memplan.streams import say
 
 if TYPE_CHECKING:
     from memplan.tape import Tape
@@ -52,17 +52,16 @@ def run(arguments: argparse.Namespace) -> int:
     a, b = (_tape(name, options) for name in names)
     found = diff(a, b)
     if arguments.json:
-        import json
-
         from memplan import __version__
         from memplan.planner import SCHEMA_VERSION
+        from memplan.report.machine import print_json
 
         head = {"schema_version": SCHEMA_VERSION, "memplan_version": __version__, "tapes": names}
-        sys.stdout.write(json.dumps(head | found.model_dump(mode="json"), indent=2) + "\n")
+        print_json(head | found.model_dump(mode="json"))
     elif arguments.markdown:
         from memplan.report.diff import markdown
 
-        sys.stdout.write(markdown(found, names))
+        say(markdown(found, names))
     else:
         from memplan.report.console import terminal
         from memplan.report.diff import show_diff

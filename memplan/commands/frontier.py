@@ -130,11 +130,14 @@ def _words(text: str) -> list[str]:
 
 
 def _batches(text: str) -> list[int]:
-    numbers = []
+    numbers = set()
     for word in text.split(","):
-        if not word.strip().isdecimal() or not 0 < int(word) <= 1 << 20:
+        digits = word.strip()
+        number = int(digits) if digits.isdecimal() and len(digits) <= 18 else 0
+        if not 0 < number <= 1 << 20:
             raise UsageError(
-                f"--batch-sizes takes whole numbers from 1 on with commas between them, not {word.strip()!r}"
+                f"--batch-sizes takes whole numbers from 1 to {1 << 20} with commas between them, not "
+                f"{digits[:60]!r}"
             )
-        numbers.append(int(word))
-    return sorted(set(numbers))
+        numbers.add(number)
+    return sorted(numbers)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from memplan.commands.arguments import Parser, add_json
 from memplan.errors import MemplanError, reason
 from memplan.importers.fields import shown
+from memplan.streams import remark, say
 
 BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
 
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.folder) if arguments.folder is not None else default_folder()
     if arguments.folder is not None and not folder.is_dir():
         raise MemplanError(f"there is no folder {shown(str(folder))}")
-    files = read_all(folder, _skipped) if folder.is_dir() else ()
+    files = read_all(folder, remark) if folder.is_dir() else ()
     pairs = [(measured, compare(measured)) for _, measured in files]
     if arguments.json:
         from memplan.report.machine import print_list
@@ -62,12 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
     elif arguments.into is not None:
         _replace(Path(arguments.into), section(pairs))
     else:
-        sys.stdout.write(section(pairs))
+        say(section(pairs))
     return 0
-
-
-def _skipped(sentence: str) -> None:
-    sys.stderr.write(f"memplan: {sentence}\n")
 
 
 def _replace(path: Path, text: str) -> None:

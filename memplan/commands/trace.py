@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TYPE_CHECKING, Any
 
 from memplan.commands.arguments import (
@@ -16,6 +15,7 @@ from memplan.commands.arguments import (
     add_tape,
     recipe_options,
 )
+from memplan.streams import remark
 
 if TYPE_CHECKING:
     from memplan.planner import Plan
@@ -68,7 +68,7 @@ def traced(model: str, options: dict[str, Any], gpus: list[str] | None) -> tuple
     recipe = make_recipe(**options)
     found = resolve_config(model)
     for warning in stack.untested(stack.installed(recipe.loss.value)):
-        sys.stderr.write(f"memplan: warning: {warning}\n")
+        remark(f"warning: {warning}")
     with tracing(layers(found.config)) as progress:
         return trace_plan(found, recipe, gpus=gpus, progress=progress)
 

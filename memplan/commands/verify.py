@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +14,10 @@ from memplan.commands.arguments import (
     add_recipe,
     positive,
     recipe_options,
+    whole,
 )
 from memplan.errors import MemplanError
+from memplan.streams import remark, say
 
 if TYPE_CHECKING:
     from memplan.verify.compare import Comparison
@@ -69,7 +70,7 @@ def add_run(group: argparse._ArgumentGroup) -> None:
         "--device", choices=["cuda", "cpu"], default="cuda", help="where to train (default: cuda)"
     )
     group.add_argument(
-        "--layers", type=int, metavar="N", default=None, help="cut the model, and the plan, to N layers"
+        "--layers", type=whole, metavar="N", default=None, help="cut the model, and the plan, to N layers"
     )
     group.add_argument(
         "--weights",
@@ -87,8 +88,10 @@ def add_run(group: argparse._ArgumentGroup) -> None:
         help="who trains: memplan's plain loop, the Hugging Face Trainer, or TRL's SFTTrainer, the last two "
         "with MemoryCallback (default: memplan)",
     )
-    group.add_argument("--steps", type=int, metavar="N", default=3, help="steps, at least 2 (default: 3)")
-    group.add_argument("--seed", type=int, metavar="N", default=0, help="of weights and tokens (default: 0)")
+    group.add_argument("--steps", type=whole, metavar="N", default=3, help="steps, at least 2 (default: 3)")
+    group.add_argument(
+        "--seed", type=whole, metavar="N", default=0, help="of weights and tokens (default: 0)"
+    )
     group.add_argument(
         "--learning-rate",
         type=positive,
@@ -135,7 +138,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("--steps must be at least 2: the first step makes the optimizer's state")
     stack.require(doing="verifying")
     for warning in stack.untested(stack.installed()):
-        sys.stderr.write(f"memplan: warning: {warning}\n")
+        remark(f"warning: {warning}")
     job = make_job(
         arguments.model,
         make_recipe(**recipe_options(arguments)),
@@ -156,7 +159,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.no_save:
         path, trouble = keep(measured, folder)
         if trouble is None:
-            sys.stderr.write(f"memplan: wrote {path}\n")
+            remark(f"wrote {path}")
     found = compare(measured)
     show(measured, found, arguments)
     if trouble is not None:
@@ -191,16 +194,15 @@ def default_folder() -> Path:
 def show(measured: Measurement, found: Comparison, arguments: argparse.Namespace) -> None:
     """Print a comparison in the format asked for."""
     if arguments.json:
-        import json
-
+        from memplan.report.machine import print_json
         from memplan.verify.compare import as_json
 
-        sys.stdout.write(json.dumps(as_json(measured, found), indent=2) + "\n")
+        print_json(as_json(measured, found))
     elif arguments.markdown or arguments.html:
         from memplan.report import verify
 
         text = verify.html if arguments.html else verify.markdown
-        sys.stdout.write(text(measured, found))
+        say(text(measured, found))
     else:
         from memplan.report.console import terminal
         from memplan.report.verify import show_verdict

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from textwrap import wrap
-from typing import Literal
+from typing import IO, Any, Literal, TextIO, cast
 
 from rich.console import Console
 from rich.text import Text
+
+from memplan.streams import visible, writing
 
 HEADING = "bold"
 WARNING = "yellow"
@@ -20,23 +25,76 @@ GAP = "  "
 
 Cell = str | Text
 
+_SIZE = re.compile(r"[1-9]\d{0,3}", re.ASCII)  # columns or lines
+
 
 class _Terminal(Console):
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print texts as they are to be read: without markup, and without what a terminal would obey."""
+        with writing():
+            super().print(*map(_inert, objects), **options)
+
     def on_broken_pipe(self) -> None:
         """Leave a reader that went away to memplan.cli; rich would exit with 1, "does not fit"."""
         raise BrokenPipeError
 
 
+def _inert(shown: Any) -> Any:
+    if isinstance(shown, str):
+        return Text(visible(shown))
+    if isinstance(shown, Text) and not shown.plain.isprintable():
+        shown = shown.copy()
+        shown.plain = visible(shown.plain)  # of equal length, so that styles stay where they are
+    return shown
+
+
 def terminal() -> Console:
     """Standard output: coloured if it is a terminal and NO_COLOR is unset, at most 100 columns wide."""
-    reconfigure = getattr(sys.stdout, "reconfigure", None)
-    if reconfigure is not None:
-        reconfigure(errors="replace")  # ASCII and Latin-1 terminals lack "×" and "█"
     # rich's own reading of NO_COLOR keeps bold and dim; without a colour system there are no codes at all.
     colours: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
-    console = _Terminal(highlight=False, markup=False, emoji=False, color_system=colours)
+    console = _Terminal(
+        highlight=False, markup=False, emoji=False, color_system=colours, _environ=_environment()
+    )
     console.width = min(console.width, WIDEST)
     return console
+
+
+def side_terminal() -> Console:
+    """Standard error, for progress: what can't be shown there is dropped, and nothing else is lost by it."""
+    console = _Terminal(stderr=True, highlight=False, markup=False, emoji=False, _environ=_environment())
+    console.file = cast(IO[str], _Droppable(sys.stderr))
+    return console
+
+
+def _environment() -> dict[str, str]:
+    """The environment without a size of the terminal that is none: rich fails on "²" and on 0 columns."""
+    named = {name: os.environ.get(name, "") for name in ("COLUMNS", "LINES")}
+    none = {name for name, size in named.items() if not _SIZE.fullmatch(size)}
+    return {name: value for name, value in os.environ.items() if name not in none}
+
+
+class _Droppable(io.TextIOBase):
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._stream.encoding
 
 
 def speaks_unicode(console: Console) -> bool:
@@ -57,7 +115,7 @@ def table(
     gives_way: int = 0,
 ) -> None:
     """Print rows in columns; ``alignment`` has < or > a column. One column gives way if it must."""
-    cells = [[cell if isinstance(cell, Text) else Text(cell) for cell in row] for row in rows]
+    cells = [[_inert(cell) for cell in row] for row in rows]
     widths = [max(cell.cell_len for cell in column) for column in zip(*cells, strict=True)]
     widths[0] = max(widths[0], first_width)
     room = console.width - 2 - sum(width + len(GAP) for width in widths) + len(GAP) + widths[gives_way]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
+
+from memplan.streams import say
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -17,13 +19,12 @@ def print_record(record: BaseModel) -> None:
     """A record on its own, with the version that wrote it."""
     from memplan import __version__
 
-    document = {"memplan_version": __version__, **record.model_dump(mode="json")}
-    sys.stdout.write(json.dumps(document, indent=2) + "\n")
+    print_json({"memplan_version": __version__, **record.model_dump(mode="json")})
 
 
 def print_plan(plan: Plan) -> None:
     """A plan as docs/plan.schema.json has it."""
-    sys.stdout.write(plan.model_dump_json(indent=2) + "\n")
+    say(_plain(plan.model_dump_json(indent=2)) + "\n")
 
 
 def print_list(name: str, records: Sequence[dict[str, Any]]) -> None:
@@ -31,5 +32,23 @@ def print_list(name: str, records: Sequence[dict[str, Any]]) -> None:
     from memplan import __version__
     from memplan.planner import SCHEMA_VERSION
 
-    document = {"schema_version": SCHEMA_VERSION, "memplan_version": __version__, name: records}
-    sys.stdout.write(json.dumps(document, indent=2) + "\n")
+    print_json({"schema_version": SCHEMA_VERSION, "memplan_version": __version__, name: records})
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """A document of JSON values."""
+    say(json.dumps(document, indent=2) + "\n")
+
+
+def _plain(text: str) -> str:
+    """JSON of the same value that a terminal does not obey and any encoding can write."""
+    try:
+        text.encode(sys.stdout.encoding)
+    except UnicodeEncodeError:
+        return _escaped(text, str.isascii)
+    lines = text.split("\n")  # which stand between values: those in strings are escaped already
+    return "\n".join(line if line.isprintable() else _escaped(line, str.isprintable) for line in lines)
+
+
+def _escaped(text: str, stays: Callable[[str], bool]) -> str:
+    return "".join(letter if stays(letter) else json.dumps(letter)[1:-1] for letter in text)

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from memplan.report.console import side_terminal
+from memplan.streams import visible
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 @contextmanager
 def points(total: int, *, shown: bool) -> Iterator[Callable[[], None] | None]:
     """A function to call for each point of a table that is done, or None where nobody watches."""
-    console = Console(stderr=True, highlight=False)
+    console = side_terminal()
     if not shown or not console.is_terminal:
         yield None
         return
@@ -32,11 +34,11 @@ def points(total: int, *, shown: bool) -> Iterator[Callable[[], None] | None]:
 def tracing(layers: int | None) -> Iterator[Callable[[Phase, int | None], None] | None]:
     """A function to tell phases and layers to, or None where nobody watches. ``layers`` is how many layers
     the model has, if that is known."""
-    console = Console(stderr=True, highlight=False)
+    console = side_terminal()
     if not console.is_terminal:
         yield None
         return
-    columns = (TextColumn("{task.description:24}"), BarColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description:24}", markup=False), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("building the model", total=None)
         seen: tuple[str, int | None] = ("", None)
@@ -60,17 +62,17 @@ def tracing(layers: int | None) -> Iterator[Callable[[Phase, int | None], None] 
 @contextmanager
 def training(steps: int) -> Iterator[Callable[[str, Any], None] | None]:
     """A function to tell what a training process says, or None where nobody watches."""
-    console = Console(stderr=True, highlight=False)
+    console = side_terminal()
     if not console.is_terminal:
         yield None
         return
-    columns = (TextColumn("{task.description:32}"), BarColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description:32}", markup=False), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("starting", total=steps)
 
         def tell(kind: str, value: Any) -> None:
             if kind == "state":
-                bar.update(task, description=str(value))
+                bar.update(task, description=visible(str(value)))
             elif kind == "step":
                 bar.update(task, completed=int(value["number"]))
 
@@ -82,7 +84,7 @@ def campaigning(
     runs: int,
 ) -> Iterator[tuple[Callable[[str, Any], None], Callable[[str], None], Callable[[], None]]]:
     """Three functions: what a training process says, which run begins, and that it ended."""
-    console = Console(stderr=True, highlight=False)
+    console = side_terminal()
     if not console.is_terminal:
         yield (lambda kind, value: None), (lambda name: None), (lambda: None)
         return
@@ -90,7 +92,7 @@ def campaigning(
         TextColumn("{task.completed}/{task.total}"),
         BarColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
     )
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=runs)
@@ -98,11 +100,11 @@ def campaigning(
 
         def tell(kind: str, value: Any) -> None:
             if kind == "state":
-                bar.update(task, description=f"{running}: {value}")
+                bar.update(task, description=visible(f"{running}: {value}"))
 
         def begin(name: str) -> None:
             nonlocal running
             running = name
-            bar.update(task, description=name)
+            bar.update(task, description=visible(name))
 
         yield tell, begin, lambda: bar.advance(task)
