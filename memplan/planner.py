@@ -81,7 +81,7 @@ class PeakInfo(_Record):
     layer: int | None
     by_category: CategoryBytes
 
-    _count: Callable[[], int] | None = PrivateAttr(default=None)
+    _count: Callable[[], int] | int | None = PrivateAttr(default=None)
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -92,7 +92,7 @@ class PeakInfo(_Record):
             raise MemplanError(
                 "the peak of a plan that was read from JSON is not simulated: call plan() again"
             )
-        return self._count()
+        return self._count() if callable(self._count) else self._count
 
     @model_validator(mode="wrap")
     @classmethod
@@ -104,7 +104,7 @@ class PeakInfo(_Record):
             counted = data.pop("allocated_bytes", None)
         result: PeakInfo = handler(data)
         if counted is not None:
-            result._count = lambda: int(counted)
+            result._count = int(counted)
         return result
 
 

@@ -246,11 +246,10 @@ def test_examples_of_the_help_are_understood() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help(memplan: Run, command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        memplan(command, "--help")
-    assert exit_.value.code == 0
-    assert "--json" in capsys.readouterr().out
+def test_every_command_has_help(memplan: Run, command: str) -> None:
+    shown = memplan(command, "--help")
+    assert (shown.status, shown.err) == (0, "")
+    assert "--json" in shown.out
 
 
 def test_version(memplan: Run) -> None:
@@ -291,7 +290,7 @@ BAD_QUESTIONS = {
     "dropout NaN": (["llama-70b", "--lora-dropout", "nan"], "lora_dropout"),
     "clipping at infinity": (["llama-70b", "--max-grad-norm", "inf"], "max_grad_norm"),
     "batch 0": (["llama-70b", "--batch-size", "0"], "batch_size"),
-    "batch huge": (["llama-70b", "--batch-size", "9" * 30], "batch_size"),
+    "batch huge": (["llama-70b", "--batch-size", "9" * 30], "at most 18 digits"),
     "batch too long to be a number": (["llama-70b", "--batch-size", "9" * 5000], "batch"),
     "batch fraction": (["llama-70b", "--batch-size", "1.5"], "1.5"),
     "too many tokens": (["llama-70b", "--batch-size", "1048576", "--seq-len", "16777216"], "tokens"),

@@ -99,7 +99,8 @@ def test_the_70b_on_an_a6000() -> None:
     assert with_upcasts.note is not None
     assert with_upcasts.note.startswith("out of memory in the first step's forward")
     (without,) = plan("llama-70b", Recipe(mode="qlora", r=8, kbit_prep=False), gpus=["a6000"]).fits
-    assert without.verdict == "tight"  # it leaves less than 2 % of what it reserves
+    assert without.verdict == "fits"
+    assert 0.02 * without.reserved_bytes < without.headroom_bytes < 0.03 * without.reserved_bytes
     (large,) = plan("llama-70b", Recipe(mode="qlora", r=8), gpus=["h100"]).fits
     assert large.verdict == "fits"
 
@@ -111,7 +112,8 @@ def test_settings_of_the_allocator_are_part_of_the_run() -> None:
         Recipe(mode="full", optimizer="adamw_torch", alloc_conf="expandable_segments:True"),
         gpus=["a6000"],
     )
-    assert usual.peak == expandable.peak
+    assert usual.peak.by_category == expandable.peak.by_category
+    assert expandable.peak.allocated_bytes == expandable.peak.tensor_bytes  # every rest is split off
     assert expandable.allocator.reserved_bytes < usual.allocator.reserved_bytes
     assert expandable.allocator.settings == "expandable_segments:True"
     with pytest.raises(MemplanError, match="allocator setting"):

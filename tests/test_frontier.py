@@ -242,7 +242,7 @@ def test_maximize(memplan: Run) -> None:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (("frontier", "llama-8b", "--gpu", "4090", "--batch-sizes", "0"), "whole numbers from 1 on"),
+        (("frontier", "llama-8b", "--gpu", "4090", "--batch-sizes", "0"), "whole numbers from 1 to 1048576"),
         (("frontier", "llama-8b", "--gpu", "4090", "--batch-sizes", "1,x"), "not 'x'"),
         (("frontier", "llama-8b", "--gpu", "4090", "--batch-sizes", "²"), "not '²'"),
         (("frontier", "llama-8b", "--gpu", "4090", "--batch-sizes", ""), "not ''"),

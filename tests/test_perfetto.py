@@ -58,7 +58,7 @@ def test_every_event_has_what_the_format_asks_for(tape: Tape) -> None:
 def test_time_goes_forward(tape: Tape) -> None:
     times = [event["ts"] for event in events(tape) if event["ph"] != "M"]
     assert times == sorted(times)
-    assert [event["ts"] for event in events(tape, "C") if event["name"] == "allocated"] == [
+    assert [event["ts"] for event in events(tape, "C") if event["name"] == "tensors"] == [
         *range(len(tape.events))
     ]
 
@@ -86,9 +86,9 @@ def test_counters_are_the_live_bytes(tape: Tape) -> None:
     last: dict[str, int] = defaultdict(int)
     for event in events(tape, "C"):
         last[event["name"]] = event["args"]["bytes"]
-        if event["name"] == "allocated":
+        if event["name"] == "tensors":
             assert event["args"]["bytes"] == live[event["ts"]]
-            assert sum(size for name, size in last.items() if name != "allocated") == live[event["ts"]]
+            assert sum(size for name, size in last.items() if name != "tensors") == live[event["ts"]]
     assert len(last) <= len(Category) + 1
 
 
