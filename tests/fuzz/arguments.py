@@ -66,8 +66,9 @@ ODD = tuple(text for text in TEXTS if "\0" not in text and "\ud800" not in text)
 
 @cache
 def actions(command: str) -> list[Action]:
-    """The arguments of a command."""
-    return [a for a in import_module(f"memplan.commands.{command}").parser()._actions if a.dest != "trace"]
+    """The arguments of a command, without those that run torch or say themselves that they take long."""
+    parser = import_module(f"memplan.commands.{command}").parser()
+    return [action for action in parser._actions if action.dest not in ("trace", "exact")]
 
 
 def make(random: Random) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def make(random: Random) -> Any:
         document = _renamed(random, document)
     document = often(random, document, 2)
     if random.random() < 0.15 and isinstance(document, dict):
-        document = document | {"tape": base64.b64encode(tapes.make(random)).decode()}
+        document = document | {"tape": base64.b64encode(encoded(tapes.make(random))).decode()}
     return flipped(random, encoded(document)) if random.random() < 0.1 else document
 
 
