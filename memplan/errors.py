@@ -37,7 +37,13 @@ def reason(error: BaseException) -> str:
 def first_complaint(error: Any) -> tuple[str, str]:
     """Of pydantic's ValidationError the place of the first fault, and what is wrong there, in words."""
     first = error.errors(include_url=False, include_context=False)[0]
-    return ".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")
+    place = ".".join(str(part) for part in first["loc"])  # keys of a stranger's file among them
+    return printable(place), printable(first["msg"].removeprefix("Value error, "))
+
+
+def printable(text: str) -> str:
+    """A text without characters that a terminal would obey, for sentences that quote a stranger's file."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 class UnknownName(MemplanError):

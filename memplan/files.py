@@ -4,29 +4,41 @@ from __future__ import annotations
 
 import gzip
 import os
+import re
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from errno import EISDIR
 from pathlib import Path
 
-from memplan.errors import MemplanError
+from memplan.errors import MemplanError, reason
 from memplan.importers.fields import shown
+
+# Names of streams that a process has open: they are written on with, wherever they lead.
+_STREAM = re.compile(r"/dev/(stdout|stderr)|/(?:dev|proc/self)/fd/(\d+)")
+_NAMED = {"stdout": 1, "stderr": 2}
 
 
 def write_whole(path: str | Path, content: bytes, what: str) -> None:
     """Write a file beside its place first, then in its place; a device or a pipe is written to as it is.
 
-    Raises MemplanError, which calls the file ``what``.
+    A file that is replaced keeps its permissions. Raises MemplanError, which calls the file ``what``.
     """
     try:
         target = Path(path)
-        if target.exists() and not target.is_file() and not target.is_dir():
+        stream = _STREAM.fullmatch(str(target))
+        if stream is not None:  # also where it leads to a file, which others write to
+            with open(os.dup(_NAMED.get(stream[1]) or int(stream[2])), "wb") as file:  # noqa: PTH123
+                file.write(content)
+        elif target.is_dir():
+            raise IsADirectoryError(EISDIR, "it is a folder")
+        elif target.exists() and not target.is_file():
             target.write_bytes(content)
         else:
             _replace(target.resolve(), content)  # a link stays one, and what it leads to is replaced
     except (OSError, ValueError, RuntimeError) as error:
-        why = getattr(error, "strerror", None) or type(error).__name__
-        raise MemplanError(f"{what} can't be written to {shown(str(path))}: {why}") from None
+        raise MemplanError(f"{what} can't be written to {shown(str(path))}: {reason(error)}") from None
 
 
 def zipped(path: str | Path, content: bytes) -> bytes:
@@ -55,4 +67,6 @@ def beside(folder: Path, prefix: str, content: bytes) -> Iterator[Path]:
 
 def _replace(path: Path, content: bytes) -> None:
     with beside(path.parent, f".{path.name[:100]}.", content) as file:
+        if path.exists():
+            file.chmod(stat.S_IMODE(path.stat().st_mode))
         file.replace(path)

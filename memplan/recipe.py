@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from memplan.errors import RecipeError, UnknownName
+from memplan.errors import RecipeError, UnknownName, printable
 
 
 class Mode(str, Enum):
@@ -251,6 +251,6 @@ def _sentence(error: ValidationError) -> str:
     from memplan.importers.fields import shown
 
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"][:1])
+    where = printable(".".join(str(part) for part in first["loc"][:1]))
     message = first["msg"].removeprefix("Value error, ")
     return f"{where}: {message}, got {shown(first['input'])}" if where else message

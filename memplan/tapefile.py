@@ -25,6 +25,7 @@ VERSION = 1
 
 _MAX_BYTES = 64 << 20  # unpacked; the tape of 126 layers is 20 MiB
 _MAX_EVENTS = 1 << 22  # with every repetition; that tape has 110,000, and readers go through all of them
+_MAX_REPEAT = 1024  # a segment is repeated for layers, of which no model has so many
 _MAX_SIZE = 1 << 62  # bytes; what a 64-bit number holds, far above any card
 
 
@@ -191,7 +192,7 @@ def _segment(row: Any) -> Segment:
     _check(layer is None or type(layer) is int, "a segment's layer is no number")
     _check(all(type(value) is int for value in (start, stop, repeat, *marks)), "a segment has no numbers")
     _check(start <= stop and repeat >= 1 and direction in (1, -1), "a segment is turned around")
-    _check(repeat <= _MAX_EVENTS, f"a segment is repeated more than {_MAX_EVENTS:,} times")
+    _check(repeat <= _MAX_REPEAT, f"a segment is repeated more than {_MAX_REPEAT:,} times")
     return Segment(Phase(phase), name, layer, start, stop, repeat, tuple(marks), direction)
 
 

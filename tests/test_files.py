@@ -10,6 +10,7 @@ import pytest
 
 from memplan.errors import MemplanError
 from memplan.files import write_whole
+from memplan.report.markdown import row
 
 
 def test_a_file_is_replaced_with_the_usual_rights(tmp_path: Path) -> None:
@@ -63,3 +64,28 @@ def test_a_loop_of_links_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "b").symlink_to(tmp_path / "a")
     with pytest.raises(MemplanError, match="can't be written"):
         write_whole(tmp_path / "a", b"", "the thing")
+
+
+def test_a_file_that_is_replaced_keeps_its_permissions(tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    path.write_bytes(b"old")
+    path.chmod(0o600)
+    write_whole(path, b"new", "the thing")
+    assert (path.read_bytes(), stat.S_IMODE(path.stat().st_mode)) == (b"new", 0o600)
+
+
+def test_a_stream_is_written_on_with_where_it_leads_to_a_file(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_bytes(b"before ")
+    with log.open("ab") as file:
+        write_whole(f"/dev/fd/{file.fileno()}", b"after", "the thing")
+    assert log.read_bytes() == b"before after"
+
+
+def test_what_strangers_wrote_makes_no_markdown() -> None:
+    line = row(["a\n# title", "x|y", "<script>", "<!-- /measured -->", "`code`", "\x1b[2J"])
+    assert "\n" not in line
+    assert "\x1b" not in line
+    assert "<" not in line
+    assert line.count("|") == 8  # seven of the table, and one that is escaped
+    assert "x\\|y" in line

@@ -138,10 +138,16 @@ BAD = {
     "no segments": (changed(segments=[]), "segments"),
     "repeated for ever": (
         changed(segments=[["setup", "", None, 0, 3, 10**15, [], 1]], deltas=[1024, 512, -512]),
-        "repeated more than 4,194,304 times",
+        "repeated more than 1,024 times",
     ),
     "repeated by many": (
-        changed(segments=[["setup", "", None, 0, 3, 1 << 21, [], 1]], deltas=[1024, 512, -512]),
+        changed(
+            **{name: [0] * 3000 for name in ("categories", "operations", "modules")},
+            sizes=[512] * 3000,
+            events=[event for index in range(3000) for event in (index, ~index)],
+            deltas=[512, -512] * 3000,
+            segments=[["setup", "", None, 0, 6000, 1024, [], 1]],
+        ),
         "more than 4,194,304 events",
     ),
     "no such sizes": (changed(sizes=[1024, 512 << 70]), "beyond any card"),

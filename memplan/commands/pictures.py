@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import TYPE_CHECKING, Any
 
 from memplan.commands.arguments import UsageError
@@ -24,7 +25,8 @@ def check(arguments: argparse.Namespace) -> None:
     if arguments.timeline and arguments.json:
         raise UsageError("--timeline draws and --json prints data: ask for one, or for --html beside --json")
     named = [getattr(arguments, name) for name in _FILES if getattr(arguments, name) is not None]
-    twice = next((path for path in named if named.count(path) > 1), None)
+    places = [os.path.realpath(path) for path in named]
+    twice = next((path for path, place in zip(named, places, strict=True) if places.count(place) > 1), None)
     if twice is not None:
         raise UsageError(f"two files can't both be written to {twice!r}")
 

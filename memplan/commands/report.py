@@ -7,6 +7,7 @@ from pathlib import Path
 
 from memplan.commands.arguments import Parser, add_json
 from memplan.errors import MemplanError, reason
+from memplan.files import write_whole
 from memplan.importers.fields import shown
 from memplan.streams import remark, say
 
@@ -76,10 +77,4 @@ def _replace(path: Path, text: str) -> None:
     _, end, tail = rest.partition(END)
     if not begin or not end:
         raise MemplanError(f"{where} has no place for it: write {BEGIN} and {END} where it belongs")
-    beside = path.with_name(f".{path.name}.part")
-    try:
-        beside.write_text(f"{head}{BEGIN}\n{text}{END}{tail}", encoding="utf-8")
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise MemplanError(f"{where} can't be written: {error.strerror}") from None
+    write_whole(path, f"{head}{BEGIN}\n{text}{END}{tail}".encode(), "the page")

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from memplan.report.console import QUIET, Cell, heading, note, table
+from memplan.report.markdown import quoted
+from memplan.report.markdown import row as markdown_row
 from memplan.report.units import gib
 
 if TYPE_CHECKING:
@@ -82,7 +84,7 @@ def section(pairs: Pairs) -> str:
     if not cards:
         parts.append(WAITING + "\n")
     for name, members in sorted(cards.items()):
-        parts += [f"### {name}\n", *_device(members)]
+        parts += [f"### {quoted(name)}\n", *_device(members)]
     if hosts:
         parts += ["## Trained on a CPU (*measured, CPU storages*)\n", HOST + "\n", *_device(hosts)]
     return "\n".join(parts)
@@ -90,10 +92,10 @@ def section(pairs: Pairs) -> str:
 
 def _device(members: Pairs) -> Iterator[str]:
     first = members[0][0]
-    versions = ", ".join(f"{name} {number}" for name, number in first.libraries.items())
-    days = sorted({measured.date.partition("T")[0] for measured, _ in members})
+    versions = ", ".join(quoted(f"{name} {number}") for name, number in first.libraries.items())
+    days = sorted({quoted(measured.date.partition("T")[0]) for measured, _ in members})
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
-    driver = f", driver {first.device.driver}" if first.device.driver else ""
+    driver = f", driver {quoted(first.device.driver)}" if first.device.driver else ""
     runs = f"{len(members)} runs" if len(members) > 1 else "1 run"
     yield f"{runs}, {when}{driver}; the first with {versions}.\n"
     errors = [abs(found.allocated.percent) for _, found in members if found.allocated.percent is not None]
@@ -167,9 +169,5 @@ def _percent(percent: float | None) -> str:
 
 
 def _table(head: Sequence[str], alignment: str, rows: Sequence[Sequence[str]]) -> str:
-    lines = [_markdown(head), _markdown(["---" if side == "<" else "---:" for side in alignment])]
-    return "\n".join([*lines, *(_markdown(row) for row in rows)]) + "\n"
-
-
-def _markdown(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    lines = [markdown_row(head), markdown_row(["---" if side == "<" else "---:" for side in alignment])]
+    return "\n".join([*lines, *(markdown_row(cells) for cells in rows)]) + "\n"

@@ -89,8 +89,8 @@ def check(value: dict[str, Any]) -> None:
             advice = advise(path, recipe, "a6000")
             holds(bool(advice.model_dump_json()), "no advice")
             for change in advice.changes:
-                needed = change.needed_bytes or change.allocated_bytes  # none is said where nothing would fit
-                holds(needed >= change.allocated_bytes > 0, "bytes that are not positive", change)
+                needed = change.needed_bytes or change.tensor_bytes  # none is said where nothing would fit
+                holds(needed >= change.tensor_bytes > 0, "bytes that are not positive", change)
         case "largest":
             spec = resolve(path).spec
             most = largest(spec, recipe, card, "seq_len", recipe.batch_size)

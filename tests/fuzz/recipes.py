@@ -18,6 +18,7 @@ from .sense import sound_plan
 SHARE = 0.2
 
 VALUES: dict[str, tuple[Any, ...]] = {
+    "device_map": ["auto", None],
     "r": (1, 8, 64, 128, 1000),
     "lora_alpha": (1, 16.0),
     "lora_dropout": (0, 0.05, 0.5),

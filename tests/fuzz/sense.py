@@ -26,7 +26,7 @@ def holds(fact: bool, otherwise: str, detail: object = "") -> None:
 
 def sound_plan(plan: Plan, *, cards: bool = False) -> None:
     """Bytes add up, verdicts agree; with ``cards``, what fits on a card fits on every larger one."""
-    peak = plan.peak.allocated_bytes
+    peak = plan.peak.tensor_bytes
     parts = plan.peak.by_category.model_dump()
     holds(peak > 0 and min(parts.values()) >= 0, "bytes that are not positive", parts)
     holds(sum(parts.values()) == peak, "categories don't add up to the peak", parts)
