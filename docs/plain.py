@@ -23,7 +23,7 @@ within 8 KiB allocated, {reserved} equal to the byte reserved.
 | --- | --- | --- | ---: | ---: | ---: | ---: |
 {rows}
 What is left: the plan's step has a few scalars less than the Trainer's (its token count, the sum of its
-losses: 2,560 bytes), batches that wait to be accumulated (the Trainer has all of them on the card; 12
+losses: 2,560 bytes), batches that wait to be accumulated (the Trainer has all of them on the card; 24
 bytes a token and more), and where a third step differs from the second, blocks that lie elsewhere
 (`steps` in `data/plain.json`).
 """

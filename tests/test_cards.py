@@ -62,3 +62,13 @@ def test_before_ampere_predicted_is_traced(dtype: str, grouped: bool) -> None:
     traced = replay(trace(shape, recipe, compute_capability=(7, 5)))
     assert predicted.allocated_bytes == traced.allocated_bytes
     assert (predicted.phase, predicted.operation) == (traced.phase, traced.operation)
+
+
+@pytest.mark.parametrize(
+    ("model", "seq_len", "gpu"), [("phi-3-mini-4k", 4096, "t4"), ("mistral-7b-v0.1", 6144, "v100-32")]
+)
+def test_before_ampere_no_window_is_efficient_in_bfloat16(model: str, seq_len: int, gpu: str) -> None:
+    from memplan import plan
+
+    recipe = make_recipe(mode="lora", gradient_checkpointing=True, seq_len=seq_len)
+    assert plan(model, recipe, gpus=[gpu]).fits[0].verdict == "does not fit"

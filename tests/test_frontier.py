@@ -267,3 +267,12 @@ def test_bad_questions(memplan: Run, arguments: tuple[str, ...], complaint: str)
 def test_flash_attn_can_not_be_asked_of_an_older_card() -> None:
     with pytest.raises(MemplanError, match="Tesla T4 can't"):
         peaks("llama-3.2-1b", "t4", mode="lora", attn="flash_attention_2")
+
+
+def test_up_to_n_means_those_below_n_as_well() -> None:
+    from memplan.frontier import _below
+
+    assert _below(1) == []
+    assert _below(3) == [2, 1]
+    assert {1189, 1186, 893} <= set(_below(1190))
+    assert max(_below(1190)) == 1189
