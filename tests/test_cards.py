@@ -68,7 +68,5 @@ def test_before_ampere_predicted_is_traced(dtype: str, grouped: bool) -> None:
     ("model", "seq_len", "gpu"), [("phi-3-mini-4k", 4096, "t4"), ("mistral-7b-v0.1", 6144, "v100-32")]
 )
 def test_before_ampere_no_window_is_efficient_in_bfloat16(model: str, seq_len: int, gpu: str) -> None:
-    from memplan import plan
-
-    recipe = make_recipe(mode="lora", gradient_checkpointing=True, seq_len=seq_len)
+    recipe = Recipe(mode="lora", gradient_checkpointing=True, seq_len=seq_len)
     assert plan(model, recipe, gpus=[gpu]).fits[0].verdict == "does not fit"
