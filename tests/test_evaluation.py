@@ -110,7 +110,7 @@ def test_a_plan_warns_where_evaluating_takes_more_than_training():
     assert found.peak.tensor_bytes < 5.7e9
     assert found.evaluation.tensor_bytes == 22_797_610_496
     assert evaluating(found) == (
-        "Evaluating with the Trainer's default batch of 8 takes 21.23 GiB allocated, more than a training "
+        "Evaluating with the Trainer's default batch of 8 takes at least 21.23 GiB, more than a training "
         "step: set per_device_eval_batch_size=1 (4.00 GiB)."
     )
 

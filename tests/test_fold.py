@@ -211,7 +211,7 @@ def test_of_layers_that_differ_in_no_order_few_are_played(options: dict[str, obj
     assert unlike.unfold(step._play(spec, recipe, None, chosen), chosen) is not None
     tape = write_tape(spec, recipe)
     assert len({(segment.start, segment.stop) for segment in tape.segments}) < 1000
-    assert max(segment.layer or 0 for segment in tape.segments) == 511
+    assert max(segment.layer or 0 for segment in tape.segments) == 319
 
 
 def test_the_number_of_layers_is_charged() -> None:
