@@ -265,6 +265,29 @@ def test_report_replaces_what_is_between_its_marks(tmp_path: Path, memplan: Call
     assert page.read_text(encoding="utf-8") == "nothing"
 
 
+def test_report_writes_to_no_other_file(tmp_path: Path, memplan: Callable[..., Printed]) -> None:
+    """Not through a link that somebody has put where a temporary file may be, nor in a link's place."""
+    victim, page, link = tmp_path / "victim", tmp_path / "real.md", tmp_path / "page.md"
+    victim.write_text("precious", encoding="utf-8")
+    page.write_bytes(b"before\r\n<!-- measured --><!-- /measured -->\r\nafter\r\n")
+    page.chmod(0o600)
+    link.symlink_to(page)
+    planted = [tmp_path / ".page.md.part", tmp_path / ".real.md.part"]
+    for path in planted:
+        path.symlink_to(victim)
+    (tmp_path / "m").mkdir()
+    assert memplan("report", tmp_path / "m", "--into", link).status == 0
+    assert victim.read_text(encoding="utf-8") == "precious"
+    assert link.is_symlink()
+    assert page.stat().st_mode & 0o777 == 0o600
+    text = page.read_bytes()
+    assert text.startswith(b"before\r\n<!-- measured -->\n## Measured on GPUs")
+    assert text.endswith(b"<!-- /measured -->\r\nafter\r\n")
+    assert {path.name for path in tmp_path.iterdir()} == {"victim", "real.md", "page.md", "m"} | {
+        path.name for path in planted
+    }
+
+
 def test_what_is_in_the_repository_can_be_read_and_is_not_of_a_gpu_nobody_had() -> None:
     from memplan.verify.measurement import read_all
 

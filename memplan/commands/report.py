@@ -67,19 +67,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _replace(path: Path, text: str) -> None:
+    from memplan.files import write_whole
+
     where = shown(str(path))
     try:
-        page = path.read_text(encoding="utf-8")
+        page = path.read_bytes().decode("utf-8")  # its line ends stay as they are
     except (OSError, ValueError) as error:
         raise MemplanError(f"{where} can't be read: {reason(error)}") from None
     head, begin, rest = page.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end:
         raise MemplanError(f"{where} has no place for it: write {BEGIN} and {END} where it belongs")
-    beside = path.with_name(f".{path.name}.part")
-    try:
-        beside.write_text(f"{head}{BEGIN}\n{text}{END}{tail}", encoding="utf-8")
-        beside.replace(path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise MemplanError(f"{where} can't be written: {error.strerror}") from None
+    write_whole(path, f"{head}{BEGIN}\n{text}{END}{tail}".encode(), "the page")
