@@ -265,6 +265,46 @@ def test_report_replaces_what_is_between_its_marks(tmp_path: Path, memplan: Call
     assert page.read_text(encoding="utf-8") == "nothing"
 
 
+HOSTILE = "A|B `c` <script>x</script>\n\n# <!-- /measured -->\r| --- |\u2028[a](b) **c** __d__ \x1b[2J"
+
+
+def test_names_stay_text_in_the_report(tmp_path: Path, memplan: Callable[..., Printed]) -> None:
+    """Whatever a file of measurements calls its card, model and libraries, the page has the same lines."""
+    plain = example(excess=1 << 20, run=Run(cap_bytes=1 << 33, cap_name="cap"))
+    hostile = plain.model_copy(
+        update={
+            "date": HOSTILE,
+            "libraries": {HOSTILE: HOSTILE},
+            "device": plain.device.model_copy(update={"name": HOSTILE, "driver": HOSTILE}),
+            "model": plain.model.model_copy(update={"name": HOSTILE}),
+            "run": plain.run.model_copy(update={"cap_name": HOSTILE}),
+        }
+    )
+    pages = []
+    for name, measured in (("plain", plain), ("hostile", hostile)):
+        write(measured, tmp_path / name)
+        page = tmp_path / f"{name}.md"
+        page.write_text("<!-- measured -->\n<!-- /measured -->\nafter\n", encoding="utf-8")
+        for _ in range(2):  # what is between the marks is found again
+            assert memplan("report", tmp_path / name, "--into", page).status == 0
+        pages.append(page.read_text(encoding="utf-8"))
+    assert list(map(shape, pages[1].splitlines())) == list(map(shape, pages[0].splitlines()))
+    assert pages[1].count("<") == pages[1].count("<!-- ") == 2
+    assert "### A\\|B \\`c\\` &lt;script>x&lt;/script>␊␊# &lt;!-- /measured -->" in pages[1]
+    text = markdown(hostile, compare(hostile))
+    assert list(map(shape, text.splitlines())) == list(
+        map(shape, markdown(plain, compare(plain)).splitlines())
+    )
+    assert "<" not in text
+
+
+def shape(line: str) -> tuple[str, int]:
+    """What a line of Markdown is: how it begins, and how many cells it has."""
+    start = re.match(r"#+ |\*\*|\| |<!|", line)
+    assert start is not None
+    return start[0], len(re.findall(r"(?<!\\)\|", line))
+
+
 def test_report_writes_to_no_other_file(tmp_path: Path, memplan: Callable[..., Printed]) -> None:
     """Not through a link that somebody has put where a temporary file may be, nor in a link's place."""
     victim, page, link = tmp_path / "victim", tmp_path / "real.md", tmp_path / "page.md"

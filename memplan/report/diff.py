@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from memplan.report.console import QUIET, Cell, heading, table
+from memplan.report.markdown import markdown_table
 from memplan.report.plan import CATEGORIES
 
 if TYPE_CHECKING:
@@ -34,9 +35,7 @@ def markdown(diff: Diff, names: tuple[str, str]) -> str:
     """The same as Markdown."""
     lines = [f"**{verdict(diff)}**"]
     for title, alignment, (head, *rows) in _parts(diff, names):
-        lines += ["", f"### {title}", "", _row(head)]
-        lines.append(_row(["---" if side == "<" else "---:" for side in alignment]))
-        lines += [_row(row) for row in rows]
+        lines += ["", f"### {title}", "", *markdown_table(head, alignment, rows)]
     return "\n".join(lines) + "\n"
 
 
@@ -48,10 +47,6 @@ def verdict(diff: Diff) -> str:
     if not apart:
         return "Different, at an equal peak."
     return f"Different: B peaks {abs(apart):,} bytes {'above' if apart > 0 else 'below'} A."
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _parts(diff: Diff, names: tuple[str, str]) -> Iterator[tuple[str, str, _Rows]]:
