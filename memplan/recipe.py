@@ -118,7 +118,7 @@ class Recipe(BaseModel):
 
     if not TYPE_CHECKING:  # there, the fields are the signature
 
-        def __init__(self, **options: Any) -> None:
+        def __init__(self, /, **options: Any) -> None:
             try:
                 super().__init__(**options)
             except ValidationError as error:
