@@ -31,9 +31,10 @@ HEAD = """\
 Made by `python docs/generate.py` from the parsers; do not edit.
 
 Exit statuses: 0 the question is answered (for `fit`: it fits), 1 it does not fit (`fit` only), 2 a bad
-question, or an answer that can't be written, with one sentence on standard error. `MODEL` is an alias, a
-Hub id, or a path to a `config.json` or its folder; a folder that is called like a command is written
-`./models`. Output has no colour when it is piped or `NO_COLOR` is set.
+question, with one sentence on standard error. An answer that can't be written, since standard output is
+closed or its disk is full, is 2 as well; a standard error that is closed changes nothing. `MODEL` is an
+alias, a Hub id, or a path to a `config.json` or its folder; a folder that is called like a command is
+written `./models`. Output has no colour when it is piped or `NO_COLOR` is set.
 """
 
 

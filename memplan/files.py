@@ -6,10 +6,10 @@ import gzip
 import os
 import re
 import stat
+import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
-from errno import EISDIR
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from memplan.errors import MemplanError, reason
@@ -21,22 +21,22 @@ _NAMED = {"stdout": 1, "stderr": 2}
 
 
 def write_whole(path: str | Path, content: bytes, what: str) -> None:
-    """Write a file beside its place first, then in its place; a device or a pipe is written to as it is.
+    """Write a file beside its place first, then in its place, with the permissions of the one that was there.
+    A link stays one, and what it leads to is replaced; a device or a pipe is written to as it is, and so is
+    what the shell has opened (``--tape /dev/stdout >> log``): the rest of that file is not ours.
 
     A file that is replaced keeps its permissions. Raises MemplanError, which calls the file ``what``.
     """
     try:
-        target = Path(path)
-        stream = _STREAM.fullmatch(str(target))
-        if stream is not None:  # also where it leads to a file, which others write to
-            with open(os.dup(_NAMED.get(stream[1]) or int(stream[2])), "wb") as file:  # noqa: PTH123
-                file.write(content)
-        elif target.is_dir():
-            raise IsADirectoryError(EISDIR, "it is a folder")
-        elif target.exists() and not target.is_file():
-            target.write_bytes(content)
-        else:
-            _replace(target.resolve(), content)  # a link stays one, and what it leads to is replaced
+        there = _status(path)
+        descriptor = None if there is None else _opened(path, there)
+        if descriptor is not None:
+            _through(descriptor, content)
+        elif there is None or stat.S_ISREG(there.st_mode):
+            _replace(Path(path).resolve(), content, there)
+        else:  # a folder can't be opened so, either
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND), "wb", buffering=0) as file:
+                _all(file.fileno(), content)
     except (OSError, ValueError, RuntimeError) as error:
         raise MemplanError(f"{what} can't be written to {shown(str(path))}: {reason(error)}") from None
 
@@ -47,26 +47,80 @@ def zipped(path: str | Path, content: bytes) -> bytes:
     return gzip.compress(content, mtime=0) if str(path).endswith(".gz") else content
 
 
+def same_twice(paths: list[str]) -> tuple[str, str] | None:
+    """The first two of these names, if any, that are written to one place: ``x``, ``./x``, a link to it."""
+    known: dict[str, str] = {}
+    for path in paths:
+        place = os.path.realpath(path) if "\0" not in path else path
+        if place in known:
+            return known[place], path
+        known[place] = path
+    return None
+
+
 @contextmanager
-def beside(folder: Path, prefix: str, content: bytes) -> Iterator[Path]:
+def beside(folder: Path, prefix: str, content: bytes, former: os.stat_result | None = None) -> Iterator[Path]:
     """A new file of the folder, whole and on the disk, to be given its name; deleted if it still has none
-    at the end."""
+    at the end. It gets owner and permissions of ``former``, which it will replace, or the usual ones.
+
+    Its name can't be foretold, and nothing that has it already is opened, nor a link followed (O_EXCL,
+    O_NOFOLLOW).
+    """
     with tempfile.NamedTemporaryFile(dir=folder, prefix=prefix, delete=False) as file:
         path = Path(file.name)
         try:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-            mask = os.umask(0)
-            os.umask(mask)
-            path.chmod(0o666 & ~mask)  # temporary files are their owner's alone
+            _permit(file.fileno() if os.chmod in os.supports_fd else path, former)
             yield path
         finally:
             path.unlink(missing_ok=True)
 
 
-def _replace(path: Path, content: bytes) -> None:
-    with beside(path.parent, f".{path.name[:100]}.", content) as file:
-        if path.exists():
-            file.chmod(stat.S_IMODE(path.stat().st_mode))
+def _permit(file: int | Path, former: os.stat_result | None) -> None:
+    if former is None:
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(file, 0o666 & ~mask)  # noqa: PTH101 - temporary files are their owner's alone
+        return
+    if hasattr(os, "chown"):
+        with suppress(OSError):  # only root gives files away
+            os.chown(file, former.st_uid, former.st_gid)
+    os.chmod(file, stat.S_IMODE(former.st_mode) & 0o777)  # noqa: PTH101 - a descriptor is no path
+
+
+def _status(path: str | Path) -> os.stat_result | None:
+    try:
+        return Path(path).stat()
+    except FileNotFoundError:
+        return None
+
+
+def _opened(path: str | Path, there: os.stat_result) -> int | None:
+    """The descriptor by which the shell has opened this file for us to write to."""
+    named = re.fullmatch(r"/(?:dev|proc/self)/fd/(\d{1,9})", str(path))
+    for number in (1, 2) if named is None else (int(named[1]),):
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(number), there):
+                return number
+    return None
+
+
+def _through(descriptor: int, content: bytes) -> None:
+    """In the order in which it is printed: what stands in Python's buffers goes first."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+    _all(descriptor, content)
+
+
+def _all(descriptor: int, content: bytes) -> None:
+    left = memoryview(content)
+    while left:
+        left = left[os.write(descriptor, left) :]
+
+
+def _replace(path: Path, content: bytes, former: os.stat_result | None) -> None:
+    with beside(path.parent, f".{path.name[:100]}.", content, former) as file:
         file.replace(path)

@@ -274,6 +274,14 @@ def test_markdown(golden: Callable[[str, str], None]) -> None:
     golden("diff.md", markdown(example(), ("a.json", "plan:llama-8b")))
 
 
+def test_names_stay_text_in_markdown() -> None:
+    hostile = "a|b\n# `c` <script>\u2028</script>"
+    plain, text = (markdown(example(), (name, name)) for name in ("name", hostile))
+    assert len(text.splitlines()) == len(plain.splitlines())
+    name = "a\\|b␊# \\`c\\` &lt;script>\ufffd&lt;/script>"
+    assert f"| tape | {name} | {name} |" in text.splitlines()
+
+
 def test_long_lists_are_cut() -> None:
     a, b = planned(mode="lora"), planned(mode="lora", r=16, lora_dropout=0.1)
     found = diff(a, b)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from memplan.errors import MemplanError
-from memplan.files import write_whole
-from memplan.report.markdown import row
+from memplan.files import same_twice, write_whole
 
 
 def test_a_file_is_replaced_with_the_usual_rights(tmp_path: Path) -> None:
@@ -66,26 +67,79 @@ def test_a_loop_of_links_is_one_sentence(tmp_path: Path) -> None:
         write_whole(tmp_path / "a", b"", "the thing")
 
 
-def test_a_file_that_is_replaced_keeps_its_permissions(tmp_path: Path) -> None:
-    path = tmp_path / "secret"
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o755])
+def test_a_replaced_file_keeps_its_permissions(mode: int, tmp_path: Path) -> None:
+    path, link = tmp_path / "a", tmp_path / "link"
+    path.write_bytes(b"secret")
+    path.chmod(mode)
+    link.symlink_to(path)
+    for name in (path, link):
+        write_whole(name, b"new", "the thing")
+        assert stat.S_IMODE(path.stat().st_mode) == mode
+    assert path.read_bytes() == b"new"
+
+
+def test_what_fails_halfway_leaves_the_old_file_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a"
     path.write_bytes(b"old")
-    path.chmod(0o600)
-    write_whole(path, b"new", "the thing")
-    assert (path.read_bytes(), stat.S_IMODE(path.stat().st_mode)) == (b"new", 0o600)
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(MemplanError, match=r"the thing can't be written to .*: No space left on device$"):
+        write_whole(path, b"new", "the thing")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_stream_is_written_on_with_where_it_leads_to_a_file(tmp_path: Path) -> None:
+def test_temporary_names_are_never_the_same_and_follow_no_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+    real = os.open
+
+    def note(path: str, flags: int, *rest: int, **more: int) -> int:
+        opened.append((Path(path).name, flags))
+        return real(path, flags, *rest, **more)
+
+    monkeypatch.setattr(os, "open", note)
+    for _ in range(8):
+        write_whole(tmp_path / "a", b"", "the thing")
+    assert len({name for name, _ in opened}) == len(opened) == 8
+    assert all(flags & os.O_EXCL and flags & os.O_NOFOLLOW for _, flags in opened)
+
+
+WRITES = """
+import sys
+from memplan.files import write_whole
+sys.stdout.write("before ")
+write_whole(sys.argv[1], b"written ", "the thing")
+sys.stdout.write("after")
+"""
+
+
+@pytest.mark.skipif(not Path("/dev/stdout").exists(), reason="needs /dev")
+@pytest.mark.parametrize(("opened", "kept"), [("ab", b"kept "), ("wb", b"")], ids=["append", "truncate"])
+@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", "log"])
+def test_the_file_that_the_shell_has_opened_is_added_to(
+    opened: str, kept: bytes, name: str, tmp_path: Path
+) -> None:
+    """`--tape /dev/stdout >> log`: neither erased nor written over, and in the order of what is printed."""
     log = tmp_path / "log"
-    log.write_bytes(b"before ")
-    with log.open("ab") as file:
-        write_whole(f"/dev/fd/{file.fileno()}", b"after", "the thing")
-    assert log.read_bytes() == b"before after"
+    log.write_bytes(b"kept ")
+    with log.open(opened) as stdout:
+        subprocess.run(
+            [sys.executable, "-c", WRITES, str(log) if name == "log" else name], stdout=stdout, check=True
+        )
+    assert log.read_bytes() == kept + b"before written after"
 
 
-def test_what_strangers_wrote_makes_no_markdown() -> None:
-    line = row(["a\n# title", "x|y", "<script>", "<!-- /measured -->", "`code`", "\x1b[2J"])
-    assert "\n" not in line
-    assert "\x1b" not in line
-    assert "<" not in line
-    assert line.count("|") == 8  # seven of the table, and one that is escaped
-    assert "x\\|y" in line
+def test_names_of_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("link").symlink_to("x")
+    assert same_twice(["x", "y", "z"]) is None
+    for other in ("x", "./x", "link", str(tmp_path / "x"), "none/../x"):
+        assert same_twice(["y", "x", other]) == ("x", other)

@@ -265,6 +265,69 @@ def test_report_replaces_what_is_between_its_marks(tmp_path: Path, memplan: Call
     assert page.read_text(encoding="utf-8") == "nothing"
 
 
+HOSTILE = "A|B `c` <script>x</script>\n\n# <!-- /measured -->\r| --- |\u2028[a](b) **c** __d__ \x1b[2J"
+
+
+def test_names_stay_text_in_the_report(tmp_path: Path, memplan: Callable[..., Printed]) -> None:
+    """Whatever a file of measurements calls its card, model and libraries, the page has the same lines."""
+    plain = example(excess=1 << 20, run=Run(cap_bytes=1 << 33, cap_name="cap"))
+    hostile = plain.model_copy(
+        update={
+            "date": HOSTILE,
+            "libraries": {HOSTILE: HOSTILE},
+            "device": plain.device.model_copy(update={"name": HOSTILE, "driver": HOSTILE}),
+            "model": plain.model.model_copy(update={"name": HOSTILE}),
+            "run": plain.run.model_copy(update={"cap_name": HOSTILE}),
+        }
+    )
+    pages = []
+    for name, measured in (("plain", plain), ("hostile", hostile)):
+        write(measured, tmp_path / name)
+        page = tmp_path / f"{name}.md"
+        page.write_text("<!-- measured -->\n<!-- /measured -->\nafter\n", encoding="utf-8")
+        for _ in range(2):  # what is between the marks is found again
+            assert memplan("report", tmp_path / name, "--into", page).status == 0
+        pages.append(page.read_text(encoding="utf-8"))
+    assert list(map(shape, pages[1].splitlines())) == list(map(shape, pages[0].splitlines()))
+    assert pages[1].count("<") == pages[1].count("<!-- ") == 2
+    assert "### A\\|B \\`c\\` &lt;script>x&lt;/script>␊␊# &lt;!-- /measured -->" in pages[1]
+    text = markdown(hostile, compare(hostile))
+    assert list(map(shape, text.splitlines())) == list(
+        map(shape, markdown(plain, compare(plain)).splitlines())
+    )
+    assert "<" not in text
+
+
+def shape(line: str) -> tuple[str, int]:
+    """What a line of Markdown is: how it begins, and how many cells it has."""
+    start = re.match(r"#+ |\*\*|\| |<!|", line)
+    assert start is not None
+    return start[0], len(re.findall(r"(?<!\\)\|", line))
+
+
+def test_report_writes_to_no_other_file(tmp_path: Path, memplan: Callable[..., Printed]) -> None:
+    """Not through a link that somebody has put where a temporary file may be, nor in a link's place."""
+    victim, page, link = tmp_path / "victim", tmp_path / "real.md", tmp_path / "page.md"
+    victim.write_text("precious", encoding="utf-8")
+    page.write_bytes(b"before\r\n<!-- measured --><!-- /measured -->\r\nafter\r\n")
+    page.chmod(0o600)
+    link.symlink_to(page)
+    planted = [tmp_path / ".page.md.part", tmp_path / ".real.md.part"]
+    for path in planted:
+        path.symlink_to(victim)
+    (tmp_path / "m").mkdir()
+    assert memplan("report", tmp_path / "m", "--into", link).status == 0
+    assert victim.read_text(encoding="utf-8") == "precious"
+    assert link.is_symlink()
+    assert page.stat().st_mode & 0o777 == 0o600
+    text = page.read_bytes()
+    assert text.startswith(b"before\r\n<!-- measured -->\n## Measured on GPUs")
+    assert text.endswith(b"<!-- /measured -->\r\nafter\r\n")
+    assert {path.name for path in tmp_path.iterdir()} == {"victim", "real.md", "page.md", "m"} | {
+        path.name for path in planted
+    }
+
+
 def test_what_is_in_the_repository_can_be_read_and_is_not_of_a_gpu_nobody_had() -> None:
     from memplan.verify.measurement import read_all
 

@@ -107,6 +107,20 @@ def test_two_pictures_in_one_file_are_refused(memplan: Run, model: Path, tmp_pat
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.parametrize("command", ["plan", "trace"])
+def test_nor_under_two_names_of_one_file(
+    command: str, memplan: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    outcome = memplan(command, model, "--html", "x", "--tape", "./x")
+    assert outcome == (
+        2,
+        "",
+        "memplan: two files can't both be written to './x' and 'x', which are one place\n",
+    )
+    assert not Path("x").exists()
+
+
 @pytest.mark.parametrize("command", [["trace"], ["plan", "--trace"]])
 def test_a_trace_is_drawn_as_well(command: list[str], memplan: Run, model: Path, tmp_path: Path) -> None:
     pytest.importorskip("torch")

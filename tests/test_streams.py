@@ -1,77 +1,194 @@
-"""How commands end where their output can't be written, and what of strangers' text reaches a terminal."""
+"""Standard output and error as strangers hand them over: closed, full, ASCII; and what strangers wrote."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import Outcome
+from small_specs import config
 
-from memplan.streams import visible
+from memplan.streams import lines, visible
 
-FITS = ("fit", "llama-3.2-1b", "--gpu", "h100")
-DOES_NOT = ("fit", "llama-3.3-70b", "--mode", "full", "--gpu", "t4", "--no-advise")
+Run = Callable[..., Outcome]
+
+COMMAND = [sys.executable, "-m", "memplan"]
+ESCAPE = "\x1b[2J\x1b]0;title\x07"
+SHOWN = "\u241b[2J\u241b]0;title"  # rich leaves the bell out before we see it
+
+# Questions with the statuses that they have where the answer can be written.
+QUESTIONS = {
+    "fits": (("fit", "llama-3.2-1b", "--gpu", "h100"), 0),
+    "does not fit": (("fit", "llama-70b", "--mode", "full", "--gpu", "4090"), 1),
+    "plan": (("plan", "llama-3.2-1b"), 0),
+    "cards": (("gpus",), 0),
+    "cards as JSON": (("gpus", "--json"), 0),
+    "bad": (("fit", "llama-3.2-1b", "--gpu", "no such card"), 2),
+}
+CLOSED = "memplan: standard output is closed; "
+FULL = "memplan: the answer can't be written to standard output: "
 
 
-def status(
-    arguments: tuple[str, ...], redirection: str = ">/dev/null", **environment: str
-) -> tuple[int, str]:
-    command = f'"$0" -m memplan "$@" {redirection}'
-    done = subprocess.run(
-        ["sh", "-c", command, sys.executable, *arguments],
-        env={**os.environ, **environment},
-        stderr=subprocess.PIPE,
+def through_shell(arguments: tuple[str, ...], redirections: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["sh", "-c", f'exec "$@" {redirections}', "sh", *COMMAND, *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
         text=True,
         check=False,
     )
-    return done.returncode, done.stderr
 
 
-@pytest.mark.parametrize(("arguments", "answer"), [(FITS, 0), (DOES_NOT, 1), (("gpus",), 0)])
-def test_one_is_said_of_what_does_not_fit_and_of_nothing_else(
-    arguments: tuple[str, ...], answer: int
-) -> None:
-    assert status(arguments)[0] == answer
-    assert status(arguments, ">/dev/null 2>&-")[0] == answer  # what is said beside the answer is no answer
-    assert status(arguments, COLUMNS="0")[0] == answer
-    assert status(arguments, PYTHONIOENCODING="ascii")[0] == answer
-    for closed in (">&-", ">/dev/full", ">&- 2>&-"):
-        assert status(arguments, closed)[0] == 2
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_without_standard_error_all_is_answered_as_with_it(question: str) -> None:
+    arguments, status = QUESTIONS[question]
+    usual, without = (through_shell(arguments, to) for to in ("", "2>&-"))
+    assert usual.returncode == without.returncode == status
+    assert without.stdout == usual.stdout
+    assert bool(usual.stdout) == (status != 2)
+    assert without.stderr == ""
 
 
-def test_a_bad_question_without_an_error_stream_is_still_one() -> None:
-    assert status(("fit", "nosuch"), "2>&-")[0] == 2
+@pytest.mark.parametrize("question", QUESTIONS)
+@pytest.mark.parametrize("redirections", [">&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_where_standard_output_is_closed_nothing_is_answered(question: str, redirections: str) -> None:
+    """Status 1 would be an answer: it does not fit. So would be 0."""
+    process = through_shell(QUESTIONS[question][0], redirections)
+    assert (process.returncode, process.stdout) == (2, "")
+    if "2>" in redirections:
+        assert process.stderr == ""
+    else:
+        assert process.stderr.startswith(CLOSED)
+        assert process.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("option", ["--r", "--seq-len", "--batch-size"])
-def test_a_number_of_400_digits_is_a_bad_question(option: str) -> None:
-    code, said = status(("llama-3.2-1b", option, "9" * 400))
-    assert code == 2
-    assert said.count("\n") == 1
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a full disk to write to")
+@pytest.mark.parametrize("question", [name for name, (_, status) in QUESTIONS.items() if status != 2])
+@pytest.mark.parametrize("redirections", [">/dev/full", ">/dev/full 2>&-", ">/dev/full 2>&1"])
+def test_an_answer_that_cannot_be_written_is_none(question: str, redirections: str) -> None:
+    process = through_shell(QUESTIONS[question][0], redirections)
+    assert (process.returncode, process.stdout) == (2, "")
+    if "2>" in redirections:
+        assert process.stderr == ""
+    else:
+        assert process.stderr.startswith(FULL)
+        assert process.stderr.count("\n") == 1
 
 
-def test_a_name_can_not_command_a_terminal(tmp_path: Path) -> None:
-    code, said = status((str(tmp_path / "\x1b]0;owned\x07"),))
-    assert code == 2
-    assert said.strip().isprintable()
-    assert visible("a\x1b[2Jb\n\u202e") == "a\u241b[2Jb\u240a\ufffd"
+@pytest.mark.parametrize("columns", ["0", "-1", "1", "", "many"])
+def test_a_terminal_of_any_width_is_answered(columns: str) -> None:
+    process = subprocess.run(
+        [*COMMAND, *QUESTIONS["fits"][0]],
+        env=os.environ | {"COLUMNS": columns},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (process.returncode, process.stderr) == (0, "")
+    assert "llama-3.2-1b" in "".join(process.stdout.split())
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_ascii_is_enough(question: str) -> None:
+    arguments, status = QUESTIONS[question]
+    process = subprocess.run(
+        [*COMMAND, *arguments],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        check=False,
+    )
+    assert process.returncode == status
+    assert process.stdout.isascii()
+    assert process.stderr.count(b"\n") == (status == 2)
+
+
+# -- what strangers wrote ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "text",
+    "arguments", [["plan"], ["fit", "--gpu", "h100"], ["compare"], ["plan", "--timeline"]]
+)
+def test_what_a_folder_is_called_does_not_command_the_terminal(
+    arguments: list[str], memplan: Run, tmp_path: Path
+) -> None:
+    folder = tmp_path / f"m{ESCAPE}"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config("llama", 2)), encoding="utf-8")
+    command, *options = arguments
+    outcome = memplan(command, folder, *options)
+    assert outcome.status in (0, 1)
+    assert f"m{SHOWN}" in outcome.out
+    assert not set("\x1b\x07") & set(outcome.out + outcome.err)
+
+
+@pytest.mark.parametrize("arguments", [["plan", ESCAPE], ["plan", "llama-3.2-1b", f"--{ESCAPE}"], [ESCAPE]])
+def test_nor_does_what_a_complaint_quotes(arguments: list[str], memplan: Run) -> None:
+    outcome = memplan(*arguments)
+    assert (outcome.status, outcome.out) == (2, "")
+    assert outcome.err.startswith("memplan: ")
+    assert outcome.err[:-1].isprintable()
+
+
+@pytest.mark.parametrize(
+    ("raw", "sign"),
     [
-        "[" * 5000,
-        "runs: [{name: a, model: llama-3.2-1b, seconds: .inf}]",
-        "runs: [{name: a, model: llama-3.2-1b, recipe: {self: 1}}]",
-        "runs: [{name: a, model: llama-3.2-1b, recipe: {r: 0x" + "f" * 5000 + "}}]",
+        ("a\tb", "a\u2409b"),
+        ("\x1b[31m", "\u241b[31m"),
+        ("\x7f", "\u2421"),
+        ("\x9b", "\ufffd"),  # ESC [ in one character
+        ("a\u202eb", "a\ufffdb"),  # turns the rest of the line around
+        ("\ud800", "\ufffd"),
+        ("×█ é", "×█ é"),
     ],
 )
-def test_a_campaign_that_is_none_is_one_sentence(text: str, tmp_path: Path) -> None:
-    path = tmp_path / "campaign.yaml"
+def test_signs_of_what_is_none(raw: str, sign: str) -> None:
+    assert visible(raw) == sign
+    assert lines(f"{raw}\n{raw}") == f"{sign}\n{sign}"
+
+
+# -- what is too much --------------------------------------------------------------------------------------
+
+
+def test_a_number_of_400_digits_is_one_sentence(memplan: Run) -> None:
+    outcome = memplan("llama-3.2-1b", "--r", "9" * 400)
+    assert (outcome.status, outcome.out) == (2, "")
+    assert outcome.err.startswith("memplan: argument --r: it takes a whole number of at most 18 digits")
+    assert outcome.err.count("\n") == 1
+
+
+CAMPAIGNS = {
+    "nested": ("runs: " + "[" * 5000, "is no campaign: it is nested too deeply"),
+    "endless": (
+        "runs: [{name: a, model: llama-3.2-1b, seconds: .inf}]",
+        "is no campaign: runs.0.seconds: Input should be a finite number",
+    ),
+    "self": (
+        "runs: [{name: a, model: llama-3.2-1b, recipe: {self: 1}}]",
+        "run 'a': self: Extra inputs are not permitted, got 1",
+    ),
+    "options": (
+        "runs: [{name: a, model: llama-3.2-1b, recipe: {options: 1}}]",
+        "run 'a': options: Extra inputs are not permitted, got 1",
+    ),
+    "numbered": (
+        "runs: [{name: a, model: llama-3.2-1b, recipe: {1: 1}}]",
+        "is no campaign: runs.0.recipe.1",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CAMPAIGNS)
+def test_a_campaign_that_is_none_is_one_sentence(kind: str, memplan: Run, tmp_path: Path) -> None:
+    pytest.importorskip("yaml")
+    text, sentence = CAMPAIGNS[kind]
+    path = tmp_path / "plan.yaml"
     path.write_text(text, encoding="utf-8")
-    code, said = status(("campaign", str(path), "--dry-run", "--out", str(tmp_path / "out")))
-    assert code == 2, said
-    assert said.count("\n") == 1
-    assert "bug" not in said
+    outcome = memplan("campaign", path, "--dry-run")
+    assert (outcome.status, outcome.out) == (2, "")
+    assert sentence in outcome.err
+    assert outcome.err.count("\n") == 1

@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from memplan.commands.arguments import UsageError
+from memplan.importers.fields import shown
 
 if TYPE_CHECKING:
     from memplan.planner import Plan
@@ -25,10 +26,15 @@ def check(arguments: argparse.Namespace) -> None:
     if arguments.timeline and arguments.json:
         raise UsageError("--timeline draws and --json prints data: ask for one, or for --html beside --json")
     named = [getattr(arguments, name) for name in _FILES if getattr(arguments, name) is not None]
-    places = [os.path.realpath(path) for path in named]
-    twice = next((path for path, place in zip(named, places, strict=True) if places.count(place) > 1), None)
+    if len(named) < 2:
+        return
+    from memplan.files import same_twice
+
+    twice = same_twice(named)
     if twice is not None:
-        raise UsageError(f"two files can't both be written to {twice!r}")
+        one, other = (shown(name) for name in twice)
+        where = one if one == other else f"{one} and {other}, which are one place"
+        raise UsageError(f"two files can't both be written to {where}")
 
 
 def write(plan: Plan, tape: Tape, arguments: argparse.Namespace, given: dict[str, Any]) -> None:

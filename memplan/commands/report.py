@@ -68,9 +68,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _replace(path: Path, text: str) -> None:
+    from memplan.files import write_whole
+
     where = shown(str(path))
     try:
-        page = path.read_text(encoding="utf-8")
+        page = path.read_bytes().decode("utf-8")  # its line ends stay as they are
     except (OSError, ValueError) as error:
         raise MemplanError(f"{where} can't be read: {reason(error)}") from None
     head, begin, rest = page.partition(BEGIN)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from memplan.report.console import QUIET, Cell, heading, table
-from memplan.report.markdown import row as markdown_row
+from memplan.report.markdown import markdown_table
 from memplan.report.plan import CATEGORIES
 
 if TYPE_CHECKING:
@@ -35,9 +35,7 @@ def markdown(diff: Diff, names: tuple[str, str]) -> str:
     """The same as Markdown."""
     lines = [f"**{verdict(diff)}**"]
     for title, alignment, (head, *rows) in _parts(diff, names):
-        lines += ["", f"### {title}", "", markdown_row(head)]
-        lines.append(markdown_row(["---" if side == "<" else "---:" for side in alignment]))
-        lines += [markdown_row(cells) for cells in rows]
+        lines += ["", f"### {title}", "", *markdown_table(head, alignment, rows)]
     return "\n".join(lines) + "\n"
 
 

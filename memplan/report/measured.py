@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from memplan.report.console import QUIET, Cell, heading, note, table
-from memplan.report.markdown import quoted
-from memplan.report.markdown import row as markdown_row
+from memplan.report.markdown import markdown_table, markdown_text
 from memplan.report.units import gib
 
 if TYPE_CHECKING:
@@ -84,7 +83,7 @@ def section(pairs: Pairs) -> str:
     if not cards:
         parts.append(WAITING + "\n")
     for name, members in sorted(cards.items()):
-        parts += [f"### {quoted(name)}\n", *_device(members)]
+        parts += [f"### {markdown_text(name)}\n", *_device(members)]
     if hosts:
         parts += ["## Trained on a CPU (*measured, CPU storages*)\n", HOST + "\n", *_device(hosts)]
     return "\n".join(parts)
@@ -97,7 +96,7 @@ def _device(members: Pairs) -> Iterator[str]:
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     driver = f", driver {quoted(first.device.driver)}" if first.device.driver else ""
     runs = f"{len(members)} runs" if len(members) > 1 else "1 run"
-    yield f"{runs}, {when}{driver}; the first with {versions}.\n"
+    yield markdown_text(f"{runs}, {when}{driver}; the first with {versions}.") + "\n"
     errors = [abs(found.allocated.percent) for _, found in members if found.allocated.percent is not None]
     if errors:
         yield (
@@ -169,5 +168,4 @@ def _percent(percent: float | None) -> str:
 
 
 def _table(head: Sequence[str], alignment: str, rows: Sequence[Sequence[str]]) -> str:
-    lines = [markdown_row(head), markdown_row(["---" if side == "<" else "---:" for side in alignment])]
-    return "\n".join([*lines, *(markdown_row(cells) for cells in rows)]) + "\n"
+    return "\n".join(markdown_table(head, alignment, rows)) + "\n"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from memplan.report.console import QUIET, Cell, heading, note, paragraph, table
+from memplan.report.markdown import markdown_table, markdown_text
 from memplan.report.plan import CATEGORIES
 from memplan.report.units import gib
 
@@ -43,12 +44,13 @@ def show_verdict(measured: Measurement, comparison: Comparison, console: Console
 
 def markdown(measured: Measurement, comparison: Comparison) -> str:
     """The same as Markdown."""
-    lines = [f"## {comparison.title}", "", ", ".join(about(measured)), "", f"**{verdict(comparison)}**"]
+    title, run, ended = map(
+        markdown_text, (comparison.title, ", ".join(about(measured)), verdict(comparison))
+    )
+    lines = [f"## {title}", "", run, "", f"**{ended}**"]
     for title, alignment, (head, *rows) in _parts(measured, comparison):
-        lines += ["", f"### {title}", "", _row(head)]
-        lines.append(_row(["---" if side == "<" else "---:" for side in alignment]))
-        lines += [_row(row) for row in rows]
-    lines += [line for remark in comparison.remarks for line in ("", f"*{remark}*")]
+        lines += ["", f"### {title}", "", *markdown_table(head, alignment, rows)]
+    lines += [line for remark in comparison.remarks for line in ("", f"*{markdown_text(remark)}*")]
     return "\n".join(lines) + "\n"
 
 
@@ -216,10 +218,6 @@ def _steps(measured: Measurement) -> _Rows:
         seconds = "" if step.seconds is None else f"{step.seconds:.1f}"
         rows.append([str(step.number), loss, f"{step.allocated_bytes:,}", reserved, seconds])
     return rows
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _html_row(cells: Sequence[str], alignment: str, tag: str) -> str:
