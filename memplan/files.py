@@ -15,17 +15,13 @@ from pathlib import Path
 from memplan.errors import MemplanError, reason
 from memplan.importers.fields import shown
 
-# Names of streams that a process has open: they are written on with, wherever they lead.
-_STREAM = re.compile(r"/dev/(stdout|stderr)|/(?:dev|proc/self)/fd/(\d+)")
-_NAMED = {"stdout": 1, "stderr": 2}
-
 
 def write_whole(path: str | Path, content: bytes, what: str) -> None:
     """Write a file beside its place first, then in its place, with the permissions of the one that was there.
     A link stays one, and what it leads to is replaced; a device or a pipe is written to as it is, and so is
     what the shell has opened (``--tape /dev/stdout >> log``): the rest of that file is not ours.
 
-    A file that is replaced keeps its permissions. Raises MemplanError, which calls the file ``what``.
+    Raises MemplanError, which calls the file ``what``.
     """
     try:
         there = _status(path)

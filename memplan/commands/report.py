@@ -7,7 +7,6 @@ from pathlib import Path
 
 from memplan.commands.arguments import Parser, add_json
 from memplan.errors import MemplanError, reason
-from memplan.files import write_whole
 from memplan.importers.fields import shown
 from memplan.streams import remark, say
 

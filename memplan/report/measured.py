@@ -91,10 +91,10 @@ def section(pairs: Pairs) -> str:
 
 def _device(members: Pairs) -> Iterator[str]:
     first = members[0][0]
-    versions = ", ".join(quoted(f"{name} {number}") for name, number in first.libraries.items())
-    days = sorted({quoted(measured.date.partition("T")[0]) for measured, _ in members})
+    versions = ", ".join(f"{name} {number}" for name, number in first.libraries.items())
+    days = sorted({measured.date.partition("T")[0] for measured, _ in members})
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
-    driver = f", driver {quoted(first.device.driver)}" if first.device.driver else ""
+    driver = f", driver {first.device.driver}" if first.device.driver else ""
     runs = f"{len(members)} runs" if len(members) > 1 else "1 run"
     yield markdown_text(f"{runs}, {when}{driver}; the first with {versions}.") + "\n"
     errors = [abs(found.allocated.percent) for _, found in members if found.allocated.percent is not None]
