@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import os
 import re
@@ -14,6 +15,8 @@ from pathlib import Path
 
 from memplan.errors import MemplanError, reason
 from memplan.importers.fields import shown
+
+_MOST_LINKS = 40  # as Linux follows
 
 
 def write_whole(path: str | Path, content: bytes, what: str) -> None:
@@ -81,9 +84,13 @@ def _permit(file: int | Path, former: os.stat_result | None) -> None:
         os.chmod(file, 0o666 & ~mask)  # noqa: PTH101 - temporary files are their owner's alone
         return
     if hasattr(os, "chown"):
-        with suppress(OSError):  # only root gives files away
-            os.chown(file, former.st_uid, former.st_gid)
-    os.chmod(file, stat.S_IMODE(former.st_mode) & 0o777)  # noqa: PTH101 - a descriptor is no path
+        for owner in (former.st_uid, -1):  # only root gives files away, but groups may be ours
+            with suppress(OSError):
+                os.chown(file, owner, former.st_gid)
+    mode = stat.S_IMODE(former.st_mode) & 0o777
+    if os.stat(file).st_gid != former.st_gid:  # noqa: PTH116 - what one group may is not for another
+        mode &= ~stat.S_IRWXG
+    os.chmod(file, mode)  # noqa: PTH101 - a descriptor is no path
 
 
 def _status(path: str | Path) -> os.stat_result | None:
@@ -95,11 +102,24 @@ def _status(path: str | Path) -> os.stat_result | None:
 
 def _opened(path: str | Path, there: os.stat_result) -> int | None:
     """The descriptor by which the shell has opened this file for us to write to."""
-    named = re.fullmatch(r"/(?:dev|proc/self)/fd/(\d{1,9})", str(path))
-    for number in (1, 2) if named is None else (int(named[1]),):
+    named = _descriptor(str(path))
+    for number in (1, 2) if named is None else (named,):
         with suppress(OSError):
             if os.path.samestat(os.fstat(number), there):
                 return number
+    return None
+
+
+def _descriptor(path: str) -> int | None:
+    """The number in ``/dev/fd/3``, and in a link that leads there."""
+    for _ in range(_MOST_LINKS):
+        named = re.fullmatch(r"/(?:dev|proc/self)/fd/(\d{1,9})", path)
+        if named is not None:
+            return int(named[1])
+        try:
+            path = str(Path(path).parent / os.readlink(path))  # noqa: PTH115 - one link at a time
+        except OSError:  # it is none
+            return None
     return None
 
 
@@ -118,5 +138,7 @@ def _all(descriptor: int, content: bytes) -> None:
 
 
 def _replace(path: Path, content: bytes, former: os.stat_result | None) -> None:
-    with beside(path.parent, f".{path.name[:100]}.", content, former) as file:
+    if former is not None and not os.access(path, os.W_OK):  # a rename would pass over that
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    with beside(path.parent, ".memplan.", content, former) as file:  # of a name that is as long as may be
         file.replace(path)

@@ -146,6 +146,13 @@ def _find(model: str | Path) -> ResolvedConfig:
     return _from_hub(text)
 
 
+def read_from(model: str) -> Path | None:
+    """The file that a name of a model is the path of, if it is one."""
+    path = _expanded(model)
+    named = (path / "config.json", *([path] if _looks_like_a_path(model) else []))
+    return next((file for file in named if _kind(file) == "file"), None)
+
+
 def registry() -> tuple[RegistryEntry, ...]:
     """All models with an alias, in the order of the file."""
     return tuple(
@@ -333,8 +340,12 @@ def _from_file(path: Path, hub_id: str | None = None) -> ResolvedConfig:
     hub_id = hub_id or _hub_id_of_snapshot(path)
     absolute = Path(os.path.abspath(path))  # noqa: PTH100 – Path.resolve would follow the cache's links
     name = hub_id or (absolute.parent.name if path.name == "config.json" else path.stem) or path.name
-    name = name.encode(errors="replace").decode()  # a file's name need not be text
-    return ResolvedConfig(config, name, hub_id)
+    return ResolvedConfig(config, _text(name), None if hub_id is None else _text(hub_id))
+
+
+def _text(name: str) -> str:
+    """A file's name, which need not be text, as text."""
+    return name.encode(errors="replace").decode()
 
 
 def _hub_id_of_snapshot(path: Path) -> str | None:

@@ -112,6 +112,49 @@ def test_temporary_names_are_never_the_same_and_follow_no_link(
     assert all(flags & os.O_EXCL and flags & os.O_NOFOLLOW for _, flags in opened)
 
 
+@pytest.mark.parametrize("letter", ["x", "é", "語", "🦙"])
+def test_the_longest_name_is_written(letter: str, tmp_path: Path) -> None:
+    path = tmp_path / (letter * (255 // len(letter.encode())))
+    write_whole(path, b"new", "the thing")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="needs /dev")
+def test_a_link_to_what_the_shell_has_opened_is_added_to(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_bytes(b"old ")
+    with log.open("ab") as opened:
+        (tmp_path / "near").symlink_to(f"/dev/fd/{opened.fileno()}")
+        (tmp_path / "far").symlink_to("near")
+        write_whole(tmp_path / "far", b"new", "the thing")
+    assert log.read_bytes() == b"old new"
+
+
+def test_a_file_that_is_not_to_be_written_to_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # root may do everything
+    with pytest.raises(MemplanError, match="Permission denied"):
+        write_whole(path, b"new", "the thing")
+    assert path.read_bytes() == b"old"
+
+
+def test_what_a_group_may_is_not_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    path.chmod(0o664)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    former = path.stat()
+    another = os.stat_result((*former[:5], former.st_gid + 1, *former[6:]))
+    monkeypatch.setattr(os, "chown", refuse)
+    monkeypatch.setattr("memplan.files._status", lambda path: another)
+    write_whole(path, b"new", "the thing")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o604
+
+
 WRITES = """
 import sys
 from memplan.files import write_whole

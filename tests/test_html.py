@@ -162,6 +162,14 @@ def test_what_configs_say_is_text() -> None:
     assert not any(tag == "img" or any(n.startswith("on") for n in a) for tag, a in elements.tags)
 
 
+def test_what_is_no_sign_is_shown_on_the_page() -> None:
+    """Escape sequences, which `cat` would obey, and marks that turn around the text beside them."""
+    spec = SPECS["llama"](2).model_copy(update={"name": "a\x1b[31m\u202eb\ud800"})
+    text = page(plan(spec, make_recipe()), predicted_tape(spec, make_recipe()))
+    assert "<h1>a\u241b[31m\ufffdb\ufffd</h1>" in text
+    assert all(line.isprintable() for line in text.split("</style>")[1].split("<script>")[0].split("\n"))
+
+
 def test_no_text_becomes_markup_in_the_browser() -> None:
     """page.js puts texts in as text; names from a trace would be code otherwise."""
     script = (ASSETS / "page.js").read_text(encoding="utf-8")

@@ -107,6 +107,18 @@ def test_two_pictures_in_one_file_are_refused(memplan: Run, model: Path, tmp_pat
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.parametrize("asked", ["model", "model/config.json"])
+def test_nor_is_the_model_written_over(
+    asked: str, memplan: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = (model / "config.json").read_bytes()
+    outcome = memplan(asked, "--tape", "./model/./config.json")
+    assert (outcome.status, outcome.out) == (2, "")
+    assert "is the model's configuration, which would be written over" in outcome.err
+    assert (model / "config.json").read_bytes() == before
+
+
 @pytest.mark.parametrize("command", ["plan", "trace"])
 def test_nor_under_two_names_of_one_file(
     command: str, memplan: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -13,7 +13,11 @@ import pytest
 from conftest import Outcome
 from small_specs import config
 
+from memplan.errors import MemplanError
+from memplan.recipe import Recipe
 from memplan.streams import lines, visible
+from memplan.verify.job import cap, make_job
+from memplan.verify.measurement import Run as Verified
 
 Run = Callable[..., Outcome]
 
@@ -159,6 +163,32 @@ def test_a_number_of_400_digits_is_one_sentence(memplan: Run) -> None:
     assert (outcome.status, outcome.out) == (2, "")
     assert outcome.err.startswith("memplan: argument --r: it takes a whole number of at most 18 digits")
     assert outcome.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("size", ["9" * 400, "1048577"])
+def test_a_cap_that_no_card_has_is_one_sentence(size: str) -> None:
+    with pytest.raises(MemplanError, match=r"is more than any card has; give at most 1048576GiB$"):
+        cap(f"{size}GiB")
+    assert cap("1048576GiB") == (1 << 50, "1048576 GiB")
+
+
+@pytest.mark.parametrize("option", ["--weights", "--text"])
+def test_a_name_that_is_no_text_is_one_sentence(option: str) -> None:
+    weights, text = ("\udcff", None) if option == "--weights" else (None, "\udcff")
+    with pytest.raises(MemplanError, match=rf"^{option} is '.udcff', but the name must be UTF-8 text$"):
+        make_job("llama-3.2-1b", Recipe(), Verified(text=text), weights=weights)
+
+
+@pytest.mark.parametrize("kind", [(), ("--json",), ("--html", "/dev/null"), ("--tape", "/dev/null")])
+def test_a_folder_of_the_hubs_cache_need_not_be_text(
+    kind: tuple[str, ...], memplan: Run, tmp_path: Path
+) -> None:
+    folder = tmp_path / "models--\udcff--x" / "snapshots" / "r"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config("llama", 2)), encoding="utf-8")
+    outcome = memplan(folder, *kind)
+    assert (outcome.status, outcome.err) == (0, "")
+    assert "?/x" in outcome.out
 
 
 CAMPAIGNS = {

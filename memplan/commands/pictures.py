@@ -25,10 +25,15 @@ def check(arguments: argparse.Namespace) -> None:
     if arguments.timeline and arguments.json:
         raise UsageError("--timeline draws and --json prints data: ask for one, or for --html beside --json")
     named = [getattr(arguments, name) for name in _FILES if getattr(arguments, name) is not None]
-    if len(named) < 2:
+    if not named:
         return
     from memplan.files import same_twice
+    from memplan.resolve import read_from
 
+    source = read_from(arguments.model)
+    for name in named if source is not None else ():
+        if same_twice([str(source), name]) is not None:
+            raise UsageError(f"{shown(name)} is the model's configuration, which would be written over")
     twice = same_twice(named)
     if twice is not None:
         one, other = (shown(name) for name in twice)

@@ -3,9 +3,9 @@ escaped, and the page forbids itself to load anything."""
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Collection, Iterator, Sequence
-from html import escape
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from memplan.report.plan import (
 )
 from memplan.report.units import count, gib, ratio, share
 from memplan.report.wording import asked_and_default, micro_steps
+from memplan.streams import visible
 from memplan.tape import ALLOCATION_GRANULARITY, Category, Tape
 from memplan.timeline import Held, live_bytes, moments, phases, resident, shown, step_start
 
@@ -51,6 +52,11 @@ STACK = (
 
 _ASSETS = Path(__file__).parent / "assets"
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+
+
+def escape(words: str) -> str:
+    """The words as they are, on one line: nothing in them is HTML, or turns around what stands beside."""
+    return html.escape(visible(words))
 
 
 def page(plan: Plan, tape: Tape, given: Collection[str] = ()) -> str:
@@ -204,7 +210,7 @@ def _peak(plan: Plan) -> str:
     return f"""<section>
 <h2>Peak</h2>
 <div class="peak"><strong>{gib(whole)} GiB</strong>
-<span>allocated ({plan.provenance}), in {escape(moment(peak))}</span></div>
+<span>allocated ({escape(plan.provenance)}), in {escape(moment(peak))}</span></div>
 {_paragraph(libraries and f"{plan.provenance} with {libraries}", "quiet small")}
 {_bar(plan)}
 <div class="tables">

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from html import escape
 from typing import TYPE_CHECKING
 
 from rich.text import Text
 
 from memplan.report.console import QUIET, Cell, heading, note, paragraph, table
+from memplan.report.html import escape
 from memplan.report.markdown import markdown_table, markdown_text
 from memplan.report.plan import CATEGORIES
 from memplan.report.units import gib

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from memplan import stack
 from memplan.card import Card
 from memplan.errors import MemplanError
+from memplan.importers.fields import shown
 from memplan.recipe import Attention, Loss, Recipe
 from memplan.spec import ModelSpec
 from memplan.tape import Tape
@@ -17,6 +18,9 @@ from memplan.verify.measurement import Device, Measurement, Model, Run
 
 if TYPE_CHECKING:
     from memplan.reserved import Reserved
+
+
+_MOST_GIB = 1 << 20  # a PiB
 
 
 class Job(BaseModel):
@@ -47,6 +51,9 @@ def make_job(
     from memplan.models.parameters import resolve_recipe
     from memplan.resolve import resolve_config
 
+    for option, name in (("--weights", weights), ("--text", run.text)):
+        if name is not None and not _is_text(name):  # what a measurement could not hold
+            raise MemplanError(f"{option} is {shown(name)}, but the name must be UTF-8 text")
     found = resolve_config(model)
     config = found.config if layers is None else cut(found.config, layers, found.name)
     what = Model(
@@ -67,6 +74,14 @@ def make_job(
         predicted_bytes=peak_bytes(what, resolved),
         anyway=anyway,
     )
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _runnable(recipe: Recipe, device: str, loop: str) -> None:
@@ -115,9 +130,12 @@ def cap(text: str) -> tuple[int, str]:
 
         card = find_gpu(text)
         return card.visible_bytes - context_of(card.name), card.name
-    nbytes = int(float(size[1]) * 2**30)
+    gib = float(size[1])
+    if gib > _MOST_GIB:
+        raise MemplanError(f"--cap {shown(text)} is more than any card has; give at most {_MOST_GIB}GiB")
+    nbytes = int(gib * 2**30)
     if nbytes < 1:
-        raise MemplanError(f"--cap {text} leaves nothing")
+        raise MemplanError(f"--cap {shown(text)} leaves nothing")
     return nbytes, f"{size[1]} GiB"
 
 
