@@ -104,6 +104,7 @@ class Worker:
         self._process.start()
         other.close()
         self._asked = 0
+        self._pipe.recv()  # one that can't even start is no fault of an input: EOFError
 
     def close(self) -> None:
         """End the process."""
@@ -124,7 +125,8 @@ def _serve(pipe: Connection, folder: str, most: int) -> None:
     os.environ |= {"HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "PYDANTIC_DISABLE_PLUGINS": "__all__"}
     watch = _Watch(folder)
     sys.addaudithook(watch)
-    with suppress(EOFError, KeyboardInterrupt):
+    pipe.send("ready")
+    with suppress(EOFError):
         while True:
             check, value = pipe.recv()
             here = Path(folder, "here")
