@@ -108,7 +108,7 @@ def _word(random: Random, action: Action) -> str:
 def check(value: dict[str, Any]) -> None:
     """Run it in this process."""
     argv = value["argv"]
-    if _trains(argv):
+    if not argv or _trains(argv):
         return
     _prepare()
     os.environ["COLUMNS"] = value["columns"]

@@ -46,7 +46,7 @@ def make(random: Random) -> Any:
     document = random.choice(corpus())
     if random.random() < 0.3:  # what a folded tape says of its repetitions is easily got wrong
         rows = [list(row) for row in document["segments"]]
-        random.choice(rows)[5] = random.choice((0, 1, 2, 10**6, 10**15, 10**400))
+        random.choice(rows)[5] = random.choice((0, 1, 2, 10**4, 10**5, 10**5, 10**6, 10**15, 10**400))
         document = document | {"segments": rows}
     if random.random() < 0.3:
         sizes = [size * random.choice((1, 1, 3, 1 << 50)) for size in document["sizes"]]
