@@ -16,6 +16,7 @@ if sys.platform != "linux":
 
 from fuzz import harness, run
 from fuzz.__main__ import main
+from fuzz.command import plain
 from fuzz.mutate import smaller
 from fuzz.snapshots import Payload
 
@@ -66,10 +67,6 @@ def planted(what: str) -> None:
             raise harness.Fault("categories don't add up")
         case "exception":
             raise KeyError("tape")
-        case "two lines":
-            raise MemplanError("one\ntwo")
-        case "escape":
-            raise MemplanError("no model is called \x1b[31m")
         case "exception's name":
             raise MemplanError("it can't be read: UnicodeDecodeError")
         case "long":
@@ -105,8 +102,6 @@ def planted(what: str) -> None:
     [
         ("oracle", "categories don't add up"),
         ("exception", "KeyError at ?"),
-        ("two lines", "control characters in a sentence (?)"),
-        ("escape", "control characters in a sentence (?)"),
         ("exception's name", "a sentence names Python's own (?)"),
         ("long", "a sentence of more than 500 characters (?)"),
         ("memory", "takes more than 1 GiB"),
@@ -131,6 +126,12 @@ def test_a_fault_is_seen_and_is_not_the_end(what: str, kind: str) -> None:
             assert (result.fault, result.answered) == (None, answered)
     finally:
         worker.close()
+
+
+def test_printed_escapes_are_seen() -> None:
+    plain("one\ntwo\n")
+    with pytest.raises(harness.Fault, match="control characters in what is printed"):
+        plain("\x1b[31mred")
 
 
 def broken(value: dict[str, Any]) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from argparse import Action
-from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -17,13 +15,12 @@ from example_measurements import example
 from example_tapes import example_tape
 from small_specs import config
 
-from memplan.cli import COMMANDS, main
-from memplan.errors import MemplanError
+from memplan.cli import COMMANDS
 from memplan.tapefile import save
 
-from .harness import sentence
+from .command import command
 from .mutate import TEXTS
-from .sense import holds, plain, strict_json
+from .sense import holds
 
 SHARE = 0.05
 
@@ -111,27 +108,17 @@ def _word(random: Random, action: Action) -> str:
 def check(value: dict[str, Any]) -> None:
     """Run it in this process."""
     argv = value["argv"]
-    if _trains(argv):
+    if not argv or _trains(argv):
         return
     _prepare()
     os.environ["COLUMNS"] = value["columns"]
-    status, out, err = _run(argv, value["encoding"])
-    asked = {"-h", "--help", "help", "-V", "--version"} & {*argv}
-    holds(status in (0, 1, 2), f"exit status {status}", err)
-    holds(status != 1 or argv[0] in ("fit", "diff"), "exit status 1 of a command that has none", err)
-    plain(out + err)
-    if status == 2 and argv:
-        holds(not out, "an answer with a refusal", out[:200])
-        one_line = err.startswith("memplan: ") and err.find("\n") == len(err) - 1
-        holds(one_line, "a refusal of no one line", err)
-        sentence(err.strip())
-        raise MemplanError(err.strip())
-    if status != 2 and not asked:
-        holds(bool(out), "no answer")
-        if "--json" in argv:
-            answer = strict_json(out)
-            if argv[0] == "fit" and not {"--maximize", "--advise", "--no-advise"} & {*argv}:
-                _agrees(argv, status, answer)
+    status, out = command(*argv, encoding=value["encoding"])
+    if argv[0] == "fit" and out.startswith("{") and not {"--maximize", "--advise", "--no-advise"} & {*argv}:
+        judged = json.loads(out)["fits"]
+        verdicts = {fit["verdict"] for fit in judged}
+        holds(status == int("does not fit" in verdicts), "the exit status is not the verdict", verdicts)
+        planned = json.loads(command("plan", *argv[1:])[1])["fits"]
+        holds(planned == judged, "plan and fit disagree", out[:200])
 
 
 def _trains(argv: list[str]) -> bool:
@@ -140,28 +127,6 @@ def _trains(argv: list[str]) -> bool:
         return "--dry-run" not in argv
     libraries = bool({*LIBRARIES} & {*argv}) or any(word.startswith("trace:") for word in argv)
     return libraries and any(model in word for word in argv for model in (*MODELS, "small"))
-
-
-def _agrees(argv: list[str], status: int, answer: Any) -> None:
-    """What fit says is what plan says."""
-    verdicts = {fit["verdict"] for fit in answer["fits"]}
-    holds(status == int("does not fit" in verdicts), "the exit status is not the verdict", verdicts)
-    again, out, _ = _run(["plan", *argv[1:]], "utf-8")
-    holds(again == 0 and json.loads(out)["fits"] == answer["fits"], "plan and fit disagree", out[:200])
-
-
-def _run(argv: list[str], encoding: str) -> tuple[int, str, str]:
-    out, err = (io.TextIOWrapper(io.BytesIO(), encoding, errors) for errors in ("strict", "backslashreplace"))
-    with redirect_stdout(out), redirect_stderr(err):
-        try:
-            status = main(argv)
-        except SystemExit as end:  # argparse has printed its help
-            status = int(end.code or 0)
-    texts = []
-    for stream in (out, err):
-        stream.flush()
-        texts.append(stream.buffer.getvalue().decode(encoding, "replace"))  # type: ignore[attr-defined]
-    return status, texts[0], texts[1]
 
 
 def _prepare() -> None:

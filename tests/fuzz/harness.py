@@ -11,7 +11,6 @@ import sys
 import tempfile
 import time
 import traceback
-import unicodedata
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -104,6 +103,7 @@ class Worker:
         self._process.start()
         other.close()
         self._asked = 0
+        self._pipe.recv()  # one that can't even start is no fault of an input: EOFError
 
     def close(self) -> None:
         """End the process."""
@@ -124,7 +124,8 @@ def _serve(pipe: Connection, folder: str, most: int) -> None:
     os.environ |= {"HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "PYDANTIC_DISABLE_PLUGINS": "__all__"}
     watch = _Watch(folder)
     sys.addaudithook(watch)
-    with suppress(EOFError, KeyboardInterrupt):
+    pipe.send("ready")
+    with suppress(EOFError):
         while True:
             check, value = pipe.recv()
             here = Path(folder, "here")
@@ -154,7 +155,7 @@ class _Watch:
     def _ours(self, path: Any) -> bool:
         if isinstance(path, int) or os.fspath(path) in (os.devnull, os.fsencode(os.devnull)):
             return True
-        return os.path.realpath(os.fsdecode(path)).startswith(self.folder + os.sep)
+        return f"{os.path.realpath(os.fsdecode(path))}/".startswith(f"{self.folder}/")
 
 
 def _result(check: Check, value: Any, watch: _Watch, most: int) -> Result:
@@ -198,13 +199,12 @@ def _refusal(error: MemplanError) -> None:
 
 
 def sentence(text: str) -> None:
-    """Check that it is one, fit for a user. Raises Fault."""
+    """Check that it is one, fit for a user. Raises Fault. Control characters that it may quote are made
+    visible where it is printed (:mod:`command`)."""
     if not text.strip():
         raise Fault("refuses without a word")
     if len(text) > LONGEST:
         raise Fault(f"a sentence of more than {LONGEST} characters", text)
-    if any(unicodedata.category(character) == "Cc" for character in text):
-        raise Fault("control characters in a sentence", repr(text))
     if _INTERNAL.search(text):
         raise Fault("a sentence names Python's own", text)
 

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
+from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from example_measurements import HOST, example
-from rich.console import Console
 
-from memplan.report.measured import section
+from memplan.report.console import terminal
 from memplan.report.verify import html, markdown, show_verdict
 from memplan.verify.campaign import done
-from memplan.verify.compare import as_json, compare
+from memplan.verify.compare import compare
 from memplan.verify.measurement import read
 
 from . import tapes
+from .command import command, plain
 from .mutate import ESCAPES, MARKUP, encoded, flipped, often
-from .sense import holds, plain, strict_json
+from .sense import holds
 
 SHARE = 0.05
 
@@ -62,19 +64,17 @@ def _renamed(random: Random, value: Any) -> Any:
 
 
 def check(value: Any) -> None:
-    """Read it, compare it, and print all that reports print of it."""
+    """Read it, compare it, and print all that is printed of it."""
     path = Path("m.json")
     path.write_bytes(encoded(value))
     measured = read(path)
     found = compare(measured)
-    strict_json(json.dumps(as_json(measured, found)))
-    console = Console(width=80, color_system=None, markup=False, highlight=False, emoji=False)
-    with console.capture() as printed:
-        show_verdict(measured, found, console)
-    plain(printed.get())
-    for text in (section([(measured, found)]), markdown(measured, found)):
-        plain(text)
+    done(Path())
+    command("report", ".", "--json")
+    for text in (command("report", ".")[1], markdown(measured, found)):
         holds("<script" not in text and "<!--" not in text, "markup of a measurement in Markdown", text)
         holds("\n# heading" not in text, "a heading of a measurement in Markdown", text)
     holds("<script>alert" not in html(measured, found), "markup of a measurement in HTML")
-    done(Path())
+    with redirect_stdout(io.StringIO()) as printed:
+        show_verdict(measured, found, terminal())
+    plain(printed.getvalue())

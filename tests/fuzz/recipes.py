@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from random import Random
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from small_specs import SPECS
 
@@ -18,7 +18,6 @@ from .sense import sound_plan
 SHARE = 0.2
 
 VALUES: dict[str, tuple[Any, ...]] = {
-    "device_map": ["auto", None],
     "r": (1, 8, 64, 128, 1000),
     "lora_alpha": (1, 16.0),
     "lora_dropout": (0, 0.05, 0.5),
@@ -50,13 +49,18 @@ def _value(random: Random, name: str) -> Any:
         return odd(random)
     if name in VALUES:
         return random.choice(VALUES[name])
-    kinds = [kind for kind in _arguments(Recipe.model_fields[name].annotation) if kind is not type(None)]
-    known = [member.value for member in kinds[0]] if issubclass(kinds[0], Enum) else [True, False]
-    return random.choice(known)
+    return random.choice(_known(Recipe.model_fields[name].annotation))
 
 
-def _arguments(annotation: Any) -> tuple[Any, ...]:
-    return getattr(annotation, "__args__", (annotation,))
+def _known(annotation: Any) -> list[Any]:
+    """The values of a switch, an enum, a Literal, or of what a union has of these."""
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return [member.value for member in annotation]
+    if get_origin(annotation) is Literal:
+        return [*get_args(annotation)]
+    if annotation is bool:
+        return [True, False]
+    return [value for part in get_args(annotation) for value in _known(part)] or [None]
 
 
 def check(value: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import unicodedata
 from typing import Any, NoReturn
 
 from memplan.fit import Run, context_bytes, judge
@@ -26,19 +25,18 @@ def holds(fact: bool, otherwise: str, detail: object = "") -> None:
 
 def sound_plan(plan: Plan, *, cards: bool = False) -> None:
     """Bytes add up, verdicts agree; with ``cards``, what fits on a card fits on every larger one."""
-    peak = plan.peak.tensor_bytes
-    parts = plan.peak.by_category.model_dump()
-    holds(peak > 0 and min(parts.values()) >= 0, "bytes that are not positive", parts)
-    holds(sum(parts.values()) == peak, "categories don't add up to the peak", parts)
-    holds(sum(plan.summary.model_dump().values()) == peak, "the summary doesn't add up to the peak", peak)
+    tensors, parts = plan.peak.tensor_bytes, plan.peak.by_category.model_dump()
+    holds(tensors > 0 and min(parts.values()) >= 0, "bytes that are not positive", parts)
+    holds(sum(parts.values()) == tensors, "categories don't add up to the peak", parts)
+    summary = sum(plan.summary.model_dump().values())
+    holds(summary == tensors, "the summary doesn't add up to the peak", f"{summary} {tensors}")
     resting = sum(plan.static_bytes.model_dump().values())
-    holds(0 < resting <= peak, "more rests on the card than is there at the peak", f"{resting} {peak}")
-    allocated, reserved = plan.allocator.allocated_bytes, plan.allocator.reserved_bytes
+    holds(0 < resting <= tensors, "more rests on the card than is there at the peak", f"{resting} {tensors}")
+    allocated, reserved = plan.peak.allocated_bytes, plan.allocator.reserved_bytes
     holds(
-        peak <= allocated <= reserved,
-        "allocated bytes beyond reserved ones",
-        f"{peak} {allocated} {reserved}",
+        tensors <= allocated <= reserved, "tensors, blocks and segments", f"{tensors} {allocated} {reserved}"
     )
+    holds(allocated == plan.allocator.allocated_bytes, "two peaks of allocated bytes", plan.allocator)
     counts = plan.parameters
     holds(0 < counts.trainable <= counts.total, "trainable parameters beyond all", counts)
     for fit in plan.fits:
@@ -81,12 +79,6 @@ def sound_tape(tape: Tape, events: int = 20_000) -> None:
     holds(highest <= peak.allocated_bytes, "the timeline goes above the peak", f"{highest} {peak}")
     if len(points) < events:
         holds(highest == peak.allocated_bytes, "the timeline does not reach the peak", f"{highest} {peak}")
-
-
-def plain(text: str) -> None:
-    """Printed text has no control characters but ends of lines."""
-    strange = {char for char in text if unicodedata.category(char) == "Cc" and char != "\n"}
-    holds(not strange, "control characters in what is printed", strange)
 
 
 def strict_json(text: str) -> Any:

@@ -12,6 +12,7 @@ import yaml
 
 from memplan.verify.campaign import expand, load
 
+from .command import command
 from .harness import PLANTED
 from .mutate import flipped, odd, often
 from .sense import holds
@@ -75,7 +76,9 @@ def check(value: bytes) -> None:
     """List its runs, as ``memplan campaign --dry-run`` does."""
     path = Path("campaign.yaml")
     path.write_bytes(value)
-    for run in expand(load(path)):
+    runs = expand(load(path))
+    command("campaign", str(path), "--dry-run")
+    for run in runs:
         holds(
             math.isfinite(run.seconds) and run.seconds > 0, "a run that takes no time, or no end", run.seconds
         )
