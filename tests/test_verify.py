@@ -412,13 +412,26 @@ def test_being_told_to_end_leaves_no_child_and_no_folder(
 ) -> None:
     children = Children(monkeypatch)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    handler = signal.getsignal(number)
-    with pytest.raises(SystemExit) as ended:
-        run_job(job_of(tmp_path), tell=lambda kind, value: os.kill(os.getpid(), number))
+    inherited = signal.signal(number, signal.SIG_DFL)  # who started the tests may have it ignored (nohup)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            run_job(job_of(tmp_path), tell=lambda kind, value: os.kill(os.getpid(), number))
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, inherited)
     assert ended.value.code == 128 + number
     assert children.started[0].returncode is not None
     assert not list(tmp_path.glob("memplan-verify-*"))
-    assert signal.getsignal(number) is handler
+
+
+def test_a_signal_that_is_ignored_ends_nothing(tmp_path: Path) -> None:
+    inherited = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    try:
+        measured = run_job(job_of(tmp_path), tell=lambda kind, value: os.kill(os.getpid(), signal.SIGHUP))
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, inherited)
+    assert measured.outcome.kind == "trained"
 
 
 def test_a_result_that_can_t_be_written_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
