@@ -19,6 +19,9 @@ class MemplanError(Exception):
     """A question that cannot be answered as asked. ``str(error)`` is one sentence fit for a user."""
 
 
+_LONGEST = 200  # of what a sentence quotes
+
+
 def reason(error: BaseException) -> str:
     """Why something failed, in a few words: the system's, or the library's own message. Never an exception's
     name, which says nothing to a user."""
@@ -26,12 +29,12 @@ def reason(error: BaseException) -> str:
         return "it is no UTF-8 text"
     said = getattr(error, "strerror", None) or " ".join(str(error).split())
     if isinstance(error, KeyError) and error.args:
-        return f"{error.args[0]!r} is missing"
+        return printable(f"{error.args[0]!r} is missing")
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     if isinstance(error, MemoryError):
         return "this machine has no memory left"
-    return str(said)[:200] or "no reason was given"
+    return printable(str(said)) or "no reason was given"
 
 
 def first_complaint(error: Any) -> tuple[str, str]:
@@ -42,7 +45,8 @@ def first_complaint(error: Any) -> tuple[str, str]:
 
 
 def printable(text: str) -> str:
-    """A text without characters that a terminal would obey, for sentences that quote a stranger's file."""
+    """A text as a sentence may quote it from a stranger's file: short, without what a terminal would obey."""
+    text = text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
     return text if text.isprintable() else "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 

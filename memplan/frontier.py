@@ -124,6 +124,9 @@ def frontier(
     )
 
 
+_MOST_TRIES, _LEAST_TRIES = 1500, 8  # layers times simulations; simulations
+
+
 def at_most(peaks: Peaks, what: What, other: int, hint: int = 2048) -> int:
     """The largest value whose peak of allocated bytes there is room for; 0 for none. ``other``: the batch
     size where the sequence length is asked for, and the other way round; ``hint``: where to look first."""
@@ -157,6 +160,8 @@ def largest(
         return min(margin, 0) if fit.verdict == "fits" else max(margin, 1)
 
     known: dict[int, int] = {}
+    # Simulations that a question may take, by how long one does: some seconds in all.
+    tries = max(_MOST_TRIES // spec.num_hidden_layers, _LEAST_TRIES)
 
     def once(value: int) -> int:
         if value not in known:
@@ -166,10 +171,15 @@ def largest(
     bound = at_most(peaks, what, other)
     while bound:
         found = _last_not_above_zero(once, bound, bound - bound // 16)
-        lucky = [value for value in _below(found) if once(value) > 0]
+        for value in _below(found):
+            if len(known) < tries:
+                once(value)
+        lucky = [value for value, over in known.items() if over > 0 and value < found]
         if not lucky:
             return found
         bound = min(lucky) - 1
+        if len(known) >= tries:  # the largest that is known to fit, with all that are known below it
+            return max((value for value, over in known.items() if over <= 0 and value <= bound), default=0)
     return 0
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from memplan.errors import MemplanError
+from memplan.errors import MemplanError, printable
 from memplan.files import write_whole, zipped
 from memplan.importers.bounded import TooManyParts, read_json
 from memplan.importers.fields import shown
@@ -112,6 +112,7 @@ def _read(document: Any, where: str) -> tuple[Tape, TapeInfo]:
         return _tape(document), TapeInfo.model_validate(document["info"])
     except (KeyError, IndexError, TypeError, ValueError, ValidationError) as error:
         why = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error).partition("\n")[0]
+        why = printable(why)
         raise MemplanError(f"{where} is a damaged tape: {why}") from None
 
 

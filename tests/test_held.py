@@ -193,3 +193,22 @@ def test_a_campaign_that_is_interrupted_again_and_again_loses_nothing(
     measured = sorted(one.run.campaign or "" for _, one in read_all(folder))
     assert measured == sorted(f"run-{number}" for number in range(12))
     assert not [found for found in folder.iterdir() if found.name.startswith(".")]
+
+
+def test_sentences_quote_no_more_than_they_need() -> None:
+    from memplan.errors import printable, reason
+
+    assert len(printable("A" * 5000)) == 200
+    assert len(reason(KeyError("A" * 5000))) == 200
+
+
+def test_a_measurement_whose_targets_match_nothing_is_refused() -> None:
+    from example_measurements import example
+
+    from memplan.errors import MemplanError
+    from memplan.verify.job import predicted_tape
+
+    measured = example()
+    wrong = measured.recipe.model_copy(update={"target_modules": "nothing"})
+    with pytest.raises(MemplanError):
+        predicted_tape(measured.model_copy(update={"recipe": wrong}))

@@ -188,9 +188,12 @@ def _card_here() -> Card | None:
 
 def predicted_tape(measured: Measurement) -> Tape:
     """What the plan says of the step that was measured, for the device that it was measured on."""
+    from memplan.models.parameters import resolve_recipe
     from memplan.models.step import write_tape
 
-    return write_tape(spec_of(measured.model), measured.recipe, card=card_of(measured.device), folded=False)
+    spec = spec_of(measured.model)
+    recipe = resolve_recipe(spec, measured.recipe)  # a file may say what does not suit its model
+    return write_tape(spec, recipe, card=card_of(measured.device), folded=False)
 
 
 def card_of(device: Device) -> Card:
