@@ -193,6 +193,7 @@ def test_a_folder_of_the_hubs_cache_need_not_be_text(
 
 CAMPAIGNS = {
     "nested": ("runs: " + "[" * 5000, "is no campaign: it is nested too deeply"),
+    "no time": ("!!timestamp", "a tag in it does not suit what it stands before"),
     "endless": (
         "runs: [{name: a, model: llama-3.2-1b, seconds: .inf}]",
         "is no campaign: runs.0.seconds: Input should be a finite number",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from memplan.errors import RecipeError
+from memplan.errors import RecipeError, printable
 from memplan.recipe import TARGET_PRESETS, Loss, Recipe
 
 # Attention and the q,v default by family: PEFT's TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -27,7 +27,9 @@ def is_target(wanted: str | tuple[str, ...], full_name: str) -> bool:
         try:
             return re.fullmatch(wanted, full_name) is not None
         except re.error as error:
-            raise RecipeError(f"target_modules {wanted!r} is no valid regular expression: {error}") from None
+            raise RecipeError(
+                f"target_modules {printable(repr(wanted))} is no valid regular expression: {error}"
+            ) from None
     return names_module(wanted, full_name)
 
 
@@ -66,8 +68,8 @@ def check(
     if not adapted:
         known = sorted({name.rsplit(".", 1)[-1] for name in linear})
         raise RecipeError(
-            f"target_modules {recipe.target_modules!r} matches no linear module of this model; "
-            f"it has {', '.join(known)}"
+            f"target_modules {printable(repr(recipe.target_modules))} matches no linear module of this "
+            f"model; it has {', '.join(known)}"
         )
     name, shape = min(adapted.items(), key=lambda item: min(item[1]))
     if recipe.r > min(shape):

@@ -155,7 +155,10 @@ def _document(text: str) -> Any:
         if node is None:
             return None
         parts(node, 0)
-        return loader.construct_document(node)
+        try:
+            return loader.construct_document(node)
+        except (AttributeError, KeyError, TypeError):  # PyYAML's, of `!!timestamp` before what is no time
+            raise _TooMuch("a tag in it does not suit what it stands before") from None
     except RecursionError:  # while it is taken apart
         raise _TooMuch("it is nested too deeply") from None
     finally:

@@ -54,10 +54,9 @@ def _monotone(run: Run) -> None:
     card = find_gpu("a100-80")
     if len(run.tape.events) > 50_000:  # eight simulations are more than one question
         return
+    if run.settings.limit(1 << 40) is not None:  # a share of the card: other sizes are the edge
+        return
     whole = run.free.reserved
-    allowed = run.settings.limit(1 << 40)  # of a TiB, where a share of the card is all that a run may have
-    if allowed is not None:
-        whole = whole * (1 << 40) // allowed
     seen = []
     for share in SHARES:
         visible = (int(whole * share) + context_bytes(card, run.card) >> 20) + 1
