@@ -11,7 +11,7 @@ blocks of equal size.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from memplan.allocator_settings import AllocatorSettings
@@ -23,6 +23,8 @@ SMALL = MIB  # kSmallSize: the largest request that the small pool serves
 SMALL_SEGMENT = 2 * MIB  # kSmallBuffer: the segments that small requests are cut from
 MIN_LARGE = 10 * MIB  # kMinLargeAlloc: smaller ones are cut from segments of large_segment_size
 ROUND_LARGE = 2 * MIB  # kRoundLarge: what larger segments are rounded to
+
+ADDRESS_BITS = 64
 
 
 class OutOfMemory(Exception):
@@ -56,25 +58,37 @@ class Block:
 
 
 class Pool:
-    """Free blocks of one stream and kind, by size and address."""
+    """Free blocks of one stream and kind: ``keys`` are their sizes and addresses as one number each, which
+    compares fastest, in order; ``blocks`` has the block of each key."""
 
-    __slots__ = ("blocks", "searches", "small", "stream", "unmapped")
+    __slots__ = ("blocks", "keys", "searches", "small", "stream", "unmapped")
 
     def __init__(self, small: bool, stream: int) -> None:
         self.small, self.stream = small, stream
-        self.blocks: list[tuple[int, int, Block]] = []
+        self.keys: list[int] = []
+        self.blocks: dict[int, Block] = {}
         self.unmapped: list[tuple[int, Block]] = []
         self.searches = 0
 
     def insert(self, block: Block) -> None:
         """Keep a free block."""
         block.born = self.searches
-        insort(self.blocks, (block.size, block.address, block))
+        key = block.size << ADDRESS_BITS | block.address
+        insort(self.keys, key)
+        self.blocks[key] = block
 
     def remove(self, block: Block) -> None:
         """Forget a free block."""
-        blocks = self.blocks
-        del blocks[bisect_left(blocks, (block.size, block.address))]
+        key = block.size << ADDRESS_BITS | block.address
+        del self.blocks[key], self.keys[bisect_left(self.keys, key)]
+
+    def take(self, at: int) -> Block:
+        """Forget the free block of the key at this place, and give it."""
+        return self.blocks.pop(self.keys.pop(at))
+
+    def in_order(self) -> list[Block]:
+        """The free blocks by size, then address."""
+        return [self.blocks[key] for key in self.keys]
 
     def remove_unmapped(self, block: Block) -> None:
         """Forget a stretch of address space."""
@@ -106,7 +120,8 @@ class Allocator:
 
     ``capacity``: bytes that the driver can give (None: without end). ``limit``: what
     ``set_per_process_memory_fraction`` allows, if it was called; garbage collection works only then.
-    ``on_segment`` is told each change of what is reserved: (address, bytes), negative when given back.
+    ``on_segment`` is told each change of what is reserved: (address, bytes), negative when given back;
+    ``position`` is then the event that :meth:`play` plays.
     """
 
     def __init__(
@@ -125,6 +140,7 @@ class Allocator:
         self.allocated = self.reserved = 0
         self.peak_allocated = self.peak_reserved = 0
         self.retries = 0
+        self.position = 0
         self._pools: dict[tuple[int, bool], Pool] = {}
         self._heads: dict[int, Block] = {}  # a block of each segment; its first one is found by walking
         self._top = 1 << 40  # an address; PyTorch's begin somewhere there too
@@ -140,11 +156,10 @@ class Allocator:
         size = self.round_size(size)
         small = size <= SMALL
         pool = self._pools.get((stream, small)) or self._pool(stream, small)
-        blocks = pool.blocks
         if self._plain:
             # get_free_block: the smallest block that is large enough, of these the lowest
-            at = bisect_left(blocks, (size,))
-            block = blocks.pop(at)[2] if at < len(blocks) else self._new_block(pool, size)
+            at = bisect_left(pool.keys, size << ADDRESS_BITS)
+            block = pool.take(at) if at < len(pool.keys) else self._new_block(pool, size)
         else:
             block = self._get_free_block(pool, size) or self._new_block(pool, size)
         remaining = block.size - size
@@ -157,8 +172,7 @@ class Allocator:
                 rest.previous = block
                 block.next = rest
                 block.size = size
-                rest.born = pool.searches
-                insort(blocks, (remaining, rest.address, rest))
+                pool.insert(rest)
         block.free = False
         allocated = self.allocated = self.allocated + block.size
         if allocated > self.peak_allocated:
@@ -175,8 +189,88 @@ class Allocator:
             self._merge(block, before, pool)
         if after is not None and after.free and after.mapped:
             self._merge(block, after, pool)
-        block.born = pool.searches
-        insort(pool.blocks, (block.size, block.address, block))
+        pool.insert(block)
+
+    def play(self, events: Sequence[int], sizes: Sequence[int], live: dict[int, Block]) -> None:
+        """Requests and releases in a row, all of stream 0: ``sizes[event]`` bytes for an event of zero or
+        more, whose block comes into ``live``; for one below, the block of ``~event`` is taken back.
+
+        What :meth:`malloc` and :meth:`free` do, one by one; where nothing is set that asks for more it is
+        written out here in a third less time, which is most of what a plan takes.
+        """
+        self.position = -1
+        if not self._plain or self.settings.roundup:
+            for self.position, event in enumerate(events):
+                if event >= 0:
+                    live[event] = self.malloc(sizes[event])
+                else:
+                    self.free(live.pop(~event))
+            return
+        pools = self._pool(0, False), self._pool(0, True)
+        keys_of, blocks_of = [pool.keys for pool in pools], [pool.blocks for pool in pools]
+        allocated, peak = self.allocated, self.peak_allocated
+        for position, event in enumerate(events):
+            if event >= 0:
+                size = sizes[event]
+                if size & 511 or not size:
+                    size = self.round_size(size)
+                small = size <= SMALL
+                keys, blocks = keys_of[small], blocks_of[small]
+                at = bisect_left(keys, size << ADDRESS_BITS)
+                if at < len(keys):
+                    block = blocks.pop(keys.pop(at))
+                else:
+                    self.position, self.allocated, self.peak_allocated = position, allocated, peak
+                    block = self._new_block(pools[small], size)
+                remaining = block.size - size
+                if remaining and (small or remaining > SMALL):
+                    rest = Block(block.pool, block.address + size, remaining)
+                    after = rest.next = block.next
+                    if after is not None:
+                        after.previous = rest
+                    rest.previous = block
+                    block.next = rest
+                    block.size = size
+                    key = remaining << ADDRESS_BITS | rest.address
+                    insort(keys, key)
+                    blocks[key] = rest
+                block.free = False
+                allocated += block.size
+                if allocated > peak:
+                    peak = allocated
+                live[event] = block
+            else:
+                block = live.pop(~event)
+                size = block.size
+                allocated -= size
+                small = block.pool.small
+                keys, blocks = keys_of[small], blocks_of[small]
+                other = block.previous
+                if other is not None and other.free:
+                    key = other.size << ADDRESS_BITS | other.address
+                    del blocks[key], keys[bisect_left(keys, key)]
+                    size += other.size
+                    block.address = other.address
+                    before = block.previous = other.previous
+                    if before is None:
+                        self._heads[block.address] = block
+                    else:
+                        before.next = block
+                other = block.next
+                if other is not None and other.free:
+                    key = other.size << ADDRESS_BITS | other.address
+                    del blocks[key], keys[bisect_left(keys, key)]
+                    size += other.size
+                    after = block.next = other.next
+                    if after is not None:
+                        after.previous = block
+                block.size = size
+                block.free = True
+                key = size << ADDRESS_BITS | block.address
+                insort(keys, key)
+                blocks[key] = block
+        self.position = len(events) - 1
+        self.allocated, self.peak_allocated = allocated, peak
 
     def empty_cache(self) -> None:
         """``torch.cuda.empty_cache``: give back every segment that nothing lies in."""
@@ -227,24 +321,24 @@ class Allocator:
 
     def _get_free_block(self, pool: Pool, size: int) -> Block | None:
         """``get_free_block`` with settings that are not the default."""
-        blocks = pool.blocks
+        keys, blocks = pool.keys, pool.blocks
         if self._collects:
             pool.searches += 1
-        at = bisect_left(blocks, (size,))
-        if at == len(blocks):
+        at = bisect_left(keys, size << ADDRESS_BITS)
+        if at == len(keys):
             return None
-        if blocks[at][2].expandable is not None:
+        if blocks[keys[at]].expandable is not None:
             # a block that can grow counts as large as it can become
-            while at + 1 < len(blocks) and _growth(blocks[at + 1][2]) < _growth(blocks[at][2]):
+            while at + 1 < len(keys) and _growth(blocks[keys[at + 1]]) < _growth(blocks[keys[at]]):
                 at += 1
         largest_split = self.settings.max_split_size
         if largest_split:
-            found = blocks[at][0]
+            found = blocks[keys[at]].size
             if size < largest_split <= found:
                 return None  # an oversized block is not for a small request
             if size >= largest_split and found >= size + self.settings.max_non_split_rounding:
                 return None
-        return blocks.pop(at)[2]
+        return pool.take(at)
 
     def _new_block(self, pool: Pool, size: int) -> Block:
         """What ``malloc`` does when no free block fits: collect, ask the driver, release, ask again."""
@@ -291,8 +385,7 @@ class Allocator:
     def _merge(self, block: Block, other: Block, pool: Pool) -> None:
         """``try_merge_blocks``: ``block`` takes in its neighbour ``other``, which is free."""
         if other.mapped:
-            blocks = pool.blocks
-            del blocks[bisect_left(blocks, (other.size, other.address))]
+            pool.remove(other)
         else:
             pool.remove_unmapped(other)
         if other is block.previous:
@@ -335,25 +428,25 @@ class Allocator:
         if not largest:
             return False
         wanted = max(size, largest)
-        blocks = pool.blocks
-        at = bisect_left(blocks, (wanted,))
-        if at < len(blocks) and blocks[at][2].expandable is None:
-            self._release(blocks[at][2])
+        blocks = pool.in_order()
+        at = bisect_left(pool.keys, wanted << ADDRESS_BITS)
+        if at < len(blocks) and blocks[at].expandable is None:
+            self._release(blocks[at])
             return True
         # no single one, so the largest first; expandable segments can't be given back whole
         released = 0
-        for size, _, block in reversed(blocks[:at]):
-            if released >= wanted or size < largest:
+        for block in reversed(blocks[:at]):
+            if released >= wanted or block.size < largest:
                 break
             if block.expandable is None:
                 self._release(block)
-                released += size
+                released += block.size
         return released >= wanted
 
     def _release_cached_blocks(self) -> None:
         for pool in sorted(self._pools.values(), key=lambda pool: pool.small):
             expandable = []
-            for _, _, block in list(pool.blocks):
+            for block in pool.in_order():
                 if block.expandable is not None:
                     expandable.append(block)
                 elif not block.is_split:
@@ -369,7 +462,7 @@ class Allocator:
             return
         target = self.reserved - threshold
         large = self._pool(pool.stream, False)
-        whole = [b for _, _, b in large.blocks if not b.is_split and b.expandable is None]
+        whole = [b for b in large.in_order() if not b.is_split and b.expandable is None]
         age = sum(large.searches - block.born for block in whole)
         count, reclaimed, freed = len(whole), 0, True
         while reclaimed < target and freed and count:

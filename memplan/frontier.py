@@ -124,7 +124,7 @@ def frontier(
     )
 
 
-_MOST_TRIES, _LEAST_TRIES = 1500, 8  # layers times simulations; simulations
+_MOST_EVENTS, _LEAST_TRIES = 2_000_000, 4  # simulated in one search, some seconds; simulations
 
 
 def at_most(peaks: Peaks, what: What, other: int, hint: int = 2048) -> int:
@@ -155,13 +155,17 @@ def largest(
     def excess(value: int) -> int:
         batch, length = (other, value) if what == "seq_len" else (value, other)
         asked = recipe.model_copy(update={"batch_size": batch, "seq_len": length})
-        fit = judge(gpu, predicted_run(spec, asked, card), explain=False)
+        run = predicted_run(spec, asked, card)
+        events.append(len(run.tape.events))
+        fit = judge(gpu, run, explain=False)
         margin = fit.reserved_bytes * MARGIN_PER_CENT // 100 - fit.headroom_bytes
         return min(margin, 0) if fit.verdict == "fits" else max(margin, 1)
 
     known: dict[int, int] = {}
-    # Simulations that a question may take, by how long one does: some seconds in all.
-    tries = max(_MOST_TRIES // spec.num_hidden_layers, _LEAST_TRIES)
+    events: list[int] = []  # of each simulation
+
+    def may_try() -> bool:
+        return sum(events) < _MOST_EVENTS or len(known) < _LEAST_TRIES
 
     def once(value: int) -> int:
         if value not in known:
@@ -172,13 +176,13 @@ def largest(
     while bound:
         found = _last_not_above_zero(once, bound, bound - bound // 16)
         for value in _below(found):
-            if len(known) < tries:
+            if may_try():
                 once(value)
         lucky = [value for value, over in known.items() if over > 0 and value < found]
         if not lucky:
             return found
         bound = min(lucky) - 1
-        if len(known) >= tries:  # the largest that is known to fit, with all that are known below it
+        if not may_try():  # the largest that is known to fit, with all that are known below it
             return max((value for value, over in known.items() if over <= 0 and value <= bound), default=0)
     return 0
 

@@ -108,13 +108,13 @@ def simulate(
 
 class Playback:
     """A run being played: ``live`` holds the block of each storage that is there; ``begin`` is the event at
-    which the step begins, ``position`` the one that is played."""
+    which the step begins."""
 
     def __init__(self, tape: Tape, allocator: Allocator) -> None:
         self.tape, self.allocator = tape, allocator
         self.live: dict[int, Block] = {}
         self.stage = LOADING
-        self.position = 0
+        self.start = 0
         self.changes: list[tuple[int, int]] = []
         setup = [segment for segment in tape.segments if segment.phase is Phase.SETUP]
         self.begin = setup[-1].stop if setup else 0
@@ -147,7 +147,7 @@ class Playback:
         scratch: list[Block | None] = []
         for what, number in loading or ():
             if what == "alloc":
-                self.position = number
+                self._at(number)
                 live[number] = malloc(sizes[number])
             elif what == "scratch":
                 scratch.append(malloc(number))
@@ -188,21 +188,23 @@ class Playback:
             self.allocator.free(block)
         self.tape, self.live = training, resting
 
+    def _at(self, index: int) -> None:
+        self.start, self.allocator.position = index, 0
+
+    @property
+    def position(self) -> int:
+        """The event that is played; the storage that is made, outside the steps."""
+        return self.start + self.allocator.position
+
     def _make(self, storages: Iterable[int]) -> None:
         for index in storages:
-            self.position = index
+            self._at(index)
             self.live[index] = self.allocator.malloc(self.tape.sizes[index])
 
     def play(self, start: int, stop: int) -> None:
         """The tape's events from one to another."""
-        malloc, free, live = self.allocator.malloc, self.allocator.free, self.live
-        sizes = self.tape.sizes
-        for position, event in enumerate(self.tape.events[start:stop], start):
-            self.position = position
-            if event >= 0:
-                live[event] = malloc(sizes[event])
-            else:
-                free(live.pop(~event))
+        self.start = start
+        self.allocator.play(self.tape.events[start:stop], self.tape.sizes, self.live)
 
     def _hand_on(self, before: set[int]) -> None:
         """What a step puts in the place of something that was there (Adafactor's scales) is what the next

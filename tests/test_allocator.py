@@ -5,7 +5,6 @@ A case is a little program: "a 3M" allocates 3 MiB under the name a, "-a" frees 
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from itertools import pairwise
 
 import pytest
@@ -314,11 +313,49 @@ def test_streams_do_not_share() -> None:
     assert allocator.reserved == 60 * MIB
 
 
-@given(st.lists(st.integers(1, 50), max_size=30))
-def test_bisection_is_by_size_then_address(sizes: list[int]) -> None:
-    # what the pools rely on: (size,) sorts before every (size, address, block)
-    blocks: list[tuple[int, ...]] = []
-    for address, size in enumerate(sizes):
-        insort(blocks, (size, address))
-    for size in sizes:
-        assert blocks[bisect_left(blocks, (size,))][0] == size
+@settings(max_examples=300, deadline=None)
+@given(PROGRAMS, CONFS, st.one_of(st.none(), st.integers(20, 2000)), st.booleans())
+def test_a_stretch_of_events_is_its_requests_one_by_one(
+    program: list[int], conf: str, capacity: int | None, limited: bool
+) -> None:
+    bounds = {} if capacity is None else {"limit" if limited else "capacity": capacity * MIB}
+    seen: list[list[object]] = []
+    for in_a_row in (True, False):
+        allocator = Allocator(parse_settings(conf), **bounds)  # type: ignore[arg-type]
+        changes: list[tuple[int, int]] = []
+        allocator.on_segment = lambda *change, changes=changes: changes.append(change)  # type: ignore[misc]
+        live: dict[int, Block] = {}
+        sizes: list[int] = []
+        there: list[int] = []
+        stretch: list[int] = []
+        try:
+            for step in [*program, 0]:
+                if step > 0:
+                    there.append(len(sizes))
+                    stretch.append(len(sizes))
+                    sizes.append(step)
+                elif step < 0 and there:
+                    stretch.append(~there.pop(step % len(there)))
+                elif step == 0:
+                    if in_a_row:
+                        allocator.play(stretch, sizes, live)
+                    for event in [] if in_a_row else stretch:
+                        if event >= 0:
+                            live[event] = allocator.malloc(sizes[event])
+                        else:
+                            allocator.free(live.pop(~event))
+                    stretch = []
+                    allocator.empty_cache()
+        except OutOfMemory:
+            changes.append((-1, -1))
+        totals = allocator.allocated, allocator.peak_allocated, allocator.retries
+        seen.append([list(allocator.segments()), totals, changes])
+    assert seen[0] == seen[1]
+
+
+def test_a_stretch_says_which_event_ran_out() -> None:
+    allocator = Allocator(capacity=50 * MIB)
+    with pytest.raises(OutOfMemory):
+        allocator.play([0, ~0, 1, 2, 3], [30 * MIB, 30 * MIB, 20 * MIB, 512], {})
+    assert allocator.position == 4
+    assert (allocator.allocated, allocator.peak_allocated) == (50 * MIB, 50 * MIB)
