@@ -8,7 +8,7 @@ from rich.text import Text
 
 from memplan.report.console import QUIET, Cell, heading, note, paragraph, table, warning
 from memplan.report.evaluation import evaluating, varying
-from memplan.report.plan import NEEDED, TIGHT, VERDICT_STYLES, moment, short_card, show_model
+from memplan.report.plan import TIGHT, VERDICT_STYLES, moment, needed, short_card, show_model
 from memplan.report.units import gib
 from memplan.report.wording import phrases
 
@@ -59,7 +59,7 @@ def show_fit(plan: Plan, console: Console) -> None:
     for fit in plan.fits:
         if fit.note:
             note(console, f"{short_card(fit.gpu)}: {fit.note}")
-    note(console, NEEDED)
+    note(console, needed(plan))
     if any(fit.verdict == "tight" for fit in plan.fits):
         note(console, TIGHT)
     for sentence in (evaluating(plan), varying(plan.recipe)):

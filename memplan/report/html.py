@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 from memplan.report.plan import (
     CATEGORIES,
     FOOTNOTE,
-    NEEDED,
     RESTS,
     SUMMARY,
     TIGHT,
     known,
     moment,
+    needed,
     rests,
     short_card,
 )
@@ -30,7 +30,6 @@ from memplan.timeline import Held, live_bytes, moments, phases, resident, shown,
 
 if TYPE_CHECKING:
     from memplan.advice import Advice
-    from memplan.fit import Fit
     from memplan.planner import Plan
 
 # Of the chart, each with the lowest and the highest of its events: two for every pixel of the widest chart
@@ -64,7 +63,7 @@ def page(plan: Plan, tape: Tape, given: Collection[str] = ()) -> str:
     sections = [
         _peak(plan),
         _timeline(plan, tape),
-        _fits(plan.fits),
+        _fits(plan),
         *map(_advice, plan.advice),
         _resident(tape),
     ]
@@ -257,7 +256,8 @@ which is always there</label></div>
 """
 
 
-def _fits(fits: Sequence[Fit]) -> str:
+def _fits(plan: Plan) -> str:
+    fits = plan.fits
     if not fits:
         return ""
     rows = [
@@ -274,7 +274,7 @@ def _fits(fits: Sequence[Fit]) -> str:
     return f"""<section>
 <h2>Cards</h2>
 <table class="cards"><thead><tr><th>GiB</th>{head}<th></th></tr></thead><tbody>{"".join(rows)}</tbody></table>
-<p class="quiet small">{NEEDED}{tight}</p>
+<p class="quiet small">{needed(plan)}{tight}</p>
 </section>
 """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from rich.text import Text
@@ -15,7 +15,6 @@ from memplan.report.wording import asked_and_default
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from memplan.fit import Fit
     from memplan.planner import ModelInfo, PeakInfo, Plan
 
 # What each category is called, and its colour.
@@ -39,10 +38,6 @@ RESTS = "rests of blocks"
 FOOTNOTE = (
     "Quantisation state counts as weights, gradients as optimizer state, "
     "logits, temporaries and rests of blocks as activations."
-)
-NEEDED = (
-    "Needed is what PyTorch's allocator reserves over loading, the first step and a later one, simulated, "
-    "and what a process takes beside it (assumed)."
 )
 TIGHT = "Tight: it gets through, but only just, or only by giving cached memory back in between."
 LEFT = (
@@ -77,7 +72,7 @@ def show_plan(plan: Plan, console: Console, given: Collection[str] = (), *, simu
     elif plan.fits:
         reserved = gib(plan.allocator.reserved_bytes)
         heading(console, "Cards", f"{reserved} GiB reserved ({plan.provenance}, allocator simulated)")
-        show_fits(plan.fits, console)
+        show_fits(plan, console)
     evaluation = evaluating(plan)
     if evaluation is not None:
         warning(console, evaluation)
@@ -113,8 +108,22 @@ def show_model(model: ModelInfo, console: Console) -> None:
         note(console, model.note)
 
 
-def show_fits(fits: Sequence[Fit], console: Console) -> None:
+def needed(plan: Plan) -> str:
+    """What the bytes are that a card is said to need: a tape of real code begins when all is loaded."""
+    loaded = plan.provenance == "predicted"
+    steps = "loading, the first step and a later one" if loaded else "the first step and a later one"
+    text = (
+        f"Needed is what PyTorch's allocator reserves over {steps}, simulated, and what a process takes "
+        "beside it (assumed)."
+    )
+    return (
+        text if loaded else f"{text} How the model is loaded is not {plan.provenance}, and may reserve more."
+    )
+
+
+def show_fits(plan: Plan, console: Console) -> None:
     """Print the cards and what the plan leaves of each, in GiB."""
+    fits = plan.fits
     rows = [[Text(cell, QUIET) for cell in ("GiB", "usable", "needed", "headroom", "")]]
     for fit in fits:
         sizes = (Text(gib(size)) for size in (fit.total_bytes, fit.needed_bytes, fit.headroom_bytes))
@@ -123,7 +132,7 @@ def show_fits(fits: Sequence[Fit], console: Console) -> None:
     for fit in fits:
         if fit.note and fit.headroom_bytes != fit.total_bytes - fit.needed_bytes:
             note(console, f"{short_card(fit.gpu)}: {fit.note}")  # of a share of the card, which needs saying
-    note(console, NEEDED)
+    note(console, needed(plan))
     if any(fit.verdict == "tight" for fit in fits):
         note(console, TIGHT)
 
