@@ -184,6 +184,7 @@ def _tape(document: dict[str, Any]) -> Tape:
     if changes is not None:
         tape.deltas = column("deltas", least=None)
         _check(len(tape.deltas) == len(tape.events), "it has more events than changes")
+        _check_changes(tape)
     return tape
 
 
@@ -214,6 +215,22 @@ def _check_order(tape: Tape) -> None:
     _check(bool(tape.segments), "it has no segments")
     events = sum(segment.repeat * (segment.stop - segment.start) for segment in tape.segments)
     _check(events <= _MAX_EVENTS, f"its repetitions make more than {_MAX_EVENTS:,} events")
+
+
+def _check_changes(tape: Tape) -> None:
+    """Of no category less than nothing lives at any time, in no repetition."""
+    live = dict.fromkeys(Category, 0)
+    for segment in tape.segments:
+        net, least = dict.fromkeys(Category, 0), dict.fromkeys(Category, 0)
+        for position in range(segment.start, segment.stop):
+            event = tape.events[position]
+            category = tape.categories[event if event >= 0 else ~event]
+            net[category] += tape.deltas[position]
+            least[category] = min(least[category], net[category])
+        for category, change in net.items():
+            lowest = live[category] + min(0, (segment.repeat - 1) * change) + least[category]
+            _check(lowest >= 0, f"more {category.value.replace('_', ' ')} go than there are")
+            live[category] += segment.repeat * change
 
 
 def _check(sound: bool, complaint: str) -> None:

@@ -166,6 +166,11 @@ BAD = {
     "short segment": (changed(segments=[["setup"]]), "unpack"),
     "unknown phase": (changed(segments=[["nap", "", None, 0, 3, 1, [], 1]]), "Phase"),
     "folded without changes": (changed(deltas=[1]), "more events"),
+    "more goes than there is": (changed(deltas=[1024, 5120, -5632]), "go than there are"),
+    "more goes with each repetition": (
+        changed(segments=[["setup", "", None, 0, 3, 3, [], 1]], deltas=[1024, 512, -2048]),
+        "go than there are",
+    ),
 }
 
 

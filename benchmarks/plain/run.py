@@ -40,33 +40,45 @@ def cases() -> list[dict[str, Any]]:
     return listed
 
 
+def checkpoint_of(case: dict[str, Any], folder: Path) -> Path:
+    """Where a case's checkpoint lies; ``layers``: how many it has, if not as many as its model."""
+    return folder / f"{case['model']}-{case['layers']}" if "layers" in case else folder / case["model"]
+
+
 def emulated(case: dict[str, Any], folder: Path, gpu: str, libraries: Path) -> dict[str, Any]:
     """What a case's script wrote: bytes by step, the device, versions. Raises RuntimeError with the script's
     last words if it failed."""
-    checkpoint, out = folder / case["model"], folder / f"{case['name']}.json"
+    layers = [str(case["layers"])] if "layers" in case else []
+    checkpoint = checkpoint_of(case, folder)
+    out = folder / f"{case['name']}.json"
+    settings = {"PYTORCH_ALLOC_CONF": case["recipe"].get("alloc_conf", "")}
     if not checkpoint.exists():
-        _on_the_card(gpu, libraries, "checkpoint.py", case["model"], str(checkpoint))
-    _on_the_card(
-        gpu, libraries, f"{case['script']}.py", str(checkpoint), "--out", str(out), *case["run"].split()
-    )
+        _on_the_card(gpu, libraries, {}, "checkpoint.py", case["model"], str(checkpoint), *layers)
+    asked = [str(checkpoint), "--out", str(out), *case["run"].split()]
+    _on_the_card(gpu, libraries, settings, f"{case['script']}.py", *asked)
     found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
     return found
 
 
-def _on_the_card(gpu: str, libraries: Path, script: str, *arguments: str) -> None:
+def _on_the_card(gpu: str, libraries: Path, settings: dict[str, str], script: str, *arguments: str) -> None:
     card = [sys.executable, str(ROOT / "benchmarks" / "dry_gpu" / "run.py"), "--gpu", gpu]
     command = [*card, "--libraries", str(libraries), "--", sys.executable, str(HERE / script), *arguments]
     done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **QUIET}, capture_output=True, text=True, check=False
+        command,
+        cwd=ROOT,
+        env={**os.environ, **QUIET, **settings},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         raise RuntimeError(f"{script} {' '.join(arguments)}: {done.stderr.strip()[-800:]}")
 
 
-def row(case: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-    """Both sides of a case, in bytes. Allocated is the second step's, which the plan plays; a third may place
-    blocks otherwise."""
-    predicted = plan(case["model"], Recipe(**case["recipe"]), gpus=[]).allocator
+def row(case: dict[str, Any], checkpoint: Path, found: dict[str, Any]) -> dict[str, Any]:
+    """Both sides of a case, in bytes: what the plan of the checkpoint's ``config.json`` says, and what the
+    script took. Allocated is the second step's, which the plan plays; a third may place blocks otherwise."""
+    predicted = plan(checkpoint, Recipe(**case["recipe"]), gpus=[]).allocator
     return {
         **{name: case[name] for name in ("name", "script", "model", "run", "recipe")},
         "allocated": {"predicted": predicted.allocated_bytes, "emulated": found["steps"][1]["allocated"]},
@@ -101,7 +113,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="plain-") as folder:
         for case in chosen:
             try:
-                one = row(case, emulated(case, Path(folder), asked.gpu, asked.libraries))
+                found = emulated(case, Path(folder), asked.gpu, asked.libraries)
+                one = row(case, checkpoint_of(case, Path(folder)), found)
             except RuntimeError as error:
                 print(f"{case['name']:28} failed: {error}", flush=True)
                 failed += 1
