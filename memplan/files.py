@@ -33,7 +33,9 @@ def write_whole(path: str | Path, content: bytes, what: str) -> None:
             _through(descriptor, content)
         elif there is None or stat.S_ISREG(there.st_mode):
             _replace(Path(path).resolve(), content, there)
-        else:  # a folder can't be opened so, either
+        elif stat.S_ISDIR(there.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        else:
             with os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND), "wb", buffering=0) as file:
                 _all(file.fileno(), content)
     except (OSError, ValueError, RuntimeError) as error:

@@ -184,7 +184,7 @@ def _tape(document: dict[str, Any]) -> Tape:
     if changes is not None:
         tape.deltas = column("deltas", least=None)
         _check(len(tape.deltas) == len(tape.events), "it has more events than changes")
-        _check_changes(tape)
+    _check_changes(tape)
     return tape
 
 

@@ -253,7 +253,9 @@ def test_report_replaces_what_is_between_its_marks(tmp_path: Path, memplan: Call
     write(example(), tmp_path / "m")
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- measured -->\nold\n<!-- /measured -->\nafter\n", encoding="utf-8")
-    assert memplan("report", tmp_path / "m", "--into", page).status == 0
+    outcome = memplan("report", tmp_path / "m", "--into", page)
+    assert outcome.status == 0
+    assert outcome.out.startswith("wrote the report of 1 measurement into ")
     text = page.read_text(encoding="utf-8")
     assert text.startswith("before\n<!-- measured -->\n## Measured on GPUs")
     assert text.endswith("<!-- /measured -->\nafter\n")

@@ -171,6 +171,12 @@ BAD = {
         changed(segments=[["setup", "", None, 0, 3, 3, [], 1]], deltas=[1024, 512, -2048]),
         "go than there are",
     ),
+    "repeated without saying what that changes": (
+        changed(
+            segments=[["setup", "", None, 0, 2, 1, [], 1], ["setup", "", None, 2, 3, 9, [], 1]], deltas=None
+        ),
+        "go than there are",
+    ),
 }
 
 

@@ -44,7 +44,7 @@ def parser() -> Parser:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the section, or write it into a file; 0."""
+    """Print the section, or write it into a file and say so; 0."""
     from memplan.commands.verify import default_folder
     from memplan.report.measured import section
     from memplan.verify.compare import as_json, compare
@@ -61,6 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
         print_list("measurements", [as_json(measured, found) for measured, found in pairs])
     elif arguments.into is not None:
         _replace(Path(arguments.into), section(pairs))
+        files = f"{len(pairs)} measurement{'' if len(pairs) == 1 else 's'}"
+        say(f"wrote the report of {files} into {shown(arguments.into)}\n")
     else:
         say(section(pairs))
     return 0

@@ -57,8 +57,9 @@ WORDS: dict[str, tuple[str, ...]] = {
     "modes": ("lora,qlora", "full", ","),
 }
 NUMERIC = ("batch_size", "seq_len", "batch_sizes", "seq_lens")
-# what a shell can pass on: no null, and surrogates only for bytes that are no text
-ODD = tuple(text for text in TEXTS if "\0" not in text and "\ud800" not in text)
+# what a shell can pass on: no null, and surrogates only for bytes that are no text; and no name of a file
+# elsewhere, which would be written, as asked
+ODD = tuple(text for text in TEXTS if not {"\0", "\ud800", "/"} & {*text} or text == "/dev/null")
 
 
 @cache
