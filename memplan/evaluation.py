@@ -33,11 +33,9 @@ class Evaluation(BaseModel):
 def evaluation(spec: ModelSpec, recipe: Recipe) -> Evaluation:
     """The evaluation of a resolved recipe, on the reference card."""
     from memplan.models.evaluation import write_evaluation
-    from memplan.planner import playing
     from memplan.tape import replay
 
-    with playing():
-        peak, one = (replay(write_evaluation(spec, recipe, size)) for size in (DEFAULT_BATCH, 1))
+    peak, one = (replay(write_evaluation(spec, recipe, size)) for size in (DEFAULT_BATCH, 1))
     return Evaluation(
         batch_size=DEFAULT_BATCH,
         tensor_bytes=peak.allocated_bytes,
@@ -50,8 +48,6 @@ def evaluation(spec: ModelSpec, recipe: Recipe) -> Evaluation:
 def with_evaluation(run: Run, spec: ModelSpec, recipe: Recipe) -> Run:
     """The run with such an evaluation after its steps, on the card that it is written for."""
     from memplan.models.evaluation import write_evaluation
-    from memplan.planner import playing
 
-    with playing():
-        tape = write_evaluation(spec, recipe, DEFAULT_BATCH, card=run.card, folded=False)
+    tape = write_evaluation(spec, recipe, DEFAULT_BATCH, card=run.card, folded=False)
     return Run(run.tape, run.loading, run.settings, run.card, tape)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Lock
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, computed_field, model_validator
@@ -372,8 +369,7 @@ def write(spec: ModelSpec, recipe: Recipe, card: Card | None = None) -> Tape:
     """The folded tape of a step of a resolved recipe."""
     from memplan.models.step import write_tape
 
-    with playing():
-        return write_tape(spec, recipe, card=card)
+    return write_tape(spec, recipe, card=card)
 
 
 def predicted_run(spec: ModelSpec, recipe: Recipe, card: Card | None = None) -> Run:
@@ -382,8 +378,7 @@ def predicted_run(spec: ModelSpec, recipe: Recipe, card: Card | None = None) -> 
     from memplan.models.loading import loading
     from memplan.models.step import write_long_tape
 
-    with playing():
-        tape = write_long_tape(spec, recipe, card=card)
+    tape = write_long_tape(spec, recipe, card=card)
     return Run(
         tape,
         lambda capacity: list(loading(spec, recipe, tape, capacity)),
@@ -504,26 +499,7 @@ def predicted_tape(model: str | Path | ModelSpec, recipe: Recipe | None = None) 
     from memplan.resolve import resolve
 
     spec = resolve(model).spec
-    with playing():
-        return write_tape(spec, parameters.resolve_recipe(spec, recipe or Recipe()), folded=False)
-
-
-# The shadow records into one place, as eager PyTorch does on one stream.
-_one_at_a_time = Lock()
-
-
-@contextmanager
-def playing() -> Iterator[None]:
-    """To play in. The shadow makes thousands of objects and no cycles: looking for some costs a tenth of a
-    plan."""
-    with _one_at_a_time:
-        enabled = gc.isenabled()
-        gc.disable()
-        try:
-            yield
-        finally:
-            if enabled:
-                gc.enable()
+    return write_tape(spec, parameters.resolve_recipe(spec, recipe or Recipe()), folded=False)
 
 
 def _peak_info(peak: Peak) -> PeakInfo:

@@ -25,6 +25,7 @@ from memplan.shadow import autograd, ops
 from memplan.shadow.tensor import (
     DTYPES,
     Tensor,
+    begin,
     bfloat16,
     bool_,
     category,
@@ -32,6 +33,7 @@ from memplan.shadow.tensor import (
     float32,
     int64,
     no_grad,
+    playing,
     state,
 )
 from memplan.spec import ModelSpec
@@ -74,15 +76,16 @@ def written(
     ``folded``); ``unfolded``: written out again."""
     every = fold.all_layers(spec.num_hidden_layers)
     played = layers_to_play(spec, recipe) if folded else every
-    while True:
-        tape = play(played)
-        if isinstance(played, Standing) and unfolded and not played.complete:
-            return unlike.unfold(tape, played) or play(every)
-        if played.complete or (unlike if isinstance(played, Standing) else fold).fold(tape, played):
-            break
-        played = played.longer()
-    if unfolded and isinstance(played, Played) and not played.complete:
-        tape = fold.unfold(tape, played) or play(every)
+    with playing():
+        while True:
+            tape = play(played)
+            if isinstance(played, Standing) and unfolded and not played.complete:
+                return unlike.unfold(tape, played) or play(every)
+            if played.complete or (unlike if isinstance(played, Standing) else fold).fold(tape, played):
+                break
+            played = played.longer()
+        if unfolded and isinstance(played, Played) and not played.complete:
+            tape = fold.unfold(tape, played) or play(every)
     return tape
 
 
@@ -134,8 +137,7 @@ def at_rest(
 ) -> tuple[Model, optimizers.State, list[Tensor]]:
     """Begin a new tape with what is there before a step: the model, its optimizer states, and cuBLAS's
     workspaces."""
-    state.__init__(card)  # type: ignore[misc]
-    tape = state.tape
+    tape = begin(card)
     model = Builder(spec, recipe).build(played)
     states = optimizers.states(model.trainable, recipe, model.embedding.weight)
     tape.begin(Phase.SETUP, "workspaces")
