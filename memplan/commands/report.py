@@ -61,8 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
         print_list("measurements", [as_json(measured, found) for measured, found in pairs])
     elif arguments.into is not None:
         _replace(Path(arguments.into), section(pairs))
-        files = f"{len(pairs)} measurement{'' if len(pairs) == 1 else 's'}"
-        say(f"wrote the report of {files} into {shown(arguments.into)}\n")
+        measurements = f"{len(pairs)} measurement{'' if len(pairs) == 1 else 's'}"
+        say(f"wrote the report of {measurements} into {shown(arguments.into)}\n")
     else:
         say(section(pairs))
     return 0
