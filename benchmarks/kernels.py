@@ -49,7 +49,7 @@ from memplan.kernels.nf4_dequantize import dequantize_into, nf4_dequantize
 from memplan.kernels.nf4_linear import nf4_linear, scratch_bytes
 from memplan.kernels.nf4_quantize import nf4_quantize
 from memplan.kernels.weight import weight_of
-from memplan.models.liger_loss import chunk_size
+from memplan.losses.liger import chunk_size
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "data" / "measurements" / "kernels"

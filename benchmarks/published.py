@@ -31,13 +31,13 @@ from pathlib import Path
 from typing import Any
 
 from memplan import Plan, __version__, plan
-from memplan.fit import context_bytes
-from memplan.gpu import find_gpu
-from memplan.models.step import write_tape
-from memplan.planner import predicted_run
-from memplan.recipe import Recipe, make_recipe
-from memplan.resolve import resolve
-from memplan.spec import ModelSpec
+from memplan.asked.gpus import find_gpu
+from memplan.asked.recipe import Recipe, make_recipe
+from memplan.asked.resolve import resolve
+from memplan.asked.spec import ModelSpec
+from memplan.device.fit import context_bytes
+from memplan.planning.plan import predicted_run
+from memplan.predict.step import write_tape
 from memplan.tape import Category, Phase, rounded, static_bytes
 
 DATA = Path(__file__).resolve().parent.parent / "data"

@@ -19,7 +19,7 @@ import torch
 from bitsandbytes.functional import quantize_4bit
 from torch import nn
 
-from memplan.recipe import Recipe
+from memplan.asked.recipe import Recipe
 from memplan.trace.build import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,7 +70,7 @@ def _predicted(name: str, options: dict[str, Any]) -> dict[str, Any]:
     """The plan's peaks, stock and with the kernels, to hold what is measured against."""
     if name == "rehearsal":
         return {}
-    from memplan.planner import plan
+    from memplan.planning.plan import plan
 
     return {
         f"predicted_{kernels}_bytes": plan(

@@ -29,11 +29,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from memplan.asked.importers.hf import spec_from_config
+from memplan.asked.recipe import Recipe, make_recipe
 from memplan.errors import RecipeError, TraceError
-from memplan.importers.hf import spec_from_config
-from memplan.models.parameters import resolve_recipe
-from memplan.models.step import write_tape
-from memplan.recipe import Recipe, make_recipe
+from memplan.predict.parameters import resolve_recipe
+from memplan.predict.step import write_tape
 from memplan.tape import Peak, Phase, Tape, replay, static_bytes
 
 ROOT = Path(__file__).resolve().parent.parent

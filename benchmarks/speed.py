@@ -37,18 +37,18 @@ def main() -> None:
     report(f"cold: memplan {' '.join(question)}", times, COMMAND_BUDGET)
 
     from memplan import Recipe, plan
-    from memplan.reserved import simulate
+    from memplan.device.playback import simulate
 
     for model, budget in WARM_BUDGETS.items():
         for mode in ("qlora", "lora", "full"):
             recipe = Recipe(mode=mode)
             report(f"warm: plan({model!r}, {mode})", timed(lambda: plan(model, recipe), runs), budget)  # noqa: B023
 
-    from memplan.frontier import frontier
-    from memplan.gpu import find_gpu
-    from memplan.models.parameters import resolve_recipe
-    from memplan.planner import predicted_run
-    from memplan.resolve import resolve
+    from memplan.asked.gpus import find_gpu
+    from memplan.asked.resolve import resolve
+    from memplan.planning.frontier import frontier
+    from memplan.planning.plan import predicted_run
+    from memplan.predict.parameters import resolve_recipe
 
     spec, card = resolve("llama-3.3-70b").spec, find_gpu("h200")
     run = predicted_run(spec, resolve_recipe(spec, Recipe(mode="qlora")))

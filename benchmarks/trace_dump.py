@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from memplan.recipe import Recipe
+from memplan.asked.recipe import Recipe
 from memplan.tape import Category, Phase, replay, static_bytes
 from memplan.trace import trace
 

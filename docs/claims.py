@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from memplan import Plan, plan
-from memplan.recipe import make_recipe
+from memplan.asked.recipe import make_recipe
 
 GIB = 1 << 30
 GB = 10**9

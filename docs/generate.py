@@ -20,7 +20,7 @@ import kernels_page
 
 from memplan.cli import COMMANDS, HELP
 from memplan.commands.arguments import Parser
-from memplan.planner import Plan
+from memplan.planning.plan import Plan
 from memplan.verify.measurement import Measurement
 
 DOCS = Path(__file__).parent

@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from memplan.asked.recipe import Recipe
 from memplan.kernels.strips import FEW_ROWS
-from memplan.planner import plan
-from memplan.recipe import Recipe
+from memplan.planning.plan import plan
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "data" / "measurements" / "kernels"

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from memplan.gpu import find_gpu
+from memplan.asked.gpus import find_gpu
 
 COMPARISON = Path(__file__).resolve().parent.parent / "data" / "published_comparison.json"
 

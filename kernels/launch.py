@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from memplan.card import KERNELS_CAPABILITY
+from memplan.cuda.card import KERNELS_CAPABILITY
 from memplan.errors import KernelError
 
 try:

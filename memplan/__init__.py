@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from memplan.asked.recipe import Recipe
+    from memplan.asked.spec import ModelSpec
     from memplan.errors import MemplanError
-    from memplan.planner import Plan, plan
-    from memplan.recipe import Recipe
-    from memplan.spec import ModelSpec
+    from memplan.planning.plan import Plan, plan
 
 __all__ = ["MemplanError", "ModelSpec", "Plan", "Recipe", "__version__", "plan"]
 
 _HOMES = {
     "MemplanError": "memplan.errors",
-    "ModelSpec": "memplan.spec",
-    "Plan": "memplan.planner",
-    "Recipe": "memplan.recipe",
-    "plan": "memplan.planner",
+    "ModelSpec": "memplan.asked.spec",
+    "Plan": "memplan.planning.plan",
+    "Recipe": "memplan.asked.recipe",
+    "plan": "memplan.planning.plan",
 }
 
 

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from memplan import __version__, streams
+from memplan.asked.importers.fields import shown
 from memplan.errors import MemplanError, UnknownName, reason
-from memplan.importers.fields import shown
 
 COMMANDS = (
     "plan",

@@ -56,7 +56,7 @@ class UnknownName(MemplanError):
     def __init__(self, kind: str, name: str, known: Iterable[str], hint: str = "") -> None:
         import difflib
 
-        from memplan.importers.fields import shown
+        from memplan.asked.importers.fields import shown
 
         self.kind, self.name = kind, name
         lowered = {candidate.lower(): candidate for candidate in known}

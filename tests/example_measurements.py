@@ -6,9 +6,9 @@ from typing import Any
 
 from small_specs import config
 
-from memplan.models.step import write_tape
-from memplan.recipe import Recipe
-from memplan.reserved import simulate
+from memplan.asked.recipe import Recipe
+from memplan.device.playback import simulate
+from memplan.predict.step import write_tape
 from memplan.tape import replay
 from memplan.verify.job import card_of, spec_of
 from memplan.verify.measurement import (

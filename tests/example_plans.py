@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from memplan.advice import Advice, Change, Combination
-from memplan.fit import Fit
-from memplan.planner import (
+from memplan.asked.recipe import make_recipe
+from memplan.device.fit import Fit
+from memplan.planning.advice import Advice, Change, Combination
+from memplan.planning.plan import (
     AllocatorInfo,
     CategoryBytes,
     ModelInfo,
@@ -16,7 +17,6 @@ from memplan.planner import (
     StaticBytes,
     Summary,
 )
-from memplan.recipe import make_recipe
 
 GIB = 2**30
 

@@ -11,10 +11,10 @@ from conftest import Outcome
 from rich.console import Console
 
 from memplan import Recipe, plan
-from memplan.advise import IDEAS, Cost, advise
+from memplan.asked.recipe import make_recipe
 from memplan.commands.arguments import parse, recipe_options
 from memplan.commands.fit import parser
-from memplan.recipe import make_recipe
+from memplan.planning.advise import IDEAS, Cost, advise
 from memplan.report.fit import show_advice
 
 Run = Callable[..., Outcome]

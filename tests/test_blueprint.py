@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from memplan.models import blueprint
-from memplan.resolve import registry, resolve
+from memplan.asked.resolve import registry, resolve
+from memplan.predict import blueprint
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

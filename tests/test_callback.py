@@ -17,8 +17,8 @@ with warnings.catch_warnings():
         pytest.importorskip(package)
     from memplan.verify.callback import MemoryCallback, MemoryWarning
 
-from memplan.card import Card
-from memplan.recipe import Mode, Recipe
+from memplan.asked.recipe import Mode, Recipe
+from memplan.cuda.card import Card
 
 pytestmark = pytest.mark.filterwarnings("default")  # the libraries' warnings are theirs
 
@@ -147,9 +147,9 @@ def test_a_run_that_will_not_fit_is_warned_of(tmp_path: Path, monkeypatch: pytes
 
 
 def test_on_a_card_whole_blocks_are_predicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from memplan.models.parameters import resolve_recipe
-    from memplan.models.step import write_tape
-    from memplan.reserved import simulate
+    from memplan.device.playback import simulate
+    from memplan.predict.parameters import resolve_recipe
+    from memplan.predict.step import write_tape
 
     lines: list[str] = []
     callback = MemoryCallback(tell=lines.append)

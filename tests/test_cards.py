@@ -8,12 +8,12 @@ import pytest
 from small_specs import config
 
 from memplan import MemplanError, Recipe, plan
-from memplan.card import Card
-from memplan.fit import context_bytes
-from memplan.gpu import find_gpu
-from memplan.importers.hf import spec_from_config
-from memplan.models.parameters import resolve_recipe
-from memplan.models.step import write_tape
+from memplan.asked.gpus import find_gpu
+from memplan.asked.importers.hf import spec_from_config
+from memplan.cuda.card import Card
+from memplan.device.fit import context_bytes
+from memplan.predict.parameters import resolve_recipe
+from memplan.predict.step import write_tape
 from memplan.tape import replay
 
 

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 from conftest import Outcome
 
+from memplan.asked.recipe import Recipe, make_recipe
 from memplan.cli import COMMANDS, HELP, main
 from memplan.commands.arguments import applicable, parse, recipe_options
 from memplan.commands.plan import parser as plan_parser
-from memplan.recipe import Recipe, make_recipe
 
 Run = Callable[..., Outcome]
 
@@ -401,7 +401,7 @@ def test_an_interrupt_is_quiet(memplan: Run, monkeypatch: pytest.MonkeyPatch) ->
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("memplan.planner.plan", interrupt)
+    monkeypatch.setattr("memplan.planning.plan.plan", interrupt)
     assert memplan(SMALL) == (130, "", "")
 
 

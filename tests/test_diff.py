@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from rich.console import Console
 from small_specs import SPECS, config
 
-from memplan.diff import Diff, diff, kind_of
-from memplan.models.step import write_tape
-from memplan.recipe import Recipe, make_recipe
+from memplan.asked.recipe import Recipe, make_recipe
+from memplan.predict.step import write_tape
 from memplan.report.diff import markdown, show_diff
 from memplan.tape import Category, Phase, Tape, replay
-from memplan.tapefile import save
+from memplan.tape.diff import Diff, diff, kind_of
+from memplan.tape.file import save
 
 Run = Callable[..., Outcome]
 
@@ -211,7 +211,7 @@ def test_the_diff_names_the_tensor_that_an_option_brings() -> None:
 def test_seventy_billion_take_seconds() -> None:
     import time
 
-    from memplan.planner import predicted_tape
+    from memplan.planning.plan import predicted_tape
 
     a, b = predicted_tape("llama-70b"), predicted_tape("llama-70b", Recipe(r=16, seq_len=1024))
     start = time.process_time()

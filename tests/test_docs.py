@@ -13,7 +13,7 @@ import pydantic
 import pytest
 from conftest import Outcome
 
-from memplan.recipe import Attention, Optimizer, Recipe
+from memplan.asked.recipe import Attention, Optimizer, Recipe
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from memplan import Recipe, driver, plan
+from memplan import Recipe, plan
+from memplan.device import driver
 
 SOURCE = r"""
 #include <stddef.h>

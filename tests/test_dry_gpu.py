@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from example_measurements import CARD, example
 
-from memplan.card import Card
+from memplan.asked.gpus import find_gpu
+from memplan.cuda.card import Card
 from memplan.errors import MemplanError
-from memplan.gpu import find_gpu
 from memplan.verify.measurement import DRY, write
 
 ROOT = Path(__file__).parent.parent

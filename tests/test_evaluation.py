@@ -7,13 +7,13 @@ import json
 import pytest
 
 from memplan import Recipe, plan
-from memplan.evaluation import evaluation, with_evaluation
-from memplan.models.evaluation import write_evaluation
-from memplan.models.parameters import resolve_recipe
-from memplan.planner import Plan, predicted_run
+from memplan.asked.resolve import resolve
+from memplan.device.playback import simulate
+from memplan.planning.evaluation import evaluation, with_evaluation
+from memplan.planning.plan import Plan, predicted_run
+from memplan.predict.evaluation import write_evaluation
+from memplan.predict.parameters import resolve_recipe
 from memplan.report.evaluation import evaluating, varying
-from memplan.reserved import simulate
-from memplan.resolve import resolve
 from memplan.tape import Phase, replay
 
 # torch.cuda.max_memory_allocated of an evaluation after the second step and max_memory_reserved then, of a

@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from small_specs import SPECS
 
 from memplan import Recipe, plan
-from memplan.allocator import MIB
-from memplan.allocator_settings import AllocatorSettings
+from memplan.asked.gpus import Gpu, find_gpu
+from memplan.asked.importers.hf import spec_from_config
+from memplan.asked.recipe import make_recipe
+from memplan.device.allocator import MIB
+from memplan.device.fit import MARGIN_PER_CENT, Run, context_bytes, glance, judge, recast_bytes
+from memplan.device.settings import AllocatorSettings
 from memplan.errors import MemplanError
-from memplan.fit import MARGIN_PER_CENT, Run, context_bytes, glance, judge, recast_bytes
-from memplan.gpu import Gpu, find_gpu
-from memplan.importers.hf import spec_from_config
-from memplan.models.parameters import resolve_recipe
-from memplan.planner import Plan, predicted_run
-from memplan.recipe import make_recipe
+from memplan.planning.plan import Plan, predicted_run
+from memplan.predict.parameters import resolve_recipe
 from memplan.tape import Category, Phase, Tape, replay, static_bytes
 
 A6000 = find_gpu("a6000")

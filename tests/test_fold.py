@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_specs import SPECS
 
-from memplan.models import step, unlike
-from memplan.models.fold import Played, layers_to_play
-from memplan.models.parameters import resolve_recipe
-from memplan.models.step import write_long_tape, write_tape
-from memplan.models.unlike import standing
-from memplan.recipe import make_recipe
-from memplan.spec import ModelSpec
+from memplan.asked.recipe import make_recipe
+from memplan.asked.spec import ModelSpec
+from memplan.predict import step, unlike
+from memplan.predict.fold import Played, layers_to_play
+from memplan.predict.parameters import resolve_recipe
+from memplan.predict.step import write_long_tape, write_tape
+from memplan.predict.unlike import standing
 from memplan.tape import Tape, replay, static_bytes
 
 OPTIONS = {
@@ -88,7 +88,7 @@ def told(tape: Tape) -> list[object]:
 
 def test_most_tapes_need_not_be_played() -> None:
     # the ones that PEFT's preparation makes, and the Trainer's checkpointing: an eighth of the time
-    from memplan.models import fold, step
+    from memplan.predict import fold, step
 
     for options in ({}, {"kbit_prep": False}, {"mode": "lora"}, {"mode": "full"}):
         spec = SPECS["llama"](36)

@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_specs import SPECS
 
+from memplan.asked.gpus import Gpu, find_gpu
+from memplan.asked.recipe import Recipe, make_recipe
+from memplan.asked.resolve import resolve
+from memplan.device.fit import judge
 from memplan.errors import MemplanError
-from memplan.fit import judge
-from memplan.frontier import _NEAR, Peaks, _last_not_above_zero, at_most, frontier, largest
-from memplan.gpu import Gpu, find_gpu
-from memplan.models.parameters import resolve_recipe
-from memplan.planner import predicted_run
-from memplan.recipe import Recipe, make_recipe
-from memplan.resolve import resolve
+from memplan.planning.frontier import _NEAR, Peaks, _last_not_above_zero, at_most, frontier, largest
+from memplan.planning.plan import predicted_run
+from memplan.predict.parameters import resolve_recipe
 
 Run = Callable[..., Outcome]
 
@@ -270,7 +270,7 @@ def test_flash_attn_can_not_be_asked_of_an_older_card() -> None:
 
 
 def test_up_to_n_means_those_below_n_as_well() -> None:
-    from memplan.frontier import _below
+    from memplan.planning.frontier import _below
 
     assert _below(1) == []
     assert _below(3) == [2, 1]

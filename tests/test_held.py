@@ -20,7 +20,7 @@ from small_specs import config
 from test_campaign import Player
 
 from memplan import Recipe, plan
-from memplan.gpu import load_gpus
+from memplan.asked.gpus import load_gpus
 from memplan.verify import measurement, runner
 from memplan.verify.measurement import read_all
 

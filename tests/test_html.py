@@ -17,12 +17,12 @@ from example_plans import example_advice, example_plan
 from example_tapes import example_tape
 from small_specs import SPECS
 
-from memplan.models.step import write_tape
-from memplan.planner import plan, predicted_tape
-from memplan.recipe import make_recipe
+from memplan.asked.recipe import make_recipe
+from memplan.planning.plan import plan, predicted_tape
+from memplan.predict.step import write_tape
 from memplan.report.html import COLUMNS, STACK, page
 from memplan.tape import Category, Tape, replay, static_bytes
-from memplan.timeline import RESIDENT, live_bytes, step_start
+from memplan.tape.timeline import RESIDENT, live_bytes, step_start
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
 ASSETS = Path(__file__).parent.parent / "memplan" / "report" / "assets"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from small_specs import SPECS
 
 from memplan import Plan, plan
-from memplan.recipe import make_recipe
+from memplan.asked.recipe import make_recipe
 
 families = st.sampled_from(sorted(SPECS))
 modes = st.sampled_from(["full", "lora", "qlora"])

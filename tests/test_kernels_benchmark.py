@@ -346,8 +346,8 @@ def test_the_page_says_who_is_fastest_and_by_how_much() -> None:
 
 def test_every_step_fits_an_80_gb_card_and_one_is_smaller_with_the_kernels() -> None:
     """As planned, on the smallest card that is lent; most peaks are where the kernels save nothing."""
-    from memplan.planner import plan
-    from memplan.recipe import Recipe
+    from memplan.asked.recipe import Recipe
+    from memplan.planning.plan import plan
 
     steps = load("qlora_step", ROOT / "benchmarks" / "qlora_step.py").RECIPES
     saved = {}

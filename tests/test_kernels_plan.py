@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from small_specs import SPECS
 
+from memplan.asked.recipe import Recipe, make_recipe
 from memplan.errors import MemplanError, RecipeError
 from memplan.kernels.strips import FEW_ROWS
-from memplan.models.parameters import resolve_recipe
-from memplan.models.step import write_tape
-from memplan.planner import plan
-from memplan.recipe import Recipe, make_recipe
+from memplan.planning.plan import plan
+from memplan.predict.parameters import resolve_recipe
+from memplan.predict.step import write_tape
 from memplan.tape import Tape
 
 with warnings.catch_warnings():

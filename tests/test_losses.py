@@ -18,14 +18,14 @@ with warnings.catch_warnings():
 from small_specs import config
 
 from memplan import MemplanError
-from memplan.card import Card
+from memplan.asked.importers.hf import spec_from_config
+from memplan.asked.recipe import Loss, Recipe
+from memplan.cuda.card import Card
 from memplan.errors import TraceError
-from memplan.importers.hf import spec_from_config
-from memplan.models.chunked_loss import TOKEN_CHUNK, VOCABULARY_CHUNK
-from memplan.models.liger_loss import chunk_size
-from memplan.models.parameters import resolve_recipe
-from memplan.models.step import write_tape
-from memplan.recipe import Loss, Recipe
+from memplan.losses.chunked import TOKEN_CHUNK, VOCABULARY_CHUNK
+from memplan.losses.liger import chunk_size
+from memplan.predict.parameters import resolve_recipe
+from memplan.predict.step import write_tape
 from memplan.tape import Tape, replay
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' warnings are theirs

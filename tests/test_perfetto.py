@@ -10,11 +10,11 @@ import pytest
 from example_tapes import example_tape
 from small_specs import SPECS
 
-from memplan.models.step import write_tape
-from memplan.recipe import make_recipe
+from memplan.asked.recipe import make_recipe
+from memplan.predict.step import write_tape
 from memplan.report.perfetto import trace_json
 from memplan.tape import Category, Tape, replay
-from memplan.timeline import live_bytes
+from memplan.tape.timeline import live_bytes
 
 TAPES = {
     "example": example_tape(),

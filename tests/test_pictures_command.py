@@ -11,9 +11,9 @@ import pytest
 from conftest import Outcome
 from small_specs import config
 
-from memplan.planner import plan
+from memplan.planning.plan import plan
 from memplan.snapshot import Action, load_snapshot
-from memplan.tapefile import load
+from memplan.tape.file import load
 
 Run = Callable[..., Outcome]
 
@@ -52,7 +52,7 @@ def test_each_file_tells_the_same_step(memplan: Run, model: Path, tmp_path: Path
 
 
 def about_recipe(recipe: dict[str, object]) -> object:
-    from memplan.recipe import Recipe
+    from memplan.asked.recipe import Recipe
 
     return Recipe(**recipe)
 

@@ -17,8 +17,8 @@ with warnings.catch_warnings():
         pytest.importorskip(package)
     from test_trace import LLAMA, allocations, large, real_step, recipe
 
-from memplan.card import Card
-from memplan.recipe import Recipe
+from memplan.asked.recipe import Recipe
+from memplan.cuda.card import Card
 from memplan.tape import Category, Phase, Tape, replay
 from memplan.trace.categories import categorise
 from memplan.trace.layers import Segments

@@ -18,7 +18,7 @@ with warnings.catch_warnings():
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from memplan.recipe import Recipe
+from memplan.asked.recipe import Recipe
 from memplan.tape import Category, Phase, Tape, replay, static_bytes
 
 pytestmark = pytest.mark.filterwarnings("default")  # the libraries' warnings are theirs

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from memplan.card import Card
-from memplan.reduction import scratch
+from memplan.cuda.card import Card
+from memplan.cuda.reduction import scratch
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from conftest import Outcome
 
-import memplan.planner
+import memplan.planning.plan
 from memplan import MemplanError, ModelSpec, Recipe, plan
 
 
@@ -36,7 +36,7 @@ def test_one_sentence_in_python_too(model: str, options: dict[str, Any], words: 
 
 
 def test_dense_layers_among_experts_take_adapters_on_attention_alone() -> None:
-    from memplan.resolve import resolve
+    from memplan.asked.resolve import resolve
 
     spec = resolve("qwen3-30b-a3b").spec
     mixed = spec.model_copy(update={"sparse_layers": (False, *spec.sparse_layers[1:])})
@@ -46,7 +46,7 @@ def test_dense_layers_among_experts_take_adapters_on_attention_alone() -> None:
 
 
 def test_a_spec_of_an_unknown_family() -> None:
-    from memplan.resolve import resolve
+    from memplan.asked.resolve import resolve
 
     spec: ModelSpec = resolve("llama-3.2-1b").spec.model_copy(update={"model_type": "foo"})
     with pytest.raises(MemplanError, match="no predicted plan for the model type 'foo'"):
@@ -54,7 +54,7 @@ def test_a_spec_of_an_unknown_family() -> None:
 
 
 def test_a_plan_from_json_has_no_timeline() -> None:
-    answer = memplan.planner.Plan.model_validate_json(plan("llama-3.2-1b").model_dump_json())
+    answer = memplan.planning.plan.Plan.model_validate_json(plan("llama-3.2-1b").model_dump_json())
     with pytest.raises(MemplanError, match="call plan\\(\\) again"):
         next(answer.timeline())
 
@@ -86,7 +86,7 @@ def test_a_bug_is_not_a_verdict(memplan: Callable[..., Outcome], monkeypatch: py
     def broken(*_: Any, **__: Any) -> None:
         raise KeyError("tape")
 
-    monkeypatch.setattr("memplan.planner.replay", broken)
+    monkeypatch.setattr("memplan.planning.plan.replay", broken)
     outcome = memplan("fit", "llama-3.2-1b", "--gpu", "a6000")
     assert outcome.status == 70
     assert outcome.err.startswith("memplan: a bug in memplan (KeyError: 'tape'); please report it")
@@ -104,7 +104,7 @@ def test_a_bug_is_not_a_verdict(memplan: Callable[..., Outcome], monkeypatch: py
     ],
 )
 def test_what_is_long_is_not_quoted_in_full(options: dict[str, Any]) -> None:
-    from memplan.recipe import make_recipe
+    from memplan.asked.recipe import make_recipe
 
     with pytest.raises(MemplanError) as caught:
         make_recipe(**options)

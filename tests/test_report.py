@@ -11,7 +11,7 @@ import pytest
 from example_plans import example_plan
 from rich.console import Console
 
-from memplan.planner import Plan
+from memplan.planning.plan import Plan
 from memplan.report.compare import show_comparison
 from memplan.report.console import paragraph, table
 from memplan.report.fit import show_fit

@@ -9,16 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_specs import SPECS, config
 
-from memplan.allocator import MIB
-from memplan.allocator_settings import AllocatorSettings
-from memplan.models.blueprint import named_shapes
-from memplan.models.loading import _natural, loading
-from memplan.models.parameters import resolve_recipe
-from memplan.models.step import write_long_tape, write_tape
-from memplan.planner import predicted_run
-from memplan.recipe import make_recipe
-from memplan.reserved import simulate
-from memplan.resolve import resolve
+from memplan.asked.recipe import make_recipe
+from memplan.asked.resolve import resolve
+from memplan.device.allocator import MIB
+from memplan.device.playback import simulate
+from memplan.device.settings import AllocatorSettings
+from memplan.planning.plan import predicted_run
+from memplan.predict.blueprint import named_shapes
+from memplan.predict.loading import _natural, loading
+from memplan.predict.parameters import resolve_recipe
+from memplan.predict.step import write_long_tape, write_tape
 from memplan.tape import Category, Phase, Tape, replay, static_bytes
 
 

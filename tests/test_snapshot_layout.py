@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from small_specs import SPECS
 
-from memplan.models.step import write_tape
-from memplan.recipe import make_recipe
+from memplan.asked.recipe import make_recipe
+from memplan.predict.step import write_tape
 from memplan.snapshot import Action, BlockState, Frame, Snapshot, TraceEntry, load_snapshot, save_snapshot
 from memplan.snapshot.layout import Placed, first_fit, snapshot_of
 from memplan.tape import Category, Phase, Tape, replay

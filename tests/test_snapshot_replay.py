@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_specs import SPECS
 
-from memplan.allocator import MIB, Allocator, Block
-from memplan.allocator_settings import parse_settings
+from memplan.asked.recipe import make_recipe
+from memplan.device.allocator import MIB, Allocator, Block
+from memplan.device.settings import parse_settings
 from memplan.errors import MemplanError
-from memplan.models.parameters import resolve_recipe
-from memplan.planner import predicted_run
-from memplan.recipe import make_recipe
+from memplan.planning.plan import predicted_run
+from memplan.predict.parameters import resolve_recipe
 from memplan.snapshot import Action, Snapshot, load_snapshot, save_snapshot
 from memplan.snapshot.layout import snapshot_of
 from memplan.snapshot.records import Block as RecordedBlock

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from memplan import plan
-from memplan.recipe import make_recipe
+from memplan.asked.recipe import make_recipe
 
 # model: parameters, of which in linear layers inside the decoder (7 a layer), vocabulary x hidden size
 FACTS = {

@@ -13,8 +13,8 @@ import pytest
 from conftest import Outcome
 from small_specs import config
 
+from memplan.asked.recipe import Recipe
 from memplan.errors import MemplanError
-from memplan.recipe import Recipe
 from memplan.streams import lines, visible
 from memplan.verify.job import cap, make_job
 from memplan.verify.measurement import Run as Verified

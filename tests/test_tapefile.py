@@ -13,12 +13,12 @@ import pytest
 from conftest import Outcome
 from small_specs import SPECS
 
+from memplan.asked.recipe import Recipe, make_recipe
 from memplan.errors import MemplanError
-from memplan.models.step import write_tape
-from memplan.planner import plan
-from memplan.recipe import Recipe, make_recipe
+from memplan.planning.plan import plan
+from memplan.predict.step import write_tape
 from memplan.tape import Category, Phase, Tape, replay, static_bytes
-from memplan.tapefile import TapeInfo, load, save
+from memplan.tape.file import TapeInfo, load, save
 
 Run = Callable[..., Outcome]
 

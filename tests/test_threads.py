@@ -10,11 +10,11 @@ from threading import Barrier
 import pytest
 from small_specs import SPECS
 
-from memplan.models.evaluation import write_evaluation
-from memplan.models.step import write_long_tape, write_tape
-from memplan.recipe import Recipe, make_recipe
+from memplan.asked.recipe import Recipe, make_recipe
+from memplan.asked.spec import ModelSpec
+from memplan.predict.evaluation import write_evaluation
+from memplan.predict.step import write_long_tape, write_tape
 from memplan.shadow import tensor
-from memplan.spec import ModelSpec
 from memplan.tape import Tape
 
 THREADS = 8

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 from small_specs import SPECS
 
-from memplan.models.step import write_tape
-from memplan.recipe import make_recipe
+from memplan.asked.recipe import make_recipe
+from memplan.predict.step import write_tape
 from memplan.report.timeline import show_timeline
 from memplan.tape import Category, Phase, Tape, replay, static_bytes
-from memplan.timeline import Held, live_bytes, moments, phases, resident, shown, step_start
+from memplan.tape.timeline import Held, live_bytes, moments, phases, resident, shown, step_start
 
 
 def drawn(

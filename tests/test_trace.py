@@ -16,9 +16,9 @@ with warnings.catch_warnings():
         pytest.importorskip(package)
     from memplan.trace import trace
 
-from memplan.card import Card
+from memplan.asked.recipe import Recipe
+from memplan.cuda.card import Card
 from memplan.errors import TraceError
-from memplan.recipe import Recipe
 from memplan.tape import Category, Phase, Tape, replay, static_bytes
 from memplan.trace.build import build
 from memplan.trace.optimizers import make_optimizer

@@ -17,14 +17,14 @@ import pytest
 from conftest import Outcome
 from small_specs import config
 
-from memplan import stack
-from memplan.planner import Plan
-from memplan.tapefile import load
-from memplan.traced import layers
+from memplan import libraries
+from memplan.planning.plan import Plan
+from memplan.planning.traced import layers
+from memplan.tape.file import load
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    for package in stack.TESTED:
+    for package in libraries.TESTED:
         pytest.importorskip(package)
     import memplan.trace
 
@@ -44,8 +44,8 @@ SHORT = ("--seq-len", "64")
 @pytest.fixture(autouse=True)
 def tested_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is installed here; the test of the warning sets its own."""
-    numbers = {name: f"{number}.0" for name, number in stack.TESTED.items()}
-    monkeypatch.setattr(stack, "installed", lambda loss="standard": numbers)
+    numbers = {name: f"{number}.0" for name, number in libraries.TESTED.items()}
+    monkeypatch.setattr(libraries, "installed", lambda loss="standard": numbers)
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_the_trace_answers_as_the_plan_does(mode: str, memplan: Run, llama: Path
     assert (traced.status, traced.err) == (0, "")
     a, b = json.loads(traced.out), json.loads(planned.out)
     assert (a.pop("provenance"), b.pop("provenance")) == ("traced", "predicted")
-    assert set(a.pop("libraries")) == set(stack.TESTED)
+    assert set(a.pop("libraries")) == set(libraries.TESTED)
     assert b.pop("libraries") == {}
     peaks = a.pop("peak"), b.pop("peak")
     for key in ("allocated_bytes", "phase", "operation", "layer"):
@@ -103,7 +103,7 @@ def test_the_tape_is_kept(memplan: Run, llama: Path, tmp_path: Path) -> None:
     tape, info = load(path)
     assert tape.provenance == "traced"
     assert (info.recipe["mode"], info.recipe["seq_len"]) == ("lora", 64)
-    assert set(info.libraries) == set(stack.TESTED)
+    assert set(info.libraries) == set(libraries.TESTED)
     assert memplan("diff", f"plan:{llama}", path, "--mode", "lora", *SHORT).status == 0
     assert memplan("diff", f"trace:{llama}", path, "--mode", "lora", *SHORT).status == 0
     assert memplan("diff", f"plan:{llama}", path, "--mode", "lora", *SHORT, "--r", "4").status == 1
@@ -183,8 +183,8 @@ def test_what_fails_is_named_with_module_and_phase(memplan: Run, tmp_path: Path)
 
 
 def test_an_untested_version_is_named(memplan: Run, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    numbers = {name: f"{number}.0" for name, number in stack.TESTED.items()} | {"transformers": "5.1.2"}
-    monkeypatch.setattr(stack, "installed", lambda loss="standard": numbers)
+    numbers = {name: f"{number}.0" for name, number in libraries.TESTED.items()} | {"transformers": "5.1.2"}
+    monkeypatch.setattr(libraries, "installed", lambda loss="standard": numbers)
     outcome = memplan("trace", llama, *SHORT)
     assert outcome.status == 0
     assert outcome.err.startswith("memplan: warning: transformers 5.1.2 is not the version")
@@ -192,19 +192,19 @@ def test_an_untested_version_is_named(memplan: Run, llama: Path, monkeypatch: py
 
 
 def test_versions() -> None:
-    assert stack.untested({"torch": "2.13.0+cpu", "peft": "0.21.9"}) == []
-    assert len(stack.untested({"torch": "2.12.1", "peft": "0.22.0"})) == 2
+    assert libraries.untested({"torch": "2.13.0+cpu", "peft": "0.21.9"}) == []
+    assert len(libraries.untested({"torch": "2.12.1", "peft": "0.22.0"})) == 2
 
 
 def test_tested_versions_are_the_pinned_ones() -> None:
     pins = (Path(__file__).parent.parent / "constraints.txt").read_text(encoding="utf-8")
-    losses = {name.replace("-", "_"): number for name, number, _ in stack.OF_LOSS.values()}
-    for name, number in (stack.TESTED | losses).items():
+    losses = {name.replace("-", "_"): number for name, number, _ in libraries.OF_LOSS.values()}
+    for name, number in (libraries.TESTED | losses).items():
         assert re.search(rf"^{name}=={re.escape(number)}\.", pins, re.MULTILINE), name
 
 
 def test_a_missing_extra_is_one_command(memplan: Run, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stack, "find_spec", lambda name: None if name in ("torch", "peft") else object())
+    monkeypatch.setattr(libraries, "find_spec", lambda name: None if name in ("torch", "peft") else object())
     outcome = memplan("trace", llama)
     assert (outcome.status, outcome.out) == (2, "")
     assert "torch and peft, which are not installed: run `pip install 'memplan[verify]'`" in outcome.err
@@ -215,7 +215,7 @@ def test_a_loss_of_a_missing_library_is_one_command(
     loss: str, package: str, memplan: Run, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = package.replace("-", "_")
-    monkeypatch.setattr(stack, "find_spec", lambda name: None if name == module else object())
+    monkeypatch.setattr(libraries, "find_spec", lambda name: None if name == module else object())
     outcome = memplan("trace", llama, "--loss", loss)
     assert (outcome.status, outcome.out) == (2, "")
     assert (

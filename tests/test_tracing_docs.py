@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from memplan import stack
+from memplan import libraries
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    for package in stack.TESTED:
+    for package in libraries.TESTED:
         pytest.importorskip(package)
     from memplan.trace import standins
 

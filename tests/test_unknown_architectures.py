@@ -14,15 +14,15 @@ from typing import Any
 
 import pytest
 
-from memplan import stack
+from memplan import libraries
+from memplan.asked.importers.hf import spec_from_config
+from memplan.asked.recipe import Recipe
 from memplan.errors import TraceError, UnsupportedArchitecture
-from memplan.importers.hf import spec_from_config
-from memplan.recipe import Recipe
 from memplan.tape import Phase, replay, static_bytes
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    for package in stack.TESTED:
+    for package in libraries.TESTED:
         pytest.importorskip(package)
     from memplan.trace import Traced, trace_model
 

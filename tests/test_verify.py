@@ -28,10 +28,10 @@ with warnings.catch_warnings():
 from conftest import Outcome
 from small_specs import config
 
-from memplan.diff import diff
+from memplan.asked.recipe import make_recipe
 from memplan.errors import MemplanError
-from memplan.recipe import make_recipe
 from memplan.tape import Category, replay
+from memplan.tape.diff import diff
 from memplan.verify import attention, child, runner
 from memplan.verify import train as training
 from memplan.verify.campaign import fingerprint
@@ -87,7 +87,7 @@ def one_thread() -> Iterator[None]:
     ids=str,
 )
 def test_real_training_takes_what_the_plan_says(tmp_path: Path, family: str, options: dict[str, Any]) -> None:
-    from memplan.models.step import write_tape
+    from memplan.predict.step import write_tape
     from memplan.verify.job import spec_of
     from memplan.verify.workspaces import without_workspaces
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from memplan.recipe import Recipe
+from memplan.asked.recipe import Recipe
 from memplan.verify.compare import Figure, compare
 from memplan.verify.measurement import Measurement, read_all
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from build import build
 
+from memplan.asked.gpus import find_gpu
 from memplan.errors import MemplanError
-from memplan.gpu import find_gpu
 from memplan.verify.measurement import DRY
 
 ROOT = Path(__file__).resolve().parents[2]

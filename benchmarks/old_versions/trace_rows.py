@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from memplan.recipe import Recipe, make_recipe
+from memplan.asked.recipe import Recipe, make_recipe
 from memplan.tape import Tape, replay
 from memplan.trace import trace
 

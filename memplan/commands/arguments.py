@@ -10,8 +10,7 @@ from contextlib import suppress
 from enum import Enum
 from typing import Any, NoReturn
 
-from memplan.errors import MemplanError, UnknownName
-from memplan.recipe import (
+from memplan.asked.recipe import (
     OPTIMIZER_ALIASES,
     TARGET_PRESETS,
     Attention,
@@ -23,6 +22,7 @@ from memplan.recipe import (
     QuantType,
     Recipe,
 )
+from memplan.errors import MemplanError, UnknownName
 from memplan.streams import say
 
 # Fields that say nothing about a mode without adapters, or without a 4-bit base.

@@ -10,9 +10,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from memplan.asked.importers.fields import shown
 from memplan.commands.arguments import Parser, add_json, positive
 from memplan.errors import MemplanError, reason
-from memplan.importers.fields import shown
 from memplan.streams import remark
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def parser() -> Parser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run what is left, print how each ended; 0 if nothing is left."""
-    from memplan import stack
+    from memplan import libraries
     from memplan.commands.verify import default_folder
     from memplan.verify import campaign
 
@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         rows, _ = _begin(planned, folder, resume=arguments.resume)
     else:
-        stack.require(doing="verifying")
+        libraries.require(doing="verifying")
         with _to_itself(folder):  # before it is read: what another campaign ends meanwhile would be run again
             rows, waiting = _begin(planned, folder, resume=arguments.resume)
             _run_all(waiting, rows, folder, arguments, began)

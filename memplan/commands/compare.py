@@ -46,8 +46,8 @@ def parser() -> Parser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the plans side by side; 0."""
-    from memplan.planner import able, plan
-    from memplan.recipe import Recipe, make_recipe
+    from memplan.asked.recipe import Recipe, make_recipe
+    from memplan.planning.plan import able, plan
 
     options = recipe_options(arguments)
     if options.get("kernels") == "memplan":  # the cards on which they run, for all modes alike

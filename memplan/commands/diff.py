@@ -43,7 +43,7 @@ def parser() -> Parser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the difference; 0 if there is none, else 1."""
-    from memplan.diff import diff
+    from memplan.tape.diff import diff
 
     options = recipe_options(arguments)
     names = (arguments.a, arguments.b)
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     found = diff(a, b)
     if arguments.json:
         from memplan import __version__
-        from memplan.planner import SCHEMA_VERSION
+        from memplan.planning.plan import SCHEMA_VERSION
         from memplan.report.machine import print_json
 
         head = {"schema_version": SCHEMA_VERSION, "memplan_version": __version__, "tapes": names}
@@ -77,14 +77,14 @@ def _asked(name: str) -> bool:
 def _tape(name: str, options: dict[str, Any]) -> Tape:
     writer, _, model = name.partition(":")
     if not _asked(name):
-        from memplan.tapefile import load
+        from memplan.tape.file import load
 
         return load(name)[0]
     if writer == "trace":
         from memplan.commands.trace import traced
 
         return traced(model, options, [])[1]
-    from memplan.planner import predicted_tape
-    from memplan.recipe import make_recipe
+    from memplan.asked.recipe import make_recipe
+    from memplan.planning.plan import predicted_tape
 
     return predicted_tape(model, make_recipe(**options))

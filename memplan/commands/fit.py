@@ -16,9 +16,9 @@ from memplan.commands.arguments import (
 )
 
 if TYPE_CHECKING:
-    from memplan.frontier import What
-    from memplan.planner import Plan
-    from memplan.recipe import Recipe
+    from memplan.asked.recipe import Recipe
+    from memplan.planning.frontier import What
+    from memplan.planning.plan import Plan
 
 STATUS_FITS, STATUS_DOES_NOT_FIT = 0, 1
 
@@ -62,8 +62,8 @@ def parser() -> Parser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the verdicts; 0 if it fits on every card, else 1."""
-    from memplan.planner import plan
-    from memplan.recipe import make_recipe
+    from memplan.asked.recipe import make_recipe
+    from memplan.planning.plan import plan
 
     recipe = make_recipe(**recipe_options(arguments))
     if arguments.maximize is not None:
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     answer = plan(arguments.model, recipe, gpus=arguments.gpu).evaluated()
     fits = all(fit.verdict != "does not fit" for fit in answer.fits)
     if arguments.advise or (arguments.advise is None and not fits and arguments.maximize is None):
-        from memplan.advise import advise
+        from memplan.planning.advise import advise
 
         answer = answer.advised(tuple(advise(arguments.model, recipe, name) for name in arguments.gpu))
     _show(answer, arguments)
@@ -80,10 +80,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _maximized(arguments: argparse.Namespace, recipe: Recipe) -> Recipe:
     """The recipe with the largest batch or sequence that fits. Raises MemplanError if not even 1 does."""
+    from memplan.asked.gpus import find_gpu
+    from memplan.asked.resolve import resolve
     from memplan.errors import MemplanError
-    from memplan.frontier import largest
-    from memplan.gpu import find_gpu
-    from memplan.resolve import resolve
+    from memplan.planning.frontier import largest
 
     if len(arguments.gpu) > 1:
         raise UsageError("--maximize asks about one card: give one --gpu")

@@ -17,7 +17,7 @@ from memplan.commands.arguments import (
 )
 
 if TYPE_CHECKING:
-    from memplan.recipe import Recipe
+    from memplan.asked.recipe import Recipe
 
 BATCHES = "1,2,4,8,16,32"
 OPTIMIZERS = "adamw_torch_fused,adamw_bnb_8bit"
@@ -63,10 +63,10 @@ def parser() -> Parser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the table; 0."""
-    from memplan.frontier import frontier
-    from memplan.gpu import find_gpu
+    from memplan.asked.gpus import find_gpu
+    from memplan.asked.resolve import resolve
+    from memplan.planning.frontier import frontier
     from memplan.report.progress import points
-    from memplan.resolve import resolve
 
     gpu = find_gpu(arguments.gpu)
     batches = _batches(BATCHES if arguments.batch_sizes is None else arguments.batch_sizes)
@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _recipes(arguments: argparse.Namespace) -> list[Recipe]:
     """Every mode with and without checkpointing and with each optimizer, as far as they were not given."""
-    from memplan.recipe import make_recipe
+    from memplan.asked.recipe import make_recipe
 
     options = recipe_options(arguments)
     for option in ("batch_size", "seq_len"):

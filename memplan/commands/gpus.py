@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from memplan.commands.arguments import Parser, UsageError, add_json
 
 if TYPE_CHECKING:
-    from memplan.gpu import Gpu
+    from memplan.asked.gpus import Gpu
 
 EXAMPLES = """\
 examples:
@@ -33,7 +33,7 @@ def parser() -> Parser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the cards; 0."""
-    from memplan.gpu import load_gpus
+    from memplan.asked.gpus import load_gpus
 
     wanted = arguments.filter.lower()
 

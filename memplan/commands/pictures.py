@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from memplan.asked.importers.fields import shown
 from memplan.commands.arguments import UsageError
-from memplan.importers.fields import shown
 
 if TYPE_CHECKING:
-    from memplan.planner import Plan
+    from memplan.planning.plan import Plan
     from memplan.tape import Tape
 
 _FILES = ("tape", "html", "trace_json", "snapshot")
@@ -27,8 +27,8 @@ def check(arguments: argparse.Namespace) -> None:
     named = [getattr(arguments, name) for name in _FILES if getattr(arguments, name) is not None]
     if not named:
         return
+    from memplan.asked.resolve import read_from
     from memplan.files import same_twice
-    from memplan.resolve import read_from
 
     source = read_from(arguments.model)
     for name in named if source is not None else ():
@@ -44,7 +44,7 @@ def check(arguments: argparse.Namespace) -> None:
 def write(plan: Plan, tape: Tape, arguments: argparse.Namespace, given: dict[str, Any]) -> None:
     """Write the files. Raises MemplanError for one that can't be written."""
     if arguments.tape is not None:
-        from memplan.tapefile import TapeInfo, save
+        from memplan.tape.file import TapeInfo, save
 
         info = TapeInfo(
             memplan_version=plan.memplan_version,

@@ -48,15 +48,15 @@ def run(arguments: argparse.Namespace) -> int:
     pictures.check(arguments)
     if arguments.trace:
         return trace.run(arguments)
-    from memplan.planner import plan, predicted_tape
-    from memplan.recipe import make_recipe
+    from memplan.asked.recipe import make_recipe
+    from memplan.planning.plan import plan, predicted_tape
 
     options = recipe_options(arguments)
     recipe = make_recipe(**options)
     answer = plan(arguments.model, recipe, gpus=arguments.gpu)
     tape = predicted_tape(arguments.model, recipe) if pictures.asked(arguments) else None
     if arguments.html is not None and arguments.gpu:
-        from memplan.advise import advise
+        from memplan.planning.advise import advise
 
         answer = answer.advised(advise(arguments.model, recipe, name) for name in arguments.gpu)
     trace.answer(answer, tape, arguments, options)

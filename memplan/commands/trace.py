@@ -18,7 +18,7 @@ from memplan.commands.arguments import (
 from memplan.streams import remark
 
 if TYPE_CHECKING:
-    from memplan.planner import Plan
+    from memplan.planning.plan import Plan
     from memplan.tape import Tape
 
 EXAMPLES = """\
@@ -59,15 +59,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 def traced(model: str, options: dict[str, Any], gpus: list[str] | None) -> tuple[Plan, Tape]:
     """The answer and its tape, with progress and warnings on standard error."""
-    from memplan import stack
-    from memplan.recipe import make_recipe
+    from memplan import libraries
+    from memplan.asked.recipe import make_recipe
+    from memplan.asked.resolve import resolve_config
+    from memplan.planning.traced import layers, trace_plan
     from memplan.report.progress import tracing
-    from memplan.resolve import resolve_config
-    from memplan.traced import layers, trace_plan
 
     recipe = make_recipe(**options)
     found = resolve_config(model)
-    for warning in stack.untested(stack.installed(recipe.loss.value)):
+    for warning in libraries.untested(libraries.installed(recipe.loss.value)):
         remark(f"warning: {warning}")
     with tracing(layers(found.config)) as progress:
         return trace_plan(found, recipe, gpus=gpus, progress=progress)

@@ -125,8 +125,8 @@ def add_run(group: argparse._ArgumentGroup) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train, write the measurement, print the comparison; 0 if it trained."""
-    from memplan import stack
-    from memplan.recipe import make_recipe
+    from memplan import libraries
+    from memplan.asked.recipe import make_recipe
     from memplan.verify.compare import compare
     from memplan.verify.job import make_job
     from memplan.verify.measurement import SEEDS, keep, make_ready
@@ -136,8 +136,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--seed must be a whole number from 0 to {SEEDS - 1}")
     if arguments.steps < 2:
         raise UsageError("--steps must be at least 2: the first step makes the optimizer's state")
-    stack.require(doing="verifying")
-    for warning in stack.untested(stack.installed()):
+    libraries.require(doing="verifying")
+    for warning in libraries.untested(libraries.installed()):
         remark(f"warning: {warning}")
     job = make_job(
         arguments.model,

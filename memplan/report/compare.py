@@ -15,7 +15,7 @@ from memplan.report.wording import common_and_own
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from memplan.planner import Plan
+    from memplan.planning.plan import Plan
 
 _WORDS = {"fits": "fits", "tight": "tight", "does not fit": "no"}
 

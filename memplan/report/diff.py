@@ -14,7 +14,7 @@ from memplan.report.plan import CATEGORIES
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from memplan.diff import Diff, Held, Place, Side
+    from memplan.tape.diff import Diff, Held, Place, Side
 
 MOST = 12  # rows of a list; --json has all
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from memplan.report.units import gib
 
 if TYPE_CHECKING:
-    from memplan.planner import Plan
-    from memplan.recipe import Recipe
+    from memplan.asked.recipe import Recipe
+    from memplan.planning.plan import Plan
 
 
 def evaluating(plan: Plan) -> str | None:
@@ -47,6 +47,6 @@ _VARYING = (
 
 def varying(recipe: Recipe) -> str | None:
     """What lengths that vary from step to step do, unless the recipe has the setting against it."""
-    from memplan.allocator_settings import parse_settings
+    from memplan.device.settings import parse_settings
 
     return None if parse_settings(recipe.alloc_conf).expandable_segments else _VARYING

@@ -15,8 +15,8 @@ from memplan.report.wording import phrases
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from memplan.advice import Advice
-    from memplan.planner import Plan
+    from memplan.planning.advice import Advice
+    from memplan.planning.plan import Plan
 
 _TOLD = (
     "mode",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from memplan.frontier import LONGEST
+from memplan.planning.frontier import LONGEST
 from memplan.report.console import GAP, HEADING, QUIET, Cell, heading, note, table
 from memplan.report.plan import short_card
 from memplan.report.units import gib
@@ -15,7 +15,7 @@ from memplan.report.units import gib
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from memplan.frontier import Frontier, Row
+    from memplan.planning.frontier import Frontier, Row
 
 AT_MOST = (
     "At most: what the tensors at the peak leave room for. What the allocator loses comes out of it; "

@@ -14,7 +14,7 @@ from memplan.report.units import gib
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from memplan.gpu import Gpu
+    from memplan.asked.gpus import Gpu
 
 FOOTNOTE = "Total is what the driver prints, usable what PyTorch can see of it; ~ is a cautious estimate."
 

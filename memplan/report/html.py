@@ -26,11 +26,11 @@ from memplan.report.units import count, gib, ratio, share
 from memplan.report.wording import asked_and_default, micro_steps
 from memplan.streams import visible
 from memplan.tape import ALLOCATION_GRANULARITY, Category, Tape
-from memplan.timeline import Held, live_bytes, moments, phases, resident, shown, step_start
+from memplan.tape.timeline import Held, live_bytes, moments, phases, resident, shown, step_start
 
 if TYPE_CHECKING:
-    from memplan.advice import Advice
-    from memplan.planner import Plan
+    from memplan.planning.advice import Advice
+    from memplan.planning.plan import Plan
 
 # Of the chart, each with the lowest and the highest of its events: two for every pixel of the widest chart
 # would lose some between two pixels, one does not.

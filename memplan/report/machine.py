@@ -12,7 +12,7 @@ from memplan.streams import say
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from memplan.planner import Plan
+    from memplan.planning.plan import Plan
 
 
 def print_record(record: BaseModel) -> None:
@@ -30,7 +30,7 @@ def print_plan(plan: Plan) -> None:
 def print_list(name: str, records: Sequence[dict[str, Any]]) -> None:
     """Several records under a name, with the version that wrote them."""
     from memplan import __version__
-    from memplan.planner import SCHEMA_VERSION
+    from memplan.planning.plan import SCHEMA_VERSION
 
     print_json({"schema_version": SCHEMA_VERSION, "memplan_version": __version__, name: records})
 

@@ -134,7 +134,7 @@ def _histogram(errors: Sequence[float]) -> list[list[str]]:
 
 
 def _line(measured: Measurement, found: Comparison) -> list[str]:
-    from memplan.recipe import Recipe
+    from memplan.asked.recipe import Recipe
     from memplan.report.wording import asked_and_default
 
     usual = Recipe(mode=measured.recipe.mode).resolved()

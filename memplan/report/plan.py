@@ -15,7 +15,7 @@ from memplan.report.wording import asked_and_default
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from memplan.planner import ModelInfo, PeakInfo, Plan
+    from memplan.planning.plan import ModelInfo, PeakInfo, Plan
 
 # What each category is called, and its colour.
 CATEGORIES = {
@@ -80,8 +80,8 @@ def show_plan(plan: Plan, console: Console, given: Collection[str] = (), *, simu
 
 def _show_glances(plan: Plan, console: Console) -> None:
     """Print each card, what the peak leaves of it, and the verdict."""
-    from memplan.card import Card
-    from memplan.fit import context_bytes, usable_bytes
+    from memplan.cuda.card import Card
+    from memplan.device.fit import context_bytes, usable_bytes
 
     heading(console, "Cards")
     rows = [[Text(cell, QUIET) for cell in ("GiB", "usable", "left", "")]]

@@ -12,12 +12,12 @@ from memplan.report.plan import CATEGORIES
 from memplan.report.units import gib
 from memplan.report.wording import micro_steps
 from memplan.tape import Category
-from memplan.timeline import Moment, Span, live_bytes, moments, phases, shown, step_start
+from memplan.tape.timeline import Moment, Span, live_bytes, moments, phases, shown, step_start
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from memplan.recipe import Recipe
+    from memplan.asked.recipe import Recipe
     from memplan.tape import Tape
 
 # What is there all the time lies at the bottom; the second glyph is for terminals without block characters.

@@ -16,7 +16,7 @@ from memplan.report.units import gib
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from memplan.diff import Held
+    from memplan.tape.diff import Held
     from memplan.verify.compare import Comparison, Figure, Where
     from memplan.verify.measurement import Measurement
 

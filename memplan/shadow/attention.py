@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from memplan.card import FLASH_CAPABILITY
+from memplan.cuda.card import FLASH_CAPABILITY
 from memplan.shadow import ops
 from memplan.shadow.autograd import Node, attach, save, save_output, unpack
 from memplan.shadow.matmul import matmul

@@ -13,7 +13,7 @@ from math import prod
 from sys import getrefcount
 from typing import Any
 
-from memplan.reduction import scratch
+from memplan.cuda.reduction import scratch
 from memplan.shadow.tensor import DType, Shape, Tensor, empty, iterator_strides, state, uint8
 from memplan.tape import Category, Phase
 
@@ -315,7 +315,7 @@ def _sum_to(grad: Tensor, shape: Shape) -> Tensor:
 
 
 def split_sum(shape: Shape) -> None:
-    """What summing floats [..., N] to [N] takes for a moment (:mod:`memplan.reduction`)."""
+    """What summing floats [..., N] to [N] takes for a moment (:mod:`memplan.cuda.reduction`)."""
     needed = scratch(shape, state.card)
     if needed is not None:
         buffers = [empty((nbytes,), uint8, "sum") for nbytes in needed]

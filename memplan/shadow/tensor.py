@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from math import prod
 from typing import TYPE_CHECKING
 
-from memplan.card import Card
+from memplan.cuda.card import Card
 from memplan.tape import Category, Tape
 
 if TYPE_CHECKING:

@@ -1,12 +1,12 @@
-"""A steady-state step as the simulated caching allocator lays it out (:mod:`memplan.reserved`)."""
+"""A steady-state step as the simulated caching allocator lays it out (:mod:`memplan.device.playback`)."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from memplan.allocator import SMALL, Allocator
-from memplan.fit import Run
-from memplan.reserved import FIRST_STEP, Playback
+from memplan.device.allocator import SMALL, Allocator
+from memplan.device.fit import Run
+from memplan.device.playback import FIRST_STEP, Playback
 from memplan.snapshot.layout import Placed
 from memplan.snapshot.records import Action
 

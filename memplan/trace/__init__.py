@@ -18,9 +18,9 @@ from typing import Any
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from memplan.card import Card
+from memplan.asked.recipe import Loss, Mode, Recipe
+from memplan.cuda.card import Card
 from memplan.errors import MemplanError, TraceError
-from memplan.recipe import Loss, Mode, Recipe
 from memplan.tape import Phase, Tape
 from memplan.trace import existing, losses, standins
 from memplan.trace.build import as_built, build, count, fake_modules

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from memplan.card import FLASH_CAPABILITY, Card
+from memplan.cuda.card import FLASH_CAPABILITY, Card
 from memplan.trace.operators import operator, up, workspace
 
 aten = torch.ops.aten

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from memplan.reduction import scratch
+from memplan.cuda.reduction import scratch
 from memplan.trace.operators import operator, up, workspace
 
 aten = torch.ops.aten

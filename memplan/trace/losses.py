@@ -26,9 +26,9 @@ from unittest import mock
 import torch
 from torch import nn
 
-from memplan.card import Card
+from memplan.asked.recipe import Loss
+from memplan.cuda.card import Card
 from memplan.errors import TraceError
-from memplan.recipe import Loss
 
 # Values that the code asks for, by the function that asks: no label is masked.
 ANSWERS = {

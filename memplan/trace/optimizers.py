@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from memplan.recipe import Optimizer, Recipe
+from memplan.asked.recipe import Optimizer, Recipe
 
 # transformers 5 trainer.py get_decay_parameter_names
 _NO_DECAY = (r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")

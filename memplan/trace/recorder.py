@@ -21,7 +21,7 @@ from torch.autograd import graph as autograd_graph
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import _StopRecomputationError
 
-from memplan.card import Card
+from memplan.cuda.card import Card
 from memplan.errors import TraceError
 from memplan.tape import Category, Phase, Tape
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from memplan.card import Card
+from memplan.cuda.card import Card
 from memplan.tape import Phase, Tape
 from memplan.trace import existing, standins
 from memplan.trace.categories import categorise

@@ -20,7 +20,7 @@ from unittest import mock
 import torch
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from memplan.card import Card
+from memplan.cuda.card import Card
 from memplan.trace import attention, indexing, kernels, nf4, quantization
 from memplan.trace.autocast import cuda_rules
 from memplan.trace.operators import OPERATORS

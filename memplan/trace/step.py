@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from memplan.recipe import DTypeName, Recipe
+from memplan.asked.recipe import DTypeName, Recipe
 from memplan.tape import Phase
 from memplan.trace.losses import loss_of
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from memplan.recipe import Mode, Recipe
+from memplan.asked.recipe import Mode, Recipe
 from memplan.trace.build import DTYPES, base_model, prepare, quantize, with_kernels
 
 

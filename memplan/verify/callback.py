@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from memplan.card import Card
+from memplan.asked.recipe import Loss, Recipe, make_recipe
+from memplan.asked.spec import ModelSpec
+from memplan.cuda.card import Card
 from memplan.errors import MemplanError
-from memplan.recipe import Loss, Recipe, make_recipe
 from memplan.report.units import gib
-from memplan.spec import ModelSpec
 from memplan.tape import Tape, replay
 from memplan.verify.compare import Figure
 
@@ -139,9 +139,9 @@ class MemoryCallback(TrainerCallback):
 
     def _planned(self, recipe: Recipe, blocks: bool = False) -> int:
         """The peak: of tensors, or of the allocator's blocks, which ``max_memory_allocated`` counts."""
-        from memplan.models.parameters import resolve_recipe
-        from memplan.models.step import write_long_tape, write_tape
-        from memplan.reserved import simulate
+        from memplan.device.playback import simulate
+        from memplan.predict.parameters import resolve_recipe
+        from memplan.predict.step import write_long_tape, write_tape
         from memplan.verify.workspaces import without_workspaces
 
         assert self._spec is not None
@@ -202,7 +202,7 @@ def _base(model: Any) -> Any:
 
 def spec_of(model: Any) -> ModelSpec:
     """The architecture of a model that transformers made. Raises MemplanError if it has no plan."""
-    from memplan.importers.hf import spec_from_config
+    from memplan.asked.importers.hf import spec_from_config
 
     base = _base(model)
     if not hasattr(base, "config"):

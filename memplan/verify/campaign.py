@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from memplan.asked.importers.fields import shown
+from memplan.asked.recipe import Recipe, make_recipe
 from memplan.errors import MemplanError, first_complaint, reason
-from memplan.importers.fields import shown
-from memplan.recipe import Recipe, make_recipe
 from memplan.verify.job import Job, cap, gets_through, make_job
 from memplan.verify.measurement import SEEDS, Measurement, Run, read_all
 
@@ -273,7 +273,7 @@ _SPEED = {"cuda": 1e14, "cpu": 2e10}
 def estimate(job: Job) -> float:
     """Seconds that a run may take: 8 operations a parameter, token and pass (forward, recomputation,
     backward)."""
-    from memplan.models.parameters import count
+    from memplan.predict.parameters import count
     from memplan.verify.job import spec_of
 
     parameters = sum(count(spec_of(job.model), job.recipe)[:2])

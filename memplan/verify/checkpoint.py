@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from memplan.asked.importers.fields import shown
 from memplan.errors import MemplanError, reason
-from memplan.importers.fields import shown
 
 
 class Checkpoint:

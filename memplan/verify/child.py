@@ -64,10 +64,10 @@ def tell(kind: str, value: Any) -> None:
 
 def run(job: Job) -> Measurement:
     """Train and measure. Raises MemplanError if the run is refused."""
-    from memplan import stack
+    from memplan import libraries
     from memplan.verify import driver
 
-    stack.require(doing="verifying")
+    libraries.require(doing="verifying")
     # before there is a CUDA context
     baseline = driver.used_bytes() if job.device == "cuda" else None
     with warnings.catch_warnings():
@@ -217,7 +217,7 @@ def _measurement(
 ) -> Measurement:
     from datetime import datetime, timezone
 
-    from memplan import __version__, stack
+    from memplan import __version__, libraries
     from memplan.verify.measurement import packed
 
     settings = {name: os.environ[name] for name in _SETTINGS if name in os.environ}
@@ -229,7 +229,7 @@ def _measurement(
         git_commit=_commit(),
         python=platform.python_version(),
         platform=f"{platform.system()} {platform.machine()}",
-        libraries=stack.installed(),
+        libraries=libraries.installed(),
         device=device,
         model=job.model,
         recipe=job.recipe,

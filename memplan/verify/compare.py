@@ -9,9 +9,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from memplan.diff import Diff, Held, diff
-from memplan.fit import context_of
+from memplan.device.fit import context_of
 from memplan.tape import Category, Peak, Tape, replay
+from memplan.tape.diff import Diff, Held, diff
 from memplan.verify.job import predicted_tape, simulated
 from memplan.verify.measurement import Measurement, OutOfMemory
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from memplan.card import Card
-from memplan.recipe import Recipe
+from memplan.asked.recipe import Recipe
+from memplan.cuda.card import Card
 from memplan.tape import Tape, replay
 from memplan.trace import existing, standins
 from memplan.trace.categories import categorise

@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from memplan import stack
-from memplan.card import Card
+from memplan import libraries
+from memplan.asked.importers.fields import shown
+from memplan.asked.recipe import Attention, Loss, Recipe
+from memplan.asked.spec import ModelSpec
+from memplan.cuda.card import Card
 from memplan.errors import MemplanError
-from memplan.importers.fields import shown
-from memplan.recipe import Attention, Loss, Recipe
-from memplan.spec import ModelSpec
 from memplan.tape import Tape
 from memplan.verify.measurement import Device, Measurement, Model, Run
 
 if TYPE_CHECKING:
-    from memplan.reserved import Reserved
+    from memplan.device.playback import Reserved
 
 
 _MOST_GIB = 1 << 20  # a PiB
@@ -48,8 +48,8 @@ def make_job(
     anyway: bool = False,
 ) -> Job:
     """A run of a model by alias, Hub id or path. Raises MemplanError for what can't be planned or run."""
-    from memplan.models.parameters import resolve_recipe
-    from memplan.resolve import resolve_config
+    from memplan.asked.resolve import resolve_config
+    from memplan.predict.parameters import resolve_recipe
 
     for option, name in (("--weights", weights), ("--text", run.text)):
         if name is not None and not _is_text(name):  # what a measurement could not hold
@@ -96,7 +96,7 @@ def _runnable(recipe: Recipe, device: str, loop: str) -> None:
                 f"the loss {recipe.loss.value!r} runs Triton kernels, which need a GPU: use --device cuda, "
                 "or hold the plan against a trace (memplan trace)"
             )
-        stack.require(recipe.loss.value, doing="verifying")
+        libraries.require(recipe.loss.value, doing="verifying")
     if device == "cpu":
         if recipe.attn is Attention.FLASH:
             raise MemplanError("flash_attention_2 runs on CUDA only: use --attn sdpa")
@@ -125,8 +125,8 @@ def cap(text: str) -> tuple[int, str]:
     context, or a size such as 20GiB as it is. Raises UnknownName or MemplanError."""
     size = re.fullmatch(r"(\d+(?:\.\d+)?) ?GiB", text, re.IGNORECASE)
     if size is None:
-        from memplan.fit import context_of
-        from memplan.gpu import find_gpu
+        from memplan.asked.gpus import find_gpu
+        from memplan.device.fit import context_of
 
         card = find_gpu(text)
         return card.visible_bytes - context_of(card.name), card.name
@@ -141,14 +141,14 @@ def cap(text: str) -> tuple[int, str]:
 
 def spec_of(model: Model) -> ModelSpec:
     """Raises SpecError or UnsupportedArchitecture."""
-    from memplan.importers.hf import spec_from_config
+    from memplan.asked.importers.hf import spec_from_config
 
     return spec_from_config(model.config, model.name, model.hub_id)
 
 
 def peak_bytes(model: Model, recipe: Recipe, card: Card | None = None) -> int:
     """The predicted peak of allocated bytes."""
-    from memplan.models.step import write_tape
+    from memplan.predict.step import write_tape
     from memplan.tape import replay
 
     return replay(write_tape(spec_of(model), recipe, card=card)).allocated_bytes
@@ -157,7 +157,7 @@ def peak_bytes(model: Model, recipe: Recipe, card: Card | None = None) -> int:
 def gets_through(model: Model, recipe: Recipe, room: int) -> bool:
     """Whether the run is predicted to train where the allocator may have ``room`` bytes: simulated as the
     verifier makes its models, for the card of this machine if there is one."""
-    from memplan.models.step import write_long_tape
+    from memplan.predict.step import write_long_tape
 
     resolved = recipe.resolved()
     tape = write_long_tape(spec_of(model), resolved, card=_card_here())
@@ -168,18 +168,18 @@ def simulated(
     model: Model, recipe: Recipe, tape: Tape, *, capacity: int | None = None, limit: int | None = None
 ) -> Reserved:
     """What a run of the step ``tape`` reserves, from the making of the model on, as the verifier does it;
-    ``capacity`` and ``limit`` as in :class:`memplan.allocator.Allocator`."""
-    from memplan.allocator_settings import parse_settings
-    from memplan.models.loading import making
-    from memplan.reserved import simulate
+    ``capacity`` and ``limit`` as in :class:`memplan.device.allocator.Allocator`."""
+    from memplan.device.playback import simulate
+    from memplan.device.settings import parse_settings
+    from memplan.predict.loading import making
 
     made = making(spec_of(model), recipe, tape)
     return simulate(tape, made, parse_settings(recipe.alloc_conf), capacity=capacity, limit=limit)
 
 
 def _card_here() -> Card | None:
-    from memplan import driver
-    from memplan.gpu import load_gpus
+    from memplan.asked.gpus import load_gpus
+    from memplan.device import driver
 
     here = driver.present()
     found = next((gpu.capability for gpu in load_gpus() if gpu.name in here), None)
@@ -188,8 +188,8 @@ def _card_here() -> Card | None:
 
 def predicted_tape(measured: Measurement) -> Tape:
     """What the plan says of the step that was measured, for the device that it was measured on."""
-    from memplan.models.parameters import resolve_recipe
-    from memplan.models.step import write_tape
+    from memplan.predict.parameters import resolve_recipe
+    from memplan.predict.step import write_tape
 
     spec = spec_of(measured.model)
     recipe = resolve_recipe(spec, measured.recipe)  # a file may say what does not suit its model

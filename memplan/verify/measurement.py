@@ -17,11 +17,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
+from memplan.asked.importers.bounded import TooManyParts, read_json
+from memplan.asked.importers.fields import shown
+from memplan.asked.recipe import Recipe
 from memplan.errors import MemplanError, first_complaint, reason
 from memplan.files import beside
-from memplan.importers.bounded import TooManyParts, read_json
-from memplan.importers.fields import shown
-from memplan.recipe import Recipe
 from memplan.tape import Tape
 
 FORMAT = "memplan measurement"
@@ -195,7 +195,7 @@ class Measurement(_Record):
 
     def read_tape(self) -> Tape | None:
         """The recorded step. Raises MemplanError if it is damaged."""
-        from memplan.tapefile import decode
+        from memplan.tape.file import decode
 
         if self.tape is None:
             return None
@@ -216,7 +216,7 @@ class Measurement(_Record):
 
 def packed(tape: Tape) -> str:
     """A tape as :attr:`Measurement.tape` has it."""
-    from memplan.tapefile import encode
+    from memplan.tape.file import encode
 
     return base64.b64encode(gzip.compress(encode(tape), mtime=0)).decode()
 

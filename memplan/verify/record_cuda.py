@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from memplan.card import Card
-from memplan.recipe import Recipe
+from memplan.asked.recipe import Recipe
+from memplan.cuda.card import Card
 from memplan.tape import Category, Phase, Tape
 from memplan.trace import existing
 from memplan.trace.categories import categorise

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from memplan.asked.recipe import Loss, Recipe
 from memplan.errors import MemplanError
-from memplan.recipe import Loss, Recipe
 from memplan.verify.build import build
 from memplan.verify.callback import MEASURED_STEP, MemoryCallback, tiled_by_trl
 from memplan.verify.job import Job

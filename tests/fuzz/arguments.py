@@ -16,7 +16,7 @@ from example_tapes import example_tape
 from small_specs import config
 
 from memplan.cli import COMMANDS
-from memplan.tapefile import save
+from memplan.tape.file import save
 
 from .command import command
 from .mutate import TEXTS

@@ -9,12 +9,12 @@ from typing import Any
 
 from small_specs import CONFIGS, config
 
-from memplan.advise import advise
-from memplan.frontier import LONGEST, frontier, largest
-from memplan.gpu import find_gpu
-from memplan.planner import plan
-from memplan.recipe import make_recipe
-from memplan.resolve import registry, resolve, resolve_config
+from memplan.asked.gpus import find_gpu
+from memplan.asked.recipe import make_recipe
+from memplan.asked.resolve import registry, resolve, resolve_config
+from memplan.planning.advise import advise
+from memplan.planning.frontier import LONGEST, frontier, largest
+from memplan.planning.plan import plan
 
 from .mutate import encoded, flipped, nested, odd, often
 from .sense import holds, sound_plan

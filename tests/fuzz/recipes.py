@@ -1,4 +1,4 @@
-"""Recipes: every field of :class:`memplan.recipe.Recipe`, mostly with a value that it takes."""
+"""Recipes: every field of :class:`memplan.asked.recipe.Recipe`, mostly with a value that it takes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any, Literal, get_args, get_origin
 
 from small_specs import SPECS
 
+from memplan.asked.recipe import Recipe, make_recipe
 from memplan.commands.arguments import applicable
-from memplan.planner import plan
-from memplan.recipe import Recipe, make_recipe
+from memplan.planning.plan import plan
 
 from .mutate import odd
 from .sense import sound_plan

@@ -6,9 +6,9 @@ import itertools
 import json
 from typing import Any, NoReturn
 
-from memplan.fit import Run, context_bytes, judge
-from memplan.gpu import find_gpu
-from memplan.planner import Plan
+from memplan.asked.gpus import find_gpu
+from memplan.device.fit import Run, context_bytes, judge
+from memplan.planning.plan import Plan
 from memplan.tape import Tape, replay, static_bytes, timeline
 
 from .harness import Fault

@@ -12,8 +12,8 @@ from typing import Any
 
 from small_specs import SPECS
 
-from memplan.planner import plan
-from memplan.recipe import make_recipe
+from memplan.asked.recipe import make_recipe
+from memplan.planning.plan import plan
 from memplan.snapshot import load_snapshot, save_snapshot
 from memplan.snapshot.layout import snapshot_of
 from memplan.snapshot.replay import replay

@@ -13,11 +13,11 @@ from typing import Any
 from example_tapes import example_tape
 from small_specs import SPECS
 
-from memplan.planner import predicted_tape, write
-from memplan.recipe import Recipe, make_recipe
+from memplan.asked.recipe import Recipe, make_recipe
+from memplan.planning.plan import predicted_tape, write
 from memplan.report.perfetto import trace_json
 from memplan.tape import Tape
-from memplan.tapefile import TapeInfo, encode, load, save
+from memplan.tape.file import TapeInfo, encode, load, save
 
 from .command import command
 from .harness import Fault

@@ -1,0 +1,270 @@
+"""A Hugging Face ``config.json`` -> ModelSpec.
+
+The defaults of missing fields, and which fields count at all, are those of transformers 5.23; the
+tests compare the two. Sizes that every published configuration of a family states have no default
+here: a ``config.json`` without ``hidden_size`` is a broken file, not a model of 4096.
+
+What the specification says where the families differ:
+
+- ``attention_bias`` is the bias of the q, k and v projections. Mistral, Mixtral and Phi-3 have none and
+  Qwen2 always has one (but none on its o projection), whatever the file says.
+- Mistral, Mixtral, Phi-3 and Qwen3-MoE use one mask for all layers: every layer slides or none does.
+- Mixtral's experts have the width ``intermediate_size``, and its router always normalises the top k.
+- A Gemma 3 checkpoint with images is read as its language model (``text_config``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from memplan.asked.importers.families import FAMILIES, FULL, SLIDING, Family
+from memplan.asked.importers.fields import MAX_LAYERS, MAX_POSITIONS, Fields, shown
+from memplan.asked.spec import ModelSpec
+from memplan.errors import SpecError, UnsupportedArchitecture
+
+# Activations whose memory is known: element-wise, and each saves its input only.
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_pytorch_tanh"}
+_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+
+_GEMMA3_WITH_IMAGES = ("Gemma3ForConditionalGeneration", "gemma3")
+
+SUPPORTED_ARCHITECTURES = (*(family.architecture for family in FAMILIES), _GEMMA3_WITH_IMAGES[0])
+
+
+def has_vision_tower(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration that :func:`spec_from_config` reads is of a checkpoint with images."""
+    architecture, model_type = _GEMMA3_WITH_IMAGES
+    named = config.get("architectures") or []
+    return named[0] == architecture if named else config.get("model_type") == model_type
+
+
+def spec_from_config(
+    config: dict[str, Any],
+    name: str,
+    hub_id: str | None = None,
+    published_parameters: int | None = None,
+) -> ModelSpec:
+    """Read a ``config.json``, of transformers 4 or 5, as published on the Hub.
+
+    Raises SpecError (unreadable, incomplete or contradictory) or UnsupportedArchitecture, for whatever
+    JSON value it is given.
+    """
+    if not isinstance(config, dict):
+        raise SpecError(
+            f"the configuration of {shown(name)} is {shown(config)}, but it must be a JSON object"
+        )
+    family, config = _family(config, name)
+    fields = Fields(config, family.defaults, frozenset(family.nullable), name)
+    _refuse_variants(fields)
+
+    layers = fields.size("num_hidden_layers", most=MAX_LAYERS)
+    hidden, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
+    head_dim = fields.size_or_none("head_dim")
+    if hidden % heads and (head_dim is None or family.heads_divide_hidden):
+        fields.fail(f"hidden_size ({hidden}) must be a multiple of num_attention_heads ({heads})")
+    if head_dim is None:
+        head_dim = hidden // heads
+    key_value_heads = fields.size_or_none("num_key_value_heads") or heads
+    activation = fields.get(family.activation)
+    if not isinstance(activation, str):
+        fields.fail(f"{family.activation} is {shown(activation)}, but it must be a string such as 'silu'")
+    if activation not in _ACTIVATIONS:
+        raise UnsupportedArchitecture(
+            f"{shown(name)} has the activation {shown(activation)}, but memplan predicts only "
+            f"{', '.join(_ACTIVATIONS)}; add --trace to have its own code traced"
+        )
+    partial_rotary_factor, longrope = _rope(fields, family, head_dim)
+    window, layer_types = family.layers(fields, layers)
+
+    try:
+        return ModelSpec(
+            name=name,
+            hub_id=hub_id,
+            architecture=family.architecture,
+            model_type=family.model_type,
+            published_parameters=published_parameters,
+            vocab_size=fields.size("vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=fields.size("intermediate_size"),
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=key_value_heads,
+            head_dim=head_dim,
+            max_position_embeddings=fields.size("max_position_embeddings", most=MAX_POSITIONS),
+            tie_word_embeddings=fields.flag("tie_word_embeddings"),
+            attention_bias=(
+                fields.flag("attention_bias") if family.attention_bias is None else family.attention_bias
+            ),
+            mlp_bias="mlp_bias" in family.defaults and fields.flag("mlp_bias"),
+            hidden_act=_ACTIVATIONS[activation],
+            partial_rotary_factor=partial_rotary_factor,
+            longrope=longrope,
+            attention_dropout=fields.probability("attention_dropout"),
+            resid_dropout=fields.probability("resid_pdrop") if "resid_pdrop" in family.defaults else 0.0,
+            sliding_window=window,
+            layer_types=layer_types,
+            **_softcaps(fields, family),
+            **_experts(fields, family, layers),
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        fields.fail(f"{where}: {message}" if where else message)
+
+
+def _family(config: dict[str, Any], name: str) -> tuple[Family, dict[str, Any]]:
+    """The family of a configuration, and the object that describes its decoder."""
+    fields = Fields(config, {"architectures": None, "model_type": None}, frozenset(config), name)
+    architecture = next(iter(fields.strings("architectures") or []), None)
+    model_type = fields.get("model_type")
+    if model_type is not None and not isinstance(model_type, str):
+        fields.fail(f"model_type is {shown(model_type)}, but it must be a string such as 'llama'")
+    if not architecture and not model_type:
+        fields.fail(
+            "it has neither architectures nor model_type; is this the config.json of a language model?"
+        )
+
+    images = has_vision_tower(config)
+    for family in FAMILIES:
+        if images:
+            found = family.model_type == "gemma3_text"
+        else:
+            found = (architecture or model_type) in (family.architecture, family.model_type)
+        if found:
+            break
+    else:
+        kind = f"architecture {shown(architecture)}" if architecture else f"model type {shown(model_type)}"
+        raise UnsupportedArchitecture(
+            f"memplan has no predicted plan for {shown(name)}, which is of the {kind}: `memplan MODEL "
+            f"--trace` traces its own code; predicted are {', '.join(SUPPORTED_ARCHITECTURES)}"
+        )
+    expected = _GEMMA3_WITH_IMAGES[1] if images else family.model_type
+    if model_type and model_type != expected:
+        fields.fail(
+            f"architectures says {shown(architecture)} but model_type says {shown(model_type)}; "
+            f"the two agree when model_type is {expected!r}"
+        )
+    if images:
+        text = config.get("text_config")
+        if not isinstance(text, dict):
+            fields.fail(f"text_config is {shown(text)}, but it must be the object of its language model")
+        # The checkpoint ties its embeddings or not as a whole, where the language model does not say.
+        config = {key: config[key] for key in ("tie_word_embeddings",) if config.get(key) is not None} | text
+    return family, config
+
+
+def _refuse_variants(fields: Fields) -> None:
+    """Switches that change what a training step allocates and that no predicted plan knows."""
+    for key, what in (
+        ("is_encoder_decoder", "an encoder-decoder model"),
+        ("use_bidirectional_attention", "a model with bidirectional attention"),
+        ("output_router_logits", "a model trained with a router loss"),
+        ("router_jitter_noise", "a model with router noise"),
+        ("per_layer_config", "a model whose layers differ in size"),
+    ):
+        if fields.config.get(key):
+            raise UnsupportedArchitecture(
+                f"{shown(fields.name)} is {what} ({key} is {shown(fields.config[key])}), which memplan "
+                f"doesn't predict; it supports decoder-only models without {key}"
+            )
+
+
+def _softcaps(fields: Fields, family: Family) -> dict[str, Any]:
+    keys = ("attn_logit_softcapping", "final_logit_softcapping")
+    return {key: fields.softcap(key) for key in keys if key in family.defaults}
+
+
+def _experts(fields: Fields, family: Family, layers: int) -> dict[str, Any]:
+    if family.model_type == "mixtral":
+        return {
+            "num_experts": fields.size(_present(fields, "num_experts", "num_local_experts")),
+            "num_experts_per_tok": fields.size("num_experts_per_tok"),
+            "moe_intermediate_size": fields.size("intermediate_size"),
+            "norm_topk_prob": True,
+            "router_aux_loss_coef": _weight(fields),
+            "sparse_layers": (True,) * layers,
+        }
+    if family.model_type == "qwen3_moe":
+        experts = fields.size(_present(fields, "num_local_experts", "num_experts"), least=0)
+        step, listed = fields.size("decoder_sparse_step"), fields.get("mlp_only_layers")
+        if listed is not None and not (isinstance(listed, list) and all(type(n) is int for n in listed)):
+            fields.fail(f"mlp_only_layers is {shown(listed)}, but it must be a list of layer numbers")
+        dense = set(listed or ())
+        return {
+            "num_experts": experts,
+            "num_experts_per_tok": fields.size("num_experts_per_tok"),
+            "moe_intermediate_size": fields.size("moe_intermediate_size"),
+            "norm_topk_prob": fields.flag("norm_topk_prob"),
+            "router_aux_loss_coef": _weight(fields),
+            "sparse_layers": tuple(
+                experts > 0 and layer not in dense and (layer + 1) % step == 0 for layer in range(layers)
+            ),
+        }
+    return {}
+
+
+def _weight(fields: Fields) -> float:
+    return fields.number("router_aux_loss_coef", "a number", lambda value: True)
+
+
+def _present(fields: Fields, other: str, own: str) -> str:
+    """Two names of one field (``attribute_map``): the one that isn't the class's own is set last and wins."""
+    return other if other in fields.config else own
+
+
+# -- rotary embeddings -----------------------------------------------------------------------------------
+
+
+def _rope(fields: Fields, family: Family, head_dim: int) -> tuple[float, bool]:
+    """The part of a head that is rotated, and whether the rotation is longrope's.
+
+    transformers 4 writes ``rope_scaling`` (and its type as ``type``), transformers 5 ``rope_parameters``,
+    where Gemma 3 has one entry per kind of layer (``convert_rope_params_to_dict``).
+    """
+    old, parameters = fields.nested("rope_scaling"), fields.nested("rope_parameters")
+    if family.model_type == "gemma3_text":
+        per_kind = fields.inside(parameters, {})
+        # Its default entry has a rope_type, so that an old "type" in rope_scaling is not heard.
+        full = per_kind.nested(FULL) or {"rope_type": "default"}
+        entries = [{**full, **old}, per_kind.nested(SLIDING)]
+    else:
+        entries = [old or parameters]
+    kinds = [_rope_kind(fields, family, entry) for entry in entries]
+
+    partial = 1.0
+    if family.model_type == "phi3":  # the only family whose forward rotates a part of the head
+        top = fields.config.get("partial_rotary_factor")
+        rope = fields.inside(entries[0], {"partial_rotary_factor": 1.0 if top is None else top})
+        partial = rope.number("partial_rotary_factor", "a share from 0 to 1", lambda value: 0 < value <= 1)
+    rotated = int(head_dim * partial)
+    if rotated < 1 or (rotated == head_dim and head_dim % 2):
+        fields.fail(f"head_dim is {head_dim}, but rotary embeddings need an even one")
+    return partial, "longrope" in kinds
+
+
+def _rope_kind(fields: Fields, family: Family, entry: Mapping[str, Any]) -> str:
+    """The rope type of an entry, with what it needs checked."""
+    kinds = [entry[key] for key in ("rope_type", "type") if entry.get(key) is not None]
+    kind = kinds[0] if kinds else "default"
+    allowed: tuple[str, ...] = _ROPE_TYPES
+    if family.model_type == "phi3":
+        kind = "longrope" if kind in ("su", "yarn") else kind
+        allowed = ("default", "longrope")
+    if not isinstance(kind, str) or kind not in allowed:
+        fields.fail(f"rope_type is {shown(kind)}, but it must be one of {', '.join(allowed)}")
+    if kind in ("yarn", "longrope"):
+        positions = fields.size("max_position_embeddings", most=MAX_POSITIONS)
+        rope = fields.inside(entry, {"original_max_position_embeddings": positions})
+        outside = (
+            "original_max_position_embeddings"  # where both say, the configuration wins over its rope entry
+        )
+        within = fields if outside in fields.config or outside in family.defaults else rope
+        within.size("original_max_position_embeddings", least=2, most=MAX_POSITIONS)
+        for key in ("factor", "attention_factor", "mscale", "mscale_all_dim"):
+            if key in rope.config:
+                rope.number(key, "a number above 0", lambda value: value > 0)
+    return kind

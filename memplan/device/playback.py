@@ -1,0 +1,250 @@
+"""What the caching allocator reserves for a run: its loading, its first step, and the steps after it.
+
+A tape is one steady-state step. The allocator, though, remembers what came before: segments lie as loading
+left them, cuBLAS takes its workspaces with the first products of forward and of backward, and optimizer
+states are born at the end of the first step, into what that step has cached. So a run is played from the
+start, on the simulated allocator: loading, then the step with workspaces and states made where they are
+made, then the step as it stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from memplan.device.allocator import Allocator, Block, OutOfMemory
+from memplan.device.settings import AllocatorSettings
+from memplan.tape import Category, Phase, Tape
+
+LOADING, FIRST_STEP, LATER_STEP = "loading", "first step", "later step"
+EVALUATION = "evaluation"
+
+
+@dataclass(frozen=True, slots=True)
+class RanOut:
+    """Where a run went out of memory. ``requested``: bytes that were asked for; ``reserved``: bytes held
+    then."""
+
+    stage: str
+    phase: Phase
+    operation: str
+    module: str
+    layer: int | None
+    requested: int
+    reserved: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """What a run took. Bytes.
+
+    ``allocated``: ``torch.cuda.max_memory_allocated`` of a steady-state step, whole blocks as the allocator
+    counts them; ``reserved``: ``max_memory_reserved`` of the whole run, up to where it ran out if it did;
+    ``after_step``: what stays reserved then; ``retries``: how often cached memory was given back to the
+    driver so that a request could be met (``num_alloc_retries``); ``changes``: bytes reserved in the
+    steady-state step, as (event of the tape, bytes) whenever they change.
+    """
+
+    allocated: int
+    reserved: int
+    after_step: int
+    retries: int
+    ran_out: RanOut | None = None
+    changes: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def in_step(self) -> int:
+        """Bytes reserved at most in the steady-state step: its own ``max_memory_reserved``."""
+        return max((reserved for _, reserved in self.changes), default=self.reserved)
+
+    @property
+    def fragmentation(self) -> int:
+        """Bytes reserved at most beyond what was allocated at most."""
+        return self.reserved - self.allocated
+
+
+def simulate(
+    tape: Tape,
+    loading: Iterable[tuple[str, int]] | None = None,
+    settings: AllocatorSettings | None = None,
+    *,
+    capacity: int | None = None,
+    limit: int | None = None,
+    evaluation: Tape | None = None,
+) -> Reserved:
+    """Play the run that the unfolded ``tape`` is a step of.
+
+    ``loading`` as :func:`memplan.predict.loading.loading` gives it; without it, what rests is allocated in
+    the tape's order. ``capacity`` and ``limit`` as in :class:`memplan.device.allocator.Allocator`.
+    ``evaluation``, an unfolded tape, follows the later step; what is said of that step is then said of both.
+    """
+    allocator = Allocator(settings, capacity=capacity, limit=limit)
+    run = Playback(tape, allocator)
+    try:
+        run.load(loading)
+        run.step(FIRST_STEP)
+        allocator.peak_allocated = allocator.allocated
+        run.watch()
+        run.step(LATER_STEP)
+        if evaluation is not None:
+            run.evaluate(evaluation)
+    except OutOfMemory as error:
+        return Reserved(
+            allocator.peak_allocated,
+            allocator.peak_reserved,
+            allocator.reserved,
+            allocator.retries,
+            run.place(error),
+            tuple(run.changes),
+        )
+    return Reserved(
+        allocator.peak_allocated,
+        allocator.peak_reserved,
+        allocator.reserved,
+        allocator.retries,
+        changes=tuple(run.changes),
+    )
+
+
+class Playback:
+    """A run being played: ``live`` holds the block of each storage that is there; ``begin`` is the event at
+    which the step begins."""
+
+    def __init__(self, tape: Tape, allocator: Allocator) -> None:
+        self.tape, self.allocator = tape, allocator
+        self.live: dict[int, Block] = {}
+        self.stage = LOADING
+        self.start = 0
+        self.changes: list[tuple[int, int]] = []
+        setup = [segment for segment in tape.segments if segment.phase is Phase.SETUP]
+        self.begin = setup[-1].stop if setup else 0
+        self.update = next(
+            (s.start for s in tape.segments if s.phase is Phase.OPTIMIZER and s.name == "step"),
+            len(tape.events),
+        )
+        rest = [event for event in tape.events[: self.begin] if event >= 0]
+        workspaces = [e for e in rest if tape.operations[e] == "cublas_workspace"]
+        self.born = list(zip(self._first_products(), workspaces, strict=False))
+        self.states = [e for e in rest if tape.categories[e] is Category.OPTIMIZER_STATE]
+        later = {*self.states, *(workspace for _, workspace in self.born)}
+        self.others = [event for event in rest if event not in later]
+
+    def _first_products(self) -> list[int]:
+        """The first events after which a thread's cuBLAS handle is there: it is made, workspace and all, when
+        a product has its result and multiplies (aten/src/ATen/cuda/CublasHandlePool.cpp)."""
+        tape, found = self.tape, []
+        for phase in (Phase.FORWARD, Phase.BACKWARD):  # autograd has a thread of its own
+            parts = (segment for segment in tape.segments if segment.phase is phase)
+            at = (i for part in parts for i in range(part.start, min(part.stop, self.update)))
+            first = next((i for i in at if tape.events[i] in tape.products), None)
+            if first is not None:
+                found.append(first + 1)
+        return found
+
+    def load(self, loading: Iterable[tuple[str, int]] | None) -> None:
+        """Everything that is there before the first step."""
+        malloc, sizes, live = self.allocator.malloc, self.tape.sizes, self.live
+        scratch: list[Block | None] = []
+        for what, number in loading or ():
+            if what == "alloc":
+                self._at(number)
+                live[number] = malloc(sizes[number])
+            elif what == "scratch":
+                scratch.append(malloc(number))
+            elif what == "drop":
+                block, scratch[number] = scratch[number], None
+                assert block is not None
+                self.allocator.free(block)
+            else:
+                self.allocator.empty_cache()
+        self._make(number for number in self.others if number not in live)
+
+    def step(self, stage: str) -> None:
+        """One step; the first one makes what later ones find there."""
+        self.stage = stage
+        before = set(self.live)
+        played = self.begin
+        if stage == FIRST_STEP:
+            for position, workspace in self.born:
+                self.play(played, position)  # which stays the place: a product asks for its workspace
+                self.live[workspace] = self.allocator.malloc(self.tape.sizes[workspace])
+                played = position
+                before.add(workspace)
+        self.play(played, self.update)
+        if stage == FIRST_STEP:
+            self._make(self.states)
+            before.update(self.states)
+        self.play(self.update, len(self.tape.events))
+        self._hand_on(before)
+
+    def evaluate(self, tape: Tape) -> None:
+        """What an evaluation makes and drops; what rests on its tape is there already."""
+        self.stage = EVALUATION
+        training, resting = self.tape, self.live
+        self.tape, self.live = tape, {}
+        begin = next(segment.start for segment in tape.segments if segment.phase is Phase.FORWARD)
+        self.play(begin, len(tape.events))
+        for block in self.live.values():
+            self.allocator.free(block)
+        self.tape, self.live = training, resting
+
+    def _at(self, index: int) -> None:
+        self.start, self.allocator.position = index, 0
+
+    @property
+    def position(self) -> int:
+        """The event that is played; the storage that is made, outside the steps."""
+        return self.start + self.allocator.position
+
+    def _make(self, storages: Iterable[int]) -> None:
+        for index in storages:
+            self._at(index)
+            self.live[index] = self.allocator.malloc(self.tape.sizes[index])
+
+    def play(self, start: int, stop: int) -> None:
+        """The tape's events from one to another."""
+        self.start = start
+        self.allocator.play(self.tape.events[start:stop], self.tape.sizes, self.live)
+
+    def _hand_on(self, before: set[int]) -> None:
+        """What a step puts in the place of something that was there (Adafactor's scales) is what the next
+        one finds there."""
+        gone = sorted(before - self.live.keys())
+        if not gone:
+            return
+        left = sorted(self.live.keys() - before)
+        for old in gone:
+            match = next((new for new in left if self.tape.sizes[new] == self.tape.sizes[old]), None)
+            if match is not None:
+                left.remove(match)
+                self.live[old] = self.live.pop(match)
+
+    def watch(self) -> None:
+        """From here on, note what is reserved."""
+        self.changes.append((self.begin, self.allocator.reserved))
+
+        def changed(_address: int, _change: int) -> None:
+            self.changes.append((self.position, self.allocator.reserved))
+
+        self.allocator.on_segment = changed
+
+    def place(self, error: OutOfMemory) -> RanOut:
+        """What the run was doing when it went out of memory."""
+        tape = self.tape
+        if self.stage == LOADING or (self.stage != EVALUATION and self.position < self.begin):
+            storage, phase, layer = self.position, Phase.SETUP, None
+            if self.stage != LOADING:
+                phase = Phase.OPTIMIZER
+        else:
+            storage = tape.events[self.position]
+            at = next(s for s in reversed(tape.segments) if s.start <= self.position)
+            phase, layer = at.phase, at.layer
+        return RanOut(
+            self.stage,
+            phase,
+            tape.operations[storage],
+            tape.modules[storage],
+            layer,
+            error.requested,
+            error.reserved,
+        )

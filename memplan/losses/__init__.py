@@ -1,0 +1,1 @@
+"""From hidden states to the loss: one file a loss."""

@@ -1,0 +1,206 @@
+"""TRL's fused head: log-probabilities tile by tile, and SFTTrainer's loss of them.
+
+Sources (trl 1.16): trainer/utils.py ``add_fused_lm_head``, kernels/chunked_logprob.py
+``ChunkedLogProbFunction``, trainer/sft_trainer.py ``SFTTrainer.compute_loss``. The Triton kernels that fold a
+tile into the running sums work in place. N tokens whose label counts: all but the last of each row.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from memplan.asked.spec import ModelSpec
+from memplan.predict.moe import top_k
+from memplan.shadow import ops
+from memplan.shadow.autograd import Node, attach, save, save_output, split_sum, unpack
+from memplan.shadow.indexing import by_mask, masked_scatter
+from memplan.shadow.tensor import DType, Tensor, bool_, empty, float32, int64, state
+
+TOKEN_CHUNK = 4096  # TOKEN_CHUNK_SIZE
+VOCABULARY_CHUNK = 32_768  # _CHUNKED_LOGPROB_CHUNK_SIZE
+
+
+class Output(NamedTuple):
+    """``FusedCausalLMOutput``."""
+
+    loss: Tensor
+    log_probs: Tensor
+    entropy: Tensor
+    is_top1: Tensor
+    label_mask: Tensor
+    aux_loss: Tensor | None
+
+
+def fused_head(
+    hidden: Tensor, weight: Tensor, labels: Tensor, router_logits: list[Tensor] | None, spec: ModelSpec
+) -> Output:
+    """``_fused_forward`` after the decoder; ``router_logits`` where the load-balancing loss is added."""
+    hidden_states = _all_but_last(hidden)
+    mask = empty((labels.shape[0], labels.shape[1] - 1), bool_, "ne")
+    per_token = _log_probabilities(by_mask(hidden_states, mask), weight, by_mask(labels, mask))
+    log_probs, entropy, is_top1 = (masked_scatter(mask, x) for x in per_token)
+    del per_token
+    loss = ops.divide(ops.neg(_total(log_probs)), _count(mask))
+    aux_loss = None
+    if router_logits is not None:
+        aux_loss = load_balancing_loss(router_logits, labels.shape, spec)
+        loss = ops.add(loss, ops.scale(aux_loss))
+        router_logits.clear()
+    return Output(loss, log_probs, entropy, is_top1, mask, aux_loss)
+
+
+def sft_loss(output: Output) -> Tensor:
+    """``compute_loss``: the loss once more, and what is logged."""
+    per_token_loss = ops.neg(output.log_probs)
+    num_tokens = ops.count(output.label_mask.shape)
+    total = _total(per_token_loss)
+    loss = ops.divide(total, empty((), int64, "clamp"))
+    del total
+    weighted_aux_loss = None
+    if output.aux_loss is not None:
+        weighted_aux_loss = ops.scale(output.aux_loss)
+        loss = ops.add(loss, ops.scale(weighted_aux_loss, "div"))
+    num_valid = _gathered(ops.count(output.label_mask.shape))
+    entropy_sum = _gathered(empty((), float32, "sum"))
+    num_correct = _gathered(ops.count(output.is_top1.shape))
+    for _ in range(2):
+        positive = empty((), bool_, "gt")
+        del positive
+        quotient = empty((), float32, "div")
+        del quotient
+    total = _gathered(empty((), int64, "sum"))  # of the attention mask
+    del total
+    if weighted_aux_loss is not None:
+        mean = empty((), float32, "mean")
+        del mean
+    del num_tokens, num_valid, entropy_sum, num_correct
+    return loss
+
+
+def load_balancing_loss(router_logits: list[Tensor], shape: tuple[int, ...], spec: ModelSpec) -> Tensor:
+    """``load_balancing_loss_func`` with a mask (transformers/models/mixtral/modeling_mixtral.py, 5.23).
+    T tokens, X experts."""
+    experts, tokens = (spec.num_experts,), shape[0] * shape[1]
+    tokens_per_expert_sum = empty(experts, float32, "zeros")
+    router_prob_sum = empty(experts, float32, "zeros")
+    total_rows: Tensor | None = None
+    flat_mask = empty((tokens,), float32, "_to_copy")
+    for layer_gate in router_logits:
+        dtype = layer_gate.dtype if state.autocast is None else float32
+        routing_weights_TX = ops.softmax(layer_gate, dtype)
+        _values, _selected_experts = top_k(routing_weights_TX, spec.num_experts_per_tok)
+        zeros = empty(experts, float32, "zeros")
+        repeated = empty((tokens * spec.num_experts_per_tok,), float32, "clone")
+        del repeated
+        tokens_per_expert_sum = ops.add(tokens_per_expert_sum, zeros)
+        del zeros
+        router_prob_sum = ops.add(router_prob_sum, _sum_tokens(_masked(routing_weights_TX, flat_mask)))
+        rows = empty((), float32, "sum")
+        total_rows = ops.pointwise("add", rows, total_rows)
+        del rows
+    assert total_rows is not None
+    tokens_per_expert = ops.pointwise("div", tokens_per_expert_sum)
+    router_prob_per_expert = ops.divide(router_prob_sum, total_rows)
+    weighted = ops.mul(tokens_per_expert, ops.view(router_prob_per_expert, (1, *experts)))
+    overall_loss = _total(weighted)
+    del weighted
+    return ops.scale(overall_loss)
+
+
+def _masked(routing_weights_TX: Tensor, flat_mask: Tensor) -> Tensor:
+    """``routing_weights.float() * flat_mask.unsqueeze(-1)``."""
+    return ops.mul(ops.to(routing_weights_TX, float32), ops.view(flat_mask, (flat_mask.shape[0], 1)))
+
+
+def _sum_tokens(x: Tensor) -> Tensor:
+    """``x.sum(dim=0)``."""
+    node = Node(ops._expand_backward, x) if ops.tracked(x) else None
+    out = empty(x.shape[1:], x.dtype, "sum")
+    split_sum(x.shape)
+    if node is not None:
+        attach(node, out)
+    return out
+
+
+def _all_but_last(hidden: Tensor) -> Tensor:
+    """``last_hidden_state[:, :-1]``."""
+    batch, length, width = hidden.shape
+    return ops.narrow(hidden, (batch, length - 1, width))
+
+
+def _total(x: Tensor) -> Tensor:
+    """``x.sum()``."""
+    node = Node(ops._expand_backward, x) if ops.tracked(x) else None
+    out = empty((), x.dtype, "sum")
+    if node is not None:
+        attach(node, out)
+    return out
+
+
+def _count(mask: Tensor) -> Tensor:
+    """``mask.sum().clamp(min=1)``."""
+    count = ops.count(mask.shape)
+    clamped = empty((), int64, "clamp")
+    del count
+    return clamped
+
+
+def _gathered(own: Tensor) -> Tensor:
+    """``gather_for_metrics(x.sum()).sum()`` on one card, of the ``own`` sum."""
+    return empty((), own.dtype, "sum")
+
+
+def _log_probabilities(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Forward: log-probabilities, entropy, whether the target comes first."""
+    shape = (hidden.shape[0],)
+    dtype = state.autocast or hidden.dtype
+    node = Node(_log_probabilities_backward, hidden, weight) if ops.tracked(hidden, weight) else None
+    running = [empty(shape, float32, "full" if i in (0, 5) else "zeros") for i in range(7)]
+    _buffers = _tiles(hidden, weight, dtype, keep_rows=False)
+    log_sums = empty(shape, float32, "log")
+    log_z = empty(shape, float32, "add")
+    del log_sums
+    log_probs = empty(shape, float32, "sub")
+    mean = empty(shape, float32, "div")
+    entropy = empty(shape, float32, "sub")
+    del mean
+    at_least = empty(shape, bool_, "ge")
+    above = empty(shape, bool_, "gt")
+    is_top1 = empty(shape, bool_, "bitwise_and")
+    del at_least, above, running
+    if node is not None:
+        node.saved = [save(hidden), save(weight), save(targets), save_output(log_z), save_output(entropy)]
+        node.context = dtype
+        attach(node, log_probs)
+    return log_probs, entropy, is_top1
+
+
+def _log_probabilities_backward(node: Node, grad: Tensor) -> Any:
+    """All of its names live until it returns."""
+    hidden, weight, *_rest = [unpack(saved) for saved in node.saved]
+    grad_hidden = empty(hidden.shape, float32, "zeros") if node.edges[0] else None
+    grad_weight = empty(weight.shape, float32, "zeros") if node.edges[1] else None
+    _buffers = _tiles(hidden, weight, node.context, keep_rows=True)
+    return (
+        None if grad_hidden is None else ops.to(grad_hidden, hidden.dtype),
+        None if grad_weight is None else ops.to(grad_weight, weight.dtype),
+    )
+
+
+def _tiles(hidden: Tensor, weight: Tensor, dtype: DType, *, keep_rows: bool) -> list[Tensor | None]:
+    """The buffer of one tile of logits, and copies of its tokens and of its rows of the weight where dtypes
+    differ. Returns what is left in names at the end: backward has one for the rows, forward has not."""
+    tokens, width = hidden.shape
+    vocabulary = weight.shape[0]
+    buffer = empty((min(tokens, TOKEN_CHUNK), VOCABULARY_CHUNK), dtype, "empty")
+    hidden_chunk = rows = None
+    for start in range(0, tokens, TOKEN_CHUNK):
+        if hidden.dtype is not dtype:
+            hidden_chunk = empty((min(TOKEN_CHUNK, tokens - start), width), dtype, "_to_copy")
+        for row in range(0, vocabulary, VOCABULARY_CHUNK):
+            if weight.dtype is not dtype:
+                rows = empty((min(VOCABULARY_CHUNK, vocabulary - row), width), dtype, "_to_copy")
+            state.tape.multiply()
+            if not keep_rows:
+                rows = None
+    return [buffer, hidden_chunk, rows]

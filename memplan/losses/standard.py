@@ -1,0 +1,60 @@
+"""From hidden states to the loss.
+
+``causal_lm_loss`` is transformers' ForCausalLMLoss (loss/loss_utils.py, 5.23), on logits. The other losses
+take the last hidden states and the head's weight and never make all logits:
+:mod:`memplan.losses.chunked` and :mod:`memplan.losses.liger`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from memplan.shadow import ops
+from memplan.shadow.autograd import Node, attach, save, save_output, unpack
+from memplan.shadow.tensor import Tensor, empty, float32, int64
+
+
+def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Upcast, shift the labels, flatten, cross entropy."""
+    logits = ops.to(logits, float32)
+    batch, length = labels.shape
+    labels = empty((batch, length + 1), int64, "constant_pad_nd")
+    # labels[..., 1:] is contiguous for one row
+    shift_labels = labels if batch == 1 else empty((batch, length), int64, "clone")
+    logits = ops.view(logits, (batch * length, logits.shape[-1]))
+    return _cross_entropy(logits, shift_labels)
+
+
+def _cross_entropy(source: Tensor, target: Tensor) -> Tensor:
+    log_probabilities = _log_softmax(source)
+    return _nll(log_probabilities, target)
+
+
+def _log_softmax(x: Tensor) -> Tensor:
+    node = Node(_log_softmax_backward, x) if ops.tracked(x) else None
+    out = empty(x.shape, x.dtype, "_log_softmax")
+    if node is not None:
+        node.saved = save_output(out)
+        attach(node, out)
+    return out
+
+
+def _log_softmax_backward(node: Node, grad: Tensor) -> Any:
+    result = unpack(node.saved)
+    return (empty(result.shape, grad.dtype, "_log_softmax_backward_data"),)
+
+
+def _nll(x: Tensor, target: Tensor) -> Tensor:
+    node = Node(_nll_backward, x) if ops.tracked(x) else None
+    saved = [save(x), save(target)] if node is not None else []
+    out = empty((), x.dtype, "nll_loss_forward")
+    total_weight = empty((), x.dtype, "nll_loss_forward")
+    if node is not None:
+        node.saved = [*saved, save_output(total_weight)]
+        node.context = x.shape
+        attach(node, out)
+    return out
+
+
+def _nll_backward(node: Node, grad: Tensor) -> Any:
+    return (empty(node.context, grad.dtype, "nll_loss_backward"),)

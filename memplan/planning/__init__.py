@@ -1,0 +1,1 @@
+"""Answers: the plan, what fits beside it, and what to change."""

@@ -1,0 +1,443 @@
+"""What to change so that a run fits, and what the room could buy if it does.
+
+Every suggestion is a change of the recipe, and its price is found by planning the changed recipe: no rule
+of thumb says what it saves. What it costs otherwise (time, quality) is said in words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+from memplan.asked.recipe import Attention, DTypeName, Kernels, Loss, Mode, Optimizer, Recipe
+from memplan.errors import MemplanError
+from memplan.planning.advice import Advice, Change, Combination
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from memplan.asked.gpus import Gpu
+    from memplan.asked.spec import ModelSpec
+    from memplan.device.fit import Verdict
+    from memplan.planning.frontier import Peaks
+
+
+class Cost(IntEnum):
+    """What a change takes, from cheap to dear."""
+
+    NOTHING = 0
+    TIME = 1
+    QUALITY = 2
+    METHOD = 3
+
+
+@dataclass(frozen=True, slots=True)
+class _Idea:
+    """A change that could be made: ``apply`` returns the fields to change, None where it makes no sense."""
+
+    rank: Cost
+    title: Callable[[Recipe], str]
+    cost: str
+    apply: Callable[[Recipe], dict[str, object] | None]
+    command: Callable[[Recipe], str]
+    config: Callable[[Recipe], str]
+
+
+def _said(text: str) -> Callable[[Recipe], str]:
+    return lambda _recipe: text
+
+
+def _with_expandable_segments(recipe: Recipe) -> dict[str, object] | None:
+    from memplan.device.settings import parse_settings
+
+    if parse_settings(recipe.alloc_conf).expandable_segments:
+        return None
+    return {"alloc_conf": _expandable(recipe)}
+
+
+def _expandable(recipe: Recipe) -> str:
+    """The allocator's settings with expandable segments beside what was set."""
+    return ",".join(filter(None, (recipe.alloc_conf, "expandable_segments:True")))
+
+
+def _accumulated(recipe: Recipe) -> dict[str, object] | None:
+    if recipe.batch_size == 1:
+        return None
+    steps = recipe.gradient_accumulation_steps * recipe.batch_size
+    return {"batch_size": 1, "gradient_accumulation_steps": steps}
+
+
+def _with_loss(loss: Loss) -> Callable[[Recipe], dict[str, object] | None]:
+    return lambda recipe: {"loss": loss} if recipe.loss is Loss.STANDARD else None
+
+
+def _with_optimizer(
+    optimizer: Optimizer, instead_of: Iterable[Optimizer]
+) -> Callable[[Recipe], dict[str, object] | None]:
+    allowed = frozenset(instead_of)
+    return lambda recipe: {"optimizer": optimizer, "momentum": 0.0} if recipe.optimizer in allowed else None
+
+
+def _without_autocast(recipe: Recipe) -> str:
+    return " --no-autocast" if recipe.autocast else ""
+
+
+_32_BIT = (Optimizer.ADAMW_TORCH, Optimizer.ADAMW_TORCH_FUSED, Optimizer.PAGED_ADAMW_32BIT)
+
+IDEAS = (
+    _Idea(
+        Cost.NOTHING,
+        _said("fused AdamW"),
+        "nothing: one kernel instead of lists of temporaries",
+        _with_optimizer(Optimizer.ADAMW_TORCH_FUSED, (Optimizer.ADAMW_TORCH,)),
+        _said("--optimizer adamw_torch_fused"),
+        _said('TrainingArguments(optim="adamw_torch_fused")'),
+    ),
+    _Idea(
+        Cost.NOTHING,
+        _said("sdpa attention"),
+        "nothing",
+        lambda recipe: {"attn": Attention.SDPA} if recipe.attn is Attention.EAGER else None,
+        _said("--attn sdpa"),
+        _said('from_pretrained(attn_implementation="sdpa")'),
+    ),
+    _Idea(
+        Cost.NOTHING,
+        _said("expandable segments"),
+        "nothing but slower first steps",
+        _with_expandable_segments,
+        lambda recipe: f"--alloc-conf {_expandable(recipe)}",
+        lambda recipe: f"export PYTORCH_ALLOC_CONF={_expandable(recipe)}",
+    ),
+    _Idea(
+        Cost.NOTHING,
+        _said("fused linear cross entropy"),
+        "nothing; needs liger-kernel",
+        _with_loss(Loss.LIGER),
+        _said("--loss liger"),
+        _said("TrainingArguments(use_liger_kernel=True)"),
+    ),
+    _Idea(
+        Cost.NOTHING,
+        _said("chunked cross entropy"),
+        "nothing; TRL's SFTTrainer does it by default",
+        _with_loss(Loss.CHUNKED),
+        _said("--loss chunked"),
+        _said("trl.SFTTrainer"),
+    ),
+    _Idea(
+        Cost.NOTHING,
+        _said("embedding, lm_head and norms in 16 bits"),
+        "the precision of norms and logits; most runs do not notice",
+        lambda recipe: {"kbit_prep": False} if recipe.kbit_prep else None,
+        _said("--no-kbit-prep"),
+        lambda recipe: (
+            "leave out prepare_model_for_kbit_training(model)"
+            + ("; TrainingArguments(gradient_checkpointing=True)" if recipe.gradient_checkpointing else "")
+        ),
+    ),
+    _Idea(
+        Cost.TIME,
+        _said("gradient checkpointing"),
+        "time: every layer's forward runs twice, about a third more",
+        lambda recipe: None if recipe.gradient_checkpointing else {"gradient_checkpointing": True},
+        _said("--gradient-checkpointing"),
+        _said("TrainingArguments(gradient_checkpointing=True)"),
+    ),
+    _Idea(
+        Cost.TIME,
+        lambda recipe: f"batch 1, accumulated {recipe.batch_size} times as often",
+        "time: smaller products; the same updates",
+        _accumulated,
+        lambda recipe: (
+            "--batch-size 1 --gradient-accumulation-steps "
+            f"{recipe.gradient_accumulation_steps * recipe.batch_size}"
+        ),
+        lambda recipe: (
+            "TrainingArguments(per_device_train_batch_size=1, gradient_accumulation_steps="
+            f"{recipe.gradient_accumulation_steps * recipe.batch_size})"
+        ),
+    ),
+    _Idea(
+        Cost.TIME,
+        _said("memplan's kernels"),
+        "an unmeasured change of speed; needs Triton and an NVIDIA card from Ampere on",
+        lambda recipe: (
+            {"kernels": Kernels.MEMPLAN}
+            if recipe.mode is Mode.QLORA and recipe.kernels is Kernels.STOCK
+            else None
+        ),
+        _said("--kernels memplan"),
+        _said("memplan.kernels.apply(model)"),
+    ),
+    _Idea(
+        Cost.TIME,
+        _said("paged 8-bit AdamW"),
+        "time where pages move; little quality",
+        _with_optimizer(Optimizer.PAGED_ADAMW_8BIT, (*_32_BIT, Optimizer.ADAMW_BNB_8BIT)),
+        _said("--optimizer paged_adamw_8bit"),
+        _said('TrainingArguments(optim="paged_adamw_8bit")'),
+    ),
+    _Idea(
+        Cost.QUALITY,
+        _said("8-bit AdamW"),
+        "little quality: block-wise 8-bit states",
+        _with_optimizer(Optimizer.ADAMW_BNB_8BIT, _32_BIT),
+        _said("--optimizer adamw_bnb_8bit"),
+        _said('TrainingArguments(optim="adamw_bnb_8bit")'),
+    ),
+    _Idea(
+        Cost.QUALITY,
+        lambda recipe: f"r {recipe.r // 2} instead of {recipe.r}",
+        "quality: adapters of half the rank",
+        lambda recipe: (
+            {"r": recipe.r // 2, "lora_alpha": None}
+            if recipe.mode is not Mode.FULL and recipe.r > 1
+            else None
+        ),
+        lambda recipe: f"--r {recipe.r // 2}",
+        lambda recipe: f"LoraConfig(r={recipe.r // 2})",
+    ),
+    _Idea(
+        Cost.QUALITY,
+        _said("adapters on q and v only"),
+        "quality: a quarter of the adapters or fewer",
+        lambda recipe: (
+            {"target_modules": "q,v"}
+            if recipe.mode is not Mode.FULL and recipe.target_modules == "all-linear"
+            else None
+        ),
+        _said("--target-modules q,v"),
+        _said('LoraConfig(target_modules=["q_proj", "v_proj"])'),
+    ),
+    _Idea(
+        Cost.QUALITY,
+        lambda recipe: f"sequences of {recipe.seq_len // 2} tokens",
+        "quality: what lies further back is not seen",
+        lambda recipe: {"seq_len": recipe.seq_len // 2} if recipe.seq_len > 1 else None,
+        lambda recipe: f"--seq-len {recipe.seq_len // 2}",
+        lambda recipe: f"SFTConfig(max_length={recipe.seq_len // 2})",
+    ),
+    _Idea(
+        Cost.QUALITY,
+        _said("weights in 16 bits"),
+        "quality: updates are rounded to bfloat16",
+        lambda recipe: (
+            {"dtype": DTypeName.BFLOAT16, "autocast": False} if recipe.dtype is DTypeName.FLOAT32 else None
+        ),
+        lambda recipe: "--dtype bfloat16" + _without_autocast(recipe),
+        _said('from_pretrained(dtype="bfloat16")'),
+    ),
+    _Idea(
+        Cost.METHOD,
+        _said("LoRA instead of full fine-tuning"),
+        "another method: adapters are trained, not the weights",
+        lambda recipe: {"mode": Mode.LORA} if recipe.mode is Mode.FULL else None,
+        _said("--mode lora"),
+        _said("get_peft_model(model, LoraConfig(...))"),
+    ),
+    _Idea(
+        Cost.METHOD,
+        _said("QLoRA: the base in 4 bits"),
+        "time to dequantise, a little quality",
+        lambda recipe: {"mode": Mode.QLORA, "autocast": False} if recipe.mode is not Mode.QLORA else None,
+        lambda recipe: "--mode qlora" + _without_autocast(recipe),
+        _said(
+            'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)'
+        ),
+    ),
+)
+
+
+def advise(model: str | Path | ModelSpec, recipe: Recipe, gpu: str) -> Advice:
+    """What would make ``recipe`` fit on the card called ``gpu``, or what it leaves room for.
+
+    Raises MemplanError as :func:`memplan.planning.plan.plan` does.
+    """
+    from memplan.asked.gpus import find_gpu
+    from memplan.asked.resolve import resolve
+    from memplan.predict.parameters import resolve_recipe
+
+    spec, card = resolve(model).spec, find_gpu(gpu)
+    pricer = _Pricer(spec, card)
+    asked = resolve_recipe(spec, recipe)
+    if pricer.verdict(recipe) != "does not fit":
+        return Advice(gpu=card.name, room=tuple(_room(spec, recipe, card, pricer)))
+    changes = []
+    before = pricer.allocated(recipe)
+    for idea in IDEAS:
+        changed = _changed(spec, recipe, idea, card)
+        if changed is None:
+            continue
+        after = pricer.allocated(changed)
+        if after >= before and pricer.verdict(changed) == "does not fit":
+            continue
+        changes.append((idea, changed, after))
+    changes.sort(key=lambda one: (pricer.verdict(one[1]) == "does not fit", one[0].rank, one[2]))
+    listed = tuple(
+        Change(
+            title=idea.title(asked),
+            cost=idea.cost,
+            command=idea.command(asked),
+            config=idea.config(asked),
+            tensor_bytes=after,
+            saves_bytes=before - after,
+            needed_bytes=pricer.needed(changed),
+            verdict=pricer.verdict(changed),
+        )
+        for idea, changed, after in changes
+    )
+    combination = None
+    if not any(change.verdict != "does not fit" for change in listed):
+        combination = _combination(spec, recipe, pricer)
+    return Advice(gpu=card.name, changes=listed, combination=combination, cards=_cards_for(asked, spec, card))
+
+
+class _Pricer:
+    """Plans recipes (as asked, not resolved), each once."""
+
+    def __init__(self, spec: ModelSpec, gpu: Gpu) -> None:
+        self.spec, self.gpu = spec, gpu
+        self._allocated: dict[Recipe, int] = {}
+        self._fits: dict[Recipe, tuple[Verdict, int | None]] = {}
+
+    def allocated(self, recipe: Recipe) -> int:
+        """Bytes allocated at the peak."""
+        if recipe not in self._allocated:
+            self._allocated[recipe] = self._peaks(recipe).played(recipe.batch_size, recipe.seq_len)
+        return self._allocated[recipe]
+
+    def _peaks(self, recipe: Recipe) -> Peaks:
+        from memplan.planning.frontier import Peaks
+        from memplan.predict.parameters import resolve_recipe
+
+        return Peaks(self.spec, resolve_recipe(self.spec, recipe), self.gpu)
+
+    def verdict(self, recipe: Recipe) -> Verdict:
+        """Whether it fits."""
+        return self._judged(recipe)[0]
+
+    def needed(self, recipe: Recipe) -> int | None:
+        """Bytes with the allocator simulated; None where the peak alone is too large."""
+        return self._judged(recipe)[1]
+
+    def _judged(self, recipe: Recipe) -> tuple[Verdict, int | None]:
+        from memplan.device.fit import judge
+        from memplan.planning.plan import predicted_run
+
+        if recipe not in self._fits:
+            peaks = self._peaks(recipe)
+            if self.allocated(recipe) > peaks.room:
+                self._fits[recipe] = "does not fit", None
+            else:
+                fit = judge(self.gpu, predicted_run(self.spec, peaks.recipe, peaks.card))
+                self._fits[recipe] = fit.verdict, fit.needed_bytes
+        return self._fits[recipe]
+
+
+def _changed(spec: ModelSpec, recipe: Recipe, idea: _Idea, gpu: Gpu) -> Recipe | None:
+    """The recipe (as asked, not resolved) after a change; None where it does not apply, or can't be had of
+    the model or on the card."""
+    from memplan.planning.plan import able
+    from memplan.predict.parameters import resolve_recipe
+
+    fields = idea.apply(resolve_recipe(spec, recipe))
+    if fields is None:
+        return None
+    try:
+        changed = Recipe(**{**recipe.model_dump(), **fields})
+        resolve_recipe(spec, changed)
+        able(changed, [gpu.name])
+    except MemplanError:
+        return None
+    return changed
+
+
+def _combination(spec: ModelSpec, recipe: Recipe, pricer: _Pricer) -> Combination | None:
+    """Changes are added from cheap to dear, each where it saves something, until the run fits; then those are
+    taken out again that it can do without, the dearest first."""
+    from memplan.predict.parameters import resolve_recipe
+
+    def applied(ideas: list[_Idea]) -> tuple[Recipe, list[tuple[str, str]]]:
+        changed, told = recipe, []
+        for idea in ideas:
+            after = _changed(spec, changed, idea, pricer.gpu)
+            if after is not None:
+                resolved = resolve_recipe(spec, changed)
+                told.append((idea.title(resolved), idea.command(resolved)))
+                changed = after
+        return changed, told
+
+    chosen: list[_Idea] = []
+    for idea in sorted(IDEAS, key=lambda idea: idea.rank):
+        before, _ = applied(chosen)
+        after, told = applied([*chosen, idea])
+        free = after.alloc_conf != before.alloc_conf
+        if after == before or not (free or pricer.allocated(after) < pricer.allocated(before)):
+            continue
+        chosen.append(idea)
+        if pricer.verdict(after) != "does not fit":
+            break
+    else:
+        return None
+    for idea in reversed(chosen[:]):
+        without = [other for other in chosen if other is not idea]
+        if pricer.verdict(applied(without)[0]) != "does not fit":
+            chosen = without
+    changed, told = applied(chosen)
+    needed = pricer.needed(changed)
+    assert needed is not None
+    return Combination(
+        titles=tuple(title for title, _ in told),
+        command=" ".join(command for _, command in told),
+        needed_bytes=needed,
+        verdict=pricer.verdict(changed),
+    )
+
+
+def _cards_for(recipe: Recipe, spec: ModelSpec, than: Gpu) -> tuple[str, ...]:
+    """The three smallest cards, each of another size, on which the run fits as it is."""
+    from memplan.asked.gpus import load_gpus
+    from memplan.device.fit import judge
+    from memplan.planning.frontier import Peaks
+    from memplan.planning.plan import predicted_run
+
+    run = None
+    found: list[str] = []
+    sizes: set[int] = set()
+    for gpu in sorted(load_gpus(), key=lambda gpu: gpu.visible_bytes):
+        if gpu.visible_bytes <= than.visible_bytes or gpu.total_mib >> 10 in sizes:
+            continue
+        try:
+            peaks = Peaks(spec, recipe, gpu)
+        except MemplanError:
+            continue  # its kernels don't run there
+        if peaks.card is not None:
+            continue  # other kernels run there
+        run = run or predicted_run(spec, recipe)
+        if judge(gpu, run, explain=False).verdict == "fits":
+            found.append(gpu.name)
+            sizes.add(gpu.total_mib >> 10)
+        if len(found) == 3:
+            break
+    return tuple(found)
+
+
+def _room(spec: ModelSpec, recipe: Recipe, gpu: Gpu, pricer: _Pricer) -> Iterable[str]:
+    """What a run that fits leaves room for."""
+    from memplan.planning.frontier import largest
+    from memplan.predict.parameters import resolve_recipe
+
+    # with use_reentrant given, the option that turns checkpointing off would contradict it
+    if resolve_recipe(spec, recipe).gradient_checkpointing and recipe.use_reentrant is None:
+        asked = {**recipe.model_dump(), "gradient_checkpointing": False}
+        if pricer.verdict(Recipe(**asked)) == "fits":
+            yield "no checkpointing: about a quarter less time (--no-gradient-checkpointing)"
+    longest = largest(spec, recipe, gpu, "seq_len", recipe.batch_size)
+    if longest > recipe.seq_len:
+        yield f"sequences of up to {longest:,} tokens (--seq-len {longest})"
+    most = largest(spec, recipe, gpu, "batch_size", recipe.seq_len)
+    if most > recipe.batch_size:
+        yield f"up to {most} sequences at once (--batch-size {most})"

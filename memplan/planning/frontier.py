@@ -1,0 +1,399 @@
+"""The frontier: the largest batch or sequence of a recipe that a card has room for.
+
+Playing a step costs milliseconds, and a table of a hundred points asks for thousands of steps. What does not
+change between them is reused: a step of other tokens has the same events, only its sizes differ, and each
+size is a polynomial in batch and sequence length. Four or five played steps give all coefficients
+(:class:`SizedTape`); tests/test_frontier.py plays what it says.
+
+Two answers: :func:`at_most` by the peak of allocated bytes alone, which no run can do without;
+:func:`largest` by the verdict, with the allocator simulated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import accumulate
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from memplan.asked.gpus import Gpu
+from memplan.asked.recipe import Attention, Kernels, Loss, Mode, Recipe
+from memplan.asked.spec import ModelSpec
+from memplan.cuda.card import FLASH_CAPABILITY, Card
+from memplan.device.fit import MARGIN_PER_CENT, context_bytes, judge, usable_bytes
+from memplan.device.settings import parse_settings
+from memplan.errors import MemplanError
+from memplan.planning.plan import able, predicted_run
+from memplan.planning.plan import write as played
+from memplan.predict.parameters import resolve_recipe
+from memplan.shadow.attention import key_splits
+from memplan.tape import Tape, replay
+
+What = Literal["batch_size", "seq_len"]
+
+LONGEST = 1 << 20  # tokens in a sequence, batches: beyond them the answer is "enough"
+_SORTED_FROM = 3072  # tokens: an embedding's gradient is sorted above (memplan.predict.modules)
+_NEAR = 1 << 16
+_SHORT = 32  # tokens
+_MOST_SIMULATED = 10_000  # layers of all points: the default table of 126 layers, which takes a minute
+_NEVER_FUSED_ABOVE = 1536  # tokens (memplan.cuda.gemm_4bit)
+
+
+class Cell(BaseModel):
+    """One point of the frontier. ``seq_len``: the longest sequence there is room for, None for none;
+    ``capped``: it is the model's own limit, not the card's, or the longest that is looked for."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    batch_size: int
+    seq_len: int | None
+    capped: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Tokens a step."""
+        return self.batch_size * (self.seq_len or 0)
+
+
+class Row(BaseModel):
+    """The cells of one recipe."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    recipe: Recipe
+    cells: tuple[Cell, ...]
+
+
+class Frontier(BaseModel):
+    """A table. ``simulated``: its cells fit with the allocator simulated; else they are the most that the
+    peak of allocated bytes leaves room for, and less may really fit."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    gpu: str
+    usable_bytes: int
+    simulated: bool
+    rows: tuple[Row, ...]
+
+
+def frontier(
+    spec: ModelSpec,
+    recipes: Iterable[Recipe],
+    gpu: Gpu,
+    batches: Iterable[int],
+    *,
+    simulated: bool = False,
+    progress: Callable[[], None] | None = None,
+) -> Frontier:
+    """The longest sequence for each recipe and batch. ``progress`` is told of each cell that is done.
+
+    Raises RecipeError where a recipe does not suit the model, MemplanError where too much is to be simulated.
+    """
+    batches, recipes = list(batches), list(recipes)
+    points = len(batches) * len(recipes)
+    if simulated and points * spec.num_hidden_layers > _MOST_SIMULATED:
+        raise MemplanError(
+            f"{points} points of {spec.num_hidden_layers} layers are too many to simulate: ask for "
+            f"{_MOST_SIMULATED // spec.num_hidden_layers} at most, of fewer batch sizes, modes, optimizers"
+        )
+    rows = []
+    for recipe in recipes:
+        sizes = Peaks(spec, resolve_recipe(spec, recipe), gpu)
+        cells: list[Cell] = []
+        tokens, before = 2048, 1
+        if batches and sizes.played(min(batches), 1) > sizes.room:
+            before = 0
+        for batch in batches:
+            # more of the same sequences never need less
+            bound = at_most(sizes, "seq_len", batch, max(tokens // batch, 1)) if before else 0
+            before, tokens = bound if batch >= max(batches[: len(cells)], default=1) else 1, bound * batch
+            if simulated and bound:
+                bound = largest(spec, recipe, gpu, "seq_len", batch, peaks=sizes)
+            cells.append(Cell(batch_size=batch, seq_len=bound or None, capped=bound == sizes.longest))
+            if progress is not None:
+                progress()
+        rows.append(Row(recipe=sizes.recipe, cells=tuple(cells)))
+    return Frontier(
+        model=spec.name,
+        gpu=gpu.name,
+        usable_bytes=usable_bytes(gpu),
+        simulated=simulated,
+        rows=tuple(rows),
+    )
+
+
+_MOST_EVENTS, _LEAST_TRIES = 2_000_000, 4  # simulated in one search, some seconds; simulations
+
+
+def at_most(peaks: Peaks, what: What, other: int, hint: int = 2048) -> int:
+    """The largest value whose peak of allocated bytes there is room for; 0 for none. ``other``: the batch
+    size where the sequence length is asked for, and the other way round; ``hint``: where to look first."""
+
+    def excess(value: int) -> int:
+        batch, length = (other, value) if what == "seq_len" else (value, other)
+        over = peaks.allocated(batch, length) - peaks.room
+        return over if abs(over) > _NEAR else peaks.played(batch, length) - peaks.room
+
+    return _last_not_above_zero(excess, peaks.longest if what == "seq_len" else LONGEST, hint)
+
+
+def largest(
+    spec: ModelSpec, recipe: Recipe, gpu: Gpu, what: What, other: int, *, peaks: Peaks | None = None
+) -> int:
+    """The largest value that the verdict calls *fits*, as it does all values below it that are tried; 0 for
+    none.
+
+    The allocator's losses go up and down with sizes, on a real card too, so some values fit by luck while
+    smaller ones do not. Who reads "up to N" means all of them: those just below, and 20 down to three
+    quarters of it, are tried, and where one does not fit the answer is sought below that one.
+    """
+    peaks = peaks or Peaks(spec, resolve_recipe(spec, recipe), gpu)
+    recipe, card = peaks.recipe, peaks.card
+
+    def excess(value: int) -> int:
+        batch, length = (other, value) if what == "seq_len" else (value, other)
+        asked = recipe.model_copy(update={"batch_size": batch, "seq_len": length})
+        run = predicted_run(spec, asked, card)
+        events.append(len(run.tape.events))
+        fit = judge(gpu, run, explain=False)
+        margin = fit.reserved_bytes * MARGIN_PER_CENT // 100 - fit.headroom_bytes
+        return min(margin, 0) if fit.verdict == "fits" else max(margin, 1)
+
+    known: dict[int, int] = {}
+    events: list[int] = []  # of each simulation
+
+    def may_try() -> bool:
+        return sum(events) < _MOST_EVENTS or len(known) < _LEAST_TRIES
+
+    def once(value: int) -> int:
+        if value not in known:
+            known[value] = excess(value)
+        return known[value]
+
+    bound = at_most(peaks, what, other)
+    while bound:
+        found = _last_not_above_zero(once, bound, bound - bound // 16)
+        for value in _below(found):
+            if may_try():
+                once(value)
+        lucky = [value for value, over in known.items() if over > 0 and value < found]
+        if not lucky:
+            return found
+        bound = min(lucky) - 1
+        if not may_try():  # the largest that is known to fit, with all that are known below it
+            return max((value for value, over in known.items() if over <= 0 and value <= bound), default=0)
+    return 0
+
+
+def _below(value: int) -> list[int]:
+    """Values to be tried before "up to ``value``" is said."""
+    near = range(value - 1, max(value - 5, 0), -1)
+    far = (value - value * step // 80 for step in range(1, 21))
+    return [it for it in dict.fromkeys((*near, *far)) if 0 < it < value]
+
+
+def _last_not_above_zero(excess: Callable[[int], int], last: int, hint: int) -> int:
+    """A value up to ``last`` whose excess is not above zero while the next one's is (``last`` itself if its
+    own is not; 0 if that of 1 is). ``hint`` is where to look first.
+
+    Excess is nearly straight, and bent upwards where it is not. So a line through two values on one side of
+    the place sought crosses zero behind it, and one through values on both sides before it: the guesses close
+    in from both ends. Halving helps where they don't.
+    """
+    low, high = 0, last + 1  # not asked about themselves
+    below: list[tuple[int, int]] = []
+    above: list[tuple[int, int]] = []
+    guess = hint
+    for turn in range(200):
+        if high - low <= 1:
+            break
+        guess = min(max(guess, low + 1), high - 1)
+        over = excess(guess)
+        if over > 0:
+            high = guess
+            above.append((guess, over))
+        else:
+            low = guess
+            below.append((guess, over))
+        if turn > 12 or high - low <= 3:
+            guess = (low + high) // 2
+        elif below and above and turn % 2:
+            guess = _crossing(below[-1], above[-1])
+        elif len(below) > 1:
+            guess = _crossing(below[-2], below[-1]) + 1
+        elif len(above) > 1:
+            guess = _crossing(above[-1], above[-2]) - turn
+        elif below and above:
+            guess = _crossing(below[-1], above[-1])
+        else:
+            guess = low + low // 8 + 1 if below else high - high // 8 - 1
+    return low
+
+
+def _crossing(one: tuple[int, int], two: tuple[int, int]) -> int:
+    """Where the line through two points is zero."""
+    (x1, y1), (x2, y2) = one, two
+    return x1 if y2 == y1 else x1 - y1 * (x2 - x1) // (y2 - y1)
+
+
+class Peaks:
+    """Peaks of allocated bytes of one recipe (resolved) on a card, by batch and sequence length."""
+
+    def __init__(self, spec: ModelSpec, recipe: Recipe, gpu: Gpu) -> None:
+        self.spec, self.recipe = spec, recipe
+        self.card = _card_for(recipe, gpu)
+        total = usable_bytes(gpu)
+        self.room = total - context_bytes(gpu, self.card or Card())
+        limit = parse_settings(recipe.alloc_conf).limit(total)
+        if limit is not None:
+            self.room = min(self.room, limit)
+        self.longest = min(spec.max_position_embeddings or LONGEST, LONGEST)
+        self._sized: dict[object, SizedTape | None] = {}
+
+    def allocated(self, batch: int, length: int) -> int:
+        """Bytes allocated at the peak."""
+        regime = self._regime(batch, length)
+        if regime not in self._sized:
+            self._sized[regime] = None if regime is None else self._sample(regime)
+        sized = self._sized[regime]
+        return self.played(batch, length) if sized is None else sized.peak(batch, length)
+
+    def played(self, batch: int, length: int) -> int:
+        """The same by playing the step, whatever is known: the polynomials round a few sizes up together that
+        the allocator rounds one by one, and are up to ``_NEAR`` bytes too high."""
+        return replay(self._play(batch, length)).allocated_bytes
+
+    def _regime(self, batch: int, length: int) -> object:
+        """What decides which kernels run: steps of one regime have the same events. None for those that are
+        played one by one: masks of a window are padded to 8 columns, eager attention copies what cuBLAS
+        can't read as it lies, fused losses go by chunks, FlashAttention splits the keys where few rows leave
+        the card idle, bitsandbytes has kernels of its own for few rows, memplan's go by strips, and of short
+        sequences tensors are large that have nothing to do with tokens."""
+        spec, recipe = self.spec, self.recipe
+        tokens = batch * length
+        if spec.sliding_window is not None and length >= spec.sliding_window:
+            return None
+        if recipe.mode is Mode.QLORA and tokens <= _NEVER_FUSED_ABOVE:
+            return None
+        if length < _SHORT or recipe.attn is Attention.EAGER or recipe.loss is not Loss.STANDARD:
+            return None
+        if recipe.kernels is not Kernels.STOCK:
+            return None
+        if key_splits(batch * spec.num_attention_heads, length, spec.head_dim) > 1:
+            return None
+        embedding_is_trained = recipe.mode is Mode.FULL or bool(recipe.modules_to_save)
+        return tokens > _SORTED_FROM or not embedding_is_trained
+
+    def _sample(self, regime: object) -> SizedTape | None:
+        """Four steps of the regime, if they have the same events; a fifth where a mask needs it."""
+        batch, length = (4, 2048) if regime else (1, 512)
+        window = self.spec.sliding_window
+        while window is not None and 2 * length >= window:
+            batch, length = 2 * batch, length // 2
+        points = [(batch, length), (2 * batch, length), (batch, 2 * length), (2 * batch, 2 * length)]
+        if length < 16 or any(self._regime(*point) != regime for point in points):
+            return None
+        samples = [self._play(*point) for point in points]
+        sized = SizedTape.of(samples, batch, length)
+        if sized is None or not sized.any_negative:
+            return sized
+        half = (batch, length // 2)
+        if self._regime(*half) != regime:
+            return None
+        sized = SizedTape.of([*samples, self._play(*half)], batch, length)
+        return None if sized is None or sized.any_negative else sized
+
+    def _play(self, batch: int, length: int) -> Tape:
+        asked = self.recipe.model_copy(update={"batch_size": batch, "seq_len": length})
+        return played(self.spec, asked, self.card)
+
+
+class SizedTape:
+    """A tape whose sizes are polynomials: c0 + c1 B S + c2 S + c3 B S² + c4 S², for batch B and length S. The
+    last is of masks that all sequences share, where attention is not fused."""
+
+    def __init__(self, tape: Tape, terms: list[tuple[float, float, float, float, float]]) -> None:
+        self.terms = list(dict.fromkeys(terms))  # many tensors have the same: a size is worked out once
+        places = {term: place for place, term in enumerate(self.terms)}
+        self.segments = [(s.start, s.stop, s.repeat) for s in tape.segments if s.start < s.stop]
+        self.events = []  # which size, and how many of it come (or go: negative)
+        for event, delta in zip(tape.events, tape.deltas, strict=True):
+            index = event if event >= 0 else ~event
+            self.events.append(
+                (places[terms[index]], delta // tape.sizes[index])
+            )  # in a folded tape many can go at once
+
+    @staticmethod
+    def of(samples: list[Tape], batch: int, length: int) -> SizedTape | None:
+        """From steps of (B, S), (2B, S), (B, 2S), (2B, 2S) and, for c4, (B, S/2); None if their events
+        differ, or where attention pads its log-sum-exp to 32 rows."""
+        first = samples[0]
+        if any("efficient_attention" in operation for operation in first.operations):
+            return None
+        if any(
+            tape.events != first.events or tape.operations != first.operations for tape in samples[1:]
+        ) or any(
+            [(s.start, s.stop, s.repeat) for s in tape.segments]
+            != [(s.start, s.stop, s.repeat) for s in first.segments]
+            for tape in samples[1:]
+        ):
+            return None
+        terms = []
+        for a, b, c, d, *half in zip(*(tape.sizes for tape in samples), strict=True):
+            # B, S and powers of two: every coefficient is exact in floating point
+            square = (d - c - 2 * (b - a)) / 2
+            both = b - a - square
+            # what is left has no B: at S, at 2S, and at S/2
+            one, two = a - both - square, c - 2 * both - 4 * square
+            shared = 0.0
+            if half:
+                shared = 2 * (two - one - 2 * (one - (half[0] - both / 2 - square / 4))) / 3
+            alone = two - one - 3 * shared
+            terms.append(
+                (
+                    one - alone - shared,
+                    both / (batch * length),
+                    alone / length,
+                    square / (batch * length * length),
+                    shared / (length * length),
+                )
+            )
+        return SizedTape(first, terms)
+
+    @property
+    def any_negative(self) -> bool:
+        """Whether a coefficient is below zero, as no tensor's is: something in S² was taken for a line."""
+        return any(min(term) < 0 for term in self.terms)
+
+    def peak(self, batch: int, length: int) -> int:
+        """Bytes allocated at the peak."""
+        tokens, square, shared = batch * length, batch * length * length, length * length
+        sizes = [
+            -int(-(c0 + c1 * tokens + c2 * length + c3 * square + c4 * shared) // 512) * 512
+            for c0, c1, c2, c3, c4 in self.terms
+        ]
+        deltas = [sizes[index] * times for index, times in self.events]
+        live = best = 0
+        known: dict[tuple[int, int], tuple[int, int]] = {}  # of stretches that several layers share
+        for start, stop, repeat in self.segments:
+            if (start, stop) not in known:
+                profile = list(accumulate(deltas[start:stop]))
+                known[start, stop] = profile[-1], max(profile)
+            net, top = known[start, stop]
+            best = max(best, live + top + max(net, 0) * (repeat - 1))
+            live += repeat * net
+        return best
+
+
+def _card_for(recipe: Recipe, gpu: Gpu) -> Card | None:
+    """What steps are written for: the card's own kernels where it has no FlashAttention. Raises MemplanError
+    if the recipe's kernels don't run on it."""
+    if recipe.kernels is not Kernels.STOCK:
+        able(recipe, [gpu.name])
+    if gpu.capability is None or gpu.capability >= FLASH_CAPABILITY:
+        return None
+    if recipe.attn is Attention.FLASH:
+        raise MemplanError(f"this step runs FlashAttention, which the {gpu.name} can't: use attn 'sdpa'")
+    return Card(gpu.capability)

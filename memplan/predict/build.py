@@ -1,0 +1,181 @@
+"""Modules from a blueprint and a recipe: what is quantised, upcast, frozen, adapted, trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from memplan.asked.recipe import DTypeName, Kernels, Mode, Recipe
+from memplan.asked.spec import ModelSpec
+from memplan.predict import blueprint
+from memplan.predict.adapters import Dora, ExpertLora, Lora, RouterLora
+from memplan.predict.decoder import NORM_STYLE
+from memplan.predict.fold import Played
+from memplan.predict.modules import Embedding, Linear, Linear4bit, RMSNorm, parameter
+from memplan.predict.optimizers import Group
+from memplan.predict.targets import is_saved, is_target
+from memplan.predict.unlike import Standing
+from memplan.shadow.tensor import DTYPES, DType, Tensor, float32, state
+from memplan.tape import Category, Phase
+
+
+@dataclass(slots=True)
+class Model:
+    """A played model: the modules of the played layers, and its trainable parameters in the order of
+    ``model.parameters()``, grouped by where they are."""
+
+    spec: ModelSpec
+    recipe: Recipe
+    layers: list[dict[str, Any]]
+    embedding: Embedding
+    norm: RMSNorm
+    head: Any
+    buffers: list[Tensor]
+    trainable: list[Group]
+
+
+class Builder:
+    """Builds one model; ``dtype`` is the load dtype, ``rest_dtype`` that of what is not quantised."""
+
+    def __init__(self, spec: ModelSpec, recipe: Recipe) -> None:
+        self.spec, self.recipe = spec, recipe
+        self.dtype: DType = DTYPES[recipe.dtype.value]
+        # prepare_model_for_kbit_training casts every parameter that is not 4-bit to fp32.
+        self.rest_dtype = float32 if recipe.kbit_prep else self.dtype
+        self.full = recipe.mode is Mode.FULL
+        self.quantized: type[Linear4bit] = Linear4bit
+        self.lora: type[Lora] = Lora
+        if recipe.kernels is Kernels.MEMPLAN:
+            from memplan.predict.nf4 import NF4Linear, NF4Lora
+
+            self.quantized, self.lora = NF4Linear, NF4Lora
+        self.trainable: list[Tensor] = []
+        self.buffers: list[Tensor] = []
+
+    def rotary(self) -> None:
+        """``inv_freq`` and ``original_inv_freq``; Gemma 3 has a pair for each type of layer."""
+        spec = self.spec
+        width = int(spec.head_dim * spec.partial_rotary_factor) // 2
+        pairs = len(set(spec.layer_types)) if spec.model_type == "gemma3_text" else 1
+        # longrope makes its second table in the first step and keeps it
+        for _ in range(2 * pairs + spec.longrope):
+            self.buffers.append(parameter((width,), float32, "model.rotary_emb", Category.WEIGHTS, False))
+
+    def weight(self, shape: tuple[int, ...], name: str, full_name: str | None = None) -> Tensor:
+        """A weight that is not quantised. A module to save keeps the frozen original beside its copy
+        (peft/utils/other.py, ModulesToSaveWrapper), which is what runs."""
+        tensor = parameter(shape, self.rest_dtype, name, Category.WEIGHTS, self.full)
+        if is_saved(self.recipe.modules_to_save, full_name or name):
+            self.buffers.append(tensor)
+            tensor = parameter(shape, self.rest_dtype, name, Category.ADAPTERS, True)
+        if tensor.requires_grad:
+            self.trainable.append(tensor)
+        return tensor
+
+    def module(self, name: str, definition: blueprint.Module, full_name: str) -> Any:
+        shapes = definition.parameters
+        if definition.kind == "norm":
+            style = NORM_STYLE.get(self.spec.model_type, "llama")
+            return RMSNorm(name, self.weight(shapes["weight"], name, full_name), style)
+        if definition.kind == "raw":
+            return self.raw(name, shapes)
+        return self.linear(name, shapes, full_name)
+
+    def raw(self, name: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+        """A router's or the experts' parameters, adapted by ``all-linear``. PEFT doubles the rank where two
+        projections are fused in one parameter (peft/utils/transformers_weight_conversion.py)."""
+        weights: dict[str, Any] = {
+            attribute: self.weight(shape, f"{name}.{attribute}") for attribute, shape in shapes.items()
+        }
+        recipe = self.recipe
+        if recipe.mode is not Mode.FULL and recipe.target_modules == "all-linear":
+            for attribute, weight in weights.items():
+                kind = RouterLora if len(weight.shape) == 2 else ExpertLora
+                rank = 2 * recipe.r if attribute == "gate_up_proj" else recipe.r
+                weights[attribute] = adapter = kind(weight, name, rank, self.adapter_dtype(weight.dtype))
+                self.trainable += [adapter.down, adapter.up]
+        return weights
+
+    def linear(self, name: str, shapes: dict[str, tuple[int, ...]], full_name: str) -> Any:
+        recipe = self.recipe
+        base: Linear | Linear4bit
+        if recipe.mode is Mode.QLORA and not full_name.endswith("lm_head"):
+            base = self.quantized(
+                name, shapes["weight"], "bias" in shapes, self.dtype, nested=recipe.double_quant
+            )
+        else:
+            weight = self.weight(shapes["weight"], name, full_name)
+            bias = self.weight(shapes["bias"], name, full_name) if "bias" in shapes else None
+            base = Linear(name, weight, bias)
+        return self.adapted(base, full_name)
+
+    def adapter_dtype(self, base: DType) -> DType:
+        """fp32, or the dtype of what is adapted (peft/tuners/tuners_utils.py, cast_adapter_dtype and
+        _move_adapter_to_device_of_base_layer)."""
+        return float32 if self.recipe.adapter_dtype is DTypeName.FLOAT32 else base
+
+    def adapted(self, base: Any, full_name: str) -> Any:
+        """A linear module with its adapter, if it is a target."""
+        recipe = self.recipe
+        if recipe.mode is Mode.FULL or not is_target(recipe.target_modules, full_name):
+            return base
+        kind = Dora if recipe.use_dora else self.lora if isinstance(base, Linear4bit) else Lora
+        dtype = self.adapter_dtype(base.weight.dtype if isinstance(base, Linear) else self.dtype)
+        lora = kind(base, recipe.r, dtype, recipe.lora_dropout)
+        self.trainable += [lora.down, lora.up]
+        if isinstance(lora, Dora):
+            self.trainable.append(lora.magnitude)
+        return lora
+
+    def build(self, played: Played | Standing) -> Model:
+        """Write the static part of the tape and return the model."""
+        spec, recipe, tape = self.spec, self.recipe, state.tape
+        outside = blueprint.outside(spec)
+        groups: list[Group] = []
+
+        def close(layer: int | None, repeat: int = 1) -> None:
+            if self.trainable:
+                groups.append(Group(layer, repeat, self.trainable))
+                self.trainable = []
+
+        tape.begin(Phase.SETUP, "weights")
+        table = self.weight(outside["model.embed_tokens"].parameters["weight"], "model.embed_tokens")
+        original = self.buffers[-1] if self.buffers else table  # of a module to save
+        scale = None
+        if NORM_STYLE.get(spec.model_type) == "gemma":
+            # a buffer, which the copy of a module to save has as well
+            for _ in range(1 + is_saved(recipe.modules_to_save, "model.embed_tokens")):
+                scale = parameter((), self.dtype, "model.embed_tokens.embed_scale", Category.WEIGHTS, False)
+                self.buffers.append(scale)
+        hook = recipe.mode is not Mode.FULL and bool(recipe.gradient_checkpointing)
+        embedding = Embedding(table, scale, hook)
+        close(None)
+        layers = []
+        for index, repeat in played.repeats:
+            tape.begin(Phase.SETUP, "layer weights", index)
+            prefix = f"model.layers.{index}."
+            definition = blueprint.layer(spec, blueprint.is_sparse(spec, index))
+            layers.append(
+                {name: self.module(name, module, prefix + name) for name, module in definition.items()}
+            )
+            close(index, repeat)
+        tape.begin(Phase.SETUP, "weights")
+        self.rotary()
+        if recipe.mode is Mode.QLORA and recipe.double_quant:
+            # bitsandbytes.functional.name2qmap["dynamic"]: made on the device once; each layer copies it
+            kind = Category.QUANTIZATION_STATE
+            self.buffers.append(parameter((256,), float32, "bitsandbytes", kind, False))
+        norm = self.module("model.norm", outside["model.norm"], "model.norm")
+        head: Any
+        if spec.tie_word_embeddings:
+            # one tensor under two names; as a module to save each gets a copy of its own
+            if is_saved(recipe.modules_to_save, "lm_head"):
+                copy = parameter(table.shape, self.rest_dtype, "lm_head", Category.ADAPTERS, True)
+                self.trainable.append(copy)
+                head = Linear("lm_head", copy, None)
+            else:
+                head = self.adapted(Linear("lm_head", original, None), "lm_head")
+        else:
+            head = self.module("lm_head", outside["lm_head"], "lm_head")
+        close(None)
+        return Model(spec, recipe, layers, embedding, norm, head, self.buffers, groups)

@@ -1,0 +1,72 @@
+"""Gradient checkpointing of one decoder layer (torch/utils/checkpoint.py, 2.13)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from memplan.predict.decoder import Context, Layer, Modules
+from memplan.shadow import autograd
+from memplan.shadow.autograd import AccumulateGrad, Frame, Node, attach, require_grad, save
+from memplan.shadow.tensor import DType, Tensor, no_grad, state
+
+
+def checkpoint(
+    layer: Layer, modules: Modules, hidden: Tensor, context: Context, *, reentrant: bool
+) -> Tensor:
+    """Run ``layer`` and keep only its input."""
+    if reentrant:
+        return _reentrant(layer, modules, hidden, context)
+    autograd.keep(hidden)
+    autocast = state.autocast
+
+    def recompute() -> None:
+        with _autocast(autocast):
+            layer(modules, hidden, context)
+
+    frame = Frame(recompute)
+    with autograd.frame(frame):
+        return layer(modules, hidden, context)
+
+
+class _autocast:
+    """Re-enter the region that the forward ran in; its cache of casts is its own."""
+
+    def __init__(self, dtype: DType | None) -> None:
+        self.dtype = dtype
+
+    def __enter__(self) -> None:
+        state.autocast = self.dtype
+
+    def __exit__(self, *error: Any) -> None:
+        state.autocast = None
+        state.autocast_cache.clear()
+
+
+def _reentrant(layer: Layer, modules: Modules, hidden: Tensor, context: Context) -> Tensor:
+    """CheckpointFunction: forward without history; backward runs forward and a nested backward."""
+    node = Node(_reentrant_backward, hidden) if hidden.requires_grad else None
+    if node is not None:
+        node.saved = save(hidden)
+        node.context = layer, modules, context, state.autocast
+    with no_grad():
+        out = layer(modules, hidden, context)
+    if node is not None:
+        out = out.detach()
+        attach(node, out)
+    return out
+
+
+def _reentrant_backward(node: Node, grad: Tensor) -> Any:
+    layer, modules, context, autocast = node.context
+    again = node.saved.detach()
+    require_grad(again, parameter=False)
+    leaf = again.node
+    assert isinstance(leaf, AccumulateGrad)
+    scope = state.scope
+    state.grad = True
+    with _autocast(autocast):
+        out = layer(modules, again, context)
+    state.grad = False
+    autograd.backward(out, grad)
+    state.scope = scope
+    return (leaf.grad,)

@@ -1,0 +1,54 @@
+"""An evaluation in the middle of training, as transformers' Trainer makes one: what it takes at its highest.
+
+Sources: transformers 5.23 trainer.py, ``evaluation_loop`` and ``prediction_step`` with only the loss asked
+for (no ``compute_metrics``, which would keep the logits of every batch besides): a forward pass of
+``per_device_eval_batch_size`` sequences without gradients. Nothing is kept for a backward pass, checkpointing
+and dropout are off, and the Trainer has turned the cache of keys and values off
+(``TrainingArguments.use_cache``). What is left is mostly the logits of the whole batch: as the head makes
+them, in fp32 (``ForCausalLMLoss``), and their log-softmax. Weights, adapters and optimizer states rest;
+gradients are gone.
+"""
+
+from __future__ import annotations
+
+from memplan.asked.recipe import Recipe
+from memplan.asked.spec import ModelSpec
+from memplan.cuda.card import Card
+from memplan.predict.fold import Played
+from memplan.predict.step import at_rest, batch, forward, written
+from memplan.predict.unlike import Standing
+from memplan.shadow.tensor import no_grad, state
+from memplan.tape import Phase, Tape
+
+
+def write_evaluation(
+    spec: ModelSpec, recipe: Recipe, batch_size: int, *, card: Card | None = None, folded: bool = True
+) -> Tape:
+    """The tape of an evaluation of ``batch_size`` sequences, each as long as those that ``recipe`` (resolved)
+    trains on, between two steps of it; ``folded`` as :func:`memplan.predict.step.write_tape` has it, else as
+    ``write_long_tape``."""
+    spec = spec.model_copy(update={"use_cache": False})
+    recipe = recipe.model_copy(update={"gradient_checkpointing": False, "lora_dropout": 0.0})
+    return written(
+        lambda played: _play(spec, recipe, batch_size, card, played),
+        spec,
+        recipe,
+        folded=True,
+        unfolded=not folded,
+    )
+
+
+def _play(
+    spec: ModelSpec, recipe: Recipe, batch_size: int, card: Card | None, played: Played | Standing
+) -> Tape:
+    model, _states, _workspaces = at_rest(spec, recipe, card, played)
+    tape = state.tape
+    _trained_on = batch(recipe.batch_size, recipe.seq_len)  # the training loop's name for it goes on
+    tape.begin(Phase.FORWARD, "batch")
+    ids, attention_mask, labels = batch(batch_size, recipe.seq_len)
+    with no_grad():
+        loss = forward(model, ids, attention_mask, labels, list(played.indices))
+    tape.begin(Phase.FORWARD, "end")
+    del loss
+    tape.finish()  # what dies with these names is no part of it
+    return tape

@@ -1,0 +1,235 @@
+"""How a model comes onto the card, as far as the allocator remembers it: which block lies where, and what
+loading leaves behind in the cache.
+
+The stock ways:
+
+*qlora*: ``from_pretrained`` quantises on the card. It first takes and drops one block as large as the model
+(transformers 5.23 modeling_utils.py, ``caching_allocator_warmup``), then loads one parameter after the other
+in the order of ``dot_natural_key`` without threads (core_model_loading.py: on-the-fly quantisation), each
+weight in 16 bits until bitsandbytes has quantised it (0.50 functional.py, ``quantize_4bit``). PEFT's
+preparation then casts what is not 4-bit and empties the cache (0.21 peft/utils/other.py). Adapters are moved
+to the card in the dtype that their layer computes in, one layer after another, and then cast to fp32, all of
+them (peft/tuners/tuners_utils.py, ``_move_adapter_to_device_of_base_layer``, ``cast_adapter_dtype``); TRL's
+SFTTrainer casts them back to bf16 (1.16 trainer/sft_trainer.py).
+
+*full, lora*: the model is made on the host, and the Trainer moves it, parameter by parameter in the order of
+its modules (torch/nn/modules/module.py, ``_apply``). With ``device_map="auto"`` it is loaded onto the card as
+above, by threads whose order is the machine's (here: that of the names), and adapters come as above.
+
+In all of them the Trainer empties the cache before the first step.
+
+And memplan's own, for what it measures (memplan/verify/build.py): a model is made where it stays, module by
+module, and the cache is emptied after each weight that has been quantised.
+
+Left out: scratch of the mean over scales; the copies that merge a checkpoint's experts; the norms that DoRA
+computes when it begins.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from math import prod
+
+from memplan.asked.recipe import DTypeName, Loss, Mode, Recipe
+from memplan.asked.spec import ModelSpec
+from memplan.device.allocator import SMALL_SEGMENT
+from memplan.predict import blueprint
+from memplan.predict.modules import NF4_BLOCK
+from memplan.tape import Category, Phase, Tape
+
+_NOT_LOADED = ("model.rotary_emb", "bitsandbytes")  # buffers that are made, not read
+_WARMUP_RESERVE = int(1.2 * (1 << 30))  # what the warm-up leaves of a card that is smaller than the model
+_ITEMSIZE = {DTypeName.BFLOAT16: 2, DTypeName.FLOAT16: 2, DTypeName.FLOAT32: 4}
+
+# ("alloc", storage on the tape) | ("scratch", bytes), known by how many came before | ("drop", that number)
+# | ("empty_cache", 0)
+Step = tuple[str, int]
+
+
+def loading(spec: ModelSpec, recipe: Recipe, tape: Tape, capacity: int | None = None) -> Iterator[Step]:
+    """What the allocator is asked for before the first step, of the storages that an unfolded ``tape`` has
+    in SETUP; optimizer states come later. ``capacity``: bytes of the card, which bound the warm-up."""
+    yield from _steps(spec, recipe, tape, capacity, stock=True)
+    yield "empty_cache", 0  # Trainer.train: accelerator.free_memory (transformers 5.23 trainer.py)
+
+
+def making(spec: ModelSpec, recipe: Recipe, tape: Tape) -> Iterator[Step]:
+    """The same of a model that memplan's verifier makes."""
+    yield from _steps(spec, recipe, tape, None, stock=False)
+    yield "empty_cache", 0
+
+
+def _steps(
+    spec: ModelSpec, recipe: Recipe, tape: Tape, capacity: int | None, *, stock: bool
+) -> Iterator[Step]:
+    resting = _resting(tape)
+    if recipe.mode is Mode.QLORA or (stock and recipe.device_map):
+        return _onto_card(spec, recipe, resting, tape, capacity, stock=stock)
+    return iter([("alloc", index) for index, _, _ in resting])
+
+
+def _resting(tape: Tape) -> list[tuple[int, str, Category]]:
+    """Storages of weights, quantisation state and adapters in SETUP: index, full name, category."""
+    found = []
+    for segment in tape.segments:
+        if segment.phase is not Phase.SETUP or segment.name not in ("weights", "layer weights"):
+            continue
+        prefix = "" if segment.layer is None else f"model.layers.{segment.layer}."
+        for event in tape.events[segment.start : segment.stop]:
+            if event >= 0:
+                found.append((event, prefix + tape.modules[event], tape.categories[event]))
+    return found
+
+
+def _onto_card(
+    spec: ModelSpec,
+    recipe: Recipe,
+    resting: list[tuple[int, str, Category]],
+    tape: Tape,
+    capacity: int | None,
+    *,
+    stock: bool,
+) -> Iterator[Step]:
+    """As transformers loads (``stock``), else as memplan makes a model."""
+    storages: dict[str, list[int]] = {}
+    adapters: list[tuple[int, str]] = []
+    made = []
+    for index, name, category in resting:
+        if category is Category.ADAPTERS:
+            adapters.append((index, name))
+        elif name in _NOT_LOADED or name.endswith("embed_scale"):
+            made.append(index)
+        else:
+            storages.setdefault(name, []).append(index)
+    itemsize = _ITEMSIZE[recipe.dtype]
+    shapes = blueprint.named_shapes(spec)
+    scratch = 0
+
+    def temporary(nbytes: int) -> tuple[Step, int]:
+        nonlocal scratch
+        scratch += 1
+        return ("scratch", nbytes), scratch - 1
+
+    four_bit = {name for name in shapes if name.removesuffix(".weight") + ".absmax" in storages}
+    if stock:
+        size = sum(
+            (prod(shape) + 1) // 2 if name in four_bit else prod(shape) * itemsize
+            for name, shape in shapes.items()
+        )
+        if capacity is not None:
+            size = min(size, max(capacity - _WARMUP_RESERVE, 0))
+        if recipe.device_map:  # accelerate asks for a number on the card, whose segment counts as room
+            take, probe = temporary(1)
+            yield take
+            yield "drop", probe
+            size -= SMALL_SEGMENT
+        take, warm = temporary(size)
+        yield take
+        yield "drop", warm
+    for index in made:
+        yield "alloc", index
+    narrow: list[tuple[int, int]] = []  # what the preparation casts: scratch, storage
+    for name in sorted(shapes, key=_natural if stock else _tree):
+        if name in four_bit:
+            yield from _quantise(shapes[name], itemsize, storages, name.removesuffix(".weight"), temporary)
+            if not stock:
+                yield "empty_cache", 0
+            continue
+        indices = _take(storages, name)
+        for index in indices:
+            nbytes = prod(shapes[name]) * itemsize
+            if recipe.kbit_prep and itemsize == 2 and tape.sizes[index] > nbytes:
+                step, number = temporary(nbytes)
+                yield step
+                narrow.append((number, index))
+            else:
+                yield "alloc", index
+    for indices in storages.values():  # what the blueprint has no name for
+        for index in indices:
+            yield "alloc", index
+    if recipe.kbit_prep:
+        for number, index in sorted(narrow, key=lambda pair: pair[1]):  # the order of model.parameters()
+            yield "alloc", index
+            yield "drop", number
+        yield "empty_cache", 0
+    yield from _adapters(recipe, adapters, tape, four_bit if stock else set(), temporary)
+
+
+def _adapters(recipe, adapters, tape, four_bit, temporary) -> Iterator[Step]:  # type: ignore[no-untyped-def]
+    """Adapters as PEFT brings them onto the card; ``four_bit``: the names of 4-bit weights that have some."""
+    in_16_bits = recipe.dtype is not DTypeName.FLOAT32
+    back = recipe.loss is Loss.CHUNKED and recipe.adapter_dtype is DTypeName.BFLOAT16
+    moved: list[tuple[int, int]] = []
+    for index, name in adapters:
+        narrow = name.partition(".lora_")[0] + ".weight" in four_bit or not recipe.kbit_prep
+        if not (in_16_bits and narrow and ".lora_" in name):
+            yield "alloc", index
+        elif recipe.adapter_dtype is DTypeName.FLOAT32 or back:
+            take, number = temporary(tape.sizes[index] if back else tape.sizes[index] // 2)
+            yield take
+            moved.append((index, number))
+        else:
+            yield "alloc", index
+    for wide in range(1 + back):
+        for at, (index, number) in enumerate(moved):
+            if back and not wide:
+                take, upcast = temporary(2 * tape.sizes[index])
+                yield take
+                moved[at] = index, upcast
+            else:
+                yield "alloc", index
+            yield "drop", number
+
+
+def _quantise(shape, itemsize, storages, module, temporary) -> Iterator[Step]:  # type: ignore[no-untyped-def]
+    """``Params4bit._quantize`` of one weight on the card."""
+    count = prod(shape)
+    scales = -(-count // NF4_BLOCK)
+    take, weight = temporary(count * itemsize)
+    yield take
+    nested = module + ".offset" in storages
+    absmax = -1
+    if nested:
+        take, absmax = temporary(scales * 4)
+        yield take
+    else:
+        yield "alloc", storages.pop(module + ".absmax")[0]
+    yield "alloc", storages.pop(module + ".weight")[0]
+    yield "alloc", storages.pop(module + ".quant_map")[0]
+    if nested:
+        yield "alloc", storages.pop(module + ".offset")[0]
+        take, difference = temporary(scales * 4)
+        yield take
+        yield "alloc", storages.pop(module + ".nested_absmax")[0]
+        yield "alloc", storages.pop(module + ".absmax")[0]
+        yield "alloc", storages.pop(module + ".nested_quant_map")[0]
+        yield "drop", difference
+        yield "drop", absmax
+    yield "drop", weight
+
+
+def _take(storages: dict[str, list[int]], name: str) -> list[int]:
+    """The storage of a parameter: the tape names those of one module alike, weight before bias."""
+    for known in (name, name.rpartition(".")[0]):
+        if storages.get(known):
+            first = storages[known].pop(0)
+            if not storages[known]:
+                del storages[known]
+            return [first]
+    return []
+
+
+def _tree(name: str) -> bool:
+    """The order of modules: the embedding comes before the layers that ``named_shapes`` begins with."""
+    return not name.startswith("model.embed_tokens")
+
+
+def _natural(name: str) -> list[tuple[int, int, str, int]]:
+    """``dot_natural_key``: parts between dots; numbers come by value and before words."""
+    return [
+        (0, int(part), "", 0)
+        if part.isdigit()
+        else (1, 0, part.rstrip("0123456789"), int(re.search(r"\d*$", part)[0] or -1))  # type: ignore[index]
+        for part in name.split(".")
+    ]

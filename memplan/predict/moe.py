@@ -1,0 +1,216 @@
+"""Mixture of experts as transformers runs it on a card: one grouped product for all experts
+(transformers/integrations/moe.py, grouped_mm_experts_forward, 5.23; models/mixtral and qwen3_moe).
+
+Every token is copied once for each expert that it is sent to, so sizes do not depend on the routing.
+N tokens, K experts a token, S = N·K rows, X experts. cub's scratch for sorting S indices is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from memplan.asked.spec import ModelSpec
+from memplan.predict.adapters import ExpertLora, activate
+from memplan.shadow import ops
+from memplan.shadow.autograd import Node, attach, save, save_output, unpack
+from memplan.shadow.indexing import by_rows
+from memplan.shadow.matmul import linear
+from memplan.shadow.tensor import Tensor, empty, float32, int32, int64, state
+from memplan.tape import Phase
+
+
+def sparse_mlp(
+    m: dict[str, Any], hidden_states: Tensor, spec: ModelSpec, captured: list[Tensor] | None = None
+) -> Tensor:
+    """``MixtralSparseMoeBlock``, ``Qwen3MoeSparseMoeBlock``. The router's logits go to ``captured``, as
+    transformers' hooks collect them (utils/output_capturing.py), but not when the layer is recomputed."""
+    shape = hidden_states.shape
+    hidden_states = ops.view(hidden_states, (shape[0] * shape[1], shape[2]))
+    router_logits, top_k_weights, top_k_index = _gate_forward(m["mlp.gate"]["weight"], hidden_states, spec)
+    if captured is not None and state.tape.segments[-1].phase is Phase.FORWARD:
+        captured.append(router_logits)
+    hidden_states = _experts_forward(m["mlp.experts"], hidden_states, top_k_index, top_k_weights, spec)
+    return ops.view(hidden_states, shape)
+
+
+def _gate_forward(weight: Any, hidden_states: Tensor, spec: ModelSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """The router, through its adapter if it has one."""
+    if isinstance(weight, Tensor):
+        state.tape.module = "mlp.gate"
+        return _route(weight, hidden_states, spec)
+    update = activate(weight)
+    return _route(weight.fold(update), hidden_states, spec)
+
+
+def _experts_forward(
+    weights: dict[str, Any],
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    spec: ModelSpec,
+) -> Tensor:
+    """The experts, through their adapters: the outer wrapper is that of ``down_proj``."""
+    gate_up, down = weights["gate_up_proj"], weights["down_proj"]
+    if isinstance(gate_up, Tensor):
+        state.tape.module = "mlp.experts"
+        return _experts(lambda: gate_up, lambda: down, hidden_states, top_k_index, top_k_weights, spec)
+    down_factors = activate(down)
+    gate_up_factors = activate(gate_up)
+    # parametrize.cached(): a folded stack lives until the experts are done
+    cached: list[Tensor] = []
+
+    def fold(adapter: ExpertLora, factors: tuple[Tensor, Tensor]) -> Tensor:
+        cached.append(adapter.fold(factors))
+        return cached[-1]
+
+    return _experts(
+        lambda: fold(gate_up, gate_up_factors),
+        lambda: fold(down, down_factors),
+        hidden_states,
+        top_k_index,
+        top_k_weights,
+        spec,
+    )
+
+
+def _route(weight: Tensor, hidden_states: Tensor, spec: ModelSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """The router's logits, and weights and numbers of each token's experts."""
+    hidden_states = ops.view(hidden_states, hidden_states.shape)  # reshape(-1, hidden_dim), a node of its own
+    router_logits = linear(hidden_states, weight)
+    if spec.model_type == "qwen3_moe":
+        router_probs = ops.softmax(router_logits, float32)
+    else:
+        router_probs = ops.softmax(ops.to(router_logits, float32), float32)
+    values, indices = top_k(router_probs, spec.num_experts_per_tok)
+    if spec.norm_topk_prob:
+        values = _normalize_(values)
+    if spec.model_type == "qwen3_moe":
+        values = ops.to(values, router_logits.dtype)
+    return router_logits, values, indices
+
+
+def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    shape = (*x.shape[:-1], k)
+    node = Node(_top_k_backward, x) if ops.tracked(x) else None
+    values = empty(shape, x.dtype, "topk")
+    indices = empty(shape, int64, "topk")
+    if node is not None:
+        node.saved = save_output(indices)
+        node.context = x.shape
+        attach(node, values)
+    return values, indices
+
+
+def _top_k_backward(node: Node, grad: Tensor) -> Any:
+    indices = unpack(node.saved)
+    out = empty(node.context, grad.dtype, "new_zeros")  # and scattered into in place
+    del indices
+    return (out,)
+
+
+def _normalize_(values: Tensor) -> Tensor:
+    """``values /= values.sum(-1, keepdim=True)``: in place, so the original is cloned for backward."""
+    total = ops.sum_last(values)
+    if not ops.tracked(values, total):
+        return values
+    node = Node(_normalize_backward, values, total)
+    original = empty(values.shape, values.dtype, "clone")
+    node.saved = save(original), save(total)
+    divided = values.detach()
+    attach(node, divided)
+    return divided
+
+
+def _normalize_backward(node: Node, grad: Tensor) -> Any:
+    original, total = (unpack(saved) for saved in node.saved)
+    # other: -grad * ((self / other) / other)
+    once = ops.pointwise("div", original, total)
+    twice = ops.pointwise("div", once, total)
+    negative = ops.pointwise("neg", grad)
+    for_total = ops.pointwise("mul", negative, twice)
+    del once, twice, negative
+    for_values = ops.pointwise("div", grad, total)
+    return for_values, for_total
+
+
+def _experts(
+    gate_up: Callable[[], Tensor],
+    down: Callable[[], Tensor],
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    spec: ModelSpec,
+) -> Tensor:
+    """grouped_mm_experts_forward."""
+    tokens, width = hidden_states.shape
+    k = spec.num_experts_per_tok
+    rows = tokens * k
+    sample_weights = ops.view(top_k_weights, (rows,))
+    expert_ids_g = empty((rows,), int64, "sort")
+    perm = empty((rows,), int64, "sort")
+    selected = by_rows(hidden_states, empty((rows,), int64, "floor_divide"))
+    sample_weights_g = by_rows(sample_weights, perm)
+    histc_input = empty((rows,), int32, "_to_copy")
+    tokens_per_expert = empty((spec.num_experts,), int32, "histc")
+    offsets = empty((spec.num_experts,), int32, "cumsum")
+    proj_out = _grouped_mm(selected, gate_up(), offsets)
+    proj_out = _gate(proj_out)
+    proj_out = _grouped_mm(proj_out, down(), offsets)
+    weighted_out = ops.mul(proj_out, ops.view(sample_weights_g, (rows, 1)))
+    inv_perm = empty((rows,), int64, "empty_like")
+    positions = empty((rows,), int64, "arange")
+    del positions
+    weighted_out = by_rows(weighted_out, inv_perm)
+    final = ops.to(_sum_experts(ops.view(weighted_out, (tokens, k, width))), hidden_states.dtype)
+    del expert_ids_g, histc_input, tokens_per_expert
+    return final
+
+
+def _gate(gate_up: Tensor) -> Tensor:
+    gate, up = ops.chunk_last(gate_up)
+    return ops.mul(ops.activation("silu", gate), up)
+
+
+def _grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """``grouped_mm(x, weight.transpose(-2, -1), offs)``: x [S, in], weight [X, out, in] -> [S, out]."""
+    x = ops.to(x, weight.dtype)
+    node = Node(_grouped_mm_backward, x, weight) if ops.tracked(x, weight) else None
+    saved = None
+    if node is not None:
+        saved = (
+            None if weight.node is None else save(x),
+            None if x.node is None else save(weight),
+            save(offsets),
+        )
+    out = empty((x.shape[0], weight.shape[1]), x.dtype, "_grouped_mm")
+    if node is not None:
+        node.saved = saved
+        node.context = x.shape, weight.shape
+        attach(node, out)
+    return out
+
+
+def _grouped_mm_backward(node: Node, grad: Tensor) -> Any:
+    x, weight, offsets = (None if saved is None else unpack(saved) for saved in node.saved)
+    x_shape, weight_shape = node.context
+    for_weight = None if x is None else empty(weight_shape, grad.dtype, "_grouped_mm")
+    for_x = None if weight is None else empty(x_shape, grad.dtype, "_grouped_mm")
+    del offsets
+    return for_x, None if for_weight is None else for_weight.viewed(weight_shape)
+
+
+def _sum_experts(x: Tensor) -> Tensor:
+    """``x.sum(dim=1)``, which autocast makes in fp32 (ATen/autocast_mode.h, AT_FORALL_FP32_SET_OPT_DTYPE)."""
+    node = Node(_sum_experts_backward, x) if ops.tracked(x) else None
+    dtype = x.dtype if state.autocast is None else float32
+    out = empty((x.shape[0], x.shape[2]), dtype, "sum")
+    if node is not None:
+        node.context = x.shape
+        attach(node, out)
+    return out
+
+
+def _sum_experts_backward(node: Node, grad: Tensor) -> Any:
+    tokens, _, width = node.context
+    return (ops.expanded(grad.viewed((tokens, 1, width)), node.context),)

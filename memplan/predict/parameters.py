@@ -1,0 +1,155 @@
+"""A recipe made definite for a model, and the parameters that it counts."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+from memplan.asked.recipe import TARGET_PRESETS, Attention, Mode, Recipe
+from memplan.asked.spec import ModelSpec
+from memplan.errors import RecipeError
+from memplan.predict import blueprint, targets
+
+
+def resolve_recipe(spec: ModelSpec, recipe: Recipe) -> Recipe:
+    """``recipe.resolved()`` with what depends on the model, checked against it. Raises RecipeError."""
+    attn = recipe.attn
+    if spec.model_type == "gemma2":
+        # transformers refuses SDPA for it: soft-capping has no place in the fused kernels.
+        if attn is Attention.SDPA:
+            raise RecipeError(
+                "Gemma 2 has no sdpa attention in transformers, for it caps its attention logits; "
+                "use --attn eager"
+            )
+        attn = attn or Attention.EAGER
+    resolved = recipe.model_copy(update={"attn": attn}).resolved()
+    if resolved.mode is not Mode.FULL:
+        _check_experts(spec, resolved)
+        targets.check(resolved, _adapted(spec, resolved), _linear_shapes(spec), _names(spec))
+    return resolved
+
+
+def _check_experts(spec: ModelSpec, recipe: Recipe) -> None:
+    """What PEFT's ParamWrapper, which adapts experts, can't do."""
+    if not spec.num_experts:
+        return
+    if recipe.target_modules == "all-linear":
+        for option, wanted in (("lora_dropout", recipe.lora_dropout), ("use_dora", recipe.use_dora)):
+            if wanted:
+                raise RecipeError(
+                    f"PEFT adapts experts without {option}; leave it out, or adapt attention only "
+                    "(--target-modules attention)"
+                )
+    elif not isinstance(recipe.target_modules, str):
+        fused = {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3"} & set(
+            recipe.target_modules
+        )
+        if fused:
+            raise RecipeError(
+                f"target_modules {sorted(fused)} name projections that transformers 5 fuses into experts; "
+                "use all-linear, which adapts them, or attention"
+            )
+    mixed = spec.sparse_layers and not all(spec.sparse_layers)
+    if mixed and any(".self_attn." not in name and name != "lm_head" for name in _adapted(spec, recipe)):
+        raise RecipeError(
+            "adapters outside attention are not modelled for models that mix dense layers with layers of "
+            "experts; use --target-modules attention"
+        )
+
+
+@lru_cache(maxsize=64)
+def _adapted_by(spec: ModelSpec, target_modules: str | tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    return {
+        name: shape for name, shape in _linear_shapes(spec).items() if targets.is_target(target_modules, name)
+    }
+
+
+def _adapted(spec: ModelSpec, recipe: Recipe) -> dict[str, tuple[int, ...]]:
+    """Full names and shapes of the linear modules that get an adapter."""
+    return _adapted_by(spec, recipe.target_modules)
+
+
+def _linear_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Full names and shapes of the linear modules of every layer, and of the head."""
+    kinds = {
+        sparse: [
+            (name, module.parameters["weight"])
+            for name, module in blueprint.layer(spec, sparse).items()
+            if module.kind == "linear"
+        ]
+        for sparse in ((False, True) if spec.num_experts else (False,))
+    }
+    shapes = {
+        f"model.layers.{index}.{name}": shape
+        for index in range(spec.num_hidden_layers)
+        for name, shape in kinds[blueprint.is_sparse(spec, index)]
+    }
+    shapes["lm_head"] = (spec.vocab_size, spec.hidden_size)
+    return shapes
+
+
+def _names(spec: ModelSpec) -> dict[str, str]:
+    """Kinds of all modules by name; layers' names are relative."""
+    inside = blueprint.layer(spec, bool(spec.num_experts))
+    names = {name: module.kind for name, module in {**blueprint.outside(spec), **inside}.items()}
+    return {**names, "lm_head": "head"}
+
+
+def adapted_by_layer(spec: ModelSpec, recipe: Recipe) -> list[frozenset[str]] | None:
+    """The adapted modules of each layer, where the targets can tell layers apart (a pattern, a number)."""
+    wanted = recipe.target_modules
+    names = (wanted,) if isinstance(wanted, str) else wanted
+    if recipe.mode is Mode.FULL or wanted in TARGET_PRESETS or not any(map(_DIGIT_OR_PATTERN.search, names)):
+        return None
+    layers: list[set[str]] = [set() for _ in range(spec.num_hidden_layers)]
+    for name in _adapted(spec, recipe):
+        if name.startswith("model.layers."):
+            index, _, module = name.removeprefix("model.layers.").partition(".")
+            layers[int(index)].add(module)
+    return [frozenset(names) for names in layers]
+
+
+_DIGIT_OR_PATTERN = re.compile(r"\d|[^\w.]")
+
+
+def count(spec: ModelSpec, recipe: Recipe) -> tuple[int, int, int]:
+    """Parameters of the base model, of the adapters, and the trainable ones."""
+    base = blueprint.count_parameters(spec)
+    if recipe.mode is Mode.FULL:
+        return base, 0, base
+    adapted = _adapted(spec, recipe)
+    adapters = recipe.r * sum(map(sum, adapted.values()))
+    if recipe.use_dora:
+        adapters += sum(shape[0] for shape in adapted.values())
+    adapters += _saved(spec, recipe) + _expert_adapters(spec, recipe)
+    return base, adapters, adapters
+
+
+def _expert_adapters(spec: ModelSpec, recipe: Recipe) -> int:
+    """Parameters of the adapters on routers and experts (memplan.predict.build, Builder.raw)."""
+    if recipe.target_modules != "all-linear":
+        return 0
+    total = 0
+    for modules, times in blueprint.layers(spec):
+        for module in modules.values():
+            for attribute, shape in module.parameters.items() if module.kind == "raw" else ():
+                experts, outputs, inputs = (1, *shape) if len(shape) == 2 else shape
+                rank = 2 * recipe.r if attribute == "gate_up_proj" else recipe.r
+                total += times * experts * rank * (outputs + inputs)
+    return total
+
+
+def _saved(spec: ModelSpec, recipe: Recipe) -> int:
+    """Parameters of the copies that modules_to_save trains."""
+    if not recipe.modules_to_save:
+        return 0
+    saved = sum(
+        times * sum(module.count for name, module in modules.items() if _is_saved(recipe, name))
+        for modules, times in blueprint.layers(spec)
+    )
+    outside = {"lm_head": blueprint.outside(spec)["model.embed_tokens"], **blueprint.outside(spec)}
+    return saved + sum(module.count for name, module in outside.items() if _is_saved(recipe, name))
+
+
+def _is_saved(recipe: Recipe, name: str) -> bool:
+    return targets.is_saved(recipe.modules_to_save, name)

@@ -1,0 +1,316 @@
+"""The predicted writer: plays one steady-state training step and returns its tape.
+
+The step is the one that transformers' Trainer takes with a full batch: forward, loss, backward,
+clipping, optimizer, ``zero_grad``. Before it begins, weights, adapters, optimizer states, the batch
+and cuBLAS's workspaces are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from memplan.asked.recipe import Attention, DTypeName, Loss, Mode, Recipe
+from memplan.asked.spec import ModelSpec
+from memplan.cuda.card import Card
+from memplan.losses.chunked import Output, fused_head, sft_loss
+from memplan.losses.liger import liger_loss
+from memplan.losses.standard import causal_lm_loss
+from memplan.predict import blueprint, fold, masks, optimizers, parameters, unlike
+from memplan.predict.build import Builder, Model
+from memplan.predict.checkpoint import checkpoint
+from memplan.predict.decoder import FAMILIES, Context
+from memplan.predict.fold import Played
+from memplan.predict.unlike import Standing, standing
+from memplan.shadow import autograd, ops
+from memplan.shadow.tensor import (
+    DTYPES,
+    Tensor,
+    begin,
+    bfloat16,
+    bool_,
+    category,
+    empty,
+    float32,
+    int64,
+    no_grad,
+    playing,
+    state,
+)
+from memplan.tape import Category, Phase, Tape
+
+
+def write_tape(spec: ModelSpec, recipe: Recipe, *, card: Card | None = None, folded: bool = True) -> Tape:
+    """Play a step of ``recipe`` (resolved) on ``spec``.
+
+    ``card`` is the reference card unless given. ``folded=False`` plays every layer.
+    Raises RecipeError if the recipe does not suit the model.
+    """
+    return _written(spec, recipe, card, folded=folded, unfolded=False)
+
+
+def write_long_tape(spec: ModelSpec, recipe: Recipe, *, card: Card | None = None) -> Tape:
+    """The tape of ``write_tape(folded=False)``, written out from the folded one where that can be done."""
+    return _written(spec, recipe, card, folded=True, unfolded=True)
+
+
+def _written(spec: ModelSpec, recipe: Recipe, card: Card | None, *, folded: bool, unfolded: bool) -> Tape:
+    tape = written(
+        lambda played: _play(spec, recipe, card, played), spec, recipe, folded=folded, unfolded=unfolded
+    )
+    for segment in tape.segments:
+        if segment.phase is Phase.OPTIMIZER:
+            segment.layer = None  # an update goes by parameters, not by layers: folding alone needed to know
+    return tape
+
+
+def written(
+    play: Callable[[Played | Standing], Tape],
+    spec: ModelSpec,
+    recipe: Recipe,
+    *,
+    folded: bool,
+    unfolded: bool,
+) -> Tape:
+    """What ``play`` writes of so many layers that the others follow from them (all of them unless
+    ``folded``); ``unfolded``: written out again."""
+    every = fold.all_layers(spec.num_hidden_layers)
+    played = layers_to_play(spec, recipe) if folded else every
+    with playing():
+        while True:
+            tape = play(played)
+            if isinstance(played, Standing) and unfolded and not played.complete:
+                return unlike.unfold(tape, played) or play(every)
+            if played.complete or (unlike if isinstance(played, Standing) else fold).fold(tape, played):
+                break
+            played = played.longer()
+        if unfolded and isinstance(played, Played) and not played.complete:
+            tape = fold.unfold(tape, played) or play(every)
+    return tape
+
+
+def layers_to_play(spec: ModelSpec, recipe: Recipe) -> Played | Standing:
+    """The layers that are played of a folded tape."""
+    every = fold.all_layers(spec.num_hidden_layers)
+    if router_loss(spec, recipe):  # which goes over all layers again, in the head
+        return every
+    layers = kinds(spec, recipe)
+    played = fold.layers_to_play(layers, first_is_like_others=recipe.mode is Mode.FULL)
+    return standing(layers, _trained(spec, recipe)) if played.complete else played
+
+
+def kinds(spec: ModelSpec, recipe: Recipe) -> list[Any]:
+    """What tells layers apart: experts or not, which mask and rotation they are given, what is adapted."""
+    wanted = masks.needed(spec, recipe)
+    caches = uses_cache(recipe) and "sliding_attention" in spec.layer_types
+    by_type = any(wanted.values()) or caches or spec.model_type == "gemma3_text"
+    adapted = parameters.adapted_by_layer(spec, recipe)
+    return [
+        (
+            blueprint.is_sparse(spec, index),
+            masks.layer_type(spec, index) if by_type else None,
+            adapted[index] if adapted else None,
+        )
+        for index in range(spec.num_hidden_layers)
+    ]
+
+
+def _trained(spec: ModelSpec, recipe: Recipe) -> list[bool]:
+    """Whether each layer has anything to train."""
+    adapted = parameters.adapted_by_layer(spec, recipe)
+    return [adapted is None or bool(adapted[index]) for index in range(spec.num_hidden_layers)]
+
+
+def uses_cache(recipe: Recipe) -> bool:
+    """Whether training fills a cache of keys and values: checkpointing and TRL's fused head turn it off."""
+    return recipe.use_cache and not recipe.gradient_checkpointing and recipe.loss is not Loss.CHUNKED
+
+
+def router_loss(spec: ModelSpec, recipe: Recipe) -> bool:
+    """Whether the load-balancing loss of a mixture of experts is added: SFTTrainer does (trl 1.16,
+    trainer/sft_trainer.py, aux_loss_enabled), other trainers where the config says so, which is refused."""
+    return recipe.loss is Loss.CHUNKED and any(spec.sparse_layers) and spec.router_aux_loss_coef != 0.0
+
+
+def at_rest(
+    spec: ModelSpec, recipe: Recipe, card: Card | None, played: Played | Standing
+) -> tuple[Model, optimizers.State, list[Tensor]]:
+    """Begin a new tape with what is there before a step: the model, its optimizer states, and cuBLAS's
+    workspaces."""
+    tape = begin(card)
+    model = Builder(spec, recipe).build(played)
+    states = optimizers.states(model.trainable, recipe, model.embedding.weight)
+    tape.begin(Phase.SETUP, "workspaces")
+    tape.module = ""
+    # one for each cuBLAS handle, and autograd's thread has its own
+    workspaces = [
+        empty((state.card.cublas_workspace,), DTYPES["uint8"], "cublas_workspace") for _ in range(2)
+    ]
+    tape.begin(Phase.SETUP, "batch")
+    return model, states, workspaces
+
+
+def batch(size: int, length: int) -> list[Tensor]:
+    """Token ids, attention mask and labels."""
+    with category(Category.ACTIVATIONS):
+        return [empty((size, length), int64, "batch") for _ in range(3)]
+
+
+def _play(spec: ModelSpec, recipe: Recipe, card: Card | None, played: Played | Standing) -> Tape:
+    model, states, _workspaces = at_rest(spec, recipe, card, played)
+    tape = state.tape
+    ids, attention_mask, labels = batch(recipe.batch_size, recipe.seq_len)
+    # every micro-step after the first finds gradients there, so the second shows what all the others do
+    for _ in range(min(recipe.gradient_accumulation_steps, 2)):
+        loss = forward(model, ids, attention_mask, labels, list(played.indices))
+        if recipe.gradient_accumulation_steps > 1:
+            with category(Category.LOGITS_AND_LOSS):
+                loss = ops.scale(loss, "div")
+        tape.begin(Phase.BACKWARD, "backward")
+        tape.module = "loss"
+        grad = empty((), loss.dtype, "ones_like")  # torch.autograd.backward holds it to the end
+        autograd.backward(loss, grad)
+        tape.begin(Phase.BACKWARD, "graph freed")
+        del grad
+        loss = loss.detach()
+    if recipe.max_grad_norm:
+        optimizers.clip(model.trainable)
+    tape.begin(Phase.OPTIMIZER, "step")
+    optimizers.step(model.trainable, recipe, states)
+    optimizers.zero_grad(model.trainable)
+    tape.begin(Phase.OPTIMIZER, "end")
+    del loss
+    tape.finish()  # what dies with these names is no part of the step
+    return tape
+
+
+def forward(model: Model, ids: Tensor, attention_mask: Tensor, labels: Tensor, played: list[int]) -> Tensor:
+    """``model(**batch).loss``, under autocast as accelerate wraps it."""
+    recipe = model.recipe
+    if recipe.autocast:
+        state.autocast = bfloat16 if recipe.dtype is DTypeName.FLOAT32 else DTYPES[recipe.dtype.value]
+    loss, logits, cache = _causal_lm(model, ids, attention_mask, labels, played)
+    if recipe.autocast:
+        state.autocast = None
+        state.autocast_cache.clear()
+        # convert_outputs_to_fp32 (accelerate/utils/operations.py): all 16-bit outputs, logits too
+        converted = None if logits is None else ops.to(logits, float32)
+        del logits, converted
+    if isinstance(loss, Output):
+        loss = sft_loss(loss)
+    state.category = Category.TEMPORARIES
+    del cache
+    return loss
+
+
+def _causal_lm(
+    model: Model, ids: Tensor, attention_mask: Tensor, labels: Tensor, played: list[int]
+) -> tuple[Tensor | Output, Tensor | None, Any]:
+    """``ForCausalLM.forward``: the loss, and the outputs that live until the caller drops them."""
+    tape = state.tape
+    tape.begin(Phase.FORWARD, "embed")
+    router_logits: list[Tensor] | None = [] if router_loss(model.spec, model.recipe) else None
+    hidden, cache = _decoder(model, ids, attention_mask, played, router_logits)
+    tape.begin(Phase.FORWARD, "head")
+    state.category = Category.LOGITS_AND_LOSS
+    if model.recipe.loss is not Loss.STANDARD:
+        tape.module = "loss"
+        if model.recipe.loss is Loss.LIGER:
+            return liger_loss(hidden, model.head.weight, labels), None, cache
+        return fused_head(hidden, model.head.weight, labels, router_logits, model.spec), None, cache
+    logits = model.head(hidden)
+    if model.spec.final_logit_softcapping is not None:
+        logits = ops.scale(logits, "div")
+        logits = ops.result_activation("tanh", logits)
+        logits = ops.scale(logits)
+    tape.module = "loss"
+    loss = causal_lm_loss(logits, labels)
+    return loss, logits, cache
+
+
+def _decoder(
+    model: Model,
+    ids: Tensor,
+    attention_mask: Tensor,
+    played: list[int],
+    router_logits: list[Tensor] | None,
+) -> tuple[Tensor, Any]:
+    spec, recipe, tape = model.spec, model.recipe, state.tape
+    embeds = model.embedding(ids)
+    tape.module = "model"
+    cache: list[Tensor] | None = [] if uses_cache(recipe) else None
+    with category(Category.ACTIVATIONS if recipe.gradient_checkpointing else Category.TEMPORARIES):
+        # recomputation needs them
+        positions = _positions(recipe.seq_len)
+        attention_masks = masks.make(spec, recipe, attention_mask.shape, embeds.dtype)  # type: ignore[arg-type]
+    hidden = embeds
+    tape.module = "model.rotary_emb"
+    with no_grad():
+        rotary = _rotary_tables(spec, recipe.seq_len, hidden)
+    layer = FAMILIES[spec.model_type]
+    for modules, index in zip(model.layers, played, strict=True):
+        tape.begin(Phase.FORWARD, "layer", index)
+        state.scope = index
+        kind = masks.layer_type(spec, index)
+        cos, sin = rotary[kind if len(rotary) > 1 else next(iter(rotary))]
+        context = Context(
+            spec,
+            recipe.attn or Attention.SDPA,
+            DTYPES[recipe.dtype.value],
+            cos,
+            sin,
+            attention_masks[kind],
+            positions,
+            kind == "sliding_attention",
+            cache,
+            router_logits,
+        )
+        if recipe.gradient_checkpointing:
+            hidden = checkpoint(layer, modules, hidden, context, reentrant=bool(recipe.use_reentrant))
+        else:
+            hidden = layer(modules, hidden, context)
+        del cos, sin, context
+    state.scope = None
+    tape.begin(Phase.FORWARD, "final norm")
+    hidden = model.norm(hidden)
+    del positions
+    return hidden, cache
+
+
+def _positions(length: int) -> Tensor:
+    arange = empty((length,), int64, "arange")
+    return ops.pointwise("add", arange)
+
+
+def _rotary_tables(spec: ModelSpec, length: int, hidden: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    kinds = sorted(set(spec.layer_types)) if spec.model_type == "gemma3_text" else ["full_attention"]
+    return {kind: _cos_sin(spec, length, hidden) for kind in kinds}
+
+
+def _choose_frequencies(width: int) -> None:
+    """longrope's table for short or long sequences (modeling_rope_utils.py, longrope_frequency_update)."""
+    longest = empty((), int64, "max")
+    length = empty((), int64, "add")
+    del longest
+    is_long = empty((), bool_, "gt")
+    frequencies = empty((width // 2,), float32, "where")  # copied into the buffer
+    del is_long, length, frequencies
+
+
+def _cos_sin(spec: ModelSpec, length: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """The rotary embedding's forward."""
+    width = int(spec.head_dim * spec.partial_rotary_factor)
+    if spec.longrope:
+        _choose_frequencies(width)
+    position = empty((1, length, 1), float32, "_to_copy")
+    freqs = empty((1, length, width // 2), float32, "mul")
+    del position
+    emb = empty((1, length, width), float32, "cat")
+    cos = ops.scale(ops.pointwise("cos", emb))
+    sin = ops.scale(ops.pointwise("sin", emb))
+    if spec.model_type == "olmo2":
+        return cos, sin
+    cos_out = ops.to(cos, hidden.dtype)
+    sin_out = ops.to(sin, hidden.dtype)
+    del freqs, emb
+    return cos_out, sin_out

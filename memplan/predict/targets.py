@@ -1,0 +1,88 @@
+"""Which modules get an adapter: PEFT's ``target_modules`` (peft/tuners/tuners_utils.py, 0.21)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from memplan.asked.recipe import TARGET_PRESETS, Loss, Recipe
+from memplan.errors import RecipeError, printable
+
+# Attention and the q,v default by family: PEFT's TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+# names the fused projection where a family has one.
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj")
+_QUERY_VALUE = ("q_proj", "v_proj", "qkv_proj")
+
+
+def is_target(wanted: str | tuple[str, ...], full_name: str) -> bool:
+    """Whether the linear module ``full_name`` (``model.layers.3.mlp.up_proj``) is adapted."""
+    if wanted == "all-linear":
+        # every linear layer but the output embedding
+        return not full_name.endswith("lm_head")
+    if wanted == "attention":
+        wanted = _ATTENTION
+    elif wanted in ("q,v", "qv"):
+        wanted = _QUERY_VALUE
+    if isinstance(wanted, str):
+        try:
+            return re.fullmatch(wanted, full_name) is not None
+        except re.error as error:
+            raise RecipeError(
+                f"target_modules {printable(repr(wanted))} is no valid regular expression: {error}"
+            ) from None
+    return names_module(wanted, full_name)
+
+
+def names_module(names: Iterable[str], full_name: str) -> bool:
+    """Whether one of ``names`` is the module's name or the end of it."""
+    return any(full_name == name or full_name.endswith("." + name) for name in names)
+
+
+def is_saved(names: Iterable[str], full_name: str) -> bool:
+    """Whether ``modules_to_save`` names the module: by the end of its name, in the middle of a word even, so
+    that ``norm`` is every ``input_layernorm`` too (peft/utils/other.py, _set_trainable, 0.21)."""
+    return any(full_name.endswith(name) for name in names)
+
+
+def check(
+    recipe: Recipe,
+    adapted: dict[str, tuple[int, ...]],
+    linear: Iterable[str],
+    names: dict[str, str],
+) -> None:
+    """Refuse targets that match nothing, ranks that exceed a matrix, and modules that are not there.
+
+    ``adapted`` are the matching modules' shapes, ``linear`` all linear modules, ``names`` all modules' kinds.
+    Raises RecipeError.
+    """
+    if is_target(recipe.target_modules, "model.embed_tokens") and recipe.target_modules not in TARGET_PRESETS:
+        raise RecipeError(
+            "target_modules names embed_tokens, and adapters on embeddings are not modelled: "
+            "leave it out, or train it whole with modules_to_save"
+        )
+    if recipe.loss is not Loss.STANDARD and "lm_head" in adapted:
+        raise RecipeError(
+            f"the loss {recipe.loss.value} reads lm_head's weight and passes an adapter by: "
+            "leave lm_head out of target_modules, or use the standard loss"
+        )
+    if not adapted:
+        known = sorted({name.rsplit(".", 1)[-1] for name in linear})
+        raise RecipeError(
+            f"target_modules {printable(repr(recipe.target_modules))} matches no linear module of this "
+            f"model; it has {', '.join(known)}"
+        )
+    name, shape = min(adapted.items(), key=lambda item: min(item[1]))
+    if recipe.r > min(shape):
+        raise RecipeError(
+            f"r={recipe.r} is larger than the smallest matrix it adapts ({name}, {shape[0]}×{shape[1]}); "
+            f"use r of at most {min(shape)}"
+        )
+    for module in recipe.modules_to_save:
+        kinds = {kind for known, kind in names.items() if is_saved((module,), known)}
+        if not kinds:
+            raise RecipeError(f"modules_to_save {module!r} matches no module of this model")
+        if kinds - {"embedding", "norm", "head"}:
+            raise RecipeError(
+                f"modules_to_save {module!r} names a projection inside the layers; adapt it with "
+                "target_modules, and save whole only embed_tokens, lm_head or norms"
+            )

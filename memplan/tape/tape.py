@@ -1,0 +1,130 @@
+"""The tape of a training step: allocations and releases of named tensors, in order.
+
+Whoever writes a tape (the shadow of eager PyTorch, the tracer, the recorder of a real run), the same
+functions read it. Bytes are ``int`` and already rounded to the allocator's 512-byte granularity
+(``kMinBlockSize`` in c10/cuda/CUDACachingAllocator.cpp).
+
+A tape is a list of *segments*. A segment belongs to one phase and, inside the decoder, to one layer.
+In a *folded* tape one segment of each run of identical layers stands for ``repeat`` of them: its
+events happen ``repeat`` times in a row. Or segments of like layers are the same stretch of events, each with
+its own ``layer``. Replay reads folded and unfolded tapes alike.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass, field
+from enum import Enum
+
+ALLOCATION_GRANULARITY = 512
+
+
+class Category(str, Enum):
+    """What a byte is for."""
+
+    WEIGHTS = "weights"
+    QUANTIZATION_STATE = "quantization_state"
+    ADAPTERS = "adapters"
+    GRADIENTS = "gradients"
+    OPTIMIZER_STATE = "optimizer_state"
+    ACTIVATIONS = "activations"
+    LOGITS_AND_LOSS = "logits_and_loss"
+    TEMPORARIES = "temporaries"
+
+
+class Phase(str, Enum):
+    """Which part of the step an event belongs to. Recomputation happens in ``BACKWARD``, clipping in
+    ``OPTIMIZER``; ``SETUP`` holds what exists before the step begins."""
+
+    SETUP = "setup"
+    FORWARD = "forward"
+    BACKWARD = "backward"
+    OPTIMIZER = "optimizer"
+
+
+def rounded(nbytes: int) -> int:
+    """Bytes the caching allocator charges for a request: a multiple of 512, nothing for nothing."""
+    return -(-nbytes // ALLOCATION_GRANULARITY) * ALLOCATION_GRANULARITY
+
+
+@dataclass(slots=True)
+class Segment:
+    """A stretch of events ``start:stop`` of one phase; ``layer`` is the decoder layer it ran in, or None.
+
+    ``name`` tells apart the runs of layer segments inside a phase, for example the foreach lists of an
+    optimizer. In folded tapes a segment of ``repeat`` > 1 stands for that many repetitions of the layers
+    that begin at the events ``marks``; ``layer`` is the first of all, ``direction`` says which is next.
+    """
+
+    phase: Phase
+    name: str
+    layer: int | None
+    start: int
+    stop: int = 0
+    repeat: int = 1
+    marks: tuple[int, ...] = ()
+    direction: int = 1
+
+    def layer_at(self, position: int, repetition: int) -> int | None:
+        """The layer of the event at ``position`` in one of the repetitions."""
+        if self.layer is None or not self.marks:
+            return self.layer
+        inside = bisect_right(self.marks, position) - 1
+        return self.layer + self.direction * (repetition * len(self.marks) + inside)
+
+
+@dataclass(slots=True)
+class Tape:
+    """Events and the storages they are about, in columns.
+
+    ``events[i]`` is a storage's index when it is allocated and its complement (``~index``) when it is
+    released; ``deltas[i]``, filled in by :meth:`finish`, is the change in live bytes that it makes. The
+    other lists are per storage. ``products`` are storages after whose birth cuBLAS multiplies: the first time
+    that a thread does, it has its workspace made (:mod:`memplan.device.playback`).
+    """
+
+    provenance: str = "predicted"
+    events: list[int] = field(default_factory=list)
+    deltas: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    categories: list[Category] = field(default_factory=list)
+    operations: list[str] = field(default_factory=list)
+    modules: list[str] = field(default_factory=list)
+    products: set[int] = field(default_factory=set)
+    segments: list[Segment] = field(default_factory=list)
+    module: str = ""  # where the writer is now
+
+    # -- writing ---------------------------------------------------------------------------------------
+
+    def begin(self, phase: Phase, name: str, layer: int | None = None) -> None:
+        """Close the current segment and open the next."""
+        here = len(self.events)
+        if self.segments:
+            self.segments[-1].stop = here
+        self.segments.append(Segment(phase, name, layer, here))
+
+    def finish(self) -> None:
+        """Close the last segment; what is written after it does not count."""
+        self.events = self.events[:]
+        if self.segments:
+            self.segments[-1].stop = len(self.events)
+        sizes = self.sizes
+        self.deltas = [sizes[event] if event >= 0 else -sizes[~event] for event in self.events]
+
+    def alloc(self, nbytes: int, operation: str, category: Category) -> int:
+        """Write the birth of a storage of ``nbytes`` (not yet rounded) bytes; its index."""
+        index = len(self.sizes)
+        self.sizes.append(rounded(nbytes))
+        self.categories.append(category)
+        self.operations.append(operation)
+        self.modules.append(self.module)
+        self.events.append(index)
+        return index
+
+    def free(self, index: int) -> None:
+        """Write the death of a storage."""
+        self.events.append(~index)
+
+    def multiply(self) -> None:
+        """Write that cuBLAS multiplies here, with all that it needs allocated."""
+        self.products.add(len(self.sizes) - 1)
