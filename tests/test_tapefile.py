@@ -163,6 +163,7 @@ BAD = {
         lambda path: path.write_bytes(b"[" + b'"",' * (1 << 20 | 1) + b"1]"),
         "more than 1,048,576 texts",
     ),
+    "a segment without marks": (changed(segments=[["setup", "", None, 0, 3, 1, None, 1]]), "no list"),
     "short segment": (changed(segments=[["setup"]]), "unpack"),
     "unknown phase": (changed(segments=[["nap", "", None, 0, 3, 1, [], 1]]), "Phase"),
     "folded without changes": (changed(deltas=[1]), "more events"),

@@ -191,6 +191,7 @@ def _tape(document: dict[str, Any]) -> Tape:
 def _segment(row: Any) -> Segment:
     phase, name, layer, start, stop, repeat, marks, direction = row
     _check(isinstance(name, str), "a segment has no name")
+    _check(isinstance(marks, list), "a segment's marks are no list")
     _check(layer is None or type(layer) is int, "a segment's layer is no number")
     _check(all(type(value) is int for value in (start, stop, repeat, *marks)), "a segment has no numbers")
     _check(start <= stop and repeat >= 1 and direction in (1, -1), "a segment is turned around")
