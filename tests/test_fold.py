@@ -89,14 +89,16 @@ def told(tape: Tape) -> list[object]:
 def test_most_tapes_need_not_be_played() -> None:
     # the ones that PEFT's preparation makes, and the Trainer's checkpointing: an eighth of the time
     from memplan.predict import fold, step
+    from memplan.shadow.tensor import playing
 
     for options in ({}, {"kbit_prep": False}, {"mode": "lora"}, {"mode": "full"}):
         spec = SPECS["llama"](36)
         recipe = resolve_recipe(spec, make_recipe(seq_len=130, **options))
         played = layers_to_play(step.kinds(spec, recipe), first_is_like_others=recipe.mode.value == "full")
-        tape = step._play(spec, recipe, None, played)
-        assert fold.fold(tape, played)
-        assert fold.unfold(tape, played) is not None, options
+        with playing():
+            tape = step._play(spec, recipe, None, played)
+            assert fold.fold(tape, played)
+            assert fold.unfold(tape, played) is not None, options
 
 
 @pytest.mark.parametrize("family", sorted(SPECS))
