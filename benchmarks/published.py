@@ -33,9 +33,9 @@ from typing import Any
 from memplan import Plan, __version__, plan
 from memplan.asked.gpus import find_gpu
 from memplan.asked.recipe import Recipe, make_recipe
-from memplan.asked.resolve import resolve
 from memplan.asked.spec import ModelSpec
 from memplan.device.fit import context_bytes
+from memplan.importers.resolve import resolve
 from memplan.planning.plan import predicted_run
 from memplan.predict.step import write_tape
 from memplan.tape import Category, Phase, rounded, static_bytes

@@ -29,9 +29,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from memplan.asked.importers.hf import spec_from_config
 from memplan.asked.recipe import Recipe, make_recipe
 from memplan.errors import RecipeError, TraceError
+from memplan.importers.hf import spec_from_config
 from memplan.predict.parameters import resolve_recipe
 from memplan.predict.step import write_tape
 from memplan.tape import Peak, Phase, Tape, replay, static_bytes

@@ -45,7 +45,7 @@ def main() -> None:
             report(f"warm: plan({model!r}, {mode})", timed(lambda: plan(model, recipe), runs), budget)  # noqa: B023
 
     from memplan.asked.gpus import find_gpu
-    from memplan.asked.resolve import resolve
+    from memplan.importers.resolve import resolve
     from memplan.planning.frontier import frontier
     from memplan.planning.plan import predicted_run
     from memplan.predict.parameters import resolve_recipe

@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from memplan import __version__, streams
-from memplan.asked.importers.fields import shown
-from memplan.errors import MemplanError, UnknownName, reason
+from memplan.errors import MemplanError, UnknownName, reason, shown
 
 COMMANDS = (
     "plan",

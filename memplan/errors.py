@@ -50,13 +50,30 @@ def printable(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
+def shown(value: object) -> str:
+    """A JSON value as a user would write it, short whatever it is."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "true" if value else "false"
+        case int():
+            return str(value) if value.bit_length() <= 64 else "a number of more than 19 digits"
+        case str():
+            return repr(value if len(value) <= 60 else value[:57] + "...")
+        case list():
+            return "a list"
+        case dict():
+            return "an object"
+        case _:
+            return repr(value) if isinstance(value, float) else f"a {type(value).__name__}"
+
+
 class UnknownName(MemplanError):
     """A name that is not known, with up to three close ones."""
 
     def __init__(self, kind: str, name: str, known: Iterable[str], hint: str = "") -> None:
         import difflib
-
-        from memplan.asked.importers.fields import shown
 
         self.kind, self.name = kind, name
         lowered = {candidate.lower(): candidate for candidate in known}

@@ -13,8 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from memplan.asked.importers.fields import shown
-from memplan.errors import MemplanError, reason
+from memplan.errors import MemplanError, reason, shown
 
 _MOST_LINKS = 40  # as Linux follows
 

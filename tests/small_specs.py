@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from memplan.asked.importers.hf import spec_from_config
 from memplan.asked.spec import ModelSpec
+from memplan.importers.hf import spec_from_config
 
 _BASE = {
     "vocab_size": 999,

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from memplan.asked.resolve import registry, resolve
-from memplan.predict import blueprint
+from memplan.importers.resolve import registry, resolve
+from memplan.parts import blueprint
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

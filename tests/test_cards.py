@@ -9,9 +9,9 @@ from small_specs import config
 
 from memplan import MemplanError, Recipe, plan
 from memplan.asked.gpus import find_gpu
-from memplan.asked.importers.hf import spec_from_config
 from memplan.cuda.card import Card
 from memplan.device.fit import context_bytes
+from memplan.importers.hf import spec_from_config
 from memplan.predict.parameters import resolve_recipe
 from memplan.predict.step import write_tape
 from memplan.tape import replay

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from memplan import Recipe, plan
-from memplan.asked.resolve import resolve
 from memplan.device.playback import simulate
+from memplan.importers.resolve import resolve
 from memplan.planning.evaluation import evaluation, with_evaluation
 from memplan.planning.plan import Plan, predicted_run
 from memplan.predict.evaluation import write_evaluation

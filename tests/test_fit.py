@@ -13,12 +13,12 @@ from small_specs import SPECS
 
 from memplan import Recipe, plan
 from memplan.asked.gpus import Gpu, find_gpu
-from memplan.asked.importers.hf import spec_from_config
 from memplan.asked.recipe import make_recipe
 from memplan.device.allocator import MIB
 from memplan.device.fit import MARGIN_PER_CENT, Run, context_bytes, glance, judge, recast_bytes
 from memplan.device.settings import AllocatorSettings
 from memplan.errors import MemplanError
+from memplan.importers.hf import spec_from_config
 from memplan.planning.plan import Plan, predicted_run
 from memplan.predict.parameters import resolve_recipe
 from memplan.tape import Category, Phase, Tape, replay, static_bytes

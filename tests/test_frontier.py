@@ -14,9 +14,9 @@ from small_specs import SPECS
 
 from memplan.asked.gpus import Gpu, find_gpu
 from memplan.asked.recipe import Recipe, make_recipe
-from memplan.asked.resolve import resolve
 from memplan.device.fit import judge
 from memplan.errors import MemplanError
+from memplan.importers.resolve import resolve
 from memplan.planning.frontier import _NEAR, Peaks, _last_not_above_zero, at_most, frontier, largest
 from memplan.planning.plan import predicted_run
 from memplan.predict.parameters import resolve_recipe

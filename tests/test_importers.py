@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from memplan.asked.importers.hf import SUPPORTED_ARCHITECTURES, spec_from_config
 from memplan.asked.spec import ModelSpec
 from memplan.errors import MemplanError, SpecError, UnsupportedArchitecture
+from memplan.importers.hf import SUPPORTED_ARCHITECTURES, spec_from_config
 from memplan.resources import data_file
 
 ENTRIES = json.loads(data_file("model_specs.json").read_bytes())["models"]

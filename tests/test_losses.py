@@ -18,10 +18,10 @@ with warnings.catch_warnings():
 from small_specs import config
 
 from memplan import MemplanError
-from memplan.asked.importers.hf import spec_from_config
 from memplan.asked.recipe import Loss, Recipe
 from memplan.cuda.card import Card
 from memplan.errors import TraceError
+from memplan.importers.hf import spec_from_config
 from memplan.losses.chunked import TOKEN_CHUNK, VOCABULARY_CHUNK
 from memplan.losses.liger import chunk_size
 from memplan.predict.parameters import resolve_recipe

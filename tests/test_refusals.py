@@ -36,7 +36,7 @@ def test_one_sentence_in_python_too(model: str, options: dict[str, Any], words: 
 
 
 def test_dense_layers_among_experts_take_adapters_on_attention_alone() -> None:
-    from memplan.asked.resolve import resolve
+    from memplan.importers.resolve import resolve
 
     spec = resolve("qwen3-30b-a3b").spec
     mixed = spec.model_copy(update={"sparse_layers": (False, *spec.sparse_layers[1:])})
@@ -46,7 +46,7 @@ def test_dense_layers_among_experts_take_adapters_on_attention_alone() -> None:
 
 
 def test_a_spec_of_an_unknown_family() -> None:
-    from memplan.asked.resolve import resolve
+    from memplan.importers.resolve import resolve
 
     spec: ModelSpec = resolve("llama-3.2-1b").spec.model_copy(update={"model_type": "foo"})
     with pytest.raises(MemplanError, match="no predicted plan for the model type 'foo'"):

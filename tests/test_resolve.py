@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memplan.asked.resolve import registry, resolve
 from memplan.errors import MemplanError, SpecError, UnknownName, UnsupportedArchitecture
+from memplan.importers.resolve import registry, resolve
 
 TINY = {
     "architectures": ["LlamaForCausalLM"],
@@ -370,7 +370,7 @@ def test_nothing_heavy_is_imported_to_resolve_a_model(tmp_path: Path) -> None:
     config = write(tmp_path / "config.json")
     code = f"""
 import sys
-from memplan.asked.resolve import registry, resolve
+from memplan.importers.resolve import registry, resolve
 resolve("llama-70b"), resolve({str(config)!r}), registry()
 print([name for name in ("torch", "transformers", "huggingface_hub", "numpy") if name in sys.modules])
 """

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from memplan import libraries
-from memplan.asked.importers.hf import spec_from_config
 from memplan.asked.recipe import Recipe
 from memplan.errors import TraceError, UnsupportedArchitecture
+from memplan.importers.hf import spec_from_config
 from memplan.tape import Phase, replay, static_bytes
 
 with warnings.catch_warnings():

@@ -248,7 +248,7 @@ def make_recipe(**options: Any) -> Recipe:
 
 
 def _sentence(error: ValidationError) -> str:
-    from memplan.asked.importers.fields import shown
+    from memplan.errors import shown
 
     first = error.errors()[0]
     where = printable(".".join(str(part) for part in first["loc"][:1]))

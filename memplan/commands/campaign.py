@@ -10,9 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memplan.asked.importers.fields import shown
 from memplan.commands.arguments import Parser, add_json, positive
-from memplan.errors import MemplanError, reason
+from memplan.errors import MemplanError, reason, shown
 from memplan.streams import remark
 
 if TYPE_CHECKING:

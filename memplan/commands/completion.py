@@ -61,8 +61,8 @@ class _Command:
 
 def _commands() -> list[_Command]:
     from memplan.asked.gpus import load_gpus
-    from memplan.asked.resolve import registry
     from memplan.cli import COMMANDS
+    from memplan.importers.resolve import registry
 
     listed = {
         "model": tuple(name for entry in registry() for name in (entry.alias, *entry.aliases)),

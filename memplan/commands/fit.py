@@ -81,8 +81,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _maximized(arguments: argparse.Namespace, recipe: Recipe) -> Recipe:
     """The recipe with the largest batch or sequence that fits. Raises MemplanError if not even 1 does."""
     from memplan.asked.gpus import find_gpu
-    from memplan.asked.resolve import resolve
     from memplan.errors import MemplanError
+    from memplan.importers.resolve import resolve
     from memplan.planning.frontier import largest
 
     if len(arguments.gpu) > 1:

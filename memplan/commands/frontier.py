@@ -64,7 +64,7 @@ def parser() -> Parser:
 def run(arguments: argparse.Namespace) -> int:
     """Print the table; 0."""
     from memplan.asked.gpus import find_gpu
-    from memplan.asked.resolve import resolve
+    from memplan.importers.resolve import resolve
     from memplan.planning.frontier import frontier
     from memplan.report.progress import points
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from memplan.asked.importers.fields import shown
 from memplan.commands.arguments import UsageError
+from memplan.errors import shown
 
 if TYPE_CHECKING:
     from memplan.planning.plan import Plan
@@ -27,8 +27,8 @@ def check(arguments: argparse.Namespace) -> None:
     named = [getattr(arguments, name) for name in _FILES if getattr(arguments, name) is not None]
     if not named:
         return
-    from memplan.asked.resolve import read_from
     from memplan.files import same_twice
+    from memplan.importers.resolve import read_from
 
     source = read_from(arguments.model)
     for name in named if source is not None else ():

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from memplan.asked.importers.fields import shown
 from memplan.commands.arguments import Parser, add_json
-from memplan.errors import MemplanError, reason
+from memplan.errors import MemplanError, reason, shown
 from memplan.streams import remark, say
 
 BEGIN, END = "<!-- measured -->", "<!-- /measured -->"

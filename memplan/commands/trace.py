@@ -61,7 +61,7 @@ def traced(model: str, options: dict[str, Any], gpus: list[str] | None) -> tuple
     """The answer and its tape, with progress and warnings on standard error."""
     from memplan import libraries
     from memplan.asked.recipe import make_recipe
-    from memplan.asked.resolve import resolve_config
+    from memplan.importers.resolve import resolve_config
     from memplan.planning.traced import layers, trace_plan
     from memplan.report.progress import tracing
 

@@ -1,2 +1,1 @@
-"""What CUDA kernels and libraries allocate on their way: pure functions of a card and of shapes, each with its
-source."""
+"""What CUDA kernels and libraries allocate on their way: functions of card and shapes, each with its source."""

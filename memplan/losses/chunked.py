@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from memplan.asked.spec import ModelSpec
-from memplan.predict.moe import top_k
+from memplan.parts.experts import top_k
 from memplan.shadow import ops
 from memplan.shadow.autograd import Node, attach, save, save_output, split_sum, unpack
 from memplan.shadow.indexing import by_mask, masked_scatter

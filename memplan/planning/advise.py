@@ -257,7 +257,7 @@ def advise(model: str | Path | ModelSpec, recipe: Recipe, gpu: str) -> Advice:
     Raises MemplanError as :func:`memplan.planning.plan.plan` does.
     """
     from memplan.asked.gpus import find_gpu
-    from memplan.asked.resolve import resolve
+    from memplan.importers.resolve import resolve
     from memplan.predict.parameters import resolve_recipe
 
     spec, card = resolve(model).spec, find_gpu(gpu)

@@ -33,7 +33,7 @@ from memplan.tape import Tape, replay
 What = Literal["batch_size", "seq_len"]
 
 LONGEST = 1 << 20  # tokens in a sequence, batches: beyond them the answer is "enough"
-_SORTED_FROM = 3072  # tokens: an embedding's gradient is sorted above (memplan.predict.modules)
+_SORTED_FROM = 3072  # tokens: an embedding's gradient is sorted above (memplan.parts.leaves)
 _NEAR = 1 << 16
 _SHORT = 32  # tokens
 _MOST_SIMULATED = 10_000  # layers of all points: the default table of 126 layers, which takes a minute

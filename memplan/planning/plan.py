@@ -295,7 +295,7 @@ def plan(
     ``gpus`` are names of cards to judge (default: a representative set).
     Raises MemplanError (UnknownName, SpecError, RecipeError, UnsupportedArchitecture).
     """
-    from memplan.asked.resolve import resolve
+    from memplan.importers.resolve import resolve
     from memplan.predict import parameters
 
     gpus = able(recipe or Recipe(), gpus)  # names that are wrong are said to be before anything is played
@@ -494,7 +494,7 @@ _FUSED = (
 
 def predicted_tape(model: str | Path | ModelSpec, recipe: Recipe | None = None) -> Tape:
     """The tape of :func:`plan` with every layer played, for comparing it with others."""
-    from memplan.asked.resolve import resolve
+    from memplan.importers.resolve import resolve
     from memplan.predict import parameters
     from memplan.predict.step import write_tape
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from memplan import libraries
 from memplan.asked.recipe import Recipe
-from memplan.asked.resolve import ResolvedConfig, resolve_config
 from memplan.errors import MemplanError, UnsupportedArchitecture
+from memplan.importers.resolve import ResolvedConfig, resolve_config
 from memplan.planning.plan import ModelInfo, ParameterCounts, Plan, able, plan_from_tape
 from memplan.tape import Phase, Tape
 
@@ -66,7 +66,7 @@ def _trace(found: ResolvedConfig, recipe: Recipe, progress: Progress | None) -> 
 
 def checked(found: ResolvedConfig, recipe: Recipe) -> Recipe:
     """The recipe resolved; where the architecture is known, checked as the plan checks it."""
-    from memplan.asked.importers.hf import spec_from_config
+    from memplan.importers.hf import spec_from_config
     from memplan.predict.parameters import resolve_recipe
 
     try:

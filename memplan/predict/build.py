@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from memplan.adapters.lora import Dora, ExpertLora, Lora, RouterLora
 from memplan.asked.recipe import DTypeName, Kernels, Mode, Recipe
 from memplan.asked.spec import ModelSpec
-from memplan.predict import blueprint
-from memplan.predict.adapters import Dora, ExpertLora, Lora, RouterLora
-from memplan.predict.decoder import NORM_STYLE
+from memplan.parts import blueprint
+from memplan.parts.layer import NORM_STYLE
+from memplan.parts.leaves import Embedding, Linear, Linear4bit, RMSNorm, parameter
 from memplan.predict.fold import Played
-from memplan.predict.modules import Embedding, Linear, Linear4bit, RMSNorm, parameter
 from memplan.predict.optimizers import Group
 from memplan.predict.targets import is_saved, is_target
 from memplan.predict.unlike import Standing
@@ -46,7 +46,7 @@ class Builder:
         self.quantized: type[Linear4bit] = Linear4bit
         self.lora: type[Lora] = Lora
         if recipe.kernels is Kernels.MEMPLAN:
-            from memplan.predict.nf4 import NF4Linear, NF4Lora
+            from memplan.weights.nf4_kernels import NF4Linear, NF4Lora
 
             self.quantized, self.lora = NF4Linear, NF4Lora
         self.trainable: list[Tensor] = []

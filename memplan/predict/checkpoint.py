@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from memplan.predict.decoder import Context, Layer, Modules
+from memplan.parts.layer import Context, Layer, Modules
 from memplan.shadow import autograd
 from memplan.shadow.autograd import AccumulateGrad, Frame, Node, attach, require_grad, save
 from memplan.shadow.tensor import DType, Tensor, no_grad, state

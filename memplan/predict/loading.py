@@ -34,8 +34,8 @@ from math import prod
 from memplan.asked.recipe import DTypeName, Loss, Mode, Recipe
 from memplan.asked.spec import ModelSpec
 from memplan.device.allocator import SMALL_SEGMENT
-from memplan.predict import blueprint
-from memplan.predict.modules import NF4_BLOCK
+from memplan.parts import blueprint
+from memplan.parts.leaves import NF4_BLOCK
 from memplan.tape import Category, Phase, Tape
 
 _NOT_LOADED = ("model.rotary_emb", "bitsandbytes")  # buffers that are made, not read

@@ -8,7 +8,8 @@ from functools import lru_cache
 from memplan.asked.recipe import TARGET_PRESETS, Attention, Mode, Recipe
 from memplan.asked.spec import ModelSpec
 from memplan.errors import RecipeError
-from memplan.predict import blueprint, targets
+from memplan.parts import blueprint
+from memplan.predict import targets
 
 
 def resolve_recipe(spec: ModelSpec, recipe: Recipe) -> Recipe:

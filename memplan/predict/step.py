@@ -16,10 +16,11 @@ from memplan.cuda.card import Card
 from memplan.losses.chunked import Output, fused_head, sft_loss
 from memplan.losses.liger import liger_loss
 from memplan.losses.standard import causal_lm_loss
-from memplan.predict import blueprint, fold, masks, optimizers, parameters, unlike
+from memplan.parts import blueprint, masks
+from memplan.parts.layer import FAMILIES, Context
+from memplan.predict import fold, optimizers, parameters, unlike
 from memplan.predict.build import Builder, Model
 from memplan.predict.checkpoint import checkpoint
-from memplan.predict.decoder import FAMILIES, Context
 from memplan.predict.fold import Played
 from memplan.predict.unlike import Standing, standing
 from memplan.shadow import autograd, ops

@@ -8,8 +8,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from memplan.asked.importers.fields import shown
-from memplan.errors import MemplanError
+from memplan.errors import MemplanError, shown
 from memplan.snapshot.pickled import Damaged, NotPlain, read_plain
 from memplan.snapshot.records import (
     ORIGIN_KEY,

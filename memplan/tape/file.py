@@ -14,9 +14,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from memplan.asked.importers.bounded import TooManyParts, read_json
-from memplan.asked.importers.fields import shown
-from memplan.errors import MemplanError, printable
+from memplan.bounded import TooManyParts, read_json
+from memplan.errors import MemplanError, printable, shown
 from memplan.files import write_whole, zipped
 from memplan.tape import ALLOCATION_GRANULARITY, Category, Phase, Segment, Tape
 

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from memplan.asked.importers.fields import MAX_LAYERS, MAX_POSITIONS, MAX_SIZE, shown
+from memplan.asked.fields import MAX_LAYERS, MAX_POSITIONS, MAX_SIZE
 from memplan.asked.recipe import Attention, DTypeName, Kernels, Mode, Recipe
-from memplan.errors import TraceError
+from memplan.errors import TraceError, shown
 
 DTYPES = {
     DTypeName.BFLOAT16: torch.bfloat16,

@@ -202,7 +202,7 @@ def _base(model: Any) -> Any:
 
 def spec_of(model: Any) -> ModelSpec:
     """The architecture of a model that transformers made. Raises MemplanError if it has no plan."""
-    from memplan.asked.importers.hf import spec_from_config
+    from memplan.importers.hf import spec_from_config
 
     base = _base(model)
     if not hasattr(base, "config"):

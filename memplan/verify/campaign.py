@@ -10,9 +10,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from memplan.asked.importers.fields import shown
 from memplan.asked.recipe import Recipe, make_recipe
-from memplan.errors import MemplanError, first_complaint, reason
+from memplan.errors import MemplanError, first_complaint, reason, shown
 from memplan.verify.job import Job, cap, gets_through, make_job
 from memplan.verify.measurement import SEEDS, Measurement, Run, read_all
 

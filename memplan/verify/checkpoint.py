@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from memplan.asked.importers.fields import shown
-from memplan.errors import MemplanError, reason
+from memplan.errors import MemplanError, reason, shown
 
 
 class Checkpoint:

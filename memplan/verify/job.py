@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from memplan import libraries
-from memplan.asked.importers.fields import shown
 from memplan.asked.recipe import Attention, Loss, Recipe
 from memplan.asked.spec import ModelSpec
 from memplan.cuda.card import Card
-from memplan.errors import MemplanError
+from memplan.errors import MemplanError, shown
 from memplan.tape import Tape
 from memplan.verify.measurement import Device, Measurement, Model, Run
 
@@ -48,7 +47,7 @@ def make_job(
     anyway: bool = False,
 ) -> Job:
     """A run of a model by alias, Hub id or path. Raises MemplanError for what can't be planned or run."""
-    from memplan.asked.resolve import resolve_config
+    from memplan.importers.resolve import resolve_config
     from memplan.predict.parameters import resolve_recipe
 
     for option, name in (("--weights", weights), ("--text", run.text)):
@@ -141,7 +140,7 @@ def cap(text: str) -> tuple[int, str]:
 
 def spec_of(model: Model) -> ModelSpec:
     """Raises SpecError or UnsupportedArchitecture."""
-    from memplan.asked.importers.hf import spec_from_config
+    from memplan.importers.hf import spec_from_config
 
     return spec_from_config(model.config, model.name, model.hub_id)
 

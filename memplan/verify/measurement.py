@@ -17,10 +17,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
-from memplan.asked.importers.bounded import TooManyParts, read_json
-from memplan.asked.importers.fields import shown
 from memplan.asked.recipe import Recipe
-from memplan.errors import MemplanError, first_complaint, reason
+from memplan.bounded import TooManyParts, read_json
+from memplan.errors import MemplanError, first_complaint, reason, shown
 from memplan.files import beside
 from memplan.tape import Tape
 

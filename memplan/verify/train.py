@@ -13,9 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from memplan.asked.importers.fields import shown
 from memplan.asked.recipe import Recipe
-from memplan.errors import MemplanError, reason
+from memplan.errors import MemplanError, reason, shown
 from memplan.tape import Tape
 from memplan.trace import losses
 from memplan.trace.optimizers import make_optimizer

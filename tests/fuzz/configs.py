@@ -11,7 +11,7 @@ from small_specs import CONFIGS, config
 
 from memplan.asked.gpus import find_gpu
 from memplan.asked.recipe import make_recipe
-from memplan.asked.resolve import registry, resolve, resolve_config
+from memplan.importers.resolve import registry, resolve, resolve_config
 from memplan.planning.advise import advise
 from memplan.planning.frontier import LONGEST, frontier, largest
 from memplan.planning.plan import plan

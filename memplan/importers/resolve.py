@@ -15,12 +15,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from memplan.asked.importers.bounded import TooManyParts, read_json
-from memplan.asked.importers.families import FAMILIES
-from memplan.asked.importers.fields import shown
-from memplan.asked.importers.hf import has_vision_tower, spec_from_config
 from memplan.asked.spec import ModelSpec
-from memplan.errors import MemplanError, SpecError, UnknownName, UnsupportedArchitecture, reason
+from memplan.bounded import TooManyParts, read_json
+from memplan.errors import MemplanError, SpecError, UnknownName, UnsupportedArchitecture, reason, shown
+from memplan.importers.hf import has_vision_tower, spec_from_config
+from memplan.parts.config import FAMILIES
 from memplan.resources import data_file
 
 _MAX_CONFIG_BYTES = 16 << 20  # the largest on the Hub are some hundred KiB (labels of classifiers)

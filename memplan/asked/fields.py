@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from memplan.errors import SpecError
+from memplan.errors import SpecError, shown
 
 MAX_SIZE = 1 << 24  # far above any published size, low enough that no product of sizes is absurd
 MAX_POSITIONS = 1 << 40
@@ -103,22 +103,3 @@ class Fields:
         """The same checks for an object inside the configuration, where a null is as good as absent."""
         present = {key: value for key, value in config.items() if value is not None}
         return Fields(present, defaults, frozenset(), self.name)
-
-
-def shown(value: object) -> str:
-    """A JSON value as a user would write it, short whatever it is."""
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return "true" if value else "false"
-        case int():
-            return str(value) if value.bit_length() <= 64 else "a number of more than 19 digits"
-        case str():
-            return repr(value if len(value) <= 60 else value[:57] + "...")
-        case list():
-            return "a list"
-        case dict():
-            return "an object"
-        case _:
-            return repr(value) if isinstance(value, float) else f"a {type(value).__name__}"

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from memplan.asked.recipe import Attention
 from memplan.asked.spec import ModelSpec
-from memplan.predict.moe import sparse_mlp
+from memplan.parts.experts import sparse_mlp
 from memplan.shadow import ops
 from memplan.shadow.attention import flash_attention, scaled_dot_product_attention
 from memplan.shadow.matmul import matmul

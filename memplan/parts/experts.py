@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from memplan.adapters.lora import ExpertLora, activate
 from memplan.asked.spec import ModelSpec
-from memplan.predict.adapters import ExpertLora, activate
 from memplan.shadow import ops
 from memplan.shadow.autograd import Node, attach, save, save_output, unpack
 from memplan.shadow.indexing import by_rows

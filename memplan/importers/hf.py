@@ -20,10 +20,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from memplan.asked.importers.families import FAMILIES, FULL, SLIDING, Family
-from memplan.asked.importers.fields import MAX_LAYERS, MAX_POSITIONS, Fields, shown
+from memplan.asked.fields import MAX_LAYERS, MAX_POSITIONS, Fields
 from memplan.asked.spec import ModelSpec
-from memplan.errors import SpecError, UnsupportedArchitecture
+from memplan.errors import SpecError, UnsupportedArchitecture, shown
+from memplan.parts.config import FAMILIES, FULL, SLIDING, Family
 
 # Activations whose memory is known: element-wise, and each saves its input only.
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_pytorch_tanh"}

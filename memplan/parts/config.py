@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from memplan.asked.importers.fields import MAX_POSITIONS, Fields, shown
+from memplan.asked.fields import MAX_POSITIONS, Fields
 from memplan.asked.spec import LayerKind
-from memplan.errors import UnsupportedArchitecture
+from memplan.errors import UnsupportedArchitecture, shown
 
 FULL: LayerKind = "full_attention"
 SLIDING: LayerKind = "sliding_attention"

@@ -7,9 +7,9 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
+from memplan.adapters.lora import Lora
 from memplan.kernels.strips import FEW_ROWS, strip
-from memplan.predict.adapters import Lora
-from memplan.predict.modules import Linear4bit
+from memplan.parts.leaves import Linear4bit
 from memplan.shadow import ops
 from memplan.shadow.autograd import Node, attach, save, save_output, unpack
 from memplan.shadow.matmul import product

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from memplan.predict.modules import Linear, Linear4bit, parameter
+from memplan.parts.leaves import Linear, Linear4bit, parameter
 from memplan.shadow import ops
 from memplan.shadow.matmul import baddbmm, linear, mm
 from memplan.shadow.tensor import DType, Tensor, empty, float32, no_grad, state

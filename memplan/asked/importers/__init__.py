@@ -1,1 +1,0 @@
-"""Readers of other projects' files: Hugging Face configurations and trainers' recipes."""

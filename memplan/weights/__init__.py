@@ -1,0 +1,1 @@
+"""How weights lie in memory and are multiplied by: one file a format."""
