@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from memplan.importers.resolve import registry, resolve
-from memplan.parts import blueprint
+from memplan.predict import blueprint
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from memplan.asked.spec import ModelSpec
 from memplan.errors import MemplanError, SpecError, UnsupportedArchitecture
-from memplan.importers.hf import SUPPORTED_ARCHITECTURES, spec_from_config
+from memplan.importers.hf import spec_from_config, supported_architectures
 from memplan.resources import data_file
 
 ENTRIES = json.loads(data_file("model_specs.json").read_bytes())["models"]
@@ -408,7 +408,9 @@ def test_only_an_object_is_a_configuration(config: object) -> None:
 def test_what_is_not_supported_says_what_is(changes: dict[str, Any]) -> None:
     with pytest.raises(UnsupportedArchitecture) as caught:
         read({**LLAMA, **changes})
-    assert any(word in str(caught.value) for word in (*SUPPORTED_ARCHITECTURES, "supports", "predicts only"))
+    assert any(
+        word in str(caught.value) for word in (*supported_architectures(), "supports", "predicts only")
+    )
 
 
 def test_sliding_layers_need_a_window_and_one_entry_a_layer() -> None:
@@ -480,7 +482,7 @@ def test_any_json_is_a_spec_or_a_memplan_error(value: object) -> None:
 
 @settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
-    architecture=st.sampled_from(list(SUPPORTED_ARCHITECTURES)),
+    architecture=st.sampled_from(list(supported_architectures())),
     changes=st.dictionaries(st.sampled_from(KEYS), JSON | st.integers(0, 40), max_size=3),
     dropped=st.sets(st.sampled_from(KEYS), max_size=1),
 )

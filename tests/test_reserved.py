@@ -14,8 +14,8 @@ from memplan.device.allocator import MIB
 from memplan.device.playback import simulate
 from memplan.device.settings import AllocatorSettings
 from memplan.importers.resolve import resolve
-from memplan.parts.blueprint import named_shapes
 from memplan.planning.plan import predicted_run
+from memplan.predict.blueprint import named_shapes
 from memplan.predict.loading import _natural, loading
 from memplan.predict.parameters import resolve_recipe
 from memplan.predict.step import write_long_tape, write_tape

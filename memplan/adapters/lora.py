@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from memplan.parts.leaves import Linear, Linear4bit, parameter
+from memplan.parts.leaves import Linear, parameter
 from memplan.shadow import ops
 from memplan.shadow.matmul import baddbmm, linear, mm
 from memplan.shadow.tensor import DType, Tensor, empty, float32, no_grad, state
 from memplan.tape import Category
+from memplan.weights.bnb_4bit import Linear4bit
 
 
 class Lora:
@@ -99,11 +100,38 @@ class Dora(Lora):
         return ops.to(empty((summed.shape[0],), dtype, "linalg_vector_norm"), summed.dtype)
 
 
-class RouterLora:
-    """``ParamWrapper`` on a matrix that no linear module owns: the sum of weight and update is made anew in
-    every forward, and once more when the parametrisation is registered."""
+class ParameterLora:
+    """``ParamWrapper`` on a parameter that no linear module owns: what is multiplied by is made anew in every
+    forward, and once more when the parametrisation is registered."""
 
     __slots__ = ("down", "name", "up", "weight")
+
+    weight: Tensor
+    name: str
+    down: Tensor
+    up: Tensor
+
+    def factors(self) -> Any:
+        """What :meth:`fold` adds, in the weight's dtype."""
+        raise NotImplementedError
+
+    def fold(self, factors: Any) -> Tensor:
+        """Weight plus update."""
+        raise NotImplementedError
+
+    def activate(self) -> Any:
+        """``_activate_lora``: the factors, and register_parametrization's trial of them without gradients."""
+        state.tape.module = self.name
+        factors = self.factors()
+        with no_grad():
+            self.fold(factors)
+        return factors
+
+
+class RouterLora(ParameterLora):
+    """On a matrix."""
+
+    __slots__ = ()
 
     def __init__(self, weight: Tensor, name: str, r: int, dtype: DType) -> None:
         outputs, inputs = weight.shape
@@ -120,11 +148,11 @@ class RouterLora:
         return ops.add(self.weight, update)
 
 
-class ExpertLora:
-    """``ParamWrapper`` on a stack of experts [X, out, in]: rank r for each of them, folded into a copy of
-    the whole stack (_LoraFactorsProxy)."""
+class ExpertLora(ParameterLora):
+    """On a stack of experts [X, out, in]: rank r for each of them, folded into a copy of the whole stack
+    (_LoraFactorsProxy)."""
 
-    __slots__ = ("down", "name", "up", "weight")
+    __slots__ = ()
 
     def __init__(self, weight: Tensor, name: str, r: int, dtype: DType) -> None:
         experts, outputs, inputs = weight.shape
@@ -144,12 +172,3 @@ class ExpertLora:
     def fold(self, factors: tuple[Tensor, Tensor]) -> Tensor:
         """``torch.baddbmm(W, up, down)``."""
         return baddbmm(self.weight, *factors)
-
-
-def activate(adapted: RouterLora | ExpertLora) -> Any:
-    """``_activate_lora``: the factors, and register_parametrization's trial of them without gradients."""
-    state.tape.module = adapted.name
-    factors: Any = adapted.factors()
-    with no_grad():
-        adapted.fold(factors)
-    return factors

@@ -1,1 +1,1 @@
-"""What CUDA kernels and libraries allocate on their way: functions of card and shapes, each with its source."""
+"""What CUDA kernels and libraries allocate on the way: functions of card and shapes, each with its source."""

@@ -4,41 +4,44 @@ The defaults of missing fields, and which fields count at all, are those of tran
 tests compare the two. Sizes that every published configuration of a family states have no default
 here: a ``config.json`` without ``hidden_size`` is a broken file, not a model of 4096.
 
-What the specification says where the families differ:
-
-- ``attention_bias`` is the bias of the q, k and v projections. Mistral, Mixtral and Phi-3 have none and
-  Qwen2 always has one (but none on its o projection), whatever the file says.
-- Mistral, Mixtral, Phi-3 and Qwen3-MoE use one mask for all layers: every layer slides or none does.
-- Mixtral's experts have the width ``intermediate_size``, and its router always normalises the top k.
-- A Gemma 3 checkpoint with images is read as its language model (``text_config``).
+What differs between families stands in :mod:`memplan.families`; ``attention_bias`` of a specification is the
+bias of the q, k and v projections. A checkpoint with images is read as its language model (``text_config``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import ValidationError
 
+from memplan import families
 from memplan.asked.fields import MAX_LAYERS, MAX_POSITIONS, Fields
 from memplan.asked.spec import ModelSpec
 from memplan.errors import SpecError, UnsupportedArchitecture, shown
-from memplan.parts.config import FAMILIES, FULL, SLIDING, Family
+from memplan.parts.config import Config
+from memplan.parts.family import Family
 
 # Activations whose memory is known: element-wise, and each saves its input only.
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_pytorch_tanh"}
-_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
-_GEMMA3_WITH_IMAGES = ("Gemma3ForConditionalGeneration", "gemma3")
 
-SUPPORTED_ARCHITECTURES = (*(family.architecture for family in FAMILIES), _GEMMA3_WITH_IMAGES[0])
+def supported_architectures() -> tuple[str, ...]:
+    """Those of every family, and of its checkpoints with images."""
+    configs = [family.config for _, family in families.everyone()]
+    return tuple(name for one in configs for name in (one.architecture, *(one.images or ())[:1]))
 
 
 def has_vision_tower(config: Mapping[str, Any]) -> bool:
     """Whether a configuration that :func:`spec_from_config` reads is of a checkpoint with images."""
-    architecture, model_type = _GEMMA3_WITH_IMAGES
-    named = config.get("architectures") or []
-    return named[0] == architecture if named else config.get("model_type") == model_type
+    model_type, named = config.get("model_type"), config.get("architectures") or []
+    if isinstance(model_type, str) and model_type in families.names():  # the rest need not be imported
+        return False
+    return any(
+        named[0] == one.images[0] if named else model_type == one.images[1]
+        for one in (family.config for _, family in families.everyone())
+        if one.images is not None
+    )
 
 
 def spec_from_config(
@@ -56,7 +59,7 @@ def spec_from_config(
         raise SpecError(
             f"the configuration of {shown(name)} is {shown(config)}, but it must be a JSON object"
         )
-    family, config = _family(config, name)
+    model_type, family, config = _family(config, name)
     fields = Fields(config, family.defaults, frozenset(family.nullable), name)
     _refuse_variants(fields)
 
@@ -84,7 +87,7 @@ def spec_from_config(
             name=name,
             hub_id=hub_id,
             architecture=family.architecture,
-            model_type=family.model_type,
+            model_type=model_type,
             published_parameters=published_parameters,
             vocab_size=fields.size("vocab_size"),
             hidden_size=hidden,
@@ -107,7 +110,7 @@ def spec_from_config(
             sliding_window=window,
             layer_types=layer_types,
             **_softcaps(fields, family),
-            **_experts(fields, family, layers),
+            **family.experts(fields, layers),
         )
     except ValidationError as error:
         first = error.errors()[0]
@@ -116,8 +119,8 @@ def spec_from_config(
         fields.fail(f"{where}: {message}" if where else message)
 
 
-def _family(config: dict[str, Any], name: str) -> tuple[Family, dict[str, Any]]:
-    """The family of a configuration, and the object that describes its decoder."""
+def _family(config: dict[str, Any], name: str) -> tuple[str, Config, dict[str, Any]]:
+    """The family of a configuration, how it reads one, and the object that describes its decoder."""
     fields = Fields(config, {"architectures": None, "model_type": None}, frozenset(config), name)
     architecture = next(iter(fields.strings("architectures") or []), None)
     model_type = fields.get("model_type")
@@ -129,20 +132,21 @@ def _family(config: dict[str, Any], name: str) -> tuple[Family, dict[str, Any]]:
         )
 
     images = has_vision_tower(config)
-    for family in FAMILIES:
-        if images:
-            found = family.model_type == "gemma3_text"
+    for found, family in _candidates(model_type):
+        own = family.config
+        if images and own.images is not None:
+            names: tuple[str, ...] = own.images
         else:
-            found = (architecture or model_type) in (family.architecture, family.model_type)
-        if found:
+            names = () if images else (own.architecture, found)
+        if (architecture or model_type) in names:
             break
     else:
         kind = f"architecture {shown(architecture)}" if architecture else f"model type {shown(model_type)}"
         raise UnsupportedArchitecture(
             f"memplan has no predicted plan for {shown(name)}, which is of the {kind}: `memplan MODEL "
-            f"--trace` traces its own code; predicted are {', '.join(SUPPORTED_ARCHITECTURES)}"
+            f"--trace` traces its own code; predicted are {', '.join(supported_architectures())}"
         )
-    expected = _GEMMA3_WITH_IMAGES[1] if images else family.model_type
+    expected = own.images[1] if images and own.images is not None else found
     if model_type and model_type != expected:
         fields.fail(
             f"architectures says {shown(architecture)} but model_type says {shown(model_type)}; "
@@ -154,7 +158,14 @@ def _family(config: dict[str, Any], name: str) -> tuple[Family, dict[str, Any]]:
             fields.fail(f"text_config is {shown(text)}, but it must be the object of its language model")
         # The checkpoint ties its embeddings or not as a whole, where the language model does not say.
         config = {key: config[key] for key in ("tie_word_embeddings",) if config.get(key) is not None} | text
-    return family, config
+    return found, own, config
+
+
+def _candidates(model_type: str | None) -> Iterator[tuple[str, Family]]:
+    """The families to look among: that of the model type first, so that the rest need not be imported."""
+    if model_type in families.names():
+        yield str(model_type), families.find(str(model_type))
+    yield from families.everyone()
 
 
 def _refuse_variants(fields: Fields) -> None:
@@ -173,70 +184,25 @@ def _refuse_variants(fields: Fields) -> None:
             )
 
 
-def _softcaps(fields: Fields, family: Family) -> dict[str, Any]:
+def _softcaps(fields: Fields, config: Config) -> dict[str, Any]:
     keys = ("attn_logit_softcapping", "final_logit_softcapping")
-    return {key: fields.softcap(key) for key in keys if key in family.defaults}
-
-
-def _experts(fields: Fields, family: Family, layers: int) -> dict[str, Any]:
-    if family.model_type == "mixtral":
-        return {
-            "num_experts": fields.size(_present(fields, "num_experts", "num_local_experts")),
-            "num_experts_per_tok": fields.size("num_experts_per_tok"),
-            "moe_intermediate_size": fields.size("intermediate_size"),
-            "norm_topk_prob": True,
-            "router_aux_loss_coef": _weight(fields),
-            "sparse_layers": (True,) * layers,
-        }
-    if family.model_type == "qwen3_moe":
-        experts = fields.size(_present(fields, "num_local_experts", "num_experts"), least=0)
-        step, listed = fields.size("decoder_sparse_step"), fields.get("mlp_only_layers")
-        if listed is not None and not (isinstance(listed, list) and all(type(n) is int for n in listed)):
-            fields.fail(f"mlp_only_layers is {shown(listed)}, but it must be a list of layer numbers")
-        dense = set(listed or ())
-        return {
-            "num_experts": experts,
-            "num_experts_per_tok": fields.size("num_experts_per_tok"),
-            "moe_intermediate_size": fields.size("moe_intermediate_size"),
-            "norm_topk_prob": fields.flag("norm_topk_prob"),
-            "router_aux_loss_coef": _weight(fields),
-            "sparse_layers": tuple(
-                experts > 0 and layer not in dense and (layer + 1) % step == 0 for layer in range(layers)
-            ),
-        }
-    return {}
-
-
-def _weight(fields: Fields) -> float:
-    return fields.number("router_aux_loss_coef", "a number", lambda value: True)
-
-
-def _present(fields: Fields, other: str, own: str) -> str:
-    """Two names of one field (``attribute_map``): the one that isn't the class's own is set last and wins."""
-    return other if other in fields.config else own
+    return {key: fields.softcap(key) for key in keys if key in config.defaults}
 
 
 # -- rotary embeddings -----------------------------------------------------------------------------------
 
 
-def _rope(fields: Fields, family: Family, head_dim: int) -> tuple[float, bool]:
+def _rope(fields: Fields, family: Config, head_dim: int) -> tuple[float, bool]:
     """The part of a head that is rotated, and whether the rotation is longrope's.
 
-    transformers 4 writes ``rope_scaling`` (and its type as ``type``), transformers 5 ``rope_parameters``,
-    where Gemma 3 has one entry per kind of layer (``convert_rope_params_to_dict``).
+    transformers 4 writes ``rope_scaling`` (and its type as ``type``), transformers 5 ``rope_parameters``.
     """
     old, parameters = fields.nested("rope_scaling"), fields.nested("rope_parameters")
-    if family.model_type == "gemma3_text":
-        per_kind = fields.inside(parameters, {})
-        # Its default entry has a rope_type, so that an old "type" in rope_scaling is not heard.
-        full = per_kind.nested(FULL) or {"rope_type": "default"}
-        entries = [{**full, **old}, per_kind.nested(SLIDING)]
-    else:
-        entries = [old or parameters]
+    entries = family.rope(fields, old, parameters)
     kinds = [_rope_kind(fields, family, entry) for entry in entries]
 
     partial = 1.0
-    if family.model_type == "phi3":  # the only family whose forward rotates a part of the head
+    if family.rotates_part:
         top = fields.config.get("partial_rotary_factor")
         rope = fields.inside(entries[0], {"partial_rotary_factor": 1.0 if top is None else top})
         partial = rope.number("partial_rotary_factor", "a share from 0 to 1", lambda value: 0 < value <= 1)
@@ -246,16 +212,14 @@ def _rope(fields: Fields, family: Family, head_dim: int) -> tuple[float, bool]:
     return partial, "longrope" in kinds
 
 
-def _rope_kind(fields: Fields, family: Family, entry: Mapping[str, Any]) -> str:
+def _rope_kind(fields: Fields, family: Config, entry: Mapping[str, Any]) -> str:
     """The rope type of an entry, with what it needs checked."""
     kinds = [entry[key] for key in ("rope_type", "type") if entry.get(key) is not None]
     kind = kinds[0] if kinds else "default"
-    allowed: tuple[str, ...] = _ROPE_TYPES
-    if family.model_type == "phi3":
-        kind = "longrope" if kind in ("su", "yarn") else kind
-        allowed = ("default", "longrope")
-    if not isinstance(kind, str) or kind not in allowed:
-        fields.fail(f"rope_type is {shown(kind)}, but it must be one of {', '.join(allowed)}")
+    if isinstance(kind, str):
+        kind = family.rope_aliases.get(kind, kind)
+    if not isinstance(kind, str) or kind not in family.rope_types:
+        fields.fail(f"rope_type is {shown(kind)}, but it must be one of {', '.join(family.rope_types)}")
     if kind in ("yarn", "longrope"):
         positions = fields.size("max_position_embeddings", most=MAX_POSITIONS)
         rope = fields.inside(entry, {"original_max_position_embeddings": positions})

@@ -15,11 +15,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from memplan import families
 from memplan.asked.spec import ModelSpec
 from memplan.bounded import TooManyParts, read_json
 from memplan.errors import MemplanError, SpecError, UnknownName, UnsupportedArchitecture, reason, shown
 from memplan.importers.hf import has_vision_tower, spec_from_config
-from memplan.parts.config import FAMILIES
 from memplan.resources import data_file
 
 _MAX_CONFIG_BYTES = 16 << 20  # the largest on the Hub are some hundred KiB (labels of classifiers)
@@ -65,11 +65,11 @@ def resolve(model: str | Path | ModelSpec) -> ResolvedModel:
     Raises UnknownName, SpecError or UnsupportedArchitecture.
     """
     if isinstance(model, ModelSpec):
-        known = {family.model_type for family in FAMILIES}
+        known = families.names()
         if model.model_type not in known:
             raise UnsupportedArchitecture(
                 f"memplan has no predicted plan for the model type {model.model_type!r}; "
-                f"predicted are {', '.join(sorted(known))}"
+                f"predicted are {', '.join(known)}"
             )
         return ResolvedModel(model)
     found = _find(model)

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from memplan.adapters.lora import ExpertLora, activate
 from memplan.asked.spec import ModelSpec
+from memplan.parts.context import Leaves
 from memplan.shadow import ops
 from memplan.shadow.autograd import Node, attach, save, save_output, unpack
 from memplan.shadow.indexing import by_rows
@@ -19,28 +19,36 @@ from memplan.shadow.matmul import linear
 from memplan.shadow.tensor import Tensor, empty, float32, int32, int64, state
 from memplan.tape import Phase
 
+# The router's logits, and weights and numbers of each token's experts, by its weight and hidden states [N,
+# E].
+Route = Callable[[Tensor, Tensor, ModelSpec], tuple[Tensor, Tensor, Tensor]]
+
 
 def sparse_mlp(
-    m: dict[str, Any], hidden_states: Tensor, spec: ModelSpec, captured: list[Tensor] | None = None
+    m: Leaves, hidden_states: Tensor, spec: ModelSpec, route: Route, captured: list[Tensor] | None = None
 ) -> Tensor:
     """``MixtralSparseMoeBlock``, ``Qwen3MoeSparseMoeBlock``. The router's logits go to ``captured``, as
     transformers' hooks collect them (utils/output_capturing.py), but not when the layer is recomputed."""
     shape = hidden_states.shape
     hidden_states = ops.view(hidden_states, (shape[0] * shape[1], shape[2]))
-    router_logits, top_k_weights, top_k_index = _gate_forward(m["mlp.gate"]["weight"], hidden_states, spec)
+    router_logits, top_k_weights, top_k_index = _gate_forward(
+        m["mlp.gate"]["weight"], hidden_states, spec, route
+    )
     if captured is not None and state.tape.segments[-1].phase is Phase.FORWARD:
         captured.append(router_logits)
     hidden_states = _experts_forward(m["mlp.experts"], hidden_states, top_k_index, top_k_weights, spec)
     return ops.view(hidden_states, shape)
 
 
-def _gate_forward(weight: Any, hidden_states: Tensor, spec: ModelSpec) -> tuple[Tensor, Tensor, Tensor]:
+def _gate_forward(
+    weight: Any, hidden_states: Tensor, spec: ModelSpec, route: Route
+) -> tuple[Tensor, Tensor, Tensor]:
     """The router, through its adapter if it has one."""
     if isinstance(weight, Tensor):
         state.tape.module = "mlp.gate"
-        return _route(weight, hidden_states, spec)
-    update = activate(weight)
-    return _route(weight.fold(update), hidden_states, spec)
+        return route(weight, hidden_states, spec)
+    update = weight.activate()
+    return route(weight.fold(update), hidden_states, spec)
 
 
 def _experts_forward(
@@ -55,12 +63,12 @@ def _experts_forward(
     if isinstance(gate_up, Tensor):
         state.tape.module = "mlp.experts"
         return _experts(lambda: gate_up, lambda: down, hidden_states, top_k_index, top_k_weights, spec)
-    down_factors = activate(down)
-    gate_up_factors = activate(gate_up)
+    down_factors = down.activate()
+    gate_up_factors = gate_up.activate()
     # parametrize.cached(): a folded stack lives until the experts are done
     cached: list[Tensor] = []
 
-    def fold(adapter: ExpertLora, factors: tuple[Tensor, Tensor]) -> Tensor:
+    def fold(adapter: Any, factors: Any) -> Tensor:
         cached.append(adapter.fold(factors))
         return cached[-1]
 
@@ -74,20 +82,17 @@ def _experts_forward(
     )
 
 
-def _route(weight: Tensor, hidden_states: Tensor, spec: ModelSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """The router's logits, and weights and numbers of each token's experts."""
-    hidden_states = ops.view(hidden_states, hidden_states.shape)  # reshape(-1, hidden_dim), a node of its own
-    router_logits = linear(hidden_states, weight)
-    if spec.model_type == "qwen3_moe":
-        router_probs = ops.softmax(router_logits, float32)
-    else:
-        router_probs = ops.softmax(ops.to(router_logits, float32), float32)
+def chosen(router_probs: Tensor, spec: ModelSpec) -> tuple[Tensor, Tensor]:
+    """Weights and numbers of each token's experts."""
     values, indices = top_k(router_probs, spec.num_experts_per_tok)
     if spec.norm_topk_prob:
         values = _normalize_(values)
-    if spec.model_type == "qwen3_moe":
-        values = ops.to(values, router_logits.dtype)
-    return router_logits, values, indices
+    return values, indices
+
+
+def router_logits(weight: Tensor, hidden_states: Tensor) -> Tensor:
+    hidden_states = ops.view(hidden_states, hidden_states.shape)  # reshape(-1, hidden_dim), a node of its own
+    return linear(hidden_states, weight)
 
 
 def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -9,15 +9,11 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
-from memplan.cuda.gemm_4bit import fused
 from memplan.shadow import ops
 from memplan.shadow.autograd import Node, attach, require_grad
-from memplan.shadow.matmul import linear, product
-from memplan.shadow.tensor import DType, Shape, Tensor, category, empty, float32, int64, state, uint8
+from memplan.shadow.matmul import linear
+from memplan.shadow.tensor import DType, Shape, Tensor, category, empty, float32, int64, state
 from memplan.tape import Category
-
-NF4_BLOCK = 64  # weights that share a scale (bitsandbytes/functional.py, quantize_4bit)
-NESTED_BLOCK = 256  # scales that share a second-order scale under double quantisation
 
 
 def parameter(shape: Shape, dtype: DType, name: str, kind: Category, trainable: bool) -> Tensor:
@@ -46,120 +42,6 @@ class Linear:
     def __call__(self, x: Tensor) -> Tensor:
         state.tape.module = self.name
         return linear(x, self.weight, self.bias)
-
-
-class Linear4bit:
-    """``bnb.nn.Linear4bit``: half a byte a weight, scales, and a dequantised copy when it runs."""
-
-    __slots__ = ("bias", "compute_dtype", "name", "nested", "quantized", "shape", "state_dtype", "tensors")
-
-    def __init__(
-        self,
-        name: str,
-        shape: Shape,
-        bias: bool,
-        compute_dtype: DType,
-        *,
-        nested: bool,
-        blocks: int = NF4_BLOCK,
-    ) -> None:
-        self.name, self.shape, self.compute_dtype, self.nested = name, shape, compute_dtype, nested
-        self.state_dtype = compute_dtype  # QuantState.dtype: that of the weight it was made from
-        count = prod(shape)
-        scales = -(-count // blocks)
-        self.quantized = buffer(((count + 1) // 2, 1), uint8, name + ".weight", Category.WEIGHTS)
-        # Biases end in the compute dtype whatever they were: Linear4bit.forward rewrites bias.data.
-        self.bias = buffer((shape[0],), compute_dtype, name + ".bias", Category.WEIGHTS) if bias else None
-        kind = Category.QUANTIZATION_STATE
-        self.tensors = [buffer((scales,), uint8 if nested else float32, name + ".absmax", kind)]
-        self.tensors.append(buffer((16,), float32, name + ".quant_map", kind))
-        if nested:
-            self.tensors += [
-                buffer((), float32, name + ".offset", kind),
-                buffer((-(-scales // NESTED_BLOCK),), float32, name + ".nested_absmax", kind),
-                buffer((256,), float32, name + ".nested_quant_map", kind),
-            ]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        state.tape.module = self.name
-        dtype = x.dtype
-        x = ops.to(x, self.compute_dtype)
-        return ops.to(self._matmul(x), dtype)
-
-    def _matmul(self, x: Tensor) -> Tensor:
-        """MatMul4Bit.forward -> gemm_4bit -> _dequant_linear_fallback."""
-        node = Node(_matmul_4bit_backward, x) if ops.tracked(x) else None
-        out = self._product(x)
-        if node is not None:
-            node.context = self, x.shape
-            attach(node, out)
-        return out
-
-    def _product(self, x: Tensor) -> Tensor:
-        shape = (*x.shape[:-1], self.shape[0])
-        if fused(prod(x.shape[:-1]), self.shape[0], self.shape[1], x.dtype):
-            return empty(shape, x.dtype, "gemm_4bit")
-        scales = self._forward_scales()
-        weight = empty(self.shape, x.dtype, "gemm_4bit")
-        out = product(shape, x.dtype, "gemm_4bit")
-        del scales, weight
-        return out
-
-    def _forward_scales(self) -> list[Tensor]:
-        if not self.nested:
-            return []
-        scales = self.tensors[0].shape
-        return [empty(scales, float32, "gemm_4bit") for _ in range(2)]  # dequantised, and plus the offset
-
-    def dequantized(self, dtype: DType | None) -> Tensor:
-        """``F.dequantize_4bit(B, state)``, ``.to(dtype)`` if given."""
-        scales = empty(self.tensors[0].shape, float32, "dequantize_blockwise") if self.nested else None
-        weight = empty(self.shape, self.state_dtype, "dequantize_4bit")
-        del scales
-        return weight if dtype is None else ops.to(weight, dtype)
-
-
-def _matmul_4bit_backward(node: Node, grad: Tensor) -> Any:
-    module, shape = node.context
-    weight = module.dequantized(grad.dtype)
-    if grad.strides is not None:
-        grad = ops.contiguous(grad)
-    out = product(shape, grad.dtype, "mm")
-    del weight
-    return (out,)  # torch.matmul folds and unfolds: _unsafe_view is no view to autograd
-
-
-class RMSNorm:
-    """The RMS norms of the families: they differ in where they cast back and in the weight.
-
-    ``style``: ``llama`` casts before the weight, ``olmo2`` after it, ``gemma`` multiplies by 1 + weight
-    in fp32 and casts last.
-    """
-
-    __slots__ = ("name", "style", "weight")
-
-    def __init__(self, name: str, weight: Tensor, style: str) -> None:
-        self.name, self.weight, self.style = name, weight, style
-
-    def __call__(self, x: Tensor) -> Tensor:
-        state.tape.module = self.name
-        if self.style == "gemma":
-            return self._gemma(x)
-        dtype = x.dtype
-        x = ops.to(x, float32)
-        variance = ops.mean_last(ops.square(x))
-        x = ops.mul(x, ops.rsqrt(ops.shift(variance)))
-        if self.style == "olmo2":
-            return ops.to(ops.mul(self.weight, x), dtype)
-        return ops.mul(self.weight, ops.to(x, dtype))
-
-    def _gemma(self, x: Tensor) -> Tensor:
-        output = self._normalize(ops.to(x, float32))
-        output = ops.mul(output, ops.shift(ops.to(self.weight, float32)))
-        return ops.to(output, x.dtype)
-
-    def _normalize(self, x: Tensor) -> Tensor:
-        return ops.mul(x, ops.rsqrt(ops.shift(ops.mean_last(ops.square(x)))))
 
 
 class Embedding:

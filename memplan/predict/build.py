@@ -5,18 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from memplan import families
 from memplan.adapters.lora import Dora, ExpertLora, Lora, RouterLora
 from memplan.asked.recipe import DTypeName, Kernels, Mode, Recipe
 from memplan.asked.spec import ModelSpec
-from memplan.parts import blueprint
-from memplan.parts.layer import NORM_STYLE
-from memplan.parts.leaves import Embedding, Linear, Linear4bit, RMSNorm, parameter
+from memplan.parts.leaves import Embedding, Linear, parameter
+from memplan.parts.module import Module
+from memplan.parts.norms import RMSNorm
+from memplan.predict import blueprint
 from memplan.predict.fold import Played
 from memplan.predict.optimizers import Group
 from memplan.predict.targets import is_saved, is_target
 from memplan.predict.unlike import Standing
 from memplan.shadow.tensor import DTYPES, DType, Tensor, float32, state
 from memplan.tape import Category, Phase
+from memplan.weights.bnb_4bit import Linear4bit
 
 
 @dataclass(slots=True)
@@ -39,6 +42,7 @@ class Builder:
 
     def __init__(self, spec: ModelSpec, recipe: Recipe) -> None:
         self.spec, self.recipe = spec, recipe
+        self.family = families.find(spec.model_type)
         self.dtype: DType = DTYPES[recipe.dtype.value]
         # prepare_model_for_kbit_training casts every parameter that is not 4-bit to fp32.
         self.rest_dtype = float32 if recipe.kbit_prep else self.dtype
@@ -53,10 +57,10 @@ class Builder:
         self.buffers: list[Tensor] = []
 
     def rotary(self) -> None:
-        """``inv_freq`` and ``original_inv_freq``; Gemma 3 has a pair for each type of layer."""
+        """``inv_freq`` and ``original_inv_freq``, a pair for each rotary embedding."""
         spec = self.spec
         width = int(spec.head_dim * spec.partial_rotary_factor) // 2
-        pairs = len(set(spec.layer_types)) if spec.model_type == "gemma3_text" else 1
+        pairs = len(set(spec.layer_types)) if self.family.rotates_by_layer else 1
         # longrope makes its second table in the first step and keeps it
         for _ in range(2 * pairs + spec.longrope):
             self.buffers.append(parameter((width,), float32, "model.rotary_emb", Category.WEIGHTS, False))
@@ -72,11 +76,10 @@ class Builder:
             self.trainable.append(tensor)
         return tensor
 
-    def module(self, name: str, definition: blueprint.Module, full_name: str) -> Any:
+    def module(self, name: str, definition: Module, full_name: str) -> Any:
         shapes = definition.parameters
         if definition.kind == "norm":
-            style = NORM_STYLE.get(self.spec.model_type, "llama")
-            return RMSNorm(name, self.weight(shapes["weight"], name, full_name), style)
+            return self.family.norm(name, self.weight(shapes["weight"], name, full_name))
         if definition.kind == "raw":
             return self.raw(name, shapes)
         return self.linear(name, shapes, full_name)
@@ -142,7 +145,7 @@ class Builder:
         table = self.weight(outside["model.embed_tokens"].parameters["weight"], "model.embed_tokens")
         original = self.buffers[-1] if self.buffers else table  # of a module to save
         scale = None
-        if NORM_STYLE.get(spec.model_type) == "gemma":
+        if self.family.scaled_embedding:
             # a buffer, which the copy of a module to save has as well
             for _ in range(1 + is_saved(recipe.modules_to_save, "model.embed_tokens")):
                 scale = parameter((), self.dtype, "model.embed_tokens.embed_scale", Category.WEIGHTS, False)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from memplan.parts.layer import Context, Layer, Modules
+from memplan.parts.context import Context, Layer, Leaves
 from memplan.shadow import autograd
 from memplan.shadow.autograd import AccumulateGrad, Frame, Node, attach, require_grad, save
 from memplan.shadow.tensor import DType, Tensor, no_grad, state
 
 
-def checkpoint(
-    layer: Layer, modules: Modules, hidden: Tensor, context: Context, *, reentrant: bool
-) -> Tensor:
+def checkpoint(layer: Layer, modules: Leaves, hidden: Tensor, context: Context, *, reentrant: bool) -> Tensor:
     """Run ``layer`` and keep only its input."""
     if reentrant:
         return _reentrant(layer, modules, hidden, context)
@@ -42,7 +40,7 @@ class _autocast:
         state.autocast_cache.clear()
 
 
-def _reentrant(layer: Layer, modules: Modules, hidden: Tensor, context: Context) -> Tensor:
+def _reentrant(layer: Layer, modules: Leaves, hidden: Tensor, context: Context) -> Tensor:
     """CheckpointFunction: forward without history; backward runs forward and a nested backward."""
     node = Node(_reentrant_backward, hidden) if hidden.requires_grad else None
     if node is not None:

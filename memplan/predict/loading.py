@@ -34,9 +34,9 @@ from math import prod
 from memplan.asked.recipe import DTypeName, Loss, Mode, Recipe
 from memplan.asked.spec import ModelSpec
 from memplan.device.allocator import SMALL_SEGMENT
-from memplan.parts import blueprint
-from memplan.parts.leaves import NF4_BLOCK
+from memplan.predict import blueprint
 from memplan.tape import Category, Phase, Tape
+from memplan.weights.bnb_4bit import NF4_BLOCK
 
 _NOT_LOADED = ("model.rotary_emb", "bitsandbytes")  # buffers that are made, not read
 _WARMUP_RESERVE = int(1.2 * (1 << 30))  # what the warm-up leaves of a card that is smaller than the model

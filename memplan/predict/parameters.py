@@ -5,24 +5,16 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from memplan.asked.recipe import TARGET_PRESETS, Attention, Mode, Recipe
+from memplan import families
+from memplan.asked.recipe import TARGET_PRESETS, Mode, Recipe
 from memplan.asked.spec import ModelSpec
 from memplan.errors import RecipeError
-from memplan.parts import blueprint
-from memplan.predict import targets
+from memplan.predict import blueprint, targets
 
 
 def resolve_recipe(spec: ModelSpec, recipe: Recipe) -> Recipe:
     """``recipe.resolved()`` with what depends on the model, checked against it. Raises RecipeError."""
-    attn = recipe.attn
-    if spec.model_type == "gemma2":
-        # transformers refuses SDPA for it: soft-capping has no place in the fused kernels.
-        if attn is Attention.SDPA:
-            raise RecipeError(
-                "Gemma 2 has no sdpa attention in transformers, for it caps its attention logits; "
-                "use --attn eager"
-            )
-        attn = attn or Attention.EAGER
+    attn = families.find(spec.model_type).attention(recipe.attn)
     resolved = recipe.model_copy(update={"attn": attn}).resolved()
     if resolved.mode is not Mode.FULL:
         _check_experts(spec, resolved)

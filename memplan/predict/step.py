@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from memplan import attention, families
 from memplan.asked.recipe import Attention, DTypeName, Loss, Mode, Recipe
 from memplan.asked.spec import ModelSpec
 from memplan.cuda.card import Card
 from memplan.losses.chunked import Output, fused_head, sft_loss
 from memplan.losses.liger import liger_loss
 from memplan.losses.standard import causal_lm_loss
-from memplan.parts import blueprint, masks
-from memplan.parts.layer import FAMILIES, Context
-from memplan.predict import fold, optimizers, parameters, unlike
+from memplan.parts.context import Context
+from memplan.predict import blueprint, fold, masks, optimizers, parameters, unlike
 from memplan.predict.build import Builder, Model
 from memplan.predict.checkpoint import checkpoint
 from memplan.predict.fold import Played
@@ -29,7 +29,6 @@ from memplan.shadow.tensor import (
     Tensor,
     begin,
     bfloat16,
-    bool_,
     category,
     empty,
     float32,
@@ -104,7 +103,7 @@ def kinds(spec: ModelSpec, recipe: Recipe) -> list[Any]:
     """What tells layers apart: experts or not, which mask and rotation they are given, what is adapted."""
     wanted = masks.needed(spec, recipe)
     caches = uses_cache(recipe) and "sliding_attention" in spec.layer_types
-    by_type = any(wanted.values()) or caches or spec.model_type == "gemma3_text"
+    by_type = any(wanted.values()) or caches or families.find(spec.model_type).rotates_by_layer
     adapted = parameters.adapted_by_layer(spec, recipe)
     return [
         (
@@ -248,7 +247,8 @@ def _decoder(
     tape.module = "model.rotary_emb"
     with no_grad():
         rotary = _rotary_tables(spec, recipe.seq_len, hidden)
-    layer = FAMILIES[spec.model_type]
+    layer = families.find(spec.model_type).layer
+    attend = attention.find((recipe.attn or Attention.SDPA).value).attend
     for modules, index in zip(model.layers, played, strict=True):
         tape.begin(Phase.FORWARD, "layer", index)
         state.scope = index
@@ -256,7 +256,7 @@ def _decoder(
         cos, sin = rotary[kind if len(rotary) > 1 else next(iter(rotary))]
         context = Context(
             spec,
-            recipe.attn or Attention.SDPA,
+            attend,
             DTYPES[recipe.dtype.value],
             cos,
             sin,
@@ -284,34 +284,6 @@ def _positions(length: int) -> Tensor:
 
 
 def _rotary_tables(spec: ModelSpec, length: int, hidden: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    kinds = sorted(set(spec.layer_types)) if spec.model_type == "gemma3_text" else ["full_attention"]
-    return {kind: _cos_sin(spec, length, hidden) for kind in kinds}
-
-
-def _choose_frequencies(width: int) -> None:
-    """longrope's table for short or long sequences (modeling_rope_utils.py, longrope_frequency_update)."""
-    longest = empty((), int64, "max")
-    length = empty((), int64, "add")
-    del longest
-    is_long = empty((), bool_, "gt")
-    frequencies = empty((width // 2,), float32, "where")  # copied into the buffer
-    del is_long, length, frequencies
-
-
-def _cos_sin(spec: ModelSpec, length: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """The rotary embedding's forward."""
-    width = int(spec.head_dim * spec.partial_rotary_factor)
-    if spec.longrope:
-        _choose_frequencies(width)
-    position = empty((1, length, 1), float32, "_to_copy")
-    freqs = empty((1, length, width // 2), float32, "mul")
-    del position
-    emb = empty((1, length, width), float32, "cat")
-    cos = ops.scale(ops.pointwise("cos", emb))
-    sin = ops.scale(ops.pointwise("sin", emb))
-    if spec.model_type == "olmo2":
-        return cos, sin
-    cos_out = ops.to(cos, hidden.dtype)
-    sin_out = ops.to(sin, hidden.dtype)
-    del freqs, emb
-    return cos_out, sin_out
+    family = families.find(spec.model_type)
+    kinds = sorted(set(spec.layer_types)) if family.rotates_by_layer else ["full_attention"]
+    return {kind: family.cos_sin(spec, length, hidden) for kind in kinds}

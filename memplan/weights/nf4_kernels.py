@@ -9,11 +9,11 @@ from typing import Any
 
 from memplan.adapters.lora import Lora
 from memplan.kernels.strips import FEW_ROWS, strip
-from memplan.parts.leaves import Linear4bit
 from memplan.shadow import ops
 from memplan.shadow.autograd import Node, attach, save, save_output, unpack
 from memplan.shadow.matmul import product
 from memplan.shadow.tensor import DType, Tensor, empty, int64, state, view_strides
+from memplan.weights.bnb_4bit import Linear4bit
 
 
 class NF4Linear(Linear4bit):

@@ -1,0 +1,52 @@
+"""What every decoder layer is given beside the hidden states.
+
+Shapes: B batch, S sequence, H heads, K key-value heads, D head size, E hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from memplan.asked.spec import ModelSpec
+from memplan.shadow.tensor import DType, Tensor
+
+Leaves = dict[str, Any]  # a layer's leaf modules by name, ``m["self_attn.q_proj"]``
+
+
+class Context(NamedTuple):
+    """Of one layer in one forward pass. ``attend``: the attention interface, [B, H, S, D] to [B, S, H, D],
+    and the weights that eager attention returns."""
+
+    spec: ModelSpec
+    attend: Attend
+    dtype: DType  # the load dtype
+    cos_BSD: Tensor
+    sin_BSD: Tensor
+    mask: Tensor | None
+    position_ids: Tensor  # not read, but kept alive: a checkpoint's closure holds all arguments
+    sliding: bool
+    cache: list[Tensor] | None  # keys and values that a DynamicCache keeps, or None without a cache
+    router_logits: list[Tensor] | None  # what each layer's router said, where the loss asks for it
+
+
+Attend = Callable[[Tensor, Tensor, Tensor, Context], tuple[Tensor, "Tensor | None"]]
+Layer = Callable[[Leaves, Tensor, Context], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """An attention implementation, as its file in :mod:`memplan.attention` describes it.
+
+    ``masked``: whether a mask is made for a layer, whose window is shorter than the sequence or not;
+    ``mask``: the mask of a batch of a shape [B, S], for hidden states of a dtype, of a layer with a window or
+    without, made where it is wanted. ``fused``: it never makes all scores; ``package``: it is a library
+    beside PyTorch, whose kernels need Ampere.
+    """
+
+    attend: Attend
+    masked: Callable[[bool], bool]
+    mask: Callable[[tuple[int, int], DType, bool, bool], Tensor | None]
+    fused: bool = True
+    package: bool = False

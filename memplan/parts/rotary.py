@@ -1,0 +1,68 @@
+"""Rotary embeddings: the tables, and the rotation (transformers 5.23, ``modeling_*.py``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from memplan.asked.spec import ModelSpec
+from memplan.parts.context import Context
+from memplan.shadow import ops
+from memplan.shadow.tensor import Tensor, bool_, empty, float32, int64
+
+Rotate = Callable[[Tensor, Tensor, Context], tuple[Tensor, Tensor]]  # of queries and keys
+
+
+def cos_sin(spec: ModelSpec, length: int, hidden: Tensor, *, cast: bool = True) -> tuple[Tensor, Tensor]:
+    """The rotary embedding's forward; ``cast``: to the dtype of the hidden states."""
+    width = int(spec.head_dim * spec.partial_rotary_factor)
+    if spec.longrope:
+        _choose_frequencies(width)
+    position = empty((1, length, 1), float32, "_to_copy")
+    freqs = empty((1, length, width // 2), float32, "mul")
+    del position
+    emb = empty((1, length, width), float32, "cat")
+    cos = ops.scale(ops.pointwise("cos", emb))
+    sin = ops.scale(ops.pointwise("sin", emb))
+    if not cast:
+        return cos, sin
+    cos_out = ops.to(cos, hidden.dtype)
+    sin_out = ops.to(sin, hidden.dtype)
+    del freqs, emb
+    return cos_out, sin_out
+
+
+def _choose_frequencies(width: int) -> None:
+    """longrope's table for short or long sequences (modeling_rope_utils.py, longrope_frequency_update)."""
+    longest = empty((), int64, "max")
+    length = empty((), int64, "add")
+    del longest
+    is_long = empty((), bool_, "gt")
+    frequencies = empty((width // 2,), float32, "where")  # copied into the buffer
+    del is_long, length, frequencies
+
+
+def rotate(q: Tensor, k: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+    """``apply_rotary_pos_emb`` of whole heads."""
+    cos, sin = tables(context)
+    q_embed = rope(q, cos, sin)
+    k_embed = rope(k, cos, sin)
+    return q_embed, k_embed
+
+
+def tables(context: Context) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B, 1, S, D]."""
+    batch, length, width = context.cos_BSD.shape
+    cos = ops.view(context.cos_BSD, (batch, 1, length, width))
+    sin = ops.view(context.sin_BSD, (batch, 1, length, width))
+    return cos, sin
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return ops.add(ops.mul(x, cos), ops.mul(_rotate_half(x), sin))
+
+
+def _rotate_half(x: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    x1 = ops.narrow_last(x, 0, half)
+    x2 = ops.narrow_last(x, half, x.shape[-1])
+    return ops.cat_last(ops.neg(x2), x1)

@@ -1,0 +1,61 @@
+"""What modules a model has, of all its layers and outside of them.
+
+The same blueprint counts parameters, decides what LoRA targets and NF4 replace, and is what the
+decoder's forward is played on. Names are relative to ``model.layers.N`` inside a layer.
+"""
+
+from __future__ import annotations
+
+from memplan import families
+from memplan.asked.spec import ModelSpec
+from memplan.parts.module import Module, linear, norm
+from memplan.shadow.tensor import Shape
+
+
+def layer(spec: ModelSpec, sparse: bool) -> dict[str, Module]:
+    """The modules of one decoder layer, in the library's order. ``sparse``: its MLP has experts."""
+    return families.find(spec.model_type).modules(spec, sparse)
+
+
+def outside(spec: ModelSpec) -> dict[str, Module]:
+    """The modules outside the layers. A tied ``lm_head`` owns no parameter."""
+    modules = {
+        "model.embed_tokens": Module("embedding", {"weight": (spec.vocab_size, spec.hidden_size)}),
+        "model.norm": norm(spec.hidden_size),
+    }
+    if not spec.tie_word_embeddings:
+        modules["lm_head"] = linear(spec.hidden_size, spec.vocab_size)
+    return modules
+
+
+def is_sparse(spec: ModelSpec, index: int) -> bool:
+    """Whether layer ``index`` has experts."""
+    return bool(spec.sparse_layers and spec.sparse_layers[index])
+
+
+def layers(spec: ModelSpec) -> list[tuple[dict[str, Module], int]]:
+    """Distinct layer blueprints and how many layers have each."""
+    sparse = (
+        sum(is_sparse(spec, index) for index in range(spec.num_hidden_layers)) if spec.sparse_layers else 0
+    )
+    found = [(layer(spec, False), spec.num_hidden_layers - sparse), (layer(spec, True), sparse)]
+    return [(modules, count) for modules, count in found if count]
+
+
+def count_parameters(spec: ModelSpec) -> int:
+    """Parameters of the base model, tied weights counted once."""
+    inside = sum(count * sum(module.count for module in modules.values()) for modules, count in layers(spec))
+    return inside + sum(module.count for module in outside(spec).values())
+
+
+def named_shapes(spec: ModelSpec) -> dict[str, Shape]:
+    """Every parameter's full name and shape, as ``model.named_parameters()`` lists them."""
+    shapes: dict[str, Shape] = {}
+    for index in range(spec.num_hidden_layers):
+        for name, module in layer(spec, is_sparse(spec, index)).items():
+            for attribute, shape in module.parameters.items():
+                shapes[f"model.layers.{index}.{name}.{attribute}"] = shape
+    for name, module in outside(spec).items():
+        for attribute, shape in module.parameters.items():
+            shapes[f"{name}.{attribute}"] = shape
+    return shapes

@@ -1,0 +1,40 @@
+"""Attention masks, one for each kind of layer (transformers/masking_utils.py, 5.23)."""
+
+from __future__ import annotations
+
+from memplan import attention, families
+from memplan.asked.recipe import Attention, Recipe
+from memplan.asked.spec import ModelSpec
+from memplan.shadow.tensor import DType, Tensor, bool_, empty, state
+
+
+def layer_type(spec: ModelSpec, index: int) -> str:
+    """``full_attention`` or ``sliding_attention``."""
+    return spec.layer_types[index] if spec.layer_types else "full_attention"
+
+
+def _attn(recipe: Recipe) -> str:
+    return (recipe.attn or Attention.SDPA).value
+
+
+def needed(spec: ModelSpec, recipe: Recipe) -> dict[str, bool]:
+    """For each type of layer that the model has, whether a mask is made."""
+    used = ["full_attention", "sliding_attention"]
+    if not families.find(spec.model_type).makes_both_masks:
+        used = [kind for kind in used if kind in (spec.layer_types or ("full_attention",))]
+    window = spec.sliding_window
+    bites = window is not None and recipe.seq_len >= window
+    masked = attention.find(_attn(recipe)).masked
+    return {kind: masked(kind == "sliding_attention" and bites) for kind in used}
+
+
+def make(spec: ModelSpec, recipe: Recipe, shape: tuple[int, int], dtype: DType) -> dict[str, Tensor | None]:
+    """The masks of a batch of ``shape`` [B, S]: bool [B, 1, S, S] for SDPA, ``dtype`` for eager."""
+    state.tape.module = "model"
+    masks: dict[str, Tensor | None] = {}
+    for kind, wanted in needed(spec, recipe).items():
+        padding = empty(shape, bool_, "_to_copy")
+        make_one = attention.find(_attn(recipe)).mask
+        masks[kind] = make_one(shape, dtype, kind == "sliding_attention", wanted)
+        del padding
+    return masks
