@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from typing import NamedTuple
 
 from memplan.errors import MemplanError
 
@@ -18,20 +19,24 @@ TESTED = {
 
 INSTALL = "pip install 'memplan[verify]'"
 
-# Whose code a loss is, beside those: its name on PyPI, the release, its name in Python.
-OF_LOSS = {"chunked": ("trl", "1.16", "trl"), "liger": ("liger-kernel", "0.8", "liger_kernel")}
 _INSTALL_LOSSES = "pip install 'memplan[verify,losses]'"
 
 
-def require(loss: str = "standard", doing: str = "tracing") -> None:
+class Library(NamedTuple):
+    """Whose code a loss is, beside those: its name on PyPI, the tested release, its name in Python."""
+
+    name: str
+    tested: str
+    module: str
+
+
+def require(also: Library | None = None, doing: str = "tracing") -> None:
     """Raise MemplanError with the command that installs what is missing, if something is."""
     missing = [name for name in TESTED if find_spec(name) is None]
     install = INSTALL
-    if loss in OF_LOSS:
-        name, _, module = OF_LOSS[loss]
-        if find_spec(module) is None:
-            missing.append(name)
-            install = _INSTALL_LOSSES
+    if also is not None and find_spec(also.module) is None:
+        missing.append(also.name)
+        install = _INSTALL_LOSSES
     if missing:
         *head, last = missing
         names = f"{', '.join(head)} and {last}" if head else last
@@ -41,9 +46,9 @@ def require(loss: str = "standard", doing: str = "tracing") -> None:
         )
 
 
-def installed(loss: str = "standard") -> dict[str, str]:
+def installed(also: Library | None = None) -> dict[str, str]:
     """The versions of the libraries that are there, with the one that a loss comes from."""
-    names = [*TESTED, *(OF_LOSS[loss][:1] if loss in OF_LOSS else ())]
+    names = [*TESTED, *((also.name,) if also is not None else ())]
     return {name: number for name in names if (number := _version(name)) is not None}
 
 
@@ -54,9 +59,9 @@ def _version(name: str) -> str | None:
         return None
 
 
-def untested(versions: dict[str, str]) -> list[str]:
+def untested(versions: dict[str, str], also: Library | None = None) -> list[str]:
     """A sentence on each library whose version is not a tested one."""
-    tested = TESTED | {name: number for name, number, _ in OF_LOSS.values()}
+    tested = TESTED | ({also.name: also.tested} if also is not None else {})
     return [
         f"{name} {number} is not the version that memplan is tested with ({tested[name]}): "
         "what it allocates may not be what memplan models"

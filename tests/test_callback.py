@@ -87,7 +87,7 @@ def trainer(folder: Path, recipe: Recipe, callback: Any, **options: Any) -> Any:
         "output_dir": str(folder),
         "per_device_train_batch_size": 2,
         "max_steps": 2,
-        "optim": recipe.optimizer.value,
+        "optim": recipe.optimizer,
         "report_to": [],
         "save_strategy": "no",
         "use_cpu": True,

@@ -13,7 +13,8 @@ import pydantic
 import pytest
 from conftest import Outcome
 
-from memplan.asked.recipe import Attention, Optimizer, Recipe
+from memplan import rooms
+from memplan.asked.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -101,8 +102,8 @@ def test_the_table_of_defaults_is_the_codes() -> None:
 def test_every_optimizer_and_attention_is_documented() -> None:
     text = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
     reference = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
-    assert all(f"`{optimizer.value}`" in text for optimizer in Optimizer)
-    assert all(attention.value in reference for attention in Attention)
+    assert all(f"`{optimizer}`" in text for optimizer in rooms.names("optimizers"))
+    assert all(attention in reference for attention in rooms.names("attention"))
 
 
 @pytest.mark.parametrize("page", sorted(path.name for path in ROOT.glob("*.md")))

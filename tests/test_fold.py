@@ -16,6 +16,7 @@ from memplan.predict.fold import Played, layers_to_play
 from memplan.predict.parameters import resolve_recipe
 from memplan.predict.step import write_long_tape, write_tape
 from memplan.predict.unlike import standing
+from memplan.shadow.tensor import playing
 from memplan.tape import Tape, replay, static_bytes
 
 OPTIONS = {
@@ -89,7 +90,6 @@ def told(tape: Tape) -> list[object]:
 def test_most_tapes_need_not_be_played() -> None:
     # the ones that PEFT's preparation makes, and the Trainer's checkpointing: an eighth of the time
     from memplan.predict import fold, step
-    from memplan.shadow.tensor import playing
 
     for options in ({}, {"kbit_prep": False}, {"mode": "lora"}, {"mode": "full"}):
         spec = SPECS["llama"](36)
@@ -210,7 +210,8 @@ def test_of_layers_that_differ_in_no_order_few_are_played(options: dict[str, obj
     recipe = resolve_recipe(spec, make_recipe(seq_len=130, **options))
     chosen = step.standing(step.kinds(spec, recipe), step._trained(spec, recipe))
     assert len(chosen.indices) < 40
-    assert unlike.unfold(step._play(spec, recipe, None, chosen), chosen) is not None
+    with playing():
+        assert unlike.unfold(step._play(spec, recipe, None, chosen), chosen) is not None
     tape = write_tape(spec, recipe)
     assert len({(segment.start, segment.stop) for segment in tape.segments}) < 1000
     assert max(segment.layer or 0 for segment in tape.segments) == 319

@@ -22,7 +22,7 @@ from memplan.planning.plan import plan, predicted_tape
 from memplan.predict.step import write_tape
 from memplan.report.html import COLUMNS, STACK, page
 from memplan.tape import Category, Tape, replay, static_bytes
-from memplan.tape.timeline import RESIDENT, live_bytes, step_start
+from memplan.tape.curves import RESIDENT, live_bytes, step_start
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
 ASSETS = Path(__file__).parent.parent / "memplan" / "report" / "assets"

@@ -18,12 +18,12 @@ with warnings.catch_warnings():
 from small_specs import config
 
 from memplan import MemplanError
-from memplan.asked.recipe import Loss, Recipe
+from memplan.asked.recipe import Recipe
 from memplan.cuda.card import Card
 from memplan.errors import TraceError
 from memplan.importers.hf import spec_from_config
 from memplan.losses.chunked import TOKEN_CHUNK, VOCABULARY_CHUNK
-from memplan.losses.liger import chunk_size
+from memplan.losses.liger import LOSS, chunk_size
 from memplan.predict.parameters import resolve_recipe
 from memplan.predict.step import write_tape
 from memplan.tape import Tape, replay
@@ -131,7 +131,7 @@ def test_questions_about_the_device_get_cudas_answer() -> None:
 
     x = torch.zeros(2, 2)
     assert not module._can_use_mm_out(x, x)  # on a CPU
-    with torch.no_grad(), losses.in_force(Loss.LIGER, Card()):
+    with torch.no_grad(), losses.in_force(LOSS, Card()):
         assert module._can_use_mm_out(x, x)
     assert not module._can_use_mm_out(x, x)
 

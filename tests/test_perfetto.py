@@ -14,7 +14,7 @@ from memplan.asked.recipe import make_recipe
 from memplan.predict.step import write_tape
 from memplan.report.perfetto import trace_json
 from memplan.tape import Category, Tape, replay
-from memplan.tape.timeline import live_bytes
+from memplan.tape.curves import live_bytes
 
 TAPES = {
     "example": example_tape(),

@@ -72,7 +72,7 @@ def test_what_surprises_is_noted(model: str, options: dict[str, Any], words: str
 
 
 def test_aliases_of_optimizers_work_in_python() -> None:
-    assert Recipe(optimizer="adamw_8bit").optimizer.value == "adamw_bnb_8bit"
+    assert Recipe(optimizer="adamw_8bit").optimizer == "adamw_bnb_8bit"
 
 
 @pytest.mark.parametrize("option", ["--r 8", "--target-modules q_proj", "--adapter-dtype fp32"])

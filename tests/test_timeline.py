@@ -16,7 +16,7 @@ from memplan.asked.recipe import make_recipe
 from memplan.predict.step import write_tape
 from memplan.report.timeline import show_timeline
 from memplan.tape import Category, Phase, Tape, replay, static_bytes
-from memplan.tape.timeline import Held, live_bytes, moments, phases, resident, shown, step_start
+from memplan.tape.curves import Held, live_bytes, moments, phases, resident, shown, step_start
 
 
 def drawn(

@@ -17,7 +17,7 @@ import pytest
 from conftest import Outcome
 from small_specs import config
 
-from memplan import libraries
+from memplan import libraries, losses, rooms
 from memplan.planning.plan import Plan
 from memplan.planning.traced import layers
 from memplan.tape.file import load
@@ -198,8 +198,9 @@ def test_versions() -> None:
 
 def test_tested_versions_are_the_pinned_ones() -> None:
     pins = (Path(__file__).parent.parent / "constraints.txt").read_text(encoding="utf-8")
-    losses = {name.replace("-", "_"): number for name, number, _ in libraries.OF_LOSS.values()}
-    for name, number in (libraries.TESTED | losses).items():
+    others = [losses.find(name).library for name in rooms.names("losses")]
+    found = {one.name.replace("-", "_"): one.tested for one in others if one is not None}
+    for name, number in (libraries.TESTED | found).items():
         assert re.search(rf"^{name}=={re.escape(number)}\.", pins, re.MULTILINE), name
 
 

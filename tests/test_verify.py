@@ -114,7 +114,7 @@ def test_fused_losses_are_trained_on_a_gpu_by_the_plain_loop(tmp_path: Path, los
     with pytest.raises(MemplanError, match="need a GPU"):
         job_of(tmp_path, mode="lora", loss=loss)
     folder, recipe = str(model_folder(tmp_path / "model", "llama")), make_recipe(mode="lora", loss=loss)
-    assert make_job(folder, recipe, Run(), device="cuda").recipe.loss.value == loss
+    assert make_job(folder, recipe, Run(), device="cuda").recipe.loss == loss
     with pytest.raises(MemplanError, match="--loop memplan"):
         make_job(folder, recipe, Run(loop="trainer"), device="cuda")
 

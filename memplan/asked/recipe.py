@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from memplan import rooms
 from memplan.errors import RecipeError, UnknownName, printable
 
 
@@ -27,24 +37,6 @@ class QuantType(str, Enum):
     FP4 = "fp4"
 
 
-class Attention(str, Enum):
-    SDPA = "sdpa"
-    FLASH = "flash_attention_2"
-    EAGER = "eager"
-
-
-class Loss(str, Enum):
-    """How logits become a loss.
-
-    ``standard``: transformers' ``ForCausalLMLoss``. ``chunked``: TRL's tiled head, the default of its
-    SFTTrainer (once ``loss_type="chunked_nll"``). ``liger``: Liger-Kernel's fused linear cross entropy.
-    """
-
-    STANDARD = "standard"
-    CHUNKED = "chunked"
-    LIGER = "liger"
-
-
 class Kernels(str, Enum):
     """What multiplies by 4-bit weights: bitsandbytes and PEFT as they are, or ``memplan.kernels``."""
 
@@ -52,25 +44,32 @@ class Kernels(str, Enum):
     MEMPLAN = "memplan"
 
 
-class Optimizer(str, Enum):
-    """Names of the Hugging Face Trainer's ``optim`` (transformers ``OptimizerNames``)."""
-
-    ADAMW_TORCH = "adamw_torch"
-    ADAMW_TORCH_FUSED = "adamw_torch_fused"
-    ADAMW_BNB_8BIT = "adamw_bnb_8bit"
-    PAGED_ADAMW_8BIT = "paged_adamw_8bit"
-    PAGED_ADAMW_32BIT = "paged_adamw_32bit"
-    LION_8BIT = "lion_8bit"
-    PAGED_LION_8BIT = "paged_lion_8bit"
-    ADAFACTOR = "adafactor"
-    SGD = "sgd"
-
-
 OPTIMIZER_ALIASES = {"adamw_8bit": "adamw_bnb_8bit", "paged_adamw": "paged_adamw_32bit"}
 
 TARGET_PRESETS = ("all-linear", "attention", "q,v")
 
 _MAX_TOKENS = 1 << 26  # in one step; logits of a vocabulary of 32,000 would be 4 TiB
+
+
+def _named(room: str, kind: str, aliases: Mapping[str, str] | None = None) -> BeforeValidator:
+    """Takes the name of a thing of a room (:mod:`memplan.rooms`), or an alias of one."""
+
+    def known(value: Any) -> Any:
+        name = (aliases or {}).get(value, value) if isinstance(value, str) else value
+        if isinstance(name, str) and name not in rooms.names(room):
+            raise UnknownName(kind, value, rooms.names(room))
+        return name
+
+    return BeforeValidator(known)
+
+
+def _listed(room: str) -> Any:
+    return Field(json_schema_extra=lambda schema: schema.update(enum=[*rooms.names(room)]))
+
+
+OptimizerName = Annotated[str, _named("optimizers", "optimizer", OPTIMIZER_ALIASES), _listed("optimizers")]
+AttentionName = Annotated[str, _named("attention", "attention implementation"), _listed("attention")]
+LossName = Annotated[str, _named("losses", "loss"), _listed("losses")]
 
 
 class Recipe(BaseModel):
@@ -98,7 +97,7 @@ class Recipe(BaseModel):
     kbit_prep: bool | None = None
     kernels: Kernels = Kernels.STOCK
 
-    optimizer: Optimizer = Optimizer.ADAMW_TORCH_FUSED
+    optimizer: OptimizerName = "adamw_torch_fused"
     momentum: float = Field(default=0.0, ge=0.0, lt=1.0, allow_inf_nan=False)
     max_grad_norm: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
     gradient_accumulation_steps: int = Field(default=1, ge=1)
@@ -106,8 +105,8 @@ class Recipe(BaseModel):
     gradient_checkpointing: bool | None = None
     use_reentrant: bool | None = None
     use_cache: bool = False
-    attn: Attention | None = None
-    loss: Loss = Loss.STANDARD
+    attn: AttentionName | None = None
+    loss: LossName = "standard"
     batch_size: int = Field(default=1, ge=1, le=1 << 20)
     seq_len: int = Field(default=2048, ge=1, le=1 << 24)
 
@@ -123,17 +122,6 @@ class Recipe(BaseModel):
                 super().__init__(**options)
             except ValidationError as error:
                 raise RecipeError(_sentence(error)) from None
-
-    @field_validator("optimizer", mode="before")
-    @classmethod
-    def _known_optimizer(cls, value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        name = OPTIMIZER_ALIASES.get(value, value)
-        known = [optimizer.value for optimizer in Optimizer]
-        if name not in known:
-            raise UnknownName("optimizer", value, known)
-        return name
 
     @field_validator("alloc_conf")
     @classmethod
@@ -173,8 +161,8 @@ class Recipe(BaseModel):
                 f"adapters are float32, or of the base's dtype with PEFT's autocast_adapter_dtype=False: "
                 f"{self.adapter_dtype.value} on a {self.dtype.value} base can't be had"
             )
-        if self.momentum and self.optimizer is not Optimizer.SGD:
-            raise ValueError(f"momentum belongs to the optimizer sgd, not to {self.optimizer.value}")
+        if self.momentum and self.optimizer != "sgd":
+            raise ValueError(f"momentum belongs to the optimizer sgd, not to {self.optimizer}")
         if self.use_reentrant is not None and self.gradient_checkpointing is False:
             raise ValueError("use_reentrant says how to checkpoint, but gradient checkpointing is off")
         if self.batch_size * self.seq_len > _MAX_TOKENS:
@@ -220,7 +208,7 @@ class Recipe(BaseModel):
                 "kbit_prep": kbit_prep,
                 "gradient_checkpointing": checkpointing,
                 "use_reentrant": reentrant if checkpointing else None,
-                "attn": self.attn or Attention.SDPA,
+                "attn": self.attn or "sdpa",
             }
         )
 

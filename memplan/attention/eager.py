@@ -5,9 +5,10 @@ It always has a mask: zero where attended, the dtype's minimum elsewhere.
 
 from __future__ import annotations
 
+from memplan.attention import Attention
 from memplan.attention._groups import repeat_kv
 from memplan.attention._masks import boolean
-from memplan.parts.context import Attention, Context
+from memplan.parts.context import Context
 from memplan.shadow import ops
 from memplan.shadow.matmul import matmul
 from memplan.shadow.tensor import DType, Tensor, empty, float32

@@ -6,7 +6,8 @@ It knows grouped queries and windows itself, so it is given no mask, and compute
 
 from __future__ import annotations
 
-from memplan.parts.context import Attention, Context
+from memplan.attention import Attention
+from memplan.parts.context import Context
 from memplan.shadow import ops
 from memplan.shadow.attention import flash_attention
 from memplan.shadow.tensor import DType, Tensor, bool_, empty, float32, int64, state

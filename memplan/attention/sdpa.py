@@ -5,9 +5,10 @@ Nothing is padded here, so it needs a mask only where a sliding window bites (``
 
 from __future__ import annotations
 
+from memplan.attention import Attention
 from memplan.attention._groups import repeat_kv
 from memplan.attention._masks import boolean
-from memplan.parts.context import Attention, Context
+from memplan.parts.context import Context
 from memplan.shadow import ops
 from memplan.shadow.attention import scaled_dot_product_attention
 from memplan.shadow.tensor import DType, Tensor, bool_, empty

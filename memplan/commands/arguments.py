@@ -10,15 +10,13 @@ from contextlib import suppress
 from enum import Enum
 from typing import Any, NoReturn
 
+from memplan import rooms
 from memplan.asked.recipe import (
     OPTIMIZER_ALIASES,
     TARGET_PRESETS,
-    Attention,
     DTypeName,
     Kernels,
-    Loss,
     Mode,
-    Optimizer,
     QuantType,
     Recipe,
 )
@@ -201,7 +199,7 @@ def _add_step(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--attn",
         type=_long_name,
-        choices=_values(Attention),
+        choices=rooms.names("attention"),
         help="attention kernel (default: sdpa; flash is short for flash_attention_2)",
     )
     group.add_argument(
@@ -211,7 +209,7 @@ def _add_step(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--loss",
-        choices=_values(Loss),
+        choices=rooms.names("losses"),
         help="standard: as transformers; chunked: as TRL; liger: fused with lm_head" + _default("loss"),
     )
 
@@ -275,7 +273,7 @@ def _add_optimizer(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--optimizer",
         metavar="NAME",
-        help="the Trainer's optim: " + ", ".join(_values(Optimizer)) + _default("optimizer"),
+        help="the Trainer's optim: " + ", ".join(rooms.names("optimizers")) + _default("optimizer"),
     )
     group.add_argument("--momentum", type=float, metavar="X", help="of sgd" + _default("momentum"))
     group.add_argument(
@@ -323,7 +321,7 @@ def completions(action: argparse.Action) -> Collection[str]:
     if action.choices is not None:
         return [str(choice) for choice in action.choices]
     if action.dest == "optimizer":
-        return [*_values(Optimizer), *OPTIMIZER_ALIASES]
+        return [*rooms.names("optimizers"), *OPTIMIZER_ALIASES]
     if action.dest == "target_modules":
         return TARGET_PRESETS
     return ()

@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def traced(model: str, options: dict[str, Any], gpus: list[str] | None) -> tuple[Plan, Tape]:
     """The answer and its tape, with progress and warnings on standard error."""
-    from memplan import libraries
+    from memplan import libraries, losses
     from memplan.asked.recipe import make_recipe
     from memplan.importers.resolve import resolve_config
     from memplan.planning.traced import layers, trace_plan
@@ -67,7 +67,8 @@ def traced(model: str, options: dict[str, Any], gpus: list[str] | None) -> tuple
 
     recipe = make_recipe(**options)
     found = resolve_config(model)
-    for warning in libraries.untested(libraries.installed(recipe.loss.value)):
+    library = losses.find(recipe.loss).library
+    for warning in libraries.untested(libraries.installed(library), library):
         remark(f"warning: {warning}")
     with tracing(layers(found.config)) as progress:
         return trace_plan(found, recipe, gpus=gpus, progress=progress)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from memplan.asked.recipe import Attention
 from memplan.asked.spec import ModelSpec
 from memplan.errors import RecipeError
-from memplan.families import _gemma
+from memplan.families import Family, _gemma
 from memplan.parts.config import Config, every_second
-from memplan.parts.family import Family
 from memplan.parts.layer import gemma_like
 from memplan.parts.module import Modules, attention, mlp
 from memplan.parts.norms import GemmaNorm
@@ -17,14 +15,14 @@ def _modules(spec: ModelSpec, sparse: bool) -> Modules:
     return {**attention(spec), **mlp(spec), **_gemma.four_norms(spec)}
 
 
-def _attention(asked: Attention | None) -> Attention:
+def _attention(asked: str | None) -> str:
     """transformers refuses SDPA for it: soft-capping has no place in the fused kernels."""
-    if asked is Attention.SDPA:
+    if asked == "sdpa":
         raise RecipeError(
             "Gemma 2 has no sdpa attention in transformers, for it caps its attention logits; "
             "use --attn eager"
         )
-    return asked or Attention.EAGER
+    return asked or "eager"
 
 
 FAMILY = Family(

@@ -8,10 +8,9 @@ from typing import Any
 
 from memplan.asked.fields import Fields
 from memplan.asked.spec import ModelSpec
-from memplan.families import _gemma
+from memplan.families import Family, _gemma
 from memplan.parts.config import FULL, SLIDING, Config, all_but_every_sixth
 from memplan.parts.context import Leaves
-from memplan.parts.family import Family
 from memplan.parts.layer import gemma_like, project
 from memplan.parts.module import Modules, attention, head_norms, mlp
 from memplan.parts.norms import GemmaNorm

@@ -1,7 +1,7 @@
 """Llama, and what has its architecture (transformers 5.23, models/llama)."""
 
+from memplan.families import Family
 from memplan.parts.config import COMMON, Config, full
-from memplan.parts.family import Family
 from memplan.parts.layer import llama_like
 from memplan.parts.module import plain
 

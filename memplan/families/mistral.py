@@ -1,7 +1,7 @@
 """Mistral: one window for all layers or for none (transformers 5.23, models/mistral)."""
 
+from memplan.families import Family
 from memplan.parts.config import COMMON, Config, all_or_none
-from memplan.parts.family import Family
 from memplan.parts.layer import llama_like
 from memplan.parts.module import plain
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from memplan.asked.fields import Fields
 from memplan.asked.spec import ModelSpec
+from memplan.families import Family
 from memplan.parts.config import COMMON, Config, all_or_none, either, router_loss
 from memplan.parts.experts import chosen, router_logits
-from memplan.parts.family import Family
 from memplan.parts.layer import llama_like
 from memplan.parts.module import plain
 from memplan.shadow import ops

@@ -6,9 +6,9 @@ from __future__ import annotations
 from functools import partial
 
 from memplan.asked.spec import ModelSpec
+from memplan.families import Family
 from memplan.parts.config import COMMON, Config, full
 from memplan.parts.context import Context, Leaves
-from memplan.parts.family import Family
 from memplan.parts.layer import attention, heads, mlp, residual
 from memplan.parts.module import Modules, head_norms, norms, widths
 from memplan.parts.module import attention as projections

@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 from memplan.asked.spec import ModelSpec
+from memplan.families import Family
 from memplan.parts.config import COMMON, Config, all_or_none
 from memplan.parts.context import Context, Leaves
-from memplan.parts.family import Family
 from memplan.parts.layer import act, cached, heads, residual
 from memplan.parts.module import Modules, linear, norms, widths
 from memplan.parts.rotary import rope, tables

@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 from memplan.asked.spec import ModelSpec
-from memplan.families import _qwen
+from memplan.families import Family, _qwen
 from memplan.parts.config import Config, above_max_window_layers
-from memplan.parts.family import Family
 from memplan.parts.layer import llama_like
 from memplan.parts.module import Modules, attention, mlp, norms
 

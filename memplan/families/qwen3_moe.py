@@ -7,9 +7,9 @@ from typing import Any
 from memplan.asked.fields import Fields
 from memplan.asked.spec import ModelSpec
 from memplan.errors import shown
+from memplan.families import Family
 from memplan.parts.config import COMMON, Config, all_if_switched_on, either, router_loss
 from memplan.parts.experts import chosen, router_logits
-from memplan.parts.family import Family
 from memplan.parts.layer import llama_like, project_and_norm_heads
 from memplan.parts.module import Modules, attention, experts, head_norms, mlp, norms
 from memplan.shadow import ops

@@ -19,8 +19,8 @@ from memplan import families
 from memplan.asked.fields import MAX_LAYERS, MAX_POSITIONS, Fields
 from memplan.asked.spec import ModelSpec
 from memplan.errors import SpecError, UnsupportedArchitecture, shown
+from memplan.families import Family
 from memplan.parts.config import Config
-from memplan.parts.family import Family
 
 # Activations whose memory is known: element-wise, and each saves its input only.
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_pytorch_tanh"}

@@ -7,9 +7,15 @@ tile into the running sums work in place. N tokens whose label counts: all but t
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from memplan.asked.spec import ModelSpec
+from memplan.cuda.card import Card
+from memplan.libraries import Library
+from memplan.losses import Loss, Patch, StandIns
 from memplan.parts.experts import top_k
 from memplan.shadow import ops
 from memplan.shadow.autograd import Node, attach, save, save_output, split_sum, unpack
@@ -29,6 +35,13 @@ class Output(NamedTuple):
     is_top1: Tensor
     label_mask: Tensor
     aux_loss: Tensor | None
+
+
+def _head(
+    head: Any, hidden: Tensor, labels: Tensor, router_logits: list[Tensor] | None, spec: ModelSpec
+) -> tuple[Output, None]:
+    state.tape.module = "loss"
+    return fused_head(hidden, head.weight, labels, router_logits, spec), None
 
 
 def fused_head(
@@ -204,3 +217,73 @@ def _tiles(hidden: Tensor, weight: Tensor, dtype: DType, *, keep_rows: bool) -> 
             if not keep_rows:
                 rows = None
     return [buffer, hidden_chunk, rows]
+
+
+# -- TRL's own code --------------------------------------------------------------------------------------
+
+
+def _attach(base: Any) -> None:
+    """As ``SFTTrainer.__init__``."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    config = base.config.get_text_config()
+    if hasattr(config, "router_aux_loss_coef"):
+        config.output_router_logits = aux_loss_enabled(config)
+    add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+
+
+def aux_loss_enabled(config: Any) -> bool:
+    """Whether SFTTrainer adds a mixture of experts' load-balancing loss: where the config weighs it."""
+    return hasattr(config, "output_router_logits") and getattr(config, "router_aux_loss_coef", 0.0) != 0.0
+
+
+def _loss_of(model: Any, run: Callable[..., Any], batch: dict[str, Any]) -> Any:
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    return SFTTrainer.compute_loss(_sft_trainer(model), run, dict(batch))
+
+
+def _sft_trainer(model: Any) -> Any:
+    """What ``SFTTrainer.compute_loss`` reads of its trainer: one process, the default loss."""
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = base.config.get_text_config()
+    return SimpleNamespace(
+        model=model,
+        args=SimpleNamespace(loss_type="nll", average_tokens_across_devices=True),
+        accelerator=SimpleNamespace(parallelism_config=None, gather_for_metrics=lambda tensor: tensor),
+        compute_loss_func=None,
+        label_smoother=None,
+        aux_loss_enabled=aux_loss_enabled(config),
+        router_aux_loss_coef=getattr(config, "router_aux_loss_coef", 0.0),
+        _metrics={"train": defaultdict(list)},
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
+
+
+def _patches(stand_ins: StandIns, card: Card) -> list[Patch]:
+    from trl.kernels import chunked_logprob
+    from trl.trainer import utils
+
+    return [
+        *((module, "_use_triton", lambda device: True) for module in (chunked_logprob, utils)),
+        *((chunked_logprob, name, stand_ins.launch()) for name in ("_forward_kernel", "_backward_kernel")),
+        (chunked_logprob, "_addmm_fp32", stand_ins.on_cuda(chunked_logprob._addmm_fp32)),
+        (chunked_logprob, "triton", SimpleNamespace(cdiv=_ceiling)),  # it comes with CUDA's torch
+    ]
+
+
+def _ceiling(number: int, divisor: int) -> int:
+    return -(-number // divisor)
+
+
+LOSS = Loss(
+    _head,
+    sft_loss,
+    sft=True,
+    library=Library("trl", "1.16", "trl"),
+    attach=_attach,
+    loss_of=_loss_of,
+    patches=_patches,
+    answers={"compute_loss": 1, "_fused_forward": True},  # what is logged; which labels count
+)

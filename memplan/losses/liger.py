@@ -6,12 +6,28 @@ ops/fused_linear_cross_entropy.py (0.8.5). Its Triton kernels turn logits into t
 
 from __future__ import annotations
 
+import inspect
+from contextlib import suppress
+from importlib import import_module
+from types import MethodType
 from typing import Any
 
+from memplan.asked.spec import ModelSpec
+from memplan.cuda.card import Card
+from memplan.errors import TraceError
+from memplan.libraries import Library
+from memplan.losses import Loss, Patch, StandIns
 from memplan.shadow import ops
 from memplan.shadow.autograd import Node, attach, save_output, unpack
 from memplan.shadow.matmul import autocast, product
 from memplan.shadow.tensor import Tensor, bool_, empty, float32, int64, state
+
+
+def _head(
+    head: Any, hidden: Tensor, labels: Tensor, router_logits: list[Tensor] | None, spec: ModelSpec
+) -> tuple[Tensor, None]:
+    state.tape.module = "loss"
+    return liger_loss(hidden, head.weight, labels), None
 
 
 def liger_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -96,3 +112,53 @@ def _backward(node: Node, grad: Tensor) -> Any:
     every = empty((), bool_, "equal")
     del number, compared, every
     return tuple(None if saved is None else unpack(saved) for saved in node.saved)
+
+
+# -- Liger-Kernel's own code -----------------------------------------------------------------------------
+
+
+def _attach(base: Any) -> None:
+    """As ``apply_liger_kernel`` of transformers' Trainer, with the loss alone."""
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    kind, forward = type(base), type(base).forward
+    apply = MODEL_TYPE_TO_APPLY_LIGER_FN.get(base.config.model_type)
+    if apply is not None:
+        kernels = {name for name in inspect.signature(apply).parameters if name != "model"}
+        with suppress(NotImplementedError):  # Granite's, of a kernel that it has not got
+            apply(model=base, **{name: name == "fused_linear_cross_entropy" for name in kernels})
+    if kind.forward is not forward:  # of some families it patches the class, which others may use
+        base.forward = MethodType(kind.forward, base)
+        kind.forward = forward
+    if "forward" not in vars(base):
+        raise TraceError(
+            f"Liger-Kernel has no fused loss for models of the type {base.config.model_type!r}: "
+            "use the standard loss"
+        )
+
+
+def _patches(stand_ins: StandIns, card: Card) -> list[Patch]:
+    import torch
+
+    module = import_module("liger_kernel.ops.fused_linear_cross_entropy")
+    asking = ("_can_use_mm_out", "fused_linear_cross_entropy_forward")
+    dtype = torch.get_autocast_dtype
+    return [
+        *(
+            (module, name, stand_ins.launch())
+            for name in ("liger_cross_entropy_kernel", "element_mul_kernel")
+        ),
+        *((module, name, stand_ins.on_cuda(getattr(module, name))) for name in asking),
+        (torch, "get_autocast_dtype", lambda device: dtype("cpu")),
+        (torch.cuda, "get_device_capability", lambda device=None: card.capability),
+    ]
+
+
+LOSS = Loss(
+    _head,
+    library=Library("liger-kernel", "0.8", "liger_kernel"),
+    attach=_attach,
+    patches=_patches,
+    # how many labels count; whether the loss's gradient is 1
+    answers={"fused_linear_cross_entropy_forward": 1, "fused_linear_cross_entropy_backward": False},
+)

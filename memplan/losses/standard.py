@@ -1,17 +1,28 @@
-"""From hidden states to the loss.
-
-``causal_lm_loss`` is transformers' ForCausalLMLoss (loss/loss_utils.py, 5.23), on logits. The other losses
-take the last hidden states and the head's weight and never make all logits:
-:mod:`memplan.losses.chunked` and :mod:`memplan.losses.liger`.
-"""
+"""transformers' ForCausalLMLoss (loss/loss_utils.py, 5.23), on logits."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from memplan.asked.spec import ModelSpec
+from memplan.losses import Loss
 from memplan.shadow import ops
 from memplan.shadow.autograd import Node, attach, save, save_output, unpack
-from memplan.shadow.tensor import Tensor, empty, float32, int64
+from memplan.shadow.tensor import Tensor, empty, float32, int64, state
+
+
+def _head(
+    head: Any, hidden: Tensor, labels: Tensor, router_logits: list[Tensor] | None, spec: ModelSpec
+) -> tuple[Tensor, Tensor]:
+    """``lm_head``, caps, ``loss_function``."""
+    logits = head(hidden)
+    if spec.final_logit_softcapping is not None:
+        logits = ops.scale(logits, "div")
+        logits = ops.result_activation("tanh", logits)
+        logits = ops.scale(logits)
+    state.tape.module = "loss"
+    loss = causal_lm_loss(logits, labels)
+    return loss, logits
 
 
 def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -58,3 +69,6 @@ def _nll(x: Tensor, target: Tensor) -> Tensor:
 
 def _nll_backward(node: Node, grad: Tensor) -> Any:
     return (empty(node.context, grad.dtype, "nll_loss_backward"),)
+
+
+LOSS = Loss(_head, tiled=False)

@@ -6,7 +6,6 @@ Shapes: B batch, S sequence, H heads, K key-value heads, D head size, E hidden s
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from memplan.asked.spec import ModelSpec
@@ -33,20 +32,3 @@ class Context(NamedTuple):
 
 Attend = Callable[[Tensor, Tensor, Tensor, Context], tuple[Tensor, "Tensor | None"]]
 Layer = Callable[[Leaves, Tensor, Context], Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Attention:
-    """An attention implementation, as its file in :mod:`memplan.attention` describes it.
-
-    ``masked``: whether a mask is made for a layer, whose window is shorter than the sequence or not;
-    ``mask``: the mask of a batch of a shape [B, S], for hidden states of a dtype, of a layer with a window or
-    without, made where it is wanted. ``fused``: it never makes all scores; ``package``: it is a library
-    beside PyTorch, whose kernels need Ampere.
-    """
-
-    attend: Attend
-    masked: Callable[[bool], bool]
-    mask: Callable[[tuple[int, int], DType, bool, bool], Tensor | None]
-    fused: bool = True
-    package: bool = False

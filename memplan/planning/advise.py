@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
-from memplan.asked.recipe import Attention, DTypeName, Kernels, Loss, Mode, Optimizer, Recipe
+from memplan import attention, losses
+from memplan.asked.recipe import DTypeName, Kernels, Mode, Recipe
 from memplan.errors import MemplanError
 from memplan.planning.advice import Advice, Change, Combination
 
@@ -69,12 +70,12 @@ def _accumulated(recipe: Recipe) -> dict[str, object] | None:
     return {"batch_size": 1, "gradient_accumulation_steps": steps}
 
 
-def _with_loss(loss: Loss) -> Callable[[Recipe], dict[str, object] | None]:
-    return lambda recipe: {"loss": loss} if recipe.loss is Loss.STANDARD else None
+def _with_loss(loss: str) -> Callable[[Recipe], dict[str, object] | None]:
+    return lambda recipe: None if losses.find(recipe.loss).tiled else {"loss": loss}
 
 
 def _with_optimizer(
-    optimizer: Optimizer, instead_of: Iterable[Optimizer]
+    optimizer: str, instead_of: Iterable[str]
 ) -> Callable[[Recipe], dict[str, object] | None]:
     allowed = frozenset(instead_of)
     return lambda recipe: {"optimizer": optimizer, "momentum": 0.0} if recipe.optimizer in allowed else None
@@ -84,14 +85,14 @@ def _without_autocast(recipe: Recipe) -> str:
     return " --no-autocast" if recipe.autocast else ""
 
 
-_32_BIT = (Optimizer.ADAMW_TORCH, Optimizer.ADAMW_TORCH_FUSED, Optimizer.PAGED_ADAMW_32BIT)
+_32_BIT = ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit")
 
 IDEAS = (
     _Idea(
         Cost.NOTHING,
         _said("fused AdamW"),
         "nothing: one kernel instead of lists of temporaries",
-        _with_optimizer(Optimizer.ADAMW_TORCH_FUSED, (Optimizer.ADAMW_TORCH,)),
+        _with_optimizer("adamw_torch_fused", ("adamw_torch",)),
         _said("--optimizer adamw_torch_fused"),
         _said('TrainingArguments(optim="adamw_torch_fused")'),
     ),
@@ -99,7 +100,7 @@ IDEAS = (
         Cost.NOTHING,
         _said("sdpa attention"),
         "nothing",
-        lambda recipe: {"attn": Attention.SDPA} if recipe.attn is Attention.EAGER else None,
+        lambda recipe: None if attention.of(recipe).fused else {"attn": "sdpa"},
         _said("--attn sdpa"),
         _said('from_pretrained(attn_implementation="sdpa")'),
     ),
@@ -115,7 +116,7 @@ IDEAS = (
         Cost.NOTHING,
         _said("fused linear cross entropy"),
         "nothing; needs liger-kernel",
-        _with_loss(Loss.LIGER),
+        _with_loss("liger"),
         _said("--loss liger"),
         _said("TrainingArguments(use_liger_kernel=True)"),
     ),
@@ -123,7 +124,7 @@ IDEAS = (
         Cost.NOTHING,
         _said("chunked cross entropy"),
         "nothing; TRL's SFTTrainer does it by default",
-        _with_loss(Loss.CHUNKED),
+        _with_loss("chunked"),
         _said("--loss chunked"),
         _said("trl.SFTTrainer"),
     ),
@@ -176,7 +177,7 @@ IDEAS = (
         Cost.TIME,
         _said("paged 8-bit AdamW"),
         "time where pages move; little quality",
-        _with_optimizer(Optimizer.PAGED_ADAMW_8BIT, (*_32_BIT, Optimizer.ADAMW_BNB_8BIT)),
+        _with_optimizer("paged_adamw_8bit", (*_32_BIT, "adamw_bnb_8bit")),
         _said("--optimizer paged_adamw_8bit"),
         _said('TrainingArguments(optim="paged_adamw_8bit")'),
     ),
@@ -184,7 +185,7 @@ IDEAS = (
         Cost.QUALITY,
         _said("8-bit AdamW"),
         "little quality: block-wise 8-bit states",
-        _with_optimizer(Optimizer.ADAMW_BNB_8BIT, _32_BIT),
+        _with_optimizer("adamw_bnb_8bit", _32_BIT),
         _said("--optimizer adamw_bnb_8bit"),
         _said('TrainingArguments(optim="adamw_bnb_8bit")'),
     ),

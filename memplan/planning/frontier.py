@@ -17,8 +17,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from memplan import attention, losses
 from memplan.asked.gpus import Gpu
-from memplan.asked.recipe import Attention, Kernels, Loss, Mode, Recipe
+from memplan.asked.recipe import Kernels, Mode, Recipe
 from memplan.asked.spec import ModelSpec
 from memplan.cuda.card import FLASH_CAPABILITY, Card
 from memplan.device.fit import MARGIN_PER_CENT, context_bytes, judge, usable_bytes
@@ -277,7 +278,7 @@ class Peaks:
             return None
         if recipe.mode is Mode.QLORA and tokens <= _NEVER_FUSED_ABOVE:
             return None
-        if length < _SHORT or recipe.attn is Attention.EAGER or recipe.loss is not Loss.STANDARD:
+        if length < _SHORT or not attention.of(recipe).fused or losses.find(recipe.loss).tiled:
             return None
         if recipe.kernels is not Kernels.STOCK:
             return None
@@ -394,6 +395,6 @@ def _card_for(recipe: Recipe, gpu: Gpu) -> Card | None:
         able(recipe, [gpu.name])
     if gpu.capability is None or gpu.capability >= FLASH_CAPABILITY:
         return None
-    if recipe.attn is Attention.FLASH:
+    if attention.of(recipe).package:
         raise MemplanError(f"this step runs FlashAttention, which the {gpu.name} can't: use attn 'sdpa'")
     return Card(gpu.capability)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memplan import libraries
+from memplan import libraries, losses
 from memplan.asked.recipe import Recipe
 from memplan.errors import MemplanError, UnsupportedArchitecture
 from memplan.importers.resolve import ResolvedConfig, resolve_config
@@ -45,13 +45,13 @@ def trace_plan(
         ParameterCounts(total=traced.parameters, trainable=traced.trainable),
         traced.recipe,
         gpus,
-        libraries.installed(traced.recipe.loss.value),
+        libraries.installed(losses.find(traced.recipe.loss).library),
     )
     return answer, traced.tape
 
 
 def _trace(found: ResolvedConfig, recipe: Recipe, progress: Progress | None) -> Traced:
-    libraries.require(recipe.loss.value)
+    libraries.require(losses.find(recipe.loss).library)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the libraries deprecate is for those who call them
         try:

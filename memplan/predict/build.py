@@ -9,12 +9,12 @@ from memplan import families
 from memplan.adapters.lora import Dora, ExpertLora, Lora, RouterLora
 from memplan.asked.recipe import DTypeName, Kernels, Mode, Recipe
 from memplan.asked.spec import ModelSpec
+from memplan.optimizers import Group
 from memplan.parts.leaves import Embedding, Linear, parameter
 from memplan.parts.module import Module
 from memplan.parts.norms import RMSNorm
 from memplan.predict import blueprint
 from memplan.predict.fold import Played
-from memplan.predict.optimizers import Group
 from memplan.predict.targets import is_saved, is_target
 from memplan.predict.unlike import Standing
 from memplan.shadow.tensor import DTYPES, DType, Tensor, float32, state

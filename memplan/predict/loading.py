@@ -31,7 +31,8 @@ import re
 from collections.abc import Iterator
 from math import prod
 
-from memplan.asked.recipe import DTypeName, Loss, Mode, Recipe
+from memplan import losses
+from memplan.asked.recipe import DTypeName, Mode, Recipe
 from memplan.asked.spec import ModelSpec
 from memplan.device.allocator import SMALL_SEGMENT
 from memplan.predict import blueprint
@@ -159,7 +160,7 @@ def _onto_card(
 def _adapters(recipe, adapters, tape, four_bit, temporary) -> Iterator[Step]:  # type: ignore[no-untyped-def]
     """Adapters as PEFT brings them onto the card; ``four_bit``: the names of 4-bit weights that have some."""
     in_16_bits = recipe.dtype is not DTypeName.FLOAT32
-    back = recipe.loss is Loss.CHUNKED and recipe.adapter_dtype is DTypeName.BFLOAT16
+    back = losses.find(recipe.loss).sft and recipe.adapter_dtype is DTypeName.BFLOAT16
     moved: list[tuple[int, int]] = []
     for index, name in adapters:
         narrow = name.partition(".lora_")[0] + ".weight" in four_bit or not recipe.kbit_prep

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from memplan import attention, families
-from memplan.asked.recipe import Attention, Recipe
+from memplan.asked.recipe import Recipe
 from memplan.asked.spec import ModelSpec
 from memplan.shadow.tensor import DType, Tensor, bool_, empty, state
 
@@ -13,10 +13,6 @@ def layer_type(spec: ModelSpec, index: int) -> str:
     return spec.layer_types[index] if spec.layer_types else "full_attention"
 
 
-def _attn(recipe: Recipe) -> str:
-    return (recipe.attn or Attention.SDPA).value
-
-
 def needed(spec: ModelSpec, recipe: Recipe) -> dict[str, bool]:
     """For each type of layer that the model has, whether a mask is made."""
     used = ["full_attention", "sliding_attention"]
@@ -24,7 +20,7 @@ def needed(spec: ModelSpec, recipe: Recipe) -> dict[str, bool]:
         used = [kind for kind in used if kind in (spec.layer_types or ("full_attention",))]
     window = spec.sliding_window
     bites = window is not None and recipe.seq_len >= window
-    masked = attention.find(_attn(recipe)).masked
+    masked = attention.of(recipe).masked
     return {kind: masked(kind == "sliding_attention" and bites) for kind in used}
 
 
@@ -34,7 +30,7 @@ def make(spec: ModelSpec, recipe: Recipe, shape: tuple[int, int], dtype: DType) 
     masks: dict[str, Tensor | None] = {}
     for kind, wanted in needed(spec, recipe).items():
         padding = empty(shape, bool_, "_to_copy")
-        make_one = attention.find(_attn(recipe)).mask
+        make_one = attention.of(recipe).mask
         masks[kind] = make_one(shape, dtype, kind == "sliding_attention", wanted)
         del padding
     return masks

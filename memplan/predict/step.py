@@ -10,15 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from memplan import attention, families
-from memplan.asked.recipe import Attention, DTypeName, Loss, Mode, Recipe
+from memplan import attention, families, losses
+from memplan.asked.recipe import DTypeName, Mode, Recipe
 from memplan.asked.spec import ModelSpec
 from memplan.cuda.card import Card
-from memplan.losses.chunked import Output, fused_head, sft_loss
-from memplan.losses.liger import liger_loss
-from memplan.losses.standard import causal_lm_loss
+from memplan.optimizers import State
 from memplan.parts.context import Context
-from memplan.predict import blueprint, fold, masks, optimizers, parameters, unlike
+from memplan.predict import blueprint, fold, masks, parameters, unlike, update
 from memplan.predict.build import Builder, Model
 from memplan.predict.checkpoint import checkpoint
 from memplan.predict.fold import Played
@@ -123,23 +121,24 @@ def _trained(spec: ModelSpec, recipe: Recipe) -> list[bool]:
 
 def uses_cache(recipe: Recipe) -> bool:
     """Whether training fills a cache of keys and values: checkpointing and TRL's fused head turn it off."""
-    return recipe.use_cache and not recipe.gradient_checkpointing and recipe.loss is not Loss.CHUNKED
+    return recipe.use_cache and not recipe.gradient_checkpointing and not losses.find(recipe.loss).sft
 
 
 def router_loss(spec: ModelSpec, recipe: Recipe) -> bool:
     """Whether the load-balancing loss of a mixture of experts is added: SFTTrainer does (trl 1.16,
     trainer/sft_trainer.py, aux_loss_enabled), other trainers where the config says so, which is refused."""
-    return recipe.loss is Loss.CHUNKED and any(spec.sparse_layers) and spec.router_aux_loss_coef != 0.0
+    weighed = any(spec.sparse_layers) and spec.router_aux_loss_coef != 0.0
+    return weighed and losses.find(recipe.loss).sft
 
 
 def at_rest(
     spec: ModelSpec, recipe: Recipe, card: Card | None, played: Played | Standing
-) -> tuple[Model, optimizers.State, list[Tensor]]:
+) -> tuple[Model, State, list[Tensor]]:
     """Begin a new tape with what is there before a step: the model, its optimizer states, and cuBLAS's
     workspaces."""
     tape = begin(card)
     model = Builder(spec, recipe).build(played)
-    states = optimizers.states(model.trainable, recipe, model.embedding.weight)
+    states = update.states(model.trainable, recipe, model.embedding.weight)
     tape.begin(Phase.SETUP, "workspaces")
     tape.module = ""
     # one for each cuBLAS handle, and autograd's thread has its own
@@ -174,10 +173,10 @@ def _play(spec: ModelSpec, recipe: Recipe, card: Card | None, played: Played | S
         del grad
         loss = loss.detach()
     if recipe.max_grad_norm:
-        optimizers.clip(model.trainable)
+        update.clip(model.trainable)
     tape.begin(Phase.OPTIMIZER, "step")
-    optimizers.step(model.trainable, recipe, states)
-    optimizers.zero_grad(model.trainable)
+    update.step(model.trainable, recipe, states)
+    update.zero_grad(model.trainable)
     tape.begin(Phase.OPTIMIZER, "end")
     del loss
     tape.finish()  # what dies with these names is no part of the step
@@ -196,8 +195,7 @@ def forward(model: Model, ids: Tensor, attention_mask: Tensor, labels: Tensor, p
         # convert_outputs_to_fp32 (accelerate/utils/operations.py): all 16-bit outputs, logits too
         converted = None if logits is None else ops.to(logits, float32)
         del logits, converted
-    if isinstance(loss, Output):
-        loss = sft_loss(loss)
+    loss = losses.find(recipe.loss).finish(loss)
     state.category = Category.TEMPORARIES
     del cache
     return loss
@@ -205,7 +203,7 @@ def forward(model: Model, ids: Tensor, attention_mask: Tensor, labels: Tensor, p
 
 def _causal_lm(
     model: Model, ids: Tensor, attention_mask: Tensor, labels: Tensor, played: list[int]
-) -> tuple[Tensor | Output, Tensor | None, Any]:
+) -> tuple[Any, Tensor | None, Any]:
     """``ForCausalLM.forward``: the loss, and the outputs that live until the caller drops them."""
     tape = state.tape
     tape.begin(Phase.FORWARD, "embed")
@@ -213,18 +211,8 @@ def _causal_lm(
     hidden, cache = _decoder(model, ids, attention_mask, played, router_logits)
     tape.begin(Phase.FORWARD, "head")
     state.category = Category.LOGITS_AND_LOSS
-    if model.recipe.loss is not Loss.STANDARD:
-        tape.module = "loss"
-        if model.recipe.loss is Loss.LIGER:
-            return liger_loss(hidden, model.head.weight, labels), None, cache
-        return fused_head(hidden, model.head.weight, labels, router_logits, model.spec), None, cache
-    logits = model.head(hidden)
-    if model.spec.final_logit_softcapping is not None:
-        logits = ops.scale(logits, "div")
-        logits = ops.result_activation("tanh", logits)
-        logits = ops.scale(logits)
-    tape.module = "loss"
-    loss = causal_lm_loss(logits, labels)
+    head = losses.find(model.recipe.loss).head
+    loss, logits = head(model.head, hidden, labels, router_logits, model.spec)
     return loss, logits, cache
 
 
@@ -248,7 +236,7 @@ def _decoder(
     with no_grad():
         rotary = _rotary_tables(spec, recipe.seq_len, hidden)
     layer = families.find(spec.model_type).layer
-    attend = attention.find((recipe.attn or Attention.SDPA).value).attend
+    attend = attention.of(recipe).attend
     for modules, index in zip(model.layers, played, strict=True):
         tape.begin(Phase.FORWARD, "layer", index)
         state.scope = index

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from memplan.asked.recipe import TARGET_PRESETS, Loss, Recipe
+from memplan import losses
+from memplan.asked.recipe import TARGET_PRESETS, Recipe
 from memplan.errors import RecipeError, printable
 
 # Attention and the q,v default by family: PEFT's TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -60,9 +61,9 @@ def check(
             "target_modules names embed_tokens, and adapters on embeddings are not modelled: "
             "leave it out, or train it whole with modules_to_save"
         )
-    if recipe.loss is not Loss.STANDARD and "lm_head" in adapted:
+    if losses.find(recipe.loss).tiled and "lm_head" in adapted:
         raise RecipeError(
-            f"the loss {recipe.loss.value} reads lm_head's weight and passes an adapter by: "
+            f"the loss {recipe.loss} reads lm_head's weight and passes an adapter by: "
             "leave lm_head out of target_modules, or use the standard loss"
         )
     if not adapted:

@@ -69,4 +69,4 @@ def _pages(lines: list[list[Cell]], width: int) -> Iterator[range]:
 
 def _label(row: Row) -> str:
     checkpointing = "ckpt" if row.recipe.gradient_checkpointing else ""
-    return f"{row.recipe.mode.value:5} {checkpointing:4} {row.recipe.optimizer.value}"
+    return f"{row.recipe.mode.value:5} {checkpointing:4} {row.recipe.optimizer}"

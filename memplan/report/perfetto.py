@@ -14,7 +14,7 @@ from typing import Any
 from memplan.report.plan import CATEGORIES
 from memplan.report.units import gib
 from memplan.tape import Tape, replay
-from memplan.tape.timeline import Span, live_bytes, parts, phases
+from memplan.tape.curves import Span, live_bytes, parts, phases
 
 _PROCESS, _THREAD = 1, 1
 

@@ -12,7 +12,7 @@ from memplan.report.plan import CATEGORIES
 from memplan.report.units import gib
 from memplan.report.wording import micro_steps
 from memplan.tape import Category
-from memplan.tape.timeline import Moment, Span, live_bytes, moments, phases, shown, step_start
+from memplan.tape.curves import Moment, Span, live_bytes, moments, phases, shown, step_start
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -33,14 +33,14 @@ def phrases(recipe: Recipe) -> dict[str, str]:
     result["dtype"] = _SHORT_DTYPES[recipe.dtype.value]
     result["autocast"] = "autocast" if recipe.autocast else "no autocast"
     momentum = f" with momentum {recipe.momentum:g}" if recipe.momentum else ""
-    result["optimizer"] = recipe.optimizer.value + momentum
+    result["optimizer"] = recipe.optimizer + momentum
     result["max_grad_norm"] = f"clip {recipe.max_grad_norm:g}" if recipe.max_grad_norm else "no clipping"
     result["gradient_accumulation_steps"] = f"accumulate {recipe.gradient_accumulation_steps}"
     result["gradient_checkpointing"] = _checkpointing(recipe)
     if recipe.use_cache:
         result["use_cache"] = "key-value cache"
-    result["attn"] = recipe.attn.value if recipe.attn else "sdpa"
-    result["loss"] = f"{recipe.loss.value} loss"
+    result["attn"] = recipe.attn or "sdpa"
+    result["loss"] = f"{recipe.loss} loss"
     result["batch_size"] = f"{recipe.batch_size} × {recipe.seq_len} tokens"
     if recipe.device_map:
         result["device_map"] = f"device map {recipe.device_map}"

@@ -18,7 +18,8 @@ from typing import Any
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from memplan.asked.recipe import Loss, Mode, Recipe
+from memplan import losses as kinds
+from memplan.asked.recipe import Mode, Recipe
 from memplan.cuda.card import Card
 from memplan.errors import MemplanError, TraceError
 from memplan.tape import Phase, Tape
@@ -67,18 +68,19 @@ def trace_model(
     with quiet():
         recipe = as_built(config, recipe.resolved())
     card = Card(compute_capability)
-    answers = standins.ANSWERS if recipe.loss is Loss.STANDARD else {**standins.ANSWERS, **losses.ANSWERS}
+    loss = kinds.find(recipe.loss)
+    answers = {**standins.ANSWERS, **loss.answers}
     recorder = Recorder(Tape(provenance="traced"), standins.OPERATORS, card, answers)
     recorder.on_segment = progress
     with ExitStack() as stack:
         stack.enter_context(quiet())
         stack.enter_context(standins.in_force(card))
-        stack.enter_context(losses.in_force(recipe.loss, card))
+        stack.enter_context(losses.in_force(loss, card))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(fake_modules())
         try:
             model = build(config, recipe)
-            losses.attach(model, recipe.loss)
+            losses.attach(model, loss)
             _play(recorder, model, recipe)
         except MemplanError:
             raise
@@ -100,14 +102,14 @@ def _play(recorder: Recorder, model: nn.Module, recipe: Recipe) -> None:
     existing.note_workspaces(recorder)
     existing.note_batch(recorder, batch)
     recorder.on_module = Segments(recorder)
-    standard = recipe.loss is Loss.STANDARD
+    tiled = kinds.find(recipe.loss).tiled
     base: Any = model if recipe.mode is Mode.FULL else model.get_base_model()
     # Nothing that a step leaves waits for the garbage collector, which would come at an arbitrary moment.
     collecting = gc.isenabled()
     gc.disable()
     try:
-        # a fused loss never calls the output layer: there, the head begins where the decoder ends
-        with recorder, recorder.follow(model, decoder=None if standard else base.base_model_prefix):
+        # a tiled loss never calls the output layer: there, the head begins where the decoder ends
+        with recorder, recorder.follow(model, decoder=base.base_model_prefix if tiled else None):
             train_step(model, optimizer, batch, recipe, recorder)
     finally:
         if collecting:

@@ -14,7 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from memplan.asked.fields import MAX_LAYERS, MAX_POSITIONS, MAX_SIZE
-from memplan.asked.recipe import Attention, DTypeName, Kernels, Mode, Recipe
+from memplan.asked.recipe import DTypeName, Kernels, Mode, Recipe
 from memplan.errors import TraceError, shown
 
 DTYPES = {
@@ -118,7 +118,7 @@ def _few_modules() -> Iterator[None]:
 def as_built(config: dict[str, Any], recipe: Recipe) -> Recipe:
     """The recipe with the attention that the model has."""
     _, kind = configuration(config)
-    return recipe.model_copy(update={"attn": Attention(attention(kind, recipe))})
+    return recipe.model_copy(update={"attn": attention(kind, recipe)})
 
 
 def base_model(config: dict[str, Any], recipe: Recipe) -> nn.Module:
@@ -137,9 +137,9 @@ def base_model(config: dict[str, Any], recipe: Recipe) -> nn.Module:
 def attention(kind: Any, recipe: Recipe) -> str:
     """transformers' name of the attention kernel; families without SDPA fall back to eager, as they do when
     none is asked for."""
-    if recipe.attn is Attention.SDPA and not kind._supports_sdpa:
+    if recipe.attn == "sdpa" and not kind._supports_sdpa:
         return "eager"
-    return str((recipe.attn or Attention.SDPA).value)
+    return recipe.attn or "sdpa"
 
 
 def _any_attention() -> Any:

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from memplan.asked.recipe import Optimizer, Recipe
+from memplan import optimizers
+from memplan.asked.recipe import Recipe
 
 # transformers 5 trainer.py get_decay_parameter_names
 _NO_DECAY = (r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")
@@ -31,34 +32,7 @@ def groups(model: nn.Module) -> list[dict[str, Any]]:
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """``Trainer.create_optimizer`` (transformers 5 trainer.py, trainer_optimizer.py)."""
-    parameters = groups(model)
-    name = recipe.optimizer
-    if name is Optimizer.ADAMW_TORCH_FUSED:
-        return torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-    if name is Optimizer.ADAMW_TORCH:
-        return torch.optim.AdamW(parameters, lr=1e-4)
-    if name is Optimizer.SGD:
-        return torch.optim.SGD(parameters, lr=1e-4, momentum=recipe.momentum)
-    if name is Optimizer.ADAFACTOR:
-        from transformers.optimization import Adafactor
-
-        return Adafactor(parameters, lr=1e-4, scale_parameter=False, relative_step=False)
-    return _bitsandbytes(model, parameters, name.value)
-
-
-def _bitsandbytes(model: nn.Module, parameters: list[dict[str, Any]], name: str) -> torch.optim.Optimizer:
-    import bitsandbytes as bnb
-
-    bits = 8 if "8bit" in name else 32
-    kind = bnb.optim.Lion if "lion" in name else bnb.optim.AdamW
-    optimizer = kind(parameters, lr=1e-4, optim_bits=bits, is_paged="paged" in name)
-    if bits == 8:
-        manager = bnb.optim.GlobalOptimManager.get_instance()
-        for module in model.modules():
-            if isinstance(module, nn.Embedding):
-                manager.register_module_override(module, "weight", {"optim_bits": 32})
-    result: torch.optim.Optimizer = optimizer
-    return result
+    return optimizers.find(recipe.optimizer).real(groups(model), model, recipe)
 
 
 def on_card(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, key: str) -> bool:

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from memplan import losses
 from memplan.asked.recipe import DTypeName, Recipe
 from memplan.tape import Phase
-from memplan.trace.losses import loss_of
 
 AUTOCAST_DTYPES = {
     # TrainingArguments(fp16=True); bf16=True for the rest
@@ -69,7 +69,7 @@ def train_step(
     run = forward(model, recipe, device)
     for _ in range(recipe.gradient_accumulation_steps):
         at(Phase.FORWARD, "embedding")
-        loss = loss_of(model, run, batch, recipe.loss)
+        loss = losses.find(recipe.loss).loss_of(model, run, batch)
         if recipe.gradient_accumulation_steps > 1:
             loss = loss / recipe.gradient_accumulation_steps
         at(Phase.BACKWARD, "head")

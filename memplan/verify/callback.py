@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from memplan.asked.recipe import Loss, Recipe, make_recipe
+from memplan import losses
+from memplan.asked.recipe import Recipe, make_recipe
 from memplan.asked.spec import ModelSpec
 from memplan.cuda.card import Card
 from memplan.errors import MemplanError
@@ -132,7 +133,7 @@ class MemoryCallback(TrainerCallback):
             f"memplan: step {MEASURED_STEP}: predicted {figure.predicted:,} bytes, {label} "
             f"{figure.measured:,}, error {figure.error:+,}{percent}{reserved}"
         )
-        if recipe.loss is Loss.CHUNKED and not self.on_cuda:
+        if losses.find(recipe.loss).sft and not self.on_cuda:
             self._tell("memplan: without CUDA, TRL computes its loss by other code, which is not planned")
         if recipe is not self.recipe:
             self._tell(f"memplan: the batch was {recipe.batch_size} × {recipe.seq_len} tokens")

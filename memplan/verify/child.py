@@ -18,6 +18,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from memplan import optimizers
 from memplan.errors import MemplanError, reason
 from memplan.verify.job import Job
 from memplan.verify.measurement import Device, Measurement, Outcome, Step
@@ -184,9 +185,7 @@ def _check_room(job: Job, device: Device) -> None:
 
 def _check_bitsandbytes(job: Job, device: Any) -> None:
     """Whether the library works there, by using it."""
-    if job.recipe.mode.value != "qlora" and not {"8bit", "paged"} & set(
-        job.recipe.optimizer.value.split("_")
-    ):
+    if job.recipe.mode.value != "qlora" and not optimizers.find(job.recipe.optimizer).bitsandbytes:
         return
     import torch
     from bitsandbytes import functional

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from memplan import libraries
-from memplan.asked.recipe import Attention, Loss, Recipe
+from memplan import attention, libraries, losses, optimizers
+from memplan.asked.recipe import Recipe
 from memplan.asked.spec import ModelSpec
 from memplan.cuda.card import Card
 from memplan.errors import MemplanError, shown
@@ -84,24 +84,24 @@ def _is_text(name: str) -> bool:
 
 
 def _runnable(recipe: Recipe, device: str, loop: str) -> None:
-    tiled = loop == "sft" and recipe.loss is Loss.CHUNKED
-    if recipe.loss is not Loss.STANDARD and not tiled:
+    loss = losses.find(recipe.loss)
+    if loss.tiled and not (loop == "sft" and loss.sft):
         if loop != "memplan":
             raise MemplanError(
-                f"the loss {recipe.loss.value!r} is trained with memplan's own loop: use --loop memplan"
+                f"the loss {recipe.loss!r} is trained with memplan's own loop: use --loop memplan"
             )
         if device == "cpu":
             raise MemplanError(
-                f"the loss {recipe.loss.value!r} runs Triton kernels, which need a GPU: use --device cuda, "
+                f"the loss {recipe.loss!r} runs Triton kernels, which need a GPU: use --device cuda, "
                 "or hold the plan against a trace (memplan trace)"
             )
-        libraries.require(recipe.loss.value, doing="verifying")
+        libraries.require(loss.library, doing="verifying")
     if device == "cpu":
-        if recipe.attn is Attention.FLASH:
-            raise MemplanError("flash_attention_2 runs on CUDA only: use --attn sdpa")
-        if recipe.optimizer.value.startswith("paged"):
+        if attention.of(recipe).package:
+            raise MemplanError(f"{recipe.attn} runs on CUDA only: use --attn sdpa")
+        if optimizers.find(recipe.optimizer).paged:
             raise MemplanError(
-                f"{recipe.optimizer.value} pages between a card and its host, so it needs --device cuda"
+                f"{recipe.optimizer} pages between a card and its host, so it needs --device cuda"
             )
 
 

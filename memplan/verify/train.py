@@ -13,10 +13,11 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from memplan import losses
 from memplan.asked.recipe import Recipe
 from memplan.errors import MemplanError, reason, shown
 from memplan.tape import Tape
-from memplan.trace import losses
+from memplan.trace.losses import attach
 from memplan.trace.optimizers import make_optimizer
 from memplan.verify.build import Random, Source, build
 from memplan.verify.checkpoint import Checkpoint, fetch
@@ -73,7 +74,7 @@ def train(job: Job, backend: Backend, tell: Tell, steps: list[Step] | None = Non
     with backend.environment():
         tell("state", "building the model")
         model = build(job.model.config, recipe, backend.device, source)
-        losses.attach(model, recipe.loss)
+        attach(model, losses.find(recipe.loss))
         del source
         optimizer = make_optimizer(model, recipe)
         for group in optimizer.param_groups:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from memplan.asked.recipe import Loss, Recipe
+from memplan import losses
+from memplan.asked.recipe import Recipe
 from memplan.errors import MemplanError
 from memplan.verify.build import build
 from memplan.verify.callback import MEASURED_STEP, MemoryCallback, tiled_by_trl
@@ -130,7 +131,7 @@ def _trainer(job: Job, model: Any, callback: MemoryCallback, folder: str) -> Any
         "max_steps": run.steps,
         "per_device_train_batch_size": recipe.batch_size,
         "gradient_accumulation_steps": recipe.gradient_accumulation_steps,
-        "optim": recipe.optimizer.value,
+        "optim": recipe.optimizer,
         "learning_rate": run.learning_rate,
         "lr_scheduler_type": "constant",
         "weight_decay": 0.0,
@@ -175,7 +176,7 @@ def _sft(settings: dict[str, Any], recipe: Recipe, model: Any, callback: Any, ba
         eos_token="</s>",
         unk_token="<unk>",
     )
-    if recipe.loss is Loss.STANDARD and tiled_by_trl("nll"):
+    if not losses.find(recipe.loss).tiled and tiled_by_trl("nll"):
         raise MemplanError("this TRL computes every loss in tiles: ask for --loss chunked")
     length = batch["input_ids"].shape[1]
     ids = batch["input_ids"].tolist()
@@ -185,7 +186,7 @@ def _sft(settings: dict[str, Any], recipe: Recipe, model: Any, callback: Any, ba
         **settings,
         max_length=length,
         packing=False,
-        loss_type="chunked_nll" if recipe.loss is Loss.CHUNKED else "nll",  # one and the same in TRL 1.16
+        loss_type="chunked_nll" if losses.find(recipe.loss).sft else "nll",  # one and the same in TRL 1.16
         dataset_kwargs={"skip_prepare_dataset": True},
     )
     return SFTTrainer(model, arguments, train_dataset=data, processing_class=tokenizer, callbacks=[callback])

@@ -1,0 +1,37 @@
+"""Lists of parameters and of what is made for each, as the libraries go through them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from memplan.optimizers import Group
+from memplan.shadow.autograd import AccumulateGrad
+from memplan.shadow.tensor import Storage, Tensor, state
+from memplan.tape import Phase
+
+
+def gradient(parameter: Tensor) -> Tensor | None:
+    node = parameter.node
+    return node.grad if isinstance(node, AccumulateGrad) else None
+
+
+def release(lists: list[tuple[int | None, list[Storage]]], name: str) -> None:
+    """Drop lists of storages group by group, in segments of their own."""
+    for layer, storages in lists:
+        state.tape.begin(Phase.OPTIMIZER, name, layer)
+        storages.clear()
+
+
+def by_decay(groups: list[Group]) -> Iterator[tuple[str, list[tuple[int | None, list[Tensor]]]]]:
+    """The Trainer's two parameter groups: norms and biases are not decayed."""
+    for name, wanted in (("decayed", True), ("not decayed", False)):
+        chosen = [(group.layer, [p for p in group.parameters if _decays(p) is wanted]) for group in groups]
+        yield name, [(layer, parameters) for layer, parameters in chosen if parameters]
+
+
+def _decays(parameter: Tensor) -> bool:
+    """Told by names (transformers/trainer.py, get_decay_parameter_names, 5.23): of the vectors only DoRA's
+    magnitudes have none that exempts them."""
+    if len(parameter.shape) > 1 or parameter.storage is None:
+        return True
+    return state.tape.modules[parameter.storage.index].endswith("lora_magnitude_vector")
