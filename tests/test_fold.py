@@ -164,6 +164,16 @@ def test_layers_that_differ_in_no_order_agree_to_the_byte(
     assert told(write_long_tape(spec, recipe)) == told(unfolded)
 
 
+@pytest.mark.parametrize("family", _DIFFERING)
+def test_the_first_layer_may_release_what_the_last_one_left(family: str) -> None:
+    """Adafactor's loop holds the last parameter's copies until it comes to the first of the next group."""
+    spec = differing(family, [False, True, *(False,) * 6])
+    recipe = resolve_recipe(
+        spec, make_recipe(mode="full", optimizer="adafactor", seq_len=2, max_grad_norm=0.0)
+    )
+    assert told(write_long_tape(spec, recipe)) == told(write_tape(spec, recipe, folded=False))
+
+
 def differing(family: str, differs: list[bool]) -> ModelSpec:
     spec = SPECS[family](len(differs))
     if family == "qwen3_moe":

@@ -304,19 +304,19 @@ class _Unfolding:
             known = self.templates[run, segment.layer] = self._template(segment)
         template, references = known
         bases, events = self.bases, self.tape.events
+        there: dict[tuple[int, int], int] = {}
         for (other, distance), meant in references.items():
             if other == _FIXED:
                 if self.times[segment.layer] != 1:
                     return False  # it is there once
                 continue
-            there = layer + distance
-            if not 0 <= there < self.chosen.layers or (
-                bases[other][there] < 0 and (other, distance) != (run, 0)
-            ):
+            found = self._there(layer, segment.layer, distance, meant)
+            if found is None or (bases[other][found] < 0 and (other, distance) != (run, 0)):
                 return False
-            stand = self.births.get((other, self.chosen.stands[there]), [])
+            stand = self.births.get((other, self.chosen.stands[found]), [])
             if not self._same(stand, self.births[other, meant]):
                 return False
+            there[other, distance] = found
         base = bases[run][layer] = len(self.origin)
         self.tape.begin(segment.phase, segment.name, layer)
         self.origin += self.births[run, segment.layer]
@@ -325,10 +325,18 @@ class _Unfolding:
             if other == _BIRTH
             else ~number
             if other == _FIXED
-            else ~(bases[other][layer + distance] + number)
+            else ~(bases[other][there[other, distance]] + number)
             for other, distance, number in template
         ]
         return True
+
+    def _there(self, layer: int, played: int, distance: int, meant: int) -> int | None:
+        """The real layer that a real one refers to as the played one does to ``meant``: its neighbour, which it
+        has as the played one has; or, from a layer that stands for itself alone, the first or the last."""
+        if abs(distance) <= 1:
+            return layer + distance if 0 <= layer + distance < self.chosen.layers else None
+        ends = {0: 0, len(self.place) - 1: self.chosen.layers - 1}
+        return ends.get(self.place[meant]) if self.times[played] == 1 else None
 
     def _same(self, a: list[int], b: list[int]) -> bool:
         old = self.old
