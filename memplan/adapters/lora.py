@@ -1,26 +1,26 @@
-"""LoRA and DoRA around a linear module, LoRA on a router and on fused experts
-(peft/tuners/lora/layer.py, bnb.py, dora.py, variants.py, 0.21)."""
+"""LoRA around a linear module, on a router and on fused experts (peft/tuners/lora/layer.py, bnb.py, 0.21)."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from memplan.parts.leaves import Linear, parameter
+from memplan.adapters import Adapter
+from memplan.asked.recipe import Kernels, Recipe
+from memplan.parts.leaves import Base, parameter
 from memplan.shadow import ops
 from memplan.shadow.matmul import baddbmm, linear, mm
-from memplan.shadow.tensor import DType, Tensor, empty, float32, no_grad, state
+from memplan.shadow.tensor import DType, Tensor, no_grad, state
 from memplan.tape import Category
-from memplan.weights.bnb_4bit import Linear4bit
 
 
 class Lora:
-    """``lora.Linear`` around :class:`Linear`, ``lora.Linear4bit`` around :class:`Linear4bit`."""
+    """``lora.Linear``, and ``lora.Linear4bit`` around what is quantised."""
 
     __slots__ = ("base", "down", "dropout", "name", "up")
 
-    def __init__(self, base: Linear | Linear4bit, r: int, dtype: DType, dropout: float) -> None:
+    def __init__(self, base: Base, r: int, dtype: DType, dropout: float) -> None:
         self.base, self.dropout, self.name = base, dropout, base.name
-        outputs, inputs = base.weight.shape if isinstance(base, Linear) else base.shape
+        outputs, inputs = base.shape
         name = base.name
         self.down = parameter((r, inputs), dtype, name + ".lora_A", Category.ADAPTERS, True)
         self.up = parameter((outputs, r), dtype, name + ".lora_B", Category.ADAPTERS, True)
@@ -28,7 +28,7 @@ class Lora:
     def __call__(self, x: Tensor) -> Tensor:
         result = self.base(x)
         dtype = result.dtype
-        if isinstance(self.base, Linear4bit):
+        if self.base.quantised:
             result = ops.clone(result, preserve=True)
             if state.autocast is None:
                 x = ops.to(x, self.down.dtype)
@@ -41,63 +41,8 @@ class Lora:
         result = ops.add(result, ops.scale(linear(linear(ops.dropout(x, self.dropout), self.down), self.up)))
         return ops.to(result, dtype)
 
-
-class Dora(Lora):
-    """DoraLinearVariant: a trainable magnitude for each output, and the norm of weight plus update anew in
-    every forward."""
-
-    __slots__ = ("magnitude",)
-
-    def __init__(self, base: Linear | Linear4bit, r: int, dtype: DType, dropout: float) -> None:
-        super().__init__(base, r, dtype, dropout)
-        outputs = base.weight.shape[0] if isinstance(base, Linear) else base.shape[0]
-        name = base.name + ".lora_magnitude_vector"
-        self.magnitude = parameter((outputs,), dtype, name, Category.ADAPTERS, True)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        result = self.base(x)
-        dtype = result.dtype
-        if isinstance(self.base, Linear4bit):
-            result = ops.clone(result, preserve=True)
-        if not isinstance(self.base, Linear4bit) or state.autocast is None:
-            x = ops.to(x, self.down.dtype)
-        result = self._variant(x, result)
-        if isinstance(self.base, Linear4bit) and state.autocast is not None:
-            return result
-        return ops.to(result, dtype)
-
-    def _variant(self, x: Tensor, result: Tensor) -> Tensor:
-        """DoraLinearVariant.forward: without dropout the base's result is reused."""
-        base_result: Tensor | None = result
-        if self.dropout:
-            x = ops.dropout(x, self.dropout)
-            base_result = None
-        return ops.add(result, self._extra(x, base_result))
-
-    def _extra(self, x: Tensor, base_result: Tensor | None) -> Tensor:
-        """DoraLinearLayer.forward."""
-        inputs = self.down.shape[1]
-        eye = empty((inputs, inputs), self.down.dtype, "eye")
-        lora_weight = ops.transpose(linear(linear(eye, self.down), self.up), 0, 1)
-        del eye
-        lora_weight = ops.to(lora_weight, x.dtype)
-        weight: Any = self.base.weight if isinstance(self.base, Linear) else self.base.dequantized(None)
-        weight = ops.to(weight, x.dtype)
-        with no_grad():
-            norm = self._weight_norm(weight, lora_weight)
-        ratio = ops.view(ops.divide(self.magnitude, norm), (1, norm.shape[0]))
-        lora_result = linear(linear(x, self.down), self.up)
-        if base_result is None:
-            base_result = linear(x, weight)
-        elif self.base.bias is not None:
-            base_result = ops.add(base_result, self.base.bias)
-        return ops.add(ops.mul(ops.shift(ratio, "sub"), base_result), ops.scale(ops.mul(ratio, lora_result)))
-
-    def _weight_norm(self, weight: Tensor, lora_weight: Tensor) -> Tensor:
-        summed = ops.pointwise("add", weight, ops.pointwise("mul", lora_weight))
-        # an fp32 operation of autocast (ATen/autocast_mode.h, AT_FORALL_FP32_SET_OPT_DTYPE), cast back
-        dtype = summed.dtype if state.autocast is None else float32
-        return ops.to(empty((summed.shape[0],), dtype, "linalg_vector_norm"), summed.dtype)
+    def trainable(self) -> list[Tensor]:
+        return [self.down, self.up]
 
 
 class ParameterLora:
@@ -172,3 +117,20 @@ class ExpertLora(ParameterLora):
     def fold(self, factors: tuple[Tensor, Tensor]) -> Tensor:
         """``torch.baddbmm(W, up, down)``."""
         return baddbmm(self.weight, *factors)
+
+
+def _around(base: Base, recipe: Recipe, dtype: DType) -> Lora:
+    kind: type[Lora] = Lora
+    if recipe.kernels is Kernels.MEMPLAN and base.quantised:
+        from memplan.weights._memplan_kernels import NF4Lora
+
+        kind = NF4Lora
+    return kind(base, recipe.r, dtype, recipe.lora_dropout)
+
+
+def _parameter(weight: Tensor, name: str, rank: int, dtype: DType) -> ParameterLora:
+    kind = RouterLora if len(weight.shape) == 2 else ExpertLora
+    return kind(weight, name, rank, dtype)
+
+
+ADAPTER = Adapter(_around, lambda shape, recipe: recipe.r * sum(shape), _parameter)

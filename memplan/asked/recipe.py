@@ -188,6 +188,16 @@ class Recipe(BaseModel):
                 "memplan's kernels compute plain LoRA, not DoRA: leave it out, or --kernels stock"
             )
 
+    @property
+    def weight_format(self) -> str | None:
+        """The file in :mod:`memplan.weights` of the frozen linear layers; None where they are of ``dtype``."""
+        return "bnb_4bit" if self.mode is Mode.QLORA else None
+
+    @property
+    def adapter(self) -> str:
+        """The file in :mod:`memplan.adapters`."""
+        return "dora" if self.use_dora else "lora"
+
     def resolved(self) -> Recipe:
         """The same recipe with every None replaced by what the stack does (docs/recipe.md)."""
         kbit_prep = self.mode is Mode.QLORA if self.kbit_prep is None else self.kbit_prep

@@ -31,13 +31,44 @@ def buffer(shape: Shape, dtype: DType, name: str, kind: Category) -> Tensor:
     return parameter(shape, dtype, name, kind, False)
 
 
-class Linear:
+class Base:
+    """A linear layer that an adapter may go around; ``shape`` is that of its weight [out, in]."""
+
+    __slots__ = ("bias", "name", "shape")
+
+    name: str
+    shape: Shape
+    bias: Tensor | None
+    quantised = False  # PEFT has layers of its own around those that are
+
+    @property
+    def compute(self) -> DType:
+        """The dtype that it multiplies in, where no autocast says another."""
+        raise NotImplementedError
+
+    def dense(self) -> Tensor:
+        """The weight as one tensor of numbers."""
+        raise NotImplementedError
+
+    def __call__(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Linear(Base):
     """``nn.Linear``."""
 
-    __slots__ = ("bias", "name", "weight")
+    __slots__ = ("weight",)
 
     def __init__(self, name: str, weight: Tensor, bias: Tensor | None) -> None:
         self.name, self.weight, self.bias = name, weight, bias
+        self.shape = weight.shape
+
+    @property
+    def compute(self) -> DType:
+        return self.weight.dtype
+
+    def dense(self) -> Tensor:
+        return self.weight
 
     def __call__(self, x: Tensor) -> Tensor:
         state.tape.module = self.name

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from memplan import families
-from memplan.adapters.lora import Dora, ExpertLora, Lora, RouterLora
-from memplan.asked.recipe import DTypeName, Kernels, Mode, Recipe
+from memplan import adapters, families, weights
+from memplan.asked.recipe import DTypeName, Mode, Recipe
 from memplan.asked.spec import ModelSpec
 from memplan.optimizers import Group
-from memplan.parts.leaves import Embedding, Linear, parameter
+from memplan.parts.leaves import Base, Embedding, Linear, parameter
 from memplan.parts.module import Module
 from memplan.parts.norms import RMSNorm
 from memplan.predict import blueprint
@@ -19,7 +18,6 @@ from memplan.predict.targets import is_saved, is_target
 from memplan.predict.unlike import Standing
 from memplan.shadow.tensor import DTYPES, DType, Tensor, float32, state
 from memplan.tape import Category, Phase
-from memplan.weights.bnb_4bit import Linear4bit
 
 
 @dataclass(slots=True)
@@ -47,12 +45,8 @@ class Builder:
         # prepare_model_for_kbit_training casts every parameter that is not 4-bit to fp32.
         self.rest_dtype = float32 if recipe.kbit_prep else self.dtype
         self.full = recipe.mode is Mode.FULL
-        self.quantized: type[Linear4bit] = Linear4bit
-        self.lora: type[Lora] = Lora
-        if recipe.kernels is Kernels.MEMPLAN:
-            from memplan.weights.nf4_kernels import NF4Linear, NF4Lora
-
-            self.quantized, self.lora = NF4Linear, NF4Lora
+        self.quantised = weights.of(recipe)
+        self.adapter = adapters.of(recipe)
         self.trainable: list[Tensor] = []
         self.buffers: list[Tensor] = []
 
@@ -87,25 +81,23 @@ class Builder:
     def raw(self, name: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
         """A router's or the experts' parameters, adapted by ``all-linear``. PEFT doubles the rank where two
         projections are fused in one parameter (peft/utils/transformers_weight_conversion.py)."""
-        weights: dict[str, Any] = {
+        made: dict[str, Any] = {
             attribute: self.weight(shape, f"{name}.{attribute}") for attribute, shape in shapes.items()
         }
         recipe = self.recipe
         if recipe.mode is not Mode.FULL and recipe.target_modules == "all-linear":
-            for attribute, weight in weights.items():
-                kind = RouterLora if len(weight.shape) == 2 else ExpertLora
+            assert self.adapter.parameter is not None, "refused by resolve_recipe"
+            for attribute, weight in made.items():
                 rank = 2 * recipe.r if attribute == "gate_up_proj" else recipe.r
-                weights[attribute] = adapter = kind(weight, name, rank, self.adapter_dtype(weight.dtype))
+                adapter = self.adapter.parameter(weight, name, rank, self.adapter_dtype(weight.dtype))
+                made[attribute] = adapter
                 self.trainable += [adapter.down, adapter.up]
-        return weights
+        return made
 
     def linear(self, name: str, shapes: dict[str, tuple[int, ...]], full_name: str) -> Any:
-        recipe = self.recipe
-        base: Linear | Linear4bit
-        if recipe.mode is Mode.QLORA and not full_name.endswith("lm_head"):
-            base = self.quantized(
-                name, shapes["weight"], "bias" in shapes, self.dtype, nested=recipe.double_quant
-            )
+        base: Base
+        if self.quantised is not None and not full_name.endswith("lm_head"):
+            base = self.quantised.linear(name, shapes, self.recipe, self.dtype)
         else:
             weight = self.weight(shapes["weight"], name, full_name)
             bias = self.weight(shapes["bias"], name, full_name) if "bias" in shapes else None
@@ -117,18 +109,14 @@ class Builder:
         _move_adapter_to_device_of_base_layer)."""
         return float32 if self.recipe.adapter_dtype is DTypeName.FLOAT32 else base
 
-    def adapted(self, base: Any, full_name: str) -> Any:
+    def adapted(self, base: Base, full_name: str) -> Any:
         """A linear module with its adapter, if it is a target."""
         recipe = self.recipe
         if recipe.mode is Mode.FULL or not is_target(recipe.target_modules, full_name):
             return base
-        kind = Dora if recipe.use_dora else self.lora if isinstance(base, Linear4bit) else Lora
-        dtype = self.adapter_dtype(base.weight.dtype if isinstance(base, Linear) else self.dtype)
-        lora = kind(base, recipe.r, dtype, recipe.lora_dropout)
-        self.trainable += [lora.down, lora.up]
-        if isinstance(lora, Dora):
-            self.trainable.append(lora.magnitude)
-        return lora
+        adapter = self.adapter.around(base, recipe, self.adapter_dtype(base.compute))
+        self.trainable += adapter.trainable()
+        return adapter
 
     def build(self, played: Played | Standing) -> Model:
         """Write the static part of the tape and return the model."""
@@ -164,10 +152,8 @@ class Builder:
             close(index, repeat)
         tape.begin(Phase.SETUP, "weights")
         self.rotary()
-        if recipe.mode is Mode.QLORA and recipe.double_quant:
-            # bitsandbytes.functional.name2qmap["dynamic"]: made on the device once; each layer copies it
-            kind = Category.QUANTIZATION_STATE
-            self.buffers.append(parameter((256,), float32, "bitsandbytes", kind, False))
+        if self.quantised is not None:
+            self.buffers += self.quantised.shared(recipe)
         norm = self.module("model.norm", outside["model.norm"], "model.norm")
         head: Any
         if spec.tie_word_embeddings:

@@ -31,13 +31,12 @@ import re
 from collections.abc import Iterator
 from math import prod
 
-from memplan import losses
-from memplan.asked.recipe import DTypeName, Mode, Recipe
+from memplan import losses, weights
+from memplan.asked.recipe import DTypeName, Recipe
 from memplan.asked.spec import ModelSpec
 from memplan.device.allocator import SMALL_SEGMENT
 from memplan.predict import blueprint
 from memplan.tape import Category, Phase, Tape
-from memplan.weights.bnb_4bit import NF4_BLOCK
 
 _NOT_LOADED = ("model.rotary_emb", "bitsandbytes")  # buffers that are made, not read
 _WARMUP_RESERVE = int(1.2 * (1 << 30))  # what the warm-up leaves of a card that is smaller than the model
@@ -65,7 +64,7 @@ def _steps(
     spec: ModelSpec, recipe: Recipe, tape: Tape, capacity: int | None, *, stock: bool
 ) -> Iterator[Step]:
     resting = _resting(tape)
-    if recipe.mode is Mode.QLORA or (stock and recipe.device_map):
+    if weights.of(recipe) is not None or (stock and recipe.device_map):
         return _onto_card(spec, recipe, resting, tape, capacity, stock=stock)
     return iter([("alloc", index) for index, _, _ in resting])
 
@@ -112,10 +111,11 @@ def _onto_card(
         scratch += 1
         return ("scratch", nbytes), scratch - 1
 
-    four_bit = {name for name in shapes if name.removesuffix(".weight") + ".absmax" in storages}
+    form = weights.of(recipe)
+    quantised = {name for name in shapes if form is not None and form.made(name, storages)}
     if stock:
         size = sum(
-            (prod(shape) + 1) // 2 if name in four_bit else prod(shape) * itemsize
+            form.packed(prod(shape)) if form is not None and name in quantised else prod(shape) * itemsize
             for name, shape in shapes.items()
         )
         if capacity is not None:
@@ -132,8 +132,8 @@ def _onto_card(
         yield "alloc", index
     narrow: list[tuple[int, int]] = []  # what the preparation casts: scratch, storage
     for name in sorted(shapes, key=_natural if stock else _tree):
-        if name in four_bit:
-            yield from _quantise(shapes[name], itemsize, storages, name.removesuffix(".weight"), temporary)
+        if form is not None and name in quantised:
+            yield from form.load(shapes[name], itemsize, storages, name.removesuffix(".weight"), temporary)
             if not stock:
                 yield "empty_cache", 0
             continue
@@ -154,16 +154,16 @@ def _onto_card(
             yield "alloc", index
             yield "drop", number
         yield "empty_cache", 0
-    yield from _adapters(recipe, adapters, tape, four_bit if stock else set(), temporary)
+    yield from _adapters(recipe, adapters, tape, quantised if stock else set(), temporary)
 
 
-def _adapters(recipe, adapters, tape, four_bit, temporary) -> Iterator[Step]:  # type: ignore[no-untyped-def]
-    """Adapters as PEFT brings them onto the card; ``four_bit``: the names of 4-bit weights that have some."""
+def _adapters(recipe, adapters, tape, quantised, temporary) -> Iterator[Step]:  # type: ignore[no-untyped-def]
+    """Adapters as PEFT brings them onto the card; ``quantised``: the names of quantised weights."""
     in_16_bits = recipe.dtype is not DTypeName.FLOAT32
     back = losses.find(recipe.loss).sft and recipe.adapter_dtype is DTypeName.BFLOAT16
     moved: list[tuple[int, int]] = []
     for index, name in adapters:
-        narrow = name.partition(".lora_")[0] + ".weight" in four_bit or not recipe.kbit_prep
+        narrow = name.partition(".lora_")[0] + ".weight" in quantised or not recipe.kbit_prep
         if not (in_16_bits and narrow and ".lora_" in name):
             yield "alloc", index
         elif recipe.adapter_dtype is DTypeName.FLOAT32 or back:
@@ -181,33 +181,6 @@ def _adapters(recipe, adapters, tape, four_bit, temporary) -> Iterator[Step]:  #
             else:
                 yield "alloc", index
             yield "drop", number
-
-
-def _quantise(shape, itemsize, storages, module, temporary) -> Iterator[Step]:  # type: ignore[no-untyped-def]
-    """``Params4bit._quantize`` of one weight on the card."""
-    count = prod(shape)
-    scales = -(-count // NF4_BLOCK)
-    take, weight = temporary(count * itemsize)
-    yield take
-    nested = module + ".offset" in storages
-    absmax = -1
-    if nested:
-        take, absmax = temporary(scales * 4)
-        yield take
-    else:
-        yield "alloc", storages.pop(module + ".absmax")[0]
-    yield "alloc", storages.pop(module + ".weight")[0]
-    yield "alloc", storages.pop(module + ".quant_map")[0]
-    if nested:
-        yield "alloc", storages.pop(module + ".offset")[0]
-        take, difference = temporary(scales * 4)
-        yield take
-        yield "alloc", storages.pop(module + ".nested_absmax")[0]
-        yield "alloc", storages.pop(module + ".absmax")[0]
-        yield "alloc", storages.pop(module + ".nested_quant_map")[0]
-        yield "drop", difference
-        yield "drop", absmax
-    yield "drop", weight
 
 
 def _take(storages: dict[str, list[int]], name: str) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from memplan import families
+from memplan import adapters, families
 from memplan.asked.recipe import TARGET_PRESETS, Mode, Recipe
 from memplan.asked.spec import ModelSpec
 from memplan.errors import RecipeError
@@ -111,11 +111,10 @@ def count(spec: ModelSpec, recipe: Recipe) -> tuple[int, int, int]:
     if recipe.mode is Mode.FULL:
         return base, 0, base
     adapted = _adapted(spec, recipe)
-    adapters = recipe.r * sum(map(sum, adapted.values()))
-    if recipe.use_dora:
-        adapters += sum(shape[0] for shape in adapted.values())
-    adapters += _saved(spec, recipe) + _expert_adapters(spec, recipe)
-    return base, adapters, adapters
+    around = adapters.of(recipe).count
+    trained = sum(around(shape, recipe) for shape in adapted.values())
+    trained += _saved(spec, recipe) + _expert_adapters(spec, recipe)
+    return base, trained, trained
 
 
 def _expert_adapters(spec: ModelSpec, recipe: Recipe) -> int:

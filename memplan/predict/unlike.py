@@ -331,8 +331,8 @@ class _Unfolding:
         return True
 
     def _there(self, layer: int, played: int, distance: int, meant: int) -> int | None:
-        """The real layer that a real one refers to as the played one does to ``meant``: its neighbour, which it
-        has as the played one has; or, from a layer that stands for itself alone, the first or the last."""
+        """The real layer that a real one refers to as the played one does to ``meant``: its neighbour, which
+        it has as the played one has; or, from a layer that stands for itself alone, the first or the last."""
         if abs(distance) <= 1:
             return layer + distance if 0 <= layer + distance < self.chosen.layers else None
         ends = {0: 0, len(self.place) - 1: self.chosen.layers - 1}

@@ -13,9 +13,11 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from memplan import weights
 from memplan.asked.fields import MAX_LAYERS, MAX_POSITIONS, MAX_SIZE
 from memplan.asked.recipe import DTypeName, Kernels, Mode, Recipe
 from memplan.errors import TraceError, shown
+from memplan.weights import Quantised
 
 DTYPES = {
     DTypeName.BFLOAT16: torch.bfloat16,
@@ -34,8 +36,9 @@ _MAX_MODULES = 100_000
 def build(config: dict[str, Any], recipe: Recipe) -> nn.Module:
     """The model as a Trainer would get it. Call inside ``FakeTensorMode``."""
     model = base_model(config, recipe)
-    if recipe.mode is Mode.QLORA:
-        quantize(model, recipe)
+    form = weights.of(recipe)
+    if form is not None:
+        quantize(model, recipe, form, form.fake)
     model = with_kernels(prepare(model, recipe), recipe)
     model.train()
     return model
@@ -164,20 +167,21 @@ def count(model: nn.Module) -> tuple[int, int]:
     return total, trainable
 
 
-# -- 4-bit ---------------------------------------------------------------------------------------------
+# -- quantised -----------------------------------------------------------------------------------------
 
 
 def quantize(
-    model: nn.Module, recipe: Recipe, convert: Callable[[nn.Linear, Recipe], nn.Module] | None = None
+    model: nn.Module,
+    recipe: Recipe,
+    form: Quantised,
+    convert: Callable[[nn.Linear, Recipe], nn.Module],
 ) -> None:
-    """Replace the layers that transformers' 4-bit quantizer replaces (transformers 5
-    integrations/bitsandbytes.py ``replace_with_bnb_linear``) by what ``convert`` makes of them: unless
-    given, :func:`linear_4bit`."""
+    """Replace the layers that transformers' quantizers replace (transformers 5 integrations/bitsandbytes.py
+    ``replace_with_bnb_linear``) by what ``convert`` makes of them."""
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.base import _assign_is_quantized, get_keys_to_not_convert
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    convert = convert or linear_4bit
     skipped = get_keys_to_not_convert(model)
     for name, module in list(model.named_modules()):
         if not should_convert_module(name, skipped):
@@ -188,77 +192,9 @@ def quantize(
             linear = nn.Linear(*module.weight.shape, bias=False, dtype=module.weight.dtype)
             linear.bias = module.bias
             model.set_submodule(name, convert(linear, recipe))
-    model.is_loaded_in_4bit = True
+    setattr(model, form.mark, True)
     model.is_quantized = True
     _assign_is_quantized(model)
-
-
-class Params4bit(FakeTensor):
-    """A fake tensor by the name that PEFT looks for (peft/utils/integrations.py ``get_bnb_param_type``)."""
-
-
-def linear_4bit(source: nn.Linear, recipe: Recipe) -> nn.Module:
-    """A quantised ``Linear4bit``. ``Params4bit`` refuses fake tensors, so its weight is a fake parameter
-    with the attributes that bitsandbytes and PEFT read."""
-    import bitsandbytes as bnb
-
-    layer = bnb.nn.Linear4bit.__new__(bnb.nn.Linear4bit)
-    nn.Module.__init__(layer)
-    layer.in_features, layer.out_features = source.in_features, source.out_features
-    elements = source.in_features * source.out_features
-    weight = nn.Parameter(torch.empty(((elements + 1) // 2, 1), dtype=torch.uint8), requires_grad=False)
-    weight.__class__ = Params4bit
-    state = quant_state(source, recipe)
-    for key, value in {
-        "quant_state": state,
-        "blocksize": state.blocksize,
-        "compress_statistics": recipe.double_quant,
-        "quant_type": recipe.quant_type.value,
-        "quant_storage": torch.uint8,
-        "bnb_quantized": True,
-        "module": None,
-    }.items():
-        setattr(weight, key, value)
-    layer.weight = weight
-    layer.bias = source.bias
-    if layer.bias is not None:
-        layer.bias.requires_grad_(False)
-    layer.compute_dtype = DTYPES[recipe.dtype]
-    layer.compute_type_is_set = True
-    layer.quant_state = state
-    layer.quant_storage = torch.uint8
-    layer.support_avx512bf16_for_cpu = False
-    return layer
-
-
-def quant_state(source: nn.Linear, recipe: Recipe) -> Any:
-    """The state that ``quantize_4bit`` leaves (bitsandbytes 0.50 functional.py): the codes are copies of
-    each layer (``code.to(A.device, copy=True)``, ``get_4bit_type``), nothing is shared."""
-    from bitsandbytes.functional import QuantState
-
-    elements = source.in_features * source.out_features
-    blocks = -(-elements // 64)
-    common = {
-        "shape": source.weight.shape,
-        "dtype": source.weight.dtype,
-        "blocksize": 64,
-        "code": torch.empty(16, dtype=torch.float32),
-        "quant_type": recipe.quant_type.value,
-    }
-    if not recipe.double_quant:
-        return QuantState(absmax=torch.empty(blocks, dtype=torch.float32), **common)
-    nested = QuantState(
-        absmax=torch.empty(-(-blocks // 256), dtype=torch.float32),
-        code=torch.empty(256, dtype=torch.float32),
-        blocksize=256,
-        dtype=torch.float32,
-    )
-    return QuantState(
-        absmax=torch.empty(blocks, dtype=torch.uint8),
-        offset=torch.empty((), dtype=torch.float32),
-        state2=nested,
-        **common,
-    )
 
 
 # -- adapters and checkpointing ------------------------------------------------------------------------
@@ -288,20 +224,18 @@ def prepare(model: nn.Module, recipe: Recipe, *, data: bool = False) -> nn.Modul
         if recipe.mode is not Mode.FULL:
             model = with_adapters(model, recipe, initialised=data)
     if not data:
-        after_first_step(model)
+        after_first_step(model, weights.of(recipe))
     return model
 
 
-def after_first_step(model: nn.Module) -> None:
-    """Linear4bit.forward rewrites its bias in the compute dtype once (bitsandbytes 0.50 nn/modules.py);
-    longrope makes its table for long sequences once (transformers 5 modeling_rope_utils.py)."""
-    from bitsandbytes.nn import Linear4bit
-
+def after_first_step(model: nn.Module, form: Quantised | None) -> None:
+    """longrope makes its table for long sequences once (transformers 5 modeling_rope_utils.py), and quantised
+    layers may settle."""
     for module in model.modules():
         if getattr(module, "rope_type", None) == "longrope":
             module(torch.empty(1, 1, 1), torch.zeros((1, 1), dtype=torch.int64))
-        if isinstance(module, Linear4bit) and module.bias is not None:
-            module.bias.data = module.bias.data.to(module.compute_dtype)
+        if form is not None:
+            form.settle(module)
 
 
 def with_adapters(model: nn.Module, recipe: Recipe, *, initialised: bool = False) -> nn.Module:

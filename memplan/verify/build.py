@@ -13,8 +13,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from memplan.asked.recipe import Mode, Recipe
-from memplan.trace.build import DTYPES, base_model, prepare, quantize, with_kernels
+from memplan import weights
+from memplan.asked.recipe import Recipe
+from memplan.trace.build import base_model, prepare, quantize, with_kernels
+from memplan.weights import Quantised
 
 
 class Source(Protocol):
@@ -48,57 +50,22 @@ def build(config: dict[str, Any], recipe: Recipe, device: torch.device, source: 
         with init_empty_weights(include_buffers=False):  # buffers are small, and computed
             model = base_model(config, recipe)
         model.tie_weights()  # parameters that were registered anew lost their ties
-        if recipe.mode is Mode.QLORA:
-            quantize(model, recipe, linear_4bit)
-            model.hf_quantizer = quantizer(recipe)
+        form = weights.of(recipe)
+        if form is not None:
+            quantize(model, recipe, form, form.real)
+            model.hf_quantizer = form.quantizer(
+                recipe
+            )  # has done nothing here; a Trainer asks whether it may train
         source.check(model)
-        materialise(model, device, source)
+        materialise(model, device, source, form)
         model = with_kernels(prepare(model, recipe, data=True), recipe)
     model.train()
     return model
 
 
-def quantizer(recipe: Recipe) -> Any:
-    """transformers' own, which has done nothing here but which a Trainer asks whether it may train."""
-    from transformers import BitsAndBytesConfig
-    from transformers.quantizers import AutoHfQuantizer
-
-    return AutoHfQuantizer.from_config(
-        BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=recipe.quant_type.value,
-            bnb_4bit_use_double_quant=recipe.double_quant,
-            bnb_4bit_compute_dtype=DTYPES[recipe.dtype],
-        )
-    )
-
-
-def linear_4bit(source: nn.Linear, recipe: Recipe) -> nn.Module:
-    """The 4-bit layer in the place of ``source``, not quantised yet."""
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
-    options = {"compress_statistics": recipe.double_quant, "quant_type": recipe.quant_type.value}
-    layer: nn.Module = Linear4bit(
-        source.in_features,
-        source.out_features,
-        bias=False,
-        compute_dtype=DTYPES[recipe.dtype],
-        device="meta",
-        **options,
-    )
-    weight = torch.empty(source.out_features, source.in_features, dtype=source.weight.dtype, device="meta")
-    layer.weight = Params4bit(weight, requires_grad=False, module=layer, **options)
-    layer.bias = source.bias
-    if source.bias is not None:
-        source.bias.requires_grad_(False)
-    return layer
-
-
 @torch.no_grad()
-def materialise(model: nn.Module, device: torch.device, source: Source) -> None:
+def materialise(model: nn.Module, device: torch.device, source: Source, form: Quantised | None) -> None:
     """Give every parameter and buffer its data on the device, one after another, tied ones once."""
-    from bitsandbytes.nn import Params4bit
-
     done: dict[int, nn.Parameter] = {}
     kept: list[nn.Parameter] = []  # so that no address is used twice while ``done`` knows it
     for module_name, module in model.named_modules():
@@ -115,31 +82,20 @@ def materialise(model: nn.Module, device: torch.device, source: Source) -> None:
             new = new or given is None
             data = torch.empty_like(parameter, device=device) if given is None else given
             del given
-            done[id(parameter)] = module._parameters[key] = _with_data(parameter, data)
+            done[id(parameter)] = module._parameters[key] = _with_data(parameter, data, form)
             del data
         if new:
             model._init_weights(module)
         for parameter in module._parameters.values():
-            if isinstance(parameter, Params4bit) and not parameter.bnb_quantized:
-                parameter.to(device)  # quantises in place
-                if device.type == "cuda":
-                    # else later weights would be cut from what this one had in 16 bits, and hold all of it
-                    torch.cuda.empty_cache()
+            quantised = form is not None and parameter is not None and form.finish(parameter, device)
+            if quantised and device.type == "cuda":
+                # else later weights would be cut from what this one had in 16 bits, and hold all of it
+                torch.cuda.empty_cache()
         for key, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[key] = buffer.to(device)
 
 
-def _with_data(parameter: nn.Parameter, data: torch.Tensor) -> nn.Parameter:
-    from bitsandbytes.nn import Params4bit
-
-    if isinstance(parameter, Params4bit):
-        weight: nn.Parameter = Params4bit(
-            data,
-            requires_grad=False,
-            compress_statistics=parameter.compress_statistics,
-            quant_type=parameter.quant_type,
-            module=parameter.module,
-        )
-        return weight
-    return nn.Parameter(data, parameter.requires_grad)
+def _with_data(parameter: nn.Parameter, data: torch.Tensor, form: Quantised | None) -> nn.Parameter:
+    quantised = None if form is None else form.with_data(parameter, data)
+    return nn.Parameter(data, parameter.requires_grad) if quantised is None else quantised

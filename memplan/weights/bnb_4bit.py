@@ -1,27 +1,37 @@
-"""bitsandbytes' 4-bit weights, NF4 and FP4 (bitsandbytes/nn/modules.py, autograd/_functions.py and
-backends/cuda/ops.py, 0.50)."""
+"""bitsandbytes' 4-bit weights, NF4 and FP4 (bitsandbytes/nn/modules.py, autograd/_functions.py,
+backends/cuda/ops.py and functional.py, 0.50)."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from functools import cache
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from memplan.asked.recipe import Kernels, Recipe
 from memplan.cuda.gemm_4bit import fused
-from memplan.parts.leaves import buffer
+from memplan.parts.leaves import Base, buffer
 from memplan.shadow import ops
 from memplan.shadow.autograd import Node, attach
 from memplan.shadow.matmul import product
 from memplan.shadow.tensor import DType, Shape, Tensor, empty, float32, state, uint8
 from memplan.tape import Category
+from memplan.weights import LoadStep, Quantised, Temporary
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 NF4_BLOCK = 64  # weights that share a scale (bitsandbytes/functional.py, quantize_4bit)
 NESTED_BLOCK = 256  # scales that share a second-order scale under double quantisation
 
 
-class Linear4bit:
+class Linear4bit(Base):
     """``bnb.nn.Linear4bit``: half a byte a weight, scales, and a dequantised copy when it runs."""
 
-    __slots__ = ("bias", "compute_dtype", "name", "nested", "quantized", "shape", "state_dtype", "tensors")
+    __slots__ = ("compute_dtype", "nested", "quantized", "state_dtype", "tensors")
+
+    quantised = True
 
     def __init__(
         self,
@@ -81,6 +91,13 @@ class Linear4bit:
         scales = self.tensors[0].shape
         return [empty(scales, float32, "gemm_4bit") for _ in range(2)]  # dequantised, and plus the offset
 
+    @property
+    def compute(self) -> DType:
+        return self.compute_dtype
+
+    def dense(self) -> Tensor:
+        return self.dequantized(None)
+
     def dequantized(self, dtype: DType | None) -> Tensor:
         """``F.dequantize_4bit(B, state)``, ``.to(dtype)`` if given."""
         scales = empty(self.tensors[0].shape, float32, "dequantize_blockwise") if self.nested else None
@@ -97,3 +114,219 @@ def _matmul_4bit_backward(node: Node, grad: Tensor) -> Any:
     out = product(shape, grad.dtype, "mm")
     del weight
     return (out,)  # torch.matmul folds and unfolds: _unsafe_view is no view to autograd
+
+
+def _linear(name: str, shapes: Mapping[str, Shape], recipe: Recipe, dtype: DType) -> Linear4bit:
+    kind: type[Linear4bit] = Linear4bit
+    if recipe.kernels is Kernels.MEMPLAN:
+        from memplan.weights._memplan_kernels import NF4Linear
+
+        kind = NF4Linear
+    return kind(name, shapes["weight"], "bias" in shapes, dtype, nested=recipe.double_quant)
+
+
+def _shared(recipe: Recipe) -> list[Tensor]:
+    """bitsandbytes.functional.name2qmap["dynamic"]: made on the device once; each layer copies it."""
+    if not recipe.double_quant:
+        return []
+    return [buffer((256,), float32, "bitsandbytes", Category.QUANTIZATION_STATE)]
+
+
+# -- onto the card ---------------------------------------------------------------------------------------
+
+
+def _made(name: str, storages: Mapping[str, Any]) -> bool:
+    return name.removesuffix(".weight") + ".absmax" in storages
+
+
+def _load(
+    shape: Shape, itemsize: int, storages: dict[str, list[int]], module: str, temporary: Temporary
+) -> Iterator[LoadStep]:
+    """``Params4bit._quantize`` of one weight on the card."""
+    count = prod(shape)
+    scales = -(-count // NF4_BLOCK)
+    take, weight = temporary(count * itemsize)
+    yield take
+    nested = module + ".offset" in storages
+    absmax = -1
+    if nested:
+        take, absmax = temporary(scales * 4)
+        yield take
+    else:
+        yield "alloc", storages.pop(module + ".absmax")[0]
+    yield "alloc", storages.pop(module + ".weight")[0]
+    yield "alloc", storages.pop(module + ".quant_map")[0]
+    if nested:
+        yield "alloc", storages.pop(module + ".offset")[0]
+        take, difference = temporary(scales * 4)
+        yield take
+        yield "alloc", storages.pop(module + ".nested_absmax")[0]
+        yield "alloc", storages.pop(module + ".absmax")[0]
+        yield "alloc", storages.pop(module + ".nested_quant_map")[0]
+        yield "drop", difference
+        yield "drop", absmax
+    yield "drop", weight
+
+
+# -- bitsandbytes' own objects ---------------------------------------------------------------------------
+
+
+@cache
+def _fake_parameter() -> type:
+    """Of fake tensors, by the name that PEFT looks for (peft/utils/integrations.py ``get_bnb_param_type``)."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return type("Params4bit", (FakeTensor,), {"__module__": __name__})
+
+
+def _fake(source: nn.Linear, recipe: Recipe) -> nn.Module:
+    """A quantised ``Linear4bit``. ``Params4bit`` refuses fake tensors, so its weight is a fake parameter
+    with the attributes that bitsandbytes and PEFT read."""
+    import bitsandbytes as bnb
+    import torch
+    from torch import nn
+
+    layer: nn.Module = bnb.nn.Linear4bit.__new__(bnb.nn.Linear4bit)
+    nn.Module.__init__(layer)
+    layer.in_features, layer.out_features = source.in_features, source.out_features
+    elements = source.in_features * source.out_features
+    weight = nn.Parameter(torch.empty(((elements + 1) // 2, 1), dtype=torch.uint8), requires_grad=False)
+    weight.__class__ = _fake_parameter()
+    state = _quant_state(source, recipe)
+    for key, value in {
+        "quant_state": state,
+        "blocksize": state.blocksize,
+        "compress_statistics": recipe.double_quant,
+        "quant_type": recipe.quant_type.value,
+        "quant_storage": torch.uint8,
+        "bnb_quantized": True,
+        "module": None,
+    }.items():
+        setattr(weight, key, value)
+    layer.weight = weight
+    layer.bias = source.bias
+    if layer.bias is not None:
+        layer.bias.requires_grad_(False)
+    layer.compute_dtype = getattr(torch, recipe.dtype.value)
+    layer.compute_type_is_set = True
+    layer.quant_state = state
+    layer.quant_storage = torch.uint8
+    layer.support_avx512bf16_for_cpu = False
+    return layer
+
+
+def _quant_state(source: nn.Linear, recipe: Recipe) -> Any:
+    """The state that ``quantize_4bit`` leaves (bitsandbytes 0.50 functional.py): the codes are copies of
+    each layer (``code.to(A.device, copy=True)``, ``get_4bit_type``), nothing is shared."""
+    import torch
+    from bitsandbytes.functional import QuantState
+
+    elements = source.in_features * source.out_features
+    blocks = -(-elements // 64)
+    common = {
+        "shape": source.weight.shape,
+        "dtype": source.weight.dtype,
+        "blocksize": 64,
+        "code": torch.empty(16, dtype=torch.float32),
+        "quant_type": recipe.quant_type.value,
+    }
+    if not recipe.double_quant:
+        return QuantState(absmax=torch.empty(blocks, dtype=torch.float32), **common)
+    nested = QuantState(
+        absmax=torch.empty(-(-blocks // 256), dtype=torch.float32),
+        code=torch.empty(256, dtype=torch.float32),
+        blocksize=256,
+        dtype=torch.float32,
+    )
+    return QuantState(
+        absmax=torch.empty(blocks, dtype=torch.uint8),
+        offset=torch.empty((), dtype=torch.float32),
+        state2=nested,
+        **common,
+    )
+
+
+def _real(source: nn.Linear, recipe: Recipe) -> nn.Module:
+    """The 4-bit layer in the place of ``source``, not quantised yet."""
+    import bitsandbytes as bnb
+    import torch
+
+    options = {"compress_statistics": recipe.double_quant, "quant_type": recipe.quant_type.value}
+    layer: nn.Module = bnb.nn.Linear4bit(
+        source.in_features,
+        source.out_features,
+        bias=False,
+        compute_dtype=getattr(torch, recipe.dtype.value),
+        device="meta",
+        **options,
+    )
+    weight = torch.empty(source.out_features, source.in_features, dtype=source.weight.dtype, device="meta")
+    layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, module=layer, **options)
+    layer.bias = source.bias
+    if source.bias is not None:
+        source.bias.requires_grad_(False)
+    return layer
+
+
+def _with_data(parameter: nn.Parameter, data: torch.Tensor) -> nn.Parameter | None:
+    import bitsandbytes as bnb
+
+    if not isinstance(parameter, bnb.nn.Params4bit):
+        return None
+    weight: nn.Parameter = bnb.nn.Params4bit(
+        data,
+        requires_grad=False,
+        compress_statistics=parameter.compress_statistics,
+        quant_type=parameter.quant_type,
+        module=parameter.module,
+    )
+    return weight
+
+
+def _finish(parameter: nn.Parameter, device: torch.device) -> bool:
+    import bitsandbytes as bnb
+
+    if not isinstance(parameter, bnb.nn.Params4bit) or parameter.bnb_quantized:
+        return False
+    parameter.to(device)  # in place
+    return True
+
+
+def _settle(module: nn.Module) -> None:
+    """Linear4bit.forward rewrites its bias in the compute dtype once."""
+    import bitsandbytes as bnb
+
+    if isinstance(module, bnb.nn.Linear4bit) and module.bias is not None:
+        module.bias.data = module.bias.data.to(module.compute_dtype)
+
+
+def _quantizer(recipe: Recipe) -> Any:
+    """transformers' own, which has done nothing here but which a Trainer asks whether it may train."""
+    import torch
+    from transformers import BitsAndBytesConfig
+    from transformers.quantizers import AutoHfQuantizer
+
+    return AutoHfQuantizer.from_config(
+        BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=recipe.quant_type.value,
+            bnb_4bit_use_double_quant=recipe.double_quant,
+            bnb_4bit_compute_dtype=getattr(torch, recipe.dtype.value),
+        )
+    )
+
+
+WEIGHTS = Quantised(
+    linear=_linear,
+    shared=_shared,
+    packed=lambda count: (count + 1) // 2,
+    made=_made,
+    load=_load,
+    fake=_fake,
+    real=_real,
+    with_data=_with_data,
+    finish=_finish,
+    settle=_settle,
+    quantizer=_quantizer,
+    mark="is_loaded_in_4bit",
+)
