@@ -190,7 +190,7 @@ class Recipe(BaseModel):
 
     @property
     def weight_format(self) -> str | None:
-        """The file in :mod:`memplan.weights` of the frozen linear layers; None where they are of ``dtype``."""
+        """The file in :mod:`memplan.weights` of frozen linear layers; None where they are of ``dtype``."""
         return "bnb_4bit" if self.mode is Mode.QLORA else None
 
     @property

@@ -173,7 +173,7 @@ def _load(
 
 @cache
 def _fake_parameter() -> type:
-    """Of fake tensors, by the name that PEFT looks for (peft/utils/integrations.py ``get_bnb_param_type``)."""
+    """Fake tensors by the name that PEFT looks for (peft/utils/integrations.py ``get_bnb_param_type``)."""
     from torch._subclasses.fake_tensor import FakeTensor
 
     return type("Params4bit", (FakeTensor,), {"__module__": __name__})
