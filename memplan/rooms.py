@@ -23,6 +23,20 @@ def extend(folder: Path) -> None:
     """Find things in this folder too: ``folder/optimizers/mine.py`` is the optimizer ``mine``. Its code runs
     when it is chosen."""
     _folders.append(folder)
+    _look_again()
+
+
+def forget(folder: Path) -> None:
+    """Undo :func:`extend`."""
+    _folders.remove(folder)
+    for name, module in list(modules.items()):
+        file = getattr(module, "__file__", None)
+        if name.startswith("memplan.") and file is not None and Path(file).is_relative_to(folder):
+            del modules[name]
+    _look_again()
+
+
+def _look_again() -> None:
     names.cache_clear()
     thing.cache_clear()
 
