@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memplan.asked.alloc_conf import AllocatorSettings, parse_settings
 from memplan.device.allocator import MIB, Allocator, Block, OutOfMemory
-from memplan.device.settings import AllocatorSettings, parse_settings
 
 UNITS = {"B": 1, "K": 1 << 10, "M": MIB, "G": 1 << 30}
 

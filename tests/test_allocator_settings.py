@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memplan.device.settings import AllocatorSettings, parse_settings
+from memplan.asked.alloc_conf import AllocatorSettings, parse_settings
 from memplan.errors import MemplanError
 
 MIB = 1 << 20

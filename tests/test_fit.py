@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from small_specs import SPECS
 
 from memplan import Recipe, plan
+from memplan.asked.alloc_conf import AllocatorSettings
 from memplan.asked.gpus import Gpu, find_gpu
 from memplan.asked.recipe import make_recipe
 from memplan.device.allocator import MIB
 from memplan.device.fit import MARGIN_PER_CENT, Run, context_bytes, glance, judge, recast_bytes
-from memplan.device.settings import AllocatorSettings
 from memplan.errors import MemplanError
 from memplan.importers.hf import spec_from_config
 from memplan.planning.plan import Plan, predicted_run

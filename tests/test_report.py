@@ -16,8 +16,8 @@ from memplan.report.compare import show_comparison
 from memplan.report.console import paragraph, table
 from memplan.report.fit import show_fit
 from memplan.report.plan import bar, short_card, show_plan
-from memplan.report.units import count, gib, ratio, share
 from memplan.report.wording import asked_and_default, phrases
+from memplan.units import count, gib, ratio, share
 
 MODES = ("full", "lora", "qlora")
 

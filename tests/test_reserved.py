@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_specs import SPECS, config
 
+from memplan.asked.alloc_conf import AllocatorSettings
 from memplan.asked.recipe import make_recipe
 from memplan.device.allocator import MIB
 from memplan.device.playback import simulate
-from memplan.device.settings import AllocatorSettings
 from memplan.importers.resolve import resolve
 from memplan.planning.plan import predicted_run
 from memplan.predict.blueprint import named_shapes

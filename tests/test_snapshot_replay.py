@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_specs import SPECS
 
+from memplan.asked.alloc_conf import parse_settings
 from memplan.asked.recipe import make_recipe
 from memplan.device.allocator import MIB, Allocator, Block
-from memplan.device.settings import parse_settings
 from memplan.errors import MemplanError
 from memplan.planning.plan import predicted_run
 from memplan.predict.parameters import resolve_recipe

@@ -334,10 +334,10 @@ def test_fp32_grouped_queries_fall_to_the_math_kernel() -> None:
 
 
 def test_small_flash_attention_splits_its_keys() -> None:
-    from memplan.trace.attention import num_splits
+    from memplan.cuda.attention import key_splits
 
-    assert num_splits(8 * 32, 216, 4, 128) == 1  # 8 heads of 2,048 rows fill an A100
-    assert num_splits(8 * 2, 216, 16, 128) > 1
+    assert key_splits(Card(), 8, 2048, 512, 128) == 1  # 8 heads of 2,048 rows fill an A100
+    assert key_splits(Card(), 8, 128, 2048, 128) > 1
 
 
 def test_hopper_takes_cudnn() -> None:

@@ -122,7 +122,7 @@ class ExpertLora(ParameterLora):
 def _around(base: Base, recipe: Recipe, dtype: DType) -> Lora:
     kind: type[Lora] = Lora
     if recipe.kernels is Kernels.MEMPLAN and base.quantised:
-        from memplan.weights._memplan_kernels import NF4Lora
+        from memplan.adapters._memplan_kernels import NF4Lora
 
         kind = NF4Lora
     return kind(base, recipe.r, dtype, recipe.lora_dropout)

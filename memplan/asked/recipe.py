@@ -127,7 +127,7 @@ class Recipe(BaseModel):
     @classmethod
     def _known_settings(cls, value: str) -> str:
         if value:
-            from memplan.device.settings import parse_settings
+            from memplan.asked.alloc_conf import parse_settings
 
             parse_settings(value)
         return value

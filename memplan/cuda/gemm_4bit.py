@@ -7,7 +7,7 @@ rows every card dequantises.
 
 from __future__ import annotations
 
-from memplan.shadow.tensor import DType, float32, state
+from memplan.cuda.card import Card
 
 _BLOCK = 64
 _ANY_CARD = 4  # rows up to which the fused kernel always runs
@@ -15,15 +15,15 @@ _NEVER_ABOVE = 1536
 _SMALL_WEIGHT = 4 << 20  # elements
 
 
-def fused(rows: int, outputs: int, inputs: int, dtype: DType) -> bool:
+def fused(card: Card, rows: int, outputs: int, inputs: int, itemsize: int) -> bool:
     """Whether the product of ``rows`` by a weight [outputs, inputs] runs without a dequantised weight."""
     if rows > _NEVER_ABOVE or inputs % _BLOCK:
         return False
     if rows <= _ANY_CARD:
         return True
-    if dtype is float32:
+    if itemsize == 4:
         return rows < 8
-    processors = state.card.multiprocessors
+    processors = card.multiprocessors
     blocks = -(-outputs // _BLOCK)
     if outputs * inputs < _SMALL_WEIGHT:
         return rows <= _small_limit(blocks, processors, outputs, inputs)

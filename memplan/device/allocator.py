@@ -14,7 +14,7 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from memplan.device.settings import AllocatorSettings
+from memplan.asked.alloc_conf import AllocatorSettings
 
 MIB = 1 << 20
 

@@ -18,8 +18,8 @@ from memplan.cuda.card import Card
 from memplan.tape import Category, Phase, Tape
 
 if TYPE_CHECKING:  # a plan whose cards are all told at a glance never loads the simulation
+    from memplan.asked.alloc_conf import AllocatorSettings
     from memplan.device.playback import RanOut, Reserved
-    from memplan.device.settings import AllocatorSettings
 
 MIB = 1 << 20
 

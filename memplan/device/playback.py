@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from memplan.asked.alloc_conf import AllocatorSettings
 from memplan.device.allocator import Allocator, Block, OutOfMemory
-from memplan.device.settings import AllocatorSettings
 from memplan.tape import Category, Phase, Tape
 
 LOADING, FIRST_STEP, LATER_STEP = "loading", "first step", "later step"

@@ -11,12 +11,23 @@ from collections.abc import Callable
 from typing import Any
 
 from memplan.asked.spec import ModelSpec
+from memplan.cuda.products import padded_columns
 from memplan.parts.context import Leaves
 from memplan.shadow import ops
 from memplan.shadow.autograd import Node, attach, save, save_output, unpack
 from memplan.shadow.indexing import by_rows
 from memplan.shadow.matmul import linear
-from memplan.shadow.tensor import Tensor, empty, float32, int32, int64, state
+from memplan.shadow.tensor import (
+    DType,
+    Shape,
+    Tensor,
+    contiguous_strides,
+    empty,
+    float32,
+    int32,
+    int64,
+    state,
+)
 from memplan.tape import Phase
 
 # The router's logits, and weights and numbers of each token's experts, by its weight and hidden states [N,
@@ -188,7 +199,7 @@ def _grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
             None if x.node is None else save(weight),
             save(offsets),
         )
-    out = empty((x.shape[0], weight.shape[1]), x.dtype, "_grouped_mm")
+    out = _grouped((x.shape[0], weight.shape[1]), x.dtype)
     if node is not None:
         node.saved = saved
         node.context = x.shape, weight.shape
@@ -199,10 +210,17 @@ def _grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 def _grouped_mm_backward(node: Node, grad: Tensor) -> Any:
     x, weight, offsets = (None if saved is None else unpack(saved) for saved in node.saved)
     x_shape, weight_shape = node.context
-    for_weight = None if x is None else empty(weight_shape, grad.dtype, "_grouped_mm")
-    for_x = None if weight is None else empty(x_shape, grad.dtype, "_grouped_mm")
+    for_weight = None if x is None else _grouped(weight_shape, grad.dtype)
+    for_x = None if weight is None else _grouped(x_shape, grad.dtype)
     del offsets
     return for_x, None if for_weight is None else for_weight.viewed(weight_shape)
+
+
+def _grouped(shape: Shape, dtype: DType) -> Tensor:
+    """What a grouped product is written into, whose rows are padded."""
+    columns = padded_columns(shape[-1], dtype.itemsize)
+    out = empty((*shape[:-1], columns), dtype, "_grouped_mm")
+    return out if columns == shape[-1] else Tensor(shape, dtype, out.storage, contiguous_strides(out.shape))
 
 
 def _sum_experts(x: Tensor) -> Tensor:

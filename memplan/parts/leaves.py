@@ -9,10 +9,11 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
+from memplan.cuda.embedding import sorting, summing
 from memplan.shadow import ops
 from memplan.shadow.autograd import Node, attach, require_grad
 from memplan.shadow.matmul import linear
-from memplan.shadow.tensor import DType, Shape, Tensor, category, empty, float32, int64, state
+from memplan.shadow.tensor import DType, Shape, Tensor, category, empty, state, uint8
 from memplan.tape import Category
 
 
@@ -102,23 +103,12 @@ class Embedding:
         return out
 
 
-_SORTED_FROM = 3072  # indices; up to here one kernel does without sorting
-
-
 def _embedding_backward(node: Node, grad: Tensor) -> Any:
-    """embedding_dense_backward_cuda (ATen/native/cuda/Embedding.cu): more indices are sorted and summed in
-    fp32 parts of 10 rows (EmbeddingBackwardKernel.cu), sized for the case that all of them differ. cub's own
-    scratch for the sort, some bytes an index, is left out."""
+    """``embedding_dense_backward_cuda``."""
     operation = "embedding_dense_backward"
     entries, width = node.context
     rows = prod(grad.shape[:-1])
-    if rows <= _SORTED_FROM:
-        return (empty(node.context, grad.dtype, operation),)
-    scratch = [empty((rows,), int64, operation) for _ in range(2)]
+    scratch = [empty((nbytes,), uint8, operation) for nbytes in sorting(rows)]
     out = empty(node.context, grad.dtype, operation)
-    segments = min(rows, entries)
-    parts = rows // 10 + segments
-    for count in (rows, 1, segments, segments, 1, parts):
-        scratch.append(empty((count,), int64, operation))
-    scratch.append(empty((parts, width), float32, operation))
+    scratch += [empty((nbytes,), uint8, operation) for nbytes in summing(rows, entries, width)]
     return (out,)

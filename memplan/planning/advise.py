@@ -51,7 +51,7 @@ def _said(text: str) -> Callable[[Recipe], str]:
 
 
 def _with_expandable_segments(recipe: Recipe) -> dict[str, object] | None:
-    from memplan.device.settings import parse_settings
+    from memplan.asked.alloc_conf import parse_settings
 
     if parse_settings(recipe.alloc_conf).expandable_segments:
         return None

@@ -18,23 +18,23 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from memplan import attention, losses
+from memplan.asked.alloc_conf import parse_settings
 from memplan.asked.gpus import Gpu
 from memplan.asked.recipe import Kernels, Mode, Recipe
 from memplan.asked.spec import ModelSpec
+from memplan.cuda.attention import key_splits
 from memplan.cuda.card import FLASH_CAPABILITY, Card
+from memplan.cuda.embedding import SORTED_FROM
 from memplan.device.fit import MARGIN_PER_CENT, context_bytes, judge, usable_bytes
-from memplan.device.settings import parse_settings
 from memplan.errors import MemplanError
 from memplan.planning.plan import able, predicted_run
 from memplan.planning.plan import write as played
 from memplan.predict.parameters import resolve_recipe
-from memplan.shadow.attention import key_splits
 from memplan.tape import Tape, replay
 
 What = Literal["batch_size", "seq_len"]
 
 LONGEST = 1 << 20  # tokens in a sequence, batches: beyond them the answer is "enough"
-_SORTED_FROM = 3072  # tokens: an embedding's gradient is sorted above (memplan.parts.leaves)
 _NEAR = 1 << 16
 _SHORT = 32  # tokens
 _MOST_SIMULATED = 10_000  # layers of all points: the default table of 126 layers, which takes a minute
@@ -282,10 +282,11 @@ class Peaks:
             return None
         if recipe.kernels is not Kernels.STOCK:
             return None
-        if key_splits(batch * spec.num_attention_heads, length, spec.head_dim) > 1:
+        rows = batch * spec.num_attention_heads
+        if key_splits(self.card or Card(), rows, length, length, spec.head_dim) > 1:
             return None
         embedding_is_trained = recipe.mode is Mode.FULL or bool(recipe.modules_to_save)
-        return tokens > _SORTED_FROM or not embedding_is_trained
+        return tokens > SORTED_FROM or not embedding_is_trained
 
     def _sample(self, regime: object) -> SizedTape | None:
         """Four steps of the regime, if they have the same events; a fifth where a mask needs it."""

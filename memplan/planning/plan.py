@@ -374,7 +374,7 @@ def write(spec: ModelSpec, recipe: Recipe, card: Card | None = None) -> Tape:
 
 def predicted_run(spec: ModelSpec, recipe: Recipe, card: Card | None = None) -> Run:
     """The whole run of a resolved recipe, for the allocator: loading, and a step with every layer played."""
-    from memplan.device.settings import parse_settings
+    from memplan.asked.alloc_conf import parse_settings
     from memplan.predict.loading import loading
     from memplan.predict.step import write_long_tape
 
@@ -456,7 +456,7 @@ def plan_from_tape(
 
 
 def _as_it_lies(tape: Tape, recipe: Recipe) -> Run:
-    from memplan.device.settings import parse_settings
+    from memplan.asked.alloc_conf import parse_settings
 
     return Run(tape, lambda _capacity: None, parse_settings(recipe.alloc_conf))
 

@@ -9,10 +9,11 @@ from math import prod
 
 from memplan import optimizers
 from memplan.asked.recipe import Recipe
+from memplan.cuda.foreach import partial_norms
 from memplan.optimizers import Group, State
 from memplan.optimizers._lists import gradient, release
 from memplan.shadow.autograd import AccumulateGrad
-from memplan.shadow.tensor import DType, Storage, Tensor, category, empty, float32, state
+from memplan.shadow.tensor import DType, Storage, Tensor, category, empty, float32, state, uint8
 from memplan.tape import Category, Phase
 
 
@@ -45,8 +46,7 @@ def clip(groups: list[Group]) -> None:
     # one list a dtype, from an unordered_map that hands out last what came first (ForeachUtils.h)
     for dtype, (length, longest) in reversed(sizes.items()):
         tape.begin(Phase.OPTIMIZER, f"partial norms, {dtype}")
-        # ForeachReduceOp.cu: fp32 partial sums for each chunk of 65,536 elements of the longest tensor
-        partial = empty((length * -(-longest // 65_536),), float32, "_foreach_norm")
+        partial = empty((partial_norms(length, longest),), uint8, "_foreach_norm")
         for group in groups:
             wanted = [p for p in group.parameters if p.dtype is dtype and gradient(p) is not None]
             if wanted:

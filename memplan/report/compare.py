@@ -9,8 +9,8 @@ from rich.text import Text
 
 from memplan.report.console import HEADING, QUIET, Cell, note, paragraph, table
 from memplan.report.plan import FOOTNOTE, SUMMARY, VERDICT_STYLES, known, short_card, show_model
-from memplan.report.units import count, gib, ratio
 from memplan.report.wording import common_and_own
+from memplan.units import count, gib, ratio
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from memplan.report.units import gib
+from memplan.units import gib
 
 if TYPE_CHECKING:
     from memplan.asked.recipe import Recipe
@@ -47,6 +47,6 @@ _VARYING = (
 
 def varying(recipe: Recipe) -> str | None:
     """What lengths that vary from step to step do, unless the recipe has the setting against it."""
-    from memplan.device.settings import parse_settings
+    from memplan.asked.alloc_conf import parse_settings
 
     return None if parse_settings(recipe.alloc_conf).expandable_segments else _VARYING

@@ -10,7 +10,7 @@ from rich.text import Text
 from memplan.planning.frontier import LONGEST
 from memplan.report.console import GAP, HEADING, QUIET, Cell, heading, note, table
 from memplan.report.plan import short_card
-from memplan.report.units import gib
+from memplan.units import gib
 
 if TYPE_CHECKING:
     from rich.console import Console

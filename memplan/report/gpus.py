@@ -9,7 +9,7 @@ from rich.text import Text
 
 from memplan.report.console import HEADING, note, table
 from memplan.report.plan import short_card
-from memplan.report.units import gib
+from memplan.units import gib
 
 if TYPE_CHECKING:
     from rich.console import Console

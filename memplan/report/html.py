@@ -22,11 +22,11 @@ from memplan.report.plan import (
     rests,
     short_card,
 )
-from memplan.report.units import count, gib, ratio, share
 from memplan.report.wording import asked_and_default, micro_steps
 from memplan.streams import visible
 from memplan.tape import ALLOCATION_GRANULARITY, Category, Tape
 from memplan.tape.curves import Held, live_bytes, moments, phases, resident, shown, step_start
+from memplan.units import count, gib, ratio, share
 
 if TYPE_CHECKING:
     from memplan.planning.advice import Advice

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from memplan.report.console import QUIET, Cell, heading, note, table
 from memplan.report.markdown import markdown_table, markdown_text
-from memplan.report.units import gib
+from memplan.units import gib
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from memplan.report.console import HEADING, QUIET, note, table
-from memplan.report.units import count
+from memplan.units import count
 
 if TYPE_CHECKING:
     from rich.console import Console

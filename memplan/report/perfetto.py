@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from memplan.report.plan import CATEGORIES
-from memplan.report.units import gib
 from memplan.tape import Tape, replay
 from memplan.tape.curves import Span, live_bytes, parts, phases
+from memplan.units import gib
 
 _PROCESS, _THREAD = 1, 1
 

@@ -9,8 +9,8 @@ from rich.text import Text
 
 from memplan.report.console import QUIET, Cell, heading, note, paragraph, speaks_unicode, table, warning
 from memplan.report.evaluation import evaluating
-from memplan.report.units import count, gib, ratio, share
 from memplan.report.wording import asked_and_default
+from memplan.units import count, gib, ratio, share
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -9,10 +9,10 @@ from rich.text import Text
 
 from memplan.report.console import heading, note, speaks_unicode
 from memplan.report.plan import CATEGORIES
-from memplan.report.units import gib
 from memplan.report.wording import micro_steps
 from memplan.tape import Category
 from memplan.tape.curves import Moment, Span, live_bytes, moments, phases, shown, step_start
+from memplan.units import gib
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -11,7 +11,7 @@ from memplan.report.console import QUIET, Cell, heading, note, paragraph, table
 from memplan.report.html import escape
 from memplan.report.markdown import markdown_table, markdown_text
 from memplan.report.plan import CATEGORIES
-from memplan.report.units import gib
+from memplan.units import gib
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -1,22 +1,21 @@
 """Scaled dot product attention as CUDA runs it: which kernel, what it allocates, what it saves.
 
-Sources: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp (choice of kernel),
-cuda/flash_attn/flash_api.cpp (mha_fwd, mha_bwd), cuda/attention.cu and attention_backward.cu
-(memory-efficient), attention.cpp (math), torch 2.13. Queries, keys and values are [B, H, S, D].
+Sources: aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp (mha_fwd, mha_bwd), cuda/attention.cu
+and attention_backward.cu (memory-efficient, cuDNN), attention.cpp (math), torch 2.13; which kernel, and its
+scratch: :mod:`memplan.cuda.attention`. Queries, keys and values are [B, H, S, D].
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from memplan.cuda.card import FLASH_CAPABILITY
+from memplan.cuda import attention as cuda
 from memplan.shadow import ops
 from memplan.shadow.autograd import Node, attach, save, save_output, unpack
 from memplan.shadow.matmul import matmul
 from memplan.shadow.tensor import (
     DType,
     Tensor,
-    bfloat16,
     bool_,
     empty,
     float32,
@@ -25,8 +24,6 @@ from memplan.shadow.tensor import (
     strides_of,
     uint8,
 )
-
-_FLASH_MAX_HEAD_DIM = 256
 
 
 def scaled_dot_product_attention(
@@ -42,26 +39,26 @@ def scaled_dot_product_attention(
     """``F.scaled_dot_product_attention``; ``mask`` is a bool [B, 1, S, S] or None."""
     if state.autocast is not None:
         value, key, query = (ops.to(x, state.autocast) for x in (value, key, query))
-    head_dim = query.shape[-1]
-    ampere = state.card.capability >= FLASH_CAPABILITY
-    if ampere and mask is None and query.dtype.itemsize == 2 and head_dim <= _FLASH_MAX_HEAD_DIM:
+    chosen = cuda.kernel(
+        state.card,
+        query.dtype.name,
+        query.shape[-1],
+        value.shape[-1],
+        keys=key.shape[2],
+        masked=mask is not None,
+        grouped=query.shape[1] != key.shape[1],
+        gqa=gqa,
+    )
+    if chosen == "flash":
         return flash_attention(query, key, value)
-    # The memory-efficient kernel wants 16-byte aligned rows and as many key heads as query heads, and before
-    # Ampere it has no bfloat16.
-    if (
-        head_dim % (16 // query.dtype.itemsize) == 0
-        and not (gqa and query.shape[1] != key.shape[1])
-        and (ampere or query.dtype is not bfloat16)
-    ):
+    if chosen == "efficient":
         return _efficient(query, key, value, mask)
+    if chosen == "cudnn":
+        return _cudnn(query, key, value, mask)
     return _math(query, key, value, mask, causal=causal, gqa=gqa)
 
 
 # -- flash -------------------------------------------------------------------------------------------
-
-
-def _up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
 
 
 def flash_attention(query: Tensor, key: Tensor, value: Tensor, *, package: bool = False) -> Tensor:
@@ -72,21 +69,15 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, *, package: bool 
     node = Node(_flash_backward, query, key, value) if ops.tracked(query, key, value) else None
     padded = head_dim % 8 != 0
     if padded:
-        width = _up(head_dim, 8)
+        width = cuda.up(head_dim, 8)
         query, key, value = (
             empty((*x.shape[:-1], width), x.dtype, "constant_pad_nd") for x in (query, key, value)
         )
     saved = None if node is None else [save(query), save(key), save(value)]
     out = ops.pointwise(operation, query)
     logsumexp = empty((batch, heads, length), float32, operation)
-    splits = key_splits(batch * heads, length, head_dim)
-    accumulators = None
-    if splits > 1:
-        shape = (splits, batch, heads, length)
-        accumulators = (
-            empty(shape, float32, operation),
-            empty((*shape, _rounded_head(head_dim)), float32, operation),
-        )
+    needed = cuda.split_accumulators(state.card, batch, heads, length, key.shape[2], head_dim)
+    accumulators = [empty((nbytes,), uint8, operation) for nbytes in needed]
     seed = empty((2,), int64, operation)
     random = [seed] if package else [seed, empty((), int64, operation)]
     del accumulators, seed
@@ -100,30 +91,6 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, *, package: bool 
     return out
 
 
-def _rounded_head(head_dim: int) -> int:
-    return _up(head_dim, 32 if head_dim <= 128 else 64)
-
-
-def key_splits(rows: int, length: int, head_dim: int) -> int:
-    """flash_api.cpp, num_splits_heuristic: into how many parts keys are split to fill the card.
-
-    ``rows`` are batch times heads. The fewest splits within 85 % of the best use of the card; more than
-    enough blocks need none.
-    """
-    processors = 2 * state.card.multiprocessors
-    blocks = rows * -(-length // 64)
-    if blocks >= 0.8 * processors:
-        return 1
-    keys = -(-length // (256 if head_dim <= 64 else 128 if head_dim <= 128 else 64))
-    used = {}
-    for splits in range(1, min(128, processors, keys) + 1):
-        if splits == 1 or -(-keys // splits) != -(-keys // (splits - 1)):
-            waves = blocks * splits / processors
-            used[splits] = waves / -(-blocks * splits // processors)
-    best = max(used.values())
-    return next(splits for splits, share in used.items() if share >= 0.85 * best)
-
-
 def _flash_backward(node: Node, grad: Tensor) -> Any:
     operation = "_flash_attn_backward" if node.context else "_scaled_dot_product_flash_attention_backward"
     query, key, value, out, *rest = [unpack(saved) for saved in node.saved]
@@ -135,9 +102,8 @@ def _flash_backward(node: Node, grad: Tensor) -> Any:
     for_query = ops.pointwise(operation, query)
     for_key = ops.pointwise(operation, key)
     for_value = ops.pointwise(operation, value)
-    rows = _up(length, 128)
-    softmax_d = empty((batch, heads, rows), float32, operation)
-    accumulator = empty((batch, rows, heads, _rounded_head(head_dim)), float32, operation)
+    needed = cuda.flash_backward(batch, heads, length, head_dim)
+    softmax_d, accumulator = (empty((nbytes,), uint8, operation) for nbytes in needed)
     if key.shape[1] != heads:
         expanded = [empty((batch, length, heads, head_dim), key.dtype, operation) for _ in range(2)]
         del expanded
@@ -155,15 +121,15 @@ def _efficient(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -
     if mask is not None:
         bias = _additive(mask, query.dtype)
         if mask.shape[-1] % 8:  # preprocess_mask: rows are padded until they are aligned
-            bias = empty((*mask.shape[:-1], _up(mask.shape[-1], 8)), query.dtype, "constant_pad_nd")
+            bias = empty((*mask.shape[:-1], cuda.up(mask.shape[-1], 8)), query.dtype, "constant_pad_nd")
     node = Node(_efficient_backward, query, key, value) if ops.tracked(query, key, value) else None
     saved = None
     if node is not None:
         saved = [save(query), save(key), save(value)] + ([save(bias)] if bias is not None else [])
     out = empty((batch, length, heads, head_dim), query.dtype, operation)
     out = ops.transpose(out, 1, 2)
-    logsumexp = empty((batch, heads, _up(length, 32) if node is not None else 0), float32, operation)
-    if head_dim > 128 and query.dtype is not float32:
+    logsumexp = empty((batch, heads, cuda.up(length, 32) if node is not None else 0), float32, operation)
+    if cuda.efficient_accumulates(query.dtype.name, head_dim):
         accumulator = empty((batch, length, heads, head_dim), float32, operation)
         del accumulator
     if node is not None and saved is not None:
@@ -193,39 +159,46 @@ def _efficient_backward(node: Node, grad: Tensor) -> Any:
         if min(length, heads) > 1:  # else the sum is contiguous as it is, transposed
             delta = empty((batch, heads, length), float32, operation)
         del total, product
-    nbytes = _efficient_workspace(batch * heads, length, head_dim, half)
+    nbytes = cuda.efficient_workspace(state.card, batch * heads, length, key.shape[2], head_dim, half)
     workspace = empty((nbytes,), uint8, operation)
     del workspace, delta
     return gradients
 
 
-def _efficient_workspace(rows: int, length: int, head_dim: int, half: bool) -> int:
-    """kernel_backward.h, workspace_size, of the kernel that the card gets from cutlassB.h (sm80 and later).
+# -- cuDNN -------------------------------------------------------------------------------------------
 
-    Tiles of fp32 for dQ, each with 16 bytes of bookkeeping, and where dK and dV do not stay in registers,
-    one pair of tiles for each split of the keys. ``rows`` are batch times heads.
-    """
-    tile_rows = tile_columns = 64
-    registers = False
-    large = state.card.shared_memory > 102_400
-    if half:
-        if head_dim <= 64:
-            registers = True
-        elif head_dim <= 96 and state.card.capability in ((8, 6), (8, 9)):
-            tile_rows, registers = 128, True
-        elif head_dim <= 128 and large:
-            tile_rows = tile_columns = 128
-            registers = True
-        elif head_dim > 128 and large:
-            tile_rows = 128
-    elif head_dim > 64 and large:
-        tile_rows = 128
-    tile = tile_rows * tile_columns + 4
-    elements = -(-length // tile_rows) * -(-head_dim // tile_columns) * tile
-    if half and not registers:
-        splits = max(1, min(-(-length // tile_columns), 200 // rows))
-        elements += 2 * splits * tile_columns * _up(head_dim, tile_rows)
-    return rows * _up(elements, 4) * 4
+
+def _cudnn(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """attention.cu ``_cudnn_attention_forward``: the output in the query's layout, fp32 log-sum-exp, two
+    seeds."""
+    batch, heads, length, _ = query.shape
+    operation = "_scaled_dot_product_cudnn_attention"
+    bias = None if mask is None else _additive(mask, query.dtype)
+    node = Node(_cudnn_backward, query, key, value) if ops.tracked(query, key, value) else None
+    saved = None
+    if node is not None:
+        saved = [save(query), save(key), save(value)] + ([save(bias)] if bias is not None else [])
+    seeds = [empty((), int64, operation) for _ in range(2)]
+    out = ops.pointwise(operation, query)
+    logsumexp = empty((batch, heads, length, 1), float32, operation)
+    if node is not None and saved is not None:
+        saved += [save_output(out), save_output(logsumexp), *map(save_output, seeds)]
+        node.saved = saved
+        attach(node, out)
+    return out
+
+
+def _cudnn_backward(node: Node, grad: Tensor) -> Any:
+    operation = "_scaled_dot_product_cudnn_attention_backward"
+    query, key, value, *rest = [unpack(saved) for saved in node.saved]
+    batch, heads, length, head_dim = query.shape
+    gradients = [ops.pointwise(operation, tensor) for tensor in (query, key, value)]
+    nbytes = cuda.cudnn_backward(
+        query.dtype.itemsize, batch, heads, key.shape[1], length, key.shape[2], head_dim
+    )
+    workspace = empty((nbytes,), uint8, operation)
+    del workspace
+    return gradients
 
 
 # -- math --------------------------------------------------------------------------------------------

@@ -1,7 +1,5 @@
-"""Indexing on CUDA, as :mod:`memplan.trace.indexing` has it from PyTorch's source (2.13).
-
-Masks become indices first, and gradients are added to rows in sorted order. cub's scratch (some bytes an
-index) is left out.
+"""Indexing on CUDA: masks become indices first, and gradients are added to rows in sorted order
+(:mod:`memplan.cuda.indexing`).
 """
 
 from __future__ import annotations
@@ -9,9 +7,10 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
+from memplan.cuda import indexing as cuda
 from memplan.shadow import ops
 from memplan.shadow.autograd import Node, attach, save, unpack
-from memplan.shadow.tensor import Shape, Tensor, bool_, empty, int32, int64
+from memplan.shadow.tensor import Shape, Tensor, bool_, empty, int64, uint8
 
 
 def by_rows(x: Tensor, rows: Tensor) -> Tensor:
@@ -44,7 +43,7 @@ def _index_backward(node: Node, grad: Tensor) -> Any:
     out = empty(node.context, grad.dtype, "new_zeros")
     linear = _linear_index(by)
     _values = ops.contiguous(grad)
-    _sorting = [empty(linear.shape, int64, "index_put_") for _ in range(3)]
+    _sorting = [empty((nbytes,), uint8, "index_put_") for nbytes in cuda.sorting(prod(linear.shape))]
     return (out,)
 
 
@@ -69,8 +68,8 @@ def _linear_index(by: Tensor) -> Tensor:
 
 def _nonzero(mask: Tensor, operation: str) -> Tensor:
     """cuda/Nonzero.cu: how many, then a row of indices for each axis."""
-    count = empty((1,), int32, operation)
-    indices = empty((len(mask.shape), prod(mask.shape)), int64, operation)
+    count = empty((cuda.COUNT,), uint8, operation)
+    indices = empty((cuda.nonzero(len(mask.shape), prod(mask.shape)),), uint8, operation)
     del count
     return indices
 
@@ -80,7 +79,7 @@ def masked_scatter(mask: Tensor, source: Tensor) -> Tensor:
     zeros = empty(mask.shape, source.dtype, "new_zeros")
     node = Node(_masked_scatter_backward, source) if ops.tracked(source) else None
     out = empty(mask.shape, source.dtype, "masked_scatter")
-    prefix_sum = empty(mask.shape, int64, "masked_scatter")
+    prefix_sum = empty((cuda.places(prod(mask.shape)),), uint8, "masked_scatter")
     del prefix_sum, zeros
     if node is not None:
         node.saved = save(mask)

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+from memplan.asked.alloc_conf import AllocatorSettings
 from memplan.device.allocator import Allocator, Block
-from memplan.device.settings import AllocatorSettings
 from memplan.errors import MemplanError
 from memplan.snapshot.records import Action, Snapshot
 

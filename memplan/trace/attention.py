@@ -13,36 +13,28 @@ from typing import Any
 
 import torch
 
-from memplan.cuda.card import FLASH_CAPABILITY, Card
-from memplan.trace.operators import operator, up, workspace
+from memplan.cuda import attention as cuda
+from memplan.cuda.attention import up
+from memplan.cuda.card import Card
+from memplan.trace.operators import operator, workspace
 
 aten = torch.ops.aten
 
 
 def backend(card: Card, query: Any, key: Any, value: Any, mask: Any, enable_gqa: bool) -> str:
     """Which kernel ``select_sdp_backend`` takes (cuda/sdp_utils.cpp) when gradients are wanted."""
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    head_dim = query.shape[-1]
-    same_dim = key.shape[-1] == value.shape[-1] == head_dim
-    grouped = key.shape[1] != query.shape[1]
-    dense = all(tensor.stride(-1) == 1 for tensor in (query, key, value))
-    if not dense or (grouped and not enable_gqa):
+    if not all(tensor.stride(-1) == 1 for tensor in (query, key, value)):
         return "math"
-    # check_prefer_cudnn_attention: first on 9.0 and 10.x with cuDNN > 9.15.0, which the wheels carry
-    if card.capability[0] in (9, 10) and half and head_dim <= 128 and head_dim % 8 == 0 and key.shape[2] > 1:
-        return "cudnn"
-    if half and mask is None and same_dim and head_dim <= 256 and card.capability >= FLASH_CAPABILITY:
-        # check_requires_grad_and_head_dim_gt192_constraints_on_sm86_89_or_120
-        if head_dim <= 192 or head_dim > 224 or card.capability in ((8, 0), (9, 0), (10, 0)):
-            return "flash"
-    # check_head_dim_size_mem_efficient: 128-bit loads; no grouped queries (supports_gqa is false in 2.13)
-    # use_mem_efficient_attention: no bfloat16 before Ampere
-    if card.capability < FLASH_CAPABILITY and query.dtype is torch.bfloat16:
-        return "math"
-    alignment = 8 if half else 4
-    if not grouped and head_dim % alignment == 0 and value.shape[-1] % alignment == 0:
-        return "efficient"
-    return "math"
+    return cuda.kernel(
+        card,
+        str(query.dtype).removeprefix("torch."),
+        query.shape[-1],
+        value.shape[-1],
+        keys=key.shape[2],
+        masked=mask is not None,
+        grouped=key.shape[1] != query.shape[1],
+        gqa=enable_gqa,
+    )
 
 
 def sdpa_for(card: Card) -> Callable[..., Any]:
@@ -168,41 +160,12 @@ def safe_softmax(recorder: Any, scores: Any, dim: int, dtype: Any = None) -> Any
 # -- flash ---------------------------------------------------------------------------------------------
 
 
-def num_splits(blocks: int, multiprocessors: int, key_blocks: int, most: int) -> int:
-    """flash_api.cpp ``num_splits_heuristic``: how often the keys are split to fill the card."""
-    if blocks >= 0.8 * multiprocessors:
-        return 1
-    most = min(most, multiprocessors, key_blocks)
-
-    def eligible(splits: int) -> bool:
-        return splits == 1 or -(-key_blocks // splits) != -(-key_blocks // (splits - 1))
-
-    efficiency = []
-    for splits in range(1, most + 1):
-        waves = blocks * splits / multiprocessors
-        efficiency.append(waves / math.ceil(waves) if eligible(splits) else 0.0)
-    best = max(efficiency)
-    return next(s for s in range(1, most + 1) if eligible(s) and efficiency[s - 1] >= 0.85 * best)
-
-
-def _rounded_dim(head_dim: int) -> int:
-    return up(head_dim, 32 if head_dim <= 128 else 64)
-
-
 def split_accumulators(
     recorder: Any, batch: int, heads: int, length: int, key_length: int, head_dim: int
-) -> tuple[Any, ...]:
-    """``set_params_splitkv``: fp32 sums of each part of the keys, if they are split."""
-    key_blocks = -(-key_length // (256 if head_dim <= 64 else 128 if head_dim <= 128 else 64))
-    blocks = batch * heads * -(-length // 64)
-    splits = num_splits(blocks, 2 * recorder.card.multiprocessors, key_blocks, 128)
-    if splits == 1:
-        return ()
-    shape = (splits, batch, heads, length)
-    return (
-        torch.empty(shape, dtype=torch.float32),
-        torch.empty((*shape, _rounded_dim(head_dim)), dtype=torch.float32),
-    )
+) -> list[Any]:
+    """Sums of each part of the keys, if they are split."""
+    needed = cuda.split_accumulators(recorder.card, batch, heads, length, key_length, head_dim)
+    return [workspace(nbytes) for nbytes in needed]
 
 
 @operator(aten._scaled_dot_product_flash_attention.default)
@@ -238,8 +201,7 @@ def flash_backward(
     dq = torch.empty_like(query.transpose(1, 2))
     dk = torch.empty_like(key.transpose(1, 2))
     dv = torch.empty_like(value.transpose(1, 2))
-    _softmax_d = torch.empty((batch, heads, up(length, 128)), dtype=torch.float32)
-    _dq_accum = torch.empty((batch, up(length, 128), heads, _rounded_dim(head_dim)), dtype=torch.float32)
+    _scratch = [workspace(nbytes) for nbytes in cuda.flash_backward(batch, heads, length, head_dim)]
     if key_heads != heads:
         _dk_expanded = torch.empty((batch, key_length, heads, head_dim), dtype=key.dtype)
         _dv_expanded = torch.empty((batch, key_length, heads, head_dim), dtype=key.dtype)
@@ -275,8 +237,7 @@ def flash_package_backward(
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
     batch, length, heads, head_dim = query.shape
-    _softmax_d = torch.empty((batch, heads, up(length, 128)), dtype=torch.float32)
-    _dq_accum = torch.empty((batch, up(length, 128), heads, _rounded_dim(head_dim)), dtype=torch.float32)
+    _scratch = [workspace(nbytes) for nbytes in cuda.flash_backward(batch, heads, length, head_dim)]
     if key.shape[2] != heads:
         _dk_expanded = torch.empty((batch, key.shape[1], heads, head_dim), dtype=key.dtype)
         _dv_expanded = torch.empty((batch, key.shape[1], heads, head_dim), dtype=key.dtype)
@@ -331,41 +292,11 @@ def efficient_forward(
     value_dim = value.shape[-1]
     out = torch.empty((batch, length, heads, value_dim), dtype=query.dtype)
     lse = torch.empty((batch, heads, up(length, 32) if compute_lse else 0), dtype=torch.float32)
-    if value_dim > 128 and query.dtype is not torch.float32:
+    if cuda.efficient_accumulates(str(query.dtype).removeprefix("torch."), value_dim):
         _accumulator = torch.empty((batch, length, heads, value_dim), dtype=torch.float32)
     with recorder.pause():
         seed, offset = torch.empty((), dtype=torch.int64), torch.empty((), dtype=torch.int64)
     return out.transpose(1, 2), lse, seed, offset
-
-
-def efficient_backward_workspace(
-    card: Card, batch: int, heads: int, length: int, key_length: int, head_dim: int, half: bool
-) -> int:
-    """kernel_backward.h ``workspace_size`` of the kernel that cutlassB.h's list gives on sm80 and later."""
-    rows, columns = 64, 64
-    in_registers = False
-    # Whether the 128-row kernels' shared memory fits: taken to on sm80 and sm90, not on sm86 and sm89, whose
-    # blocks have 99 KiB (the kernels' own sizes are known to the CUDA compiler only).
-    large = card.shared_memory > 102_400
-    if half:
-        if head_dim <= 64:
-            in_registers = True
-        elif head_dim <= 96 and card.capability in ((8, 6), (8, 9)):
-            rows, columns, in_registers = 128, 64, True
-        elif head_dim <= 128 and large:
-            rows, columns, in_registers = 128, 128, True
-        elif head_dim > 128 and large:
-            rows, columns = 128, 64
-    elif head_dim > 64 and large:
-        rows, columns = 128, 64
-    # GradQTempStorage: a tile of fp32 and 16 bytes of lock, counter and padding; wanted from sm70 on
-    # because keys may be split
-    tile = 4 * rows * columns + 16
-    elements = -(-length // rows) * -(-head_dim // columns) * tile // 4
-    if half and not in_registers:
-        splits = max(1, min(-(-key_length // columns), 200 // (batch * heads)))
-        elements += 2 * splits * columns * up(head_dim, rows)
-    return batch * heads * up(elements, 4) * 4
 
 
 @operator(aten._scaled_dot_product_efficient_attention_backward.default)
@@ -389,7 +320,7 @@ def efficient_backward(
         _delta = summed.contiguous()
         del summed, product
     _workspace = workspace(
-        efficient_backward_workspace(recorder.card, batch, heads, length, key.shape[2], head_dim, half)
+        cuda.efficient_workspace(recorder.card, batch * heads, length, key.shape[2], head_dim, half)
     )
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), None
 
@@ -423,14 +354,11 @@ def cudnn_forward(
 def cudnn_backward(
     recorder: Any, grad_out: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any
 ) -> tuple[Any, Any, Any]:
-    """attention_backward.cu ``_cudnn_attention_backward``, and the workspace that cudnn_frontend asks for
-    (node/scaled_dot_product_flash_attention.h ``CompositeSDPABackwardNode``): a fp32 accumulator of dq and
-    fp32 row sums. What grouped queries need (dk and dv of every query head, virtual there) is an estimate.
-    """
+    """attention_backward.cu ``_cudnn_attention_backward``, and its workspace."""
     batch, heads, length, head_dim = query.shape
     dq, dk, dv = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-    nbytes = 4 * batch * heads * length * (head_dim + 1)
-    if key.shape[1] != heads:
-        nbytes += 2 * query.dtype.itemsize * batch * heads * key.shape[2] * head_dim
+    nbytes = cuda.cudnn_backward(
+        query.dtype.itemsize, batch, heads, key.shape[1], length, key.shape[2], head_dim
+    )
     _workspace = workspace(nbytes)
     return dq, dk, dv

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from memplan.trace.operators import operator
+from memplan.cuda import indexing as cuda
+from memplan.trace.operators import operator, workspace
 
 aten = torch.ops.aten
 
@@ -30,8 +31,8 @@ def _caller() -> str:
 
 def nonzero(mask: Any) -> Any:
     """Nonzero.cu ``nonzero_cuda_out_impl``: the count, then a row of int64 for each axis."""
-    _count = torch.empty(1, dtype=torch.int32)
-    return torch.empty((mask.dim(), mask.numel()), dtype=torch.int64)
+    _count = workspace(cuda.COUNT)
+    return workspace(cuda.nonzero(mask.dim(), mask.numel())).view(torch.int64).view(mask.dim(), -1)
 
 
 @operator(aten.index.Tensor)
@@ -70,7 +71,7 @@ def masked_scatter(recorder: Any, x: Any, mask: Any, source: Any) -> Any:
     """A copy (TensorAdvancedIndexing.cpp), and the places of the mask's elements (IndexKernel.cpp
     ``masked_scatter__cuda``)."""
     out = torch.empty(x.shape, dtype=x.dtype)
-    _prefix_sum = torch.empty(x.shape, dtype=torch.int64)
+    _prefix_sum = workspace(cuda.places(x.numel()))
     return out
 
 
@@ -81,8 +82,7 @@ def index_put(recorder: Any, x: Any, indices: Any, values: Any, accumulate: bool
         return NotImplemented
     linear = _linear_index(indices[0])
     _values = values.contiguous()
-    _sorted, _original = torch.empty_like(linear), torch.empty_like(linear)
-    _range = torch.empty_like(linear)
+    _sorting = [workspace(nbytes) for nbytes in cuda.sorting(linear.numel())]
     return x
 
 

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from memplan.cuda import embedding, foreach
+from memplan.cuda.products import padded_columns
 from memplan.cuda.reduction import scratch
-from memplan.trace.operators import operator, up, workspace
+from memplan.trace.operators import operator, workspace
 
 aten = torch.ops.aten
 
@@ -68,9 +70,7 @@ def matrix_product_into(recorder: Any, *operands: Any, out: Any, **_: Any) -> An
 def grouped_matrix_product(
     recorder: Any, left: Any, right: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None
 ) -> Any:
-    """GroupedBlas.cpp ``_grouped_mm_cuda``: an output whose rows are padded to 16 bytes
-    (GroupedMMUtils.h ``create_grouped_gemm_output_tensor``). Ampere multiplies group by group, with no
-    scratch; Hopper's CUTLASS kernel has some kilobytes of its own, left out."""
+    """GroupedBlas.cpp ``_grouped_mm_cuda``: an output whose rows are padded."""
     shape: tuple[Any, ...]
     if left.dim() == 2 and right.dim() == 2:
         shape = (offs.shape[0], left.shape[0], right.shape[1])
@@ -81,7 +81,7 @@ def grouped_matrix_product(
     else:
         shape = (left.shape[0], left.shape[1], right.shape[-1])
     dtype = out_dtype or left.dtype
-    columns = up(shape[-1], 16 // dtype.itemsize)
+    columns = padded_columns(shape[-1], dtype.itemsize)
     return torch.empty((*shape[:-1], columns), dtype=dtype)[..., : shape[-1]]
 
 
@@ -92,30 +92,12 @@ def grouped_matrix_product(
 def embedding_dense_backward(
     recorder: Any, grad: Any, indices: Any, num_weights: int, padding_idx: int, scale_grad_by_freq: bool
 ) -> Any:
-    """aten/src/ATen/native/cuda/Embedding.cu ``embedding_dense_backward_cuda``: up to 3,072 indices one
-    kernel; more are sorted, and summed by EmbeddingBackwardKernel.cu in fp32 parts of 10 rows, sized for
-    the case that all indices differ. cub's scratch for the sort (some bytes an index) is left out."""
-    rows = indices.numel()
-    width = grad.shape[-1]
+    """``embedding_dense_backward_cuda``."""
+    rows, width = indices.numel(), grad.shape[-1]
     grad = grad.contiguous().view(rows, width)
-    if rows <= 3072:
-        return torch.empty((num_weights, width), dtype=grad.dtype)
-    _sorted, _original = torch.empty_like(indices), torch.empty_like(indices)
-    return _embedding_sums(grad, rows, num_weights)
-
-
-def _embedding_sums(grad: Any, rows: int, num_weights: int) -> Any:
-    width = grad.shape[-1]
+    _sorting = [workspace(nbytes) for nbytes in embedding.sorting(rows)]
     out = torch.empty((num_weights, width), dtype=grad.dtype)
-    segments = min(rows, num_weights)
-    parts = rows // 10 + segments
-    _offsets = torch.empty(rows, dtype=torch.int64)
-    _count = torch.empty((), dtype=torch.int64)
-    _per_segment = torch.empty(segments, dtype=torch.int64)
-    _per_segment_offset = torch.empty(segments, dtype=torch.int64)
-    _parts_count = torch.empty((), dtype=torch.int64)
-    _part_offset = torch.empty(parts, dtype=torch.int64)
-    _sums = torch.empty((parts, width), dtype=torch.float32)
+    _summing = [workspace(nbytes) for nbytes in embedding.summing(rows, num_weights, width)]
     return out
 
 
@@ -194,10 +176,9 @@ def dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = F
 
 @operator(aten._foreach_norm.Scalar)
 def foreach_norm(recorder: Any, tensors: list[Any], order: Any = 2, dtype: Any = None) -> list[Any]:
-    """aten/src/ATen/native/cuda/ForeachReduceOp.cu: partial sums for each chunk of 65,536 elements of the
-    longest tensor, times the number of tensors, in fp32; then one scalar a tensor."""
-    chunks = max(-(-tensor.numel() // 65_536) for tensor in tensors)
-    _partial = workspace(4 * len(tensors) * chunks)
+    """Partial sums; then one scalar a tensor."""
+    longest = max(tensor.numel() for tensor in tensors)
+    _partial = workspace(foreach.partial_norms(len(tensors), longest))
     return [torch.empty((), dtype=dtype or tensor.dtype) for tensor in tensors]
 
 

@@ -25,11 +25,6 @@ def operator(*overloads: Any) -> Callable[[Callable[..., Any]], Callable[..., An
     return register
 
 
-def up(n: int, multiple: int) -> int:
-    """``n`` rounded up to a multiple."""
-    return -(-n // multiple) * multiple
-
-
 def workspace(nbytes: int) -> torch.Tensor:
     """Scratch memory, alive while the result is."""
     return torch.empty(nbytes, dtype=torch.uint8)

@@ -26,8 +26,8 @@ from memplan.asked.recipe import Recipe, make_recipe
 from memplan.asked.spec import ModelSpec
 from memplan.cuda.card import Card
 from memplan.errors import MemplanError
-from memplan.report.units import gib
 from memplan.tape import Tape, replay
+from memplan.units import gib
 from memplan.verify.compare import Figure
 
 MEASURED_STEP = 2

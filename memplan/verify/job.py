@@ -168,8 +168,8 @@ def simulated(
 ) -> Reserved:
     """What a run of the step ``tape`` reserves, from the making of the model on, as the verifier does it;
     ``capacity`` and ``limit`` as in :class:`memplan.device.allocator.Allocator`."""
+    from memplan.asked.alloc_conf import parse_settings
     from memplan.device.playback import simulate
-    from memplan.device.settings import parse_settings
     from memplan.predict.loading import making
 
     made = making(spec_of(model), recipe, tape)

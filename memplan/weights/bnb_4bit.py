@@ -77,7 +77,8 @@ class Linear4bit(Base):
 
     def _product(self, x: Tensor) -> Tensor:
         shape = (*x.shape[:-1], self.shape[0])
-        if fused(prod(x.shape[:-1]), self.shape[0], self.shape[1], x.dtype):
+        rows = prod(x.shape[:-1])
+        if fused(state.card, rows, self.shape[0], self.shape[1], x.dtype.itemsize):
             return empty(shape, x.dtype, "gemm_4bit")
         scales = self._forward_scales()
         weight = empty(self.shape, x.dtype, "gemm_4bit")
