@@ -18,7 +18,8 @@ import accuracy
 import claims
 import kernels_page
 
-from memplan.cli import COMMANDS, HELP
+from memplan.cli import HELP
+from memplan.commands import COMMANDS
 from memplan.commands.arguments import Parser
 from memplan.planning.plan import Plan
 from memplan.verify.measurement import Measurement

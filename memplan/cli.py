@@ -13,22 +13,8 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from memplan import __version__, streams
+from memplan.commands import COMMANDS
 from memplan.errors import MemplanError, UnknownName, reason, shown
-
-COMMANDS = (
-    "plan",
-    "fit",
-    "frontier",
-    "compare",
-    "trace",
-    "verify",
-    "campaign",
-    "report",
-    "diff",
-    "models",
-    "gpus",
-    "completion",
-)
 
 STATUS_BAD_QUESTION = 2
 STATUS_BUG = 70  # EX_SOFTWARE of sysexits.h

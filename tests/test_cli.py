@@ -17,7 +17,8 @@ import pytest
 from conftest import Outcome
 
 from memplan.asked.recipe import Recipe, make_recipe
-from memplan.cli import COMMANDS, HELP, main
+from memplan.cli import HELP, main
+from memplan.commands import COMMANDS
 from memplan.commands.arguments import applicable, parse, recipe_options
 from memplan.commands.plan import parser as plan_parser
 

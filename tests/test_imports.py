@@ -71,6 +71,15 @@ def test_the_guard_guards() -> None:
     assert "the planning path imports torch" in process.stderr
 
 
+def test_imports_follow_the_arrows() -> None:
+    """The contract is in pyproject.toml; imports inside functions count."""
+    code = "from importlinter.cli import lint_imports\nraise SystemExit(lint_imports(no_cache=True))"
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+
+
 def test_importing_memplan_is_lazy() -> None:
     loaded = run("import sys, memplan; print(*sys.modules)").split()
     assert [name for name in loaded if name.startswith("memplan")] == ["memplan"]

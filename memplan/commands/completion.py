@@ -61,7 +61,7 @@ class _Command:
 
 def _commands() -> list[_Command]:
     from memplan.asked.gpus import load_gpus
-    from memplan.cli import COMMANDS
+    from memplan.commands import COMMANDS
     from memplan.importers.resolve import registry
 
     listed = {

@@ -78,8 +78,9 @@ def _tape(name: str, options: dict[str, Any]) -> Tape:
     writer, _, model = name.partition(":")
     if not _asked(name):
         from memplan.tape.file import load
+        from memplan.verify.measurement import FORMAT, tape_of
 
-        return load(name)[0]
+        return load(name, {FORMAT: tape_of})[0]
     if writer == "trace":
         from memplan.commands.trace import traced
 

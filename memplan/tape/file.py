@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -73,10 +74,17 @@ def encode(tape: Tape, info: TapeInfo | None = None) -> bytes:
     return json.dumps(document, separators=(",", ":")).encode()
 
 
-def load(path: str | Path) -> tuple[Tape, TapeInfo]:
-    """Read a tape. Raises MemplanError with one sentence for whatever else the file holds."""
+Reader = Callable[[Any, str], tuple[Tape, TapeInfo]]  # of a document, which the second names in complaints
+
+
+def load(path: str | Path, others: Mapping[str, Reader] | None = None) -> tuple[Tape, TapeInfo]:
+    """Read a tape; ``others`` read files of other formats that hold one. Raises MemplanError with one
+    sentence for whatever else the file holds."""
     where = shown(str(path))
-    return _read(_document(Path(path), where), where)
+    document = _document(Path(path), where)
+    kind = document.get("format") if isinstance(document, dict) else None
+    other = (others or {}).get(kind) if isinstance(kind, str) else None
+    return (other or _read)(document, where)
 
 
 def decode(content: bytes, where: str) -> tuple[Tape, TapeInfo]:
@@ -85,21 +93,6 @@ def decode(content: bytes, where: str) -> tuple[Tape, TapeInfo]:
 
 
 def _read(document: Any, where: str) -> tuple[Tape, TapeInfo]:
-    if isinstance(document, dict) and document.get("format") == "memplan measurement":
-        from memplan.verify.measurement import parse
-
-        measured = parse(document, where)
-        tape = measured.read_tape()
-        if tape is None:
-            raise MemplanError(
-                f"the measurement {where} has no tape: its outcome is {measured.outcome.kind!r}"
-            )
-        return tape, TapeInfo(
-            memplan_version=measured.memplan_version,
-            model=measured.model.hub_id or measured.model.name,
-            recipe=measured.recipe.model_dump(mode="json"),
-            libraries=measured.libraries,
-        )
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise MemplanError(f"{where} is no tape; `memplan trace MODEL --tape FILE` writes one")
     if document.get("version") != VERSION:

@@ -22,6 +22,7 @@ from memplan.bounded import TooManyParts, read_json
 from memplan.errors import MemplanError, first_complaint, reason, shown
 from memplan.files import beside
 from memplan.tape import Tape
+from memplan.tape.file import TapeInfo, decode, encode
 
 FORMAT = "memplan measurement"
 SCHEMA_VERSION = 1  # of files that are read; the records' own fields say what is written
@@ -194,8 +195,6 @@ class Measurement(_Record):
 
     def read_tape(self) -> Tape | None:
         """The recorded step. Raises MemplanError if it is damaged."""
-        from memplan.tape.file import decode
-
         if self.tape is None:
             return None
         try:
@@ -213,10 +212,22 @@ class Measurement(_Record):
         return f"{self.model.name}{layers}, {self.recipe.mode.value}, {shape}"
 
 
+def tape_of(document: Any, where: str) -> tuple[Tape, TapeInfo]:
+    """The recorded step of a measurement's document. Raises MemplanError if it has none."""
+    measured = parse(document, where)
+    tape = measured.read_tape()
+    if tape is None:
+        raise MemplanError(f"the measurement {where} has no tape: its outcome is {measured.outcome.kind!r}")
+    return tape, TapeInfo(
+        memplan_version=measured.memplan_version,
+        model=measured.model.hub_id or measured.model.name,
+        recipe=measured.recipe.model_dump(mode="json"),
+        libraries=measured.libraries,
+    )
+
+
 def packed(tape: Tape) -> str:
     """A tape as :attr:`Measurement.tape` has it."""
-    from memplan.tape.file import encode
-
     return base64.b64encode(gzip.compress(encode(tape), mtime=0)).decode()
 
 

@@ -15,7 +15,7 @@ from example_measurements import example
 from example_tapes import example_tape
 from small_specs import config
 
-from memplan.cli import COMMANDS
+from memplan.commands import COMMANDS
 from memplan.tape.file import save
 
 from .command import command
