@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from memplan.tape import Category, Phase, Tape
+from memplan.tape import Category, Part, Phase, Tape
 
 MIB = 1 << 20
 
@@ -10,11 +10,11 @@ MIB = 1 << 20
 def example_tape(layers: int = 6, weights: int = 1024 * MIB) -> Tape:
     """Layers that leave an activation each, a loss, a backward that lets go of them, an optimizer."""
     tape = Tape()
-    tape.begin(Phase.SETUP, "weights")
+    tape.begin(Phase.SETUP, "weights", part=Part.LOADED)
     tape.module = "model.embed_tokens"
     tape.alloc(weights // 2, "parameter", Category.WEIGHTS)
     for layer in range(layers):
-        tape.begin(Phase.SETUP, "layer weights", layer)
+        tape.begin(Phase.SETUP, "layer weights", layer, Part.LOADED)
         tape.module = "mlp"
         tape.alloc(weights // 2 // layers, "parameter", Category.WEIGHTS)
         tape.alloc(weights // 8 // layers, "state", Category.OPTIMIZER_STATE)

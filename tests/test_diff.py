@@ -19,7 +19,7 @@ from small_specs import SPECS, config
 from memplan.asked.recipe import Recipe, make_recipe
 from memplan.predict.step import write_tape
 from memplan.report.diff import markdown, show_diff
-from memplan.tape import Category, Phase, Tape, replay
+from memplan.tape import Category, Part, Phase, Tape, replay
 from memplan.tape.diff import Diff, diff, kind_of
 from memplan.tape.file import save
 
@@ -32,7 +32,7 @@ def toy(step: str, *, setup: tuple[int, ...] = (1,), module: str = "mlp") -> Tap
     """A tape in a tiny language: ``fwd:`` ``bwd:`` ``opt:`` begin a phase, ``L0:`` a layer; ``name=3``
     allocates 3 KiB, ``-name`` releases the newest of that name."""
     tape = Tape()
-    tape.begin(Phase.SETUP, "weights")
+    tape.begin(Phase.SETUP, "weights", part=Part.LOADED)
     for size in setup:
         tape.alloc(size * KIB, "weight", Category.WEIGHTS)
     phase, held = Phase.FORWARD, {}
@@ -354,7 +354,7 @@ def test_tapes_that_have_nothing_in_common_are_lined_up_in_time() -> None:
 
     def strange(size: int) -> Tape:
         tape = Tape()
-        tape.begin(Phase.SETUP, "weights")
+        tape.begin(Phase.SETUP, "weights", part=Part.LOADED)
         for number in range(20_000):
             tape.alloc(size + 512 * number, "weight", Category.WEIGHTS)
         for number in range(20_000):

@@ -21,7 +21,7 @@ from memplan.errors import MemplanError
 from memplan.importers.hf import spec_from_config
 from memplan.planning.plan import Plan, predicted_run
 from memplan.predict.parameters import resolve_recipe
-from memplan.tape import Category, Phase, Tape, replay, static_bytes
+from memplan.tape import Category, Part, Phase, Tape, replay, static_bytes
 
 A6000 = find_gpu("a6000")
 
@@ -35,7 +35,7 @@ def card(room: int) -> Gpu:
 def sawtooth() -> Run:
     """A step that caches 64 MiB it has no more use for, then needs 66: 130 reserved, 66 at the peak."""
     tape = Tape()
-    tape.begin(Phase.SETUP, "weights")
+    tape.begin(Phase.SETUP, "weights", part=Part.LOADED)
     tape.begin(Phase.FORWARD, "forward")
     for size in (64, 66):
         tape.free(tape.alloc(size * MIB, "mm", Category.TEMPORARIES))

@@ -19,7 +19,7 @@ with warnings.catch_warnings():
 
 from memplan.asked.recipe import Recipe
 from memplan.cuda.card import Card
-from memplan.tape import Category, Phase, Tape, replay
+from memplan.tape import Category, Part, Phase, Tape, replay
 from memplan.trace.categories import categorise
 from memplan.trace.layers import Segments
 from memplan.trace.recorder import Recorder
@@ -56,12 +56,6 @@ class Beside(Recorder):
         self.marks.count = lambda: len(self.tape.events)  # type: ignore[method-assign]
         self.on_module = Segments(self)
 
-    def begin(self, phase: Phase, name: str, layer: int | None = None) -> None:
-        super().begin(phase, name, layer)
-
-    def gradients(self, parameters: Any) -> None:
-        super().gradients(parameters)
-
 
 class Both:
     """What a step tells, told to two."""
@@ -69,7 +63,7 @@ class Both:
     def __init__(self, *those: Any) -> None:
         self.those = those
 
-    def begin(self, phase: Phase, name: str) -> None:
+    def begin(self, phase: Phase, name: str, layer: int | None = None, part: Part = Part.STEP) -> None:
         for one in self.those:
             one.begin(phase, name)
 
@@ -107,7 +101,7 @@ def test_a_history_with_marks_is_the_tape(options: dict[str, Any], monkeypatch: 
             (self.position(), [4096 * i for p in parameters if (i := recorder.index_of(p.grad)) is not None])
         ),
     )
-    recorder.begin(Phase.SETUP, "before")
+    recorder.begin(Phase.SETUP, "before", part=Part.RESTING)
     for tensor in there:
         if isinstance(tensor, torch.Tensor):
             recorder.born(tensor, "before", Category.WEIGHTS)

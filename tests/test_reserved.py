@@ -19,19 +19,19 @@ from memplan.predict.blueprint import named_shapes
 from memplan.predict.loading import _natural, loading
 from memplan.predict.parameters import resolve_recipe
 from memplan.predict.step import write_long_tape, write_tape
-from memplan.tape import Category, Phase, Tape, replay, static_bytes
+from memplan.tape import Category, Part, Phase, Tape, replay, rounded, static_bytes
 
 
 def tape_of(*setup: tuple[int, Category], step: list[int | str]) -> Tape:
     """A tape whose step allocates (MiB) and releases ("-2": the third storage of all)."""
     tape = Tape()
-    tape.begin(Phase.SETUP, "weights")
+    tape.begin(Phase.SETUP, "weights", part=Part.LOADED)
     for size, category in setup:
         tape.alloc(size * MIB, "parameter", category)
     tape.begin(Phase.FORWARD, "forward")
     for event in step:
         if event == "step":
-            tape.begin(Phase.OPTIMIZER, "step")
+            tape.begin(Phase.OPTIMIZER, "update", part=Part.UPDATE)
         elif isinstance(event, str):
             tape.free(int(event[1:]))
         else:
@@ -51,9 +51,9 @@ def test_states_are_born_into_what_the_first_step_cached() -> None:
 
 def test_the_first_product_asks_for_its_workspace() -> None:
     tape = Tape()
-    tape.begin(Phase.SETUP, "weights")
+    tape.begin(Phase.SETUP, "weights", part=Part.LOADED)
     tape.alloc(30 * MIB, "parameter", Category.WEIGHTS)
-    tape.alloc(32 * MIB, "cublas_workspace", Category.TEMPORARIES)
+    tape.alloc(32 * MIB, "scratch", Category.TEMPORARIES, workspace=True)
     tape.begin(Phase.FORWARD, "forward")
     tape.alloc(64 * MIB, "mm", Category.TEMPORARIES)
     tape.multiply()
@@ -90,6 +90,22 @@ def test_a_card_that_is_large_enough_changes_nothing() -> None:
     assert simulate(tape, capacity=158 * MIB) == simulate(tape)
 
 
+def steps_of(loading_: Tape, step: Tape) -> list[tuple[str, int]]:
+    """A loading tape in words: what the step finds there, and what is only there for a while."""
+    steps: list[tuple[str, int]] = []
+    first = len(step.sizes)
+    for segment in loading_.segments:
+        if segment.part is Part.EMPTIED:
+            steps.append(("empty_cache", 0))
+        for event in loading_.events[segment.start : segment.stop]:
+            index = event if event >= 0 else ~event
+            if event < 0:
+                steps.append(("drop", index - first))
+            else:
+                steps.append(("alloc", index) if index < first else ("scratch", loading_.sizes[index]))
+    return steps
+
+
 # -- real recipes ------------------------------------------------------------------------------------
 
 OPTIONS = {
@@ -113,11 +129,12 @@ def test_every_storage_is_loaded_once_and_the_step_is_the_tape_s(
     spec = SPECS[family](4)
     recipe = resolve_recipe(spec, make_recipe(**options))
     tape = write_long_tape(spec, recipe)
-    steps = list(loading(spec, recipe, tape))
+    loaded_by = loading(spec, recipe, tape)
+    steps = steps_of(loaded_by, tape)
     resting = {
         event
         for segment in tape.segments
-        if segment.phase is Phase.SETUP and segment.name in ("weights", "layer weights")
+        if segment.part is Part.LOADED
         for event in tape.events[segment.start : segment.stop]
     }
     loaded = Counter(number for what, number in steps if what == "alloc")
@@ -125,14 +142,14 @@ def test_every_storage_is_loaded_once_and_the_step_is_the_tape_s(
     assert set(loaded.values()) <= {1}
     scratch = sum(what == "scratch" for what, _ in steps)
     assert Counter(number for what, number in steps if what == "drop") == Counter(range(scratch))
-    run = simulate(tape, steps)
+    run = simulate(tape, loaded_by)
     peak = replay(tape).allocated_bytes
     tails = len(tape.sizes) * MIB  # each block may be charged up to 1 MiB that is not split off
     assert peak <= run.allocated <= peak + tails
     assert run.allocated <= run.reserved
     assert run.ran_out is None
     # where every rest is split off, blocks are tensors
-    exact = simulate(tape, steps, AllocatorSettings(expandable_segments=True))
+    exact = simulate(tape, loaded_by, AllocatorSettings(expandable_segments=True))
     assert exact.allocated == peak
 
 
@@ -140,18 +157,19 @@ def test_a_70b_loads_as_from_pretrained_does() -> None:
     spec = resolve("llama-3.3-70b").spec
     recipe = resolve_recipe(spec, make_recipe())
     tape = write_long_tape(spec, recipe)
-    steps = list(loading(spec, recipe, tape))
+    steps = steps_of(loading(spec, recipe, tape), tape)
     # the warm-up's one block: half a byte a quantised weight, two a byte of the rest, in 16 bits as loaded
     linear = 80 * (2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672)
     rest = 2 * 128256 * 8192 + (2 * 80 + 1) * 8192
-    assert steps[:2] == [("scratch", linear // 2 + 2 * rest), ("drop", 0)]
+    assert steps[:2] == [("scratch", rounded(linear // 2 + 2 * rest)), ("drop", 0)]
     # lm_head comes first, then the embedding, then layers in the order of numbers
     first = [size for what, size in steps if what == "scratch"][1:4]
     assert first == [2 * 128256 * 8192, 2 * 128256 * 8192, 2 * 8192]  # the last: layer 0's input_layernorm
     # twice: by PEFT's preparation, and by the Trainer before it trains
     assert steps.count(("empty_cache", 0)) == 2
     without = resolve_recipe(spec, make_recipe(kbit_prep=False))
-    others = list(loading(spec, without, write_long_tape(spec, without)))
+    tape = write_long_tape(spec, without)
+    others = steps_of(loading(spec, without, tape), tape)
     assert others.count(("empty_cache", 0)) == 1
     assert others[-1] == ("empty_cache", 0)
 
@@ -173,7 +191,9 @@ def test_the_warm_up_and_the_order_are_transformers_own(family: str) -> None:
     names = list(model.state_dict())
     counted = get_total_byte_count(model, dict.fromkeys(names, torch.device("cuda", 0)), quantizer)
     recipe = resolve_recipe(spec, make_recipe())
-    assert next(loading(spec, recipe, write_long_tape(spec, recipe))) == ("scratch", sum(counted.values()))
+    tape = write_long_tape(spec, recipe)
+    what, size = steps_of(loading(spec, recipe, tape), tape)[0]
+    assert (what, size) == ("scratch", rounded(sum(counted.values())))
     loaded = [name for name in sorted(names, key=dot_natural_key) if name not in model.all_tied_weights_keys]
     assert loaded == sorted(named_shapes(spec), key=_natural)
 
@@ -182,8 +202,8 @@ def test_a_small_card_bounds_the_warm_up() -> None:
     spec = resolve("llama-3.3-70b").spec
     recipe = resolve_recipe(spec, make_recipe())
     tape = write_long_tape(spec, recipe)
-    _, warm = next(loading(spec, recipe, tape, 24 << 30))
-    assert warm == (24 << 30) - int(1.2 * (1 << 30))
+    _, warm = steps_of(loading(spec, recipe, tape, 24 << 30), tape)[0]
+    assert warm == rounded((24 << 30) - int(1.2 * (1 << 30)))
 
 
 def test_full_and_lora_are_moved_in_the_order_of_modules() -> None:
@@ -191,7 +211,7 @@ def test_full_and_lora_are_moved_in_the_order_of_modules() -> None:
     for mode in ("full", "lora"):
         recipe = resolve_recipe(spec, make_recipe(mode=mode))
         tape = write_long_tape(spec, recipe)
-        *steps, last = loading(spec, recipe, tape)
+        *steps, last = steps_of(loading(spec, recipe, tape), tape)
         assert last == ("empty_cache", 0)
         assert [number for _, number in steps] == sorted(number for _, number in steps)
         assert {what for what, _ in steps} == {"alloc"}
@@ -235,7 +255,7 @@ def test_adapters_come_in_16_bits_and_are_cast_afterwards() -> None:
     spec = SPECS["llama"](2)
     recipe = resolve_recipe(spec, make_recipe(r=64))
     tape = write_long_tape(spec, recipe)
-    steps = list(loading(spec, recipe, tape))
+    steps = steps_of(loading(spec, recipe, tape), tape)
     adapters = [i for i, category in enumerate(tape.categories) if category is Category.ADAPTERS]
     brought = steps[-3 * len(adapters) - 1 : -1]
     assert [size for what, size in brought[: len(adapters)]] == [tape.sizes[i] // 2 for i in adapters]

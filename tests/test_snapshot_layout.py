@@ -13,7 +13,7 @@ from memplan.asked.recipe import make_recipe
 from memplan.predict.step import write_tape
 from memplan.snapshot import Action, BlockState, Frame, Snapshot, TraceEntry, load_snapshot, save_snapshot
 from memplan.snapshot.layout import Placed, first_fit, snapshot_of
-from memplan.tape import Category, Phase, Tape, replay
+from memplan.tape import Category, Part, Phase, Tape, replay
 
 MIB = 1 << 20
 
@@ -21,9 +21,9 @@ MIB = 1 << 20
 def toy() -> Tape:
     """Weights stay; an activation lives into backward, where a temporary takes the place of another."""
     tape = Tape()
-    tape.begin(Phase.SETUP, "weights")
+    tape.begin(Phase.SETUP, "weights", part=Part.LOADED)
     tape.alloc(4 * MIB, "weight", Category.WEIGHTS)
-    tape.begin(Phase.SETUP, "nothing")
+    tape.begin(Phase.SETUP, "nothing", part=Part.RESTING)
     tape.begin(Phase.FORWARD, "layer", 0)
     tape.module = "mlp"
     kept = tape.alloc(3 * MIB, "mm", Category.ACTIVATIONS)

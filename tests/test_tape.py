@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memplan.tape import Category, Phase, Segment, Tape, replay, rounded, static_bytes, timeline
+from memplan.tape import Category, Part, Phase, Segment, Tape, replay, rounded, static_bytes, timeline
 
 CATEGORIES = list(Category)
 
@@ -47,7 +47,7 @@ def test_the_peak_is_the_highest_sum_of_live_bytes(script: list[tuple[str, int]]
 
 def test_what_is_left_of_setup_is_static() -> None:
     tape = Tape()
-    tape.begin(Phase.SETUP, "weights")
+    tape.begin(Phase.SETUP, "weights", part=Part.LOADED)
     tape.alloc(1024, "weight", Category.WEIGHTS)
     tape.free(tape.alloc(4096, "scratch", Category.TEMPORARIES))
     tape.begin(Phase.FORWARD, "forward")
@@ -61,7 +61,7 @@ def test_what_is_left_of_setup_is_static() -> None:
 def layers(repeat: int, grow: int, inner: int, *, descending: bool) -> Tape:
     """A tape in which one layer allocates ``grow`` bytes for good and ``inner`` for a moment."""
     tape = Tape()
-    tape.begin(Phase.SETUP, "start")
+    tape.begin(Phase.SETUP, "start", part=Part.RESTING)
     tape.alloc(512, "start", Category.WEIGHTS)
     tape.begin(Phase.FORWARD, "layer", repeat if descending else 0)
     tape.alloc(grow, "keep", Category.ACTIVATIONS)

@@ -17,15 +17,15 @@ from memplan.asked.recipe import Recipe, make_recipe
 from memplan.errors import MemplanError
 from memplan.planning.plan import plan
 from memplan.predict.step import write_tape
-from memplan.tape import Category, Phase, Tape, replay, static_bytes
-from memplan.tape.file import TapeInfo, load, save
+from memplan.tape import Category, Part, Phase, Tape, replay, static_bytes
+from memplan.tape.file import TapeInfo, encode, load, save
 
 Run = Callable[..., Outcome]
 
 
 def toy() -> Tape:
     tape = Tape(provenance="traced")
-    tape.begin(Phase.SETUP, "weights")
+    tape.begin(Phase.SETUP, "weights", part=Part.LOADED)
     tape.alloc(1000, "weight", Category.WEIGHTS)
     tape.begin(Phase.FORWARD, "layer", 0)
     tape.module = "mlp"
@@ -53,6 +53,18 @@ def test_what_is_written_is_read_back(name: str, folded: bool, tmp_path: Path) -
     assert replay(back) == replay(tape)
     assert static_bytes(back) == static_bytes(tape)
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_tape_of_version_1_tells_parts_by_names(tmp_path: Path) -> None:
+    recipe = make_recipe(mode="qlora").resolved()
+    tape = write_tape(SPECS["llama"](3), recipe)
+    document = json.loads(encode(tape))
+    for name in ("workspaces", "streams", "rank"):
+        del document[name]
+    document |= {"version": 1, "segments": [row[:-1] for row in document["segments"]]}
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(document), encoding="utf-8")
+    assert columns(load(path)[0]) == columns(tape)
 
 
 def test_the_name_decides_about_compression(tmp_path: Path) -> None:
@@ -132,12 +144,17 @@ BAD = {
     "released twice": (changed(events=[0, ~0, ~0]), "before it is allocated"),
     "no storage": (changed(events=[0, 7, ~7]), "no storage"),
     "segments overlap": (
-        changed(segments=[["setup", "", None, 0, 2, 1, [], 1], ["forward", "", 0, 1, 3, 1, [], 1]]),
+        changed(
+            segments=[
+                ["setup", "", None, 0, 2, 1, [], 1, "loaded"],
+                ["forward", "", 0, 1, 3, 1, [], 1, "step"],
+            ]
+        ),
         "follow",
     ),
     "no segments": (changed(segments=[]), "segments"),
     "repeated for ever": (
-        changed(segments=[["setup", "", None, 0, 3, 10**15, [], 1]], deltas=[1024, 512, -512]),
+        changed(segments=[["setup", "", None, 0, 3, 10**15, [], 1, "loaded"]], deltas=[1024, 512, -512]),
         "repeated more than 1,024 times",
     ),
     "repeated by many": (
@@ -146,7 +163,7 @@ BAD = {
             sizes=[512] * 3000,
             events=[event for index in range(3000) for event in (index, ~index)],
             deltas=[512, -512] * 3000,
-            segments=[["setup", "", None, 0, 6000, 1024, [], 1]],
+            segments=[["setup", "", None, 0, 6000, 1024, [], 1, "loaded"]],
         ),
         "more than 4,194,304 events",
     ),
@@ -163,18 +180,31 @@ BAD = {
         lambda path: path.write_bytes(b"[" + b'"",' * (1 << 20 | 1) + b"1]"),
         "more than 1,048,576 texts",
     ),
-    "a segment without marks": (changed(segments=[["setup", "", None, 0, 3, 1, None, 1]]), "no list"),
+    "a segment without marks": (
+        changed(segments=[["setup", "", None, 0, 3, 1, None, 1, "loaded"]]),
+        "no list",
+    ),
+    "a part of another phase": (
+        changed(segments=[["setup", "", None, 0, 3, 1, [], 1, "update"]]),
+        "does not belong to its phase",
+    ),
+    "a workspace that is not there": (changed(workspaces=[9]), "has no storage"),
+    "streams of nothing": (changed(streams=[[0, -1]]), "streams are no numbers"),
     "short segment": (changed(segments=[["setup"]]), "unpack"),
-    "unknown phase": (changed(segments=[["nap", "", None, 0, 3, 1, [], 1]]), "Phase"),
+    "unknown phase": (changed(segments=[["nap", "", None, 0, 3, 1, [], 1, "step"]]), "Phase"),
     "folded without changes": (changed(deltas=[1]), "more events"),
     "more goes than there is": (changed(deltas=[1024, 5120, -5632]), "go than there are"),
     "more goes with each repetition": (
-        changed(segments=[["setup", "", None, 0, 3, 3, [], 1]], deltas=[1024, 512, -2048]),
+        changed(segments=[["setup", "", None, 0, 3, 3, [], 1, "loaded"]], deltas=[1024, 512, -2048]),
         "go than there are",
     ),
     "repeated without saying what that changes": (
         changed(
-            segments=[["setup", "", None, 0, 2, 1, [], 1], ["setup", "", None, 2, 3, 9, [], 1]], deltas=None
+            segments=[
+                ["setup", "", None, 0, 2, 1, [], 1, "loaded"],
+                ["setup", "", None, 2, 3, 9, [], 1, "loaded"],
+            ],
+            deltas=None,
         ),
         "go than there are",
     ),

@@ -19,7 +19,7 @@ with warnings.catch_warnings():
 from memplan.asked.recipe import Recipe
 from memplan.cuda.card import Card
 from memplan.errors import TraceError
-from memplan.tape import Category, Phase, Tape, replay, static_bytes
+from memplan.tape import Category, Part, Phase, Tape, replay, static_bytes
 from memplan.trace.build import build
 from memplan.trace.optimizers import make_optimizer
 from memplan.trace.recorder import Recorder
@@ -62,7 +62,7 @@ def recipe(**options: Any) -> Recipe:
 def recording(standins: dict[Any, Any] | None = None) -> Iterator[Recorder]:
     """The recorder alone, told nothing."""
     recorder = Recorder(Tape(provenance="traced"), standins)
-    recorder.begin(Phase.SETUP, "setup")
+    recorder.begin(Phase.SETUP, "setup", part=Part.RESTING)
     with recorder:
         yield recorder
     recorder.finish()

@@ -35,7 +35,6 @@ CONTEXT_BYTES = {"consumer": 640 * MIB, "workstation": 640 * MIB, "datacenter": 
 MARGIN_PER_CENT = 2
 
 Verdict = Literal["fits", "tight", "does not fit"]
-Step = tuple[str, int]
 
 
 class Fit(BaseModel):
@@ -70,7 +69,7 @@ class Run:
     def __init__(
         self,
         tape: Tape,
-        loading: Callable[[int | None], list[Step] | None],
+        loading: Callable[[int | None], Tape | None],
         settings: AllocatorSettings,
         card: Card | None = None,
         evaluation: Tape | None = None,

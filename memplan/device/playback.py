@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from memplan.asked.alloc_conf import AllocatorSettings
 from memplan.device.allocator import Allocator, Block, OutOfMemory
-from memplan.tape import Category, Phase, Tape
+from memplan.tape import Category, Part, Phase, Tape
 
 LOADING, FIRST_STEP, LATER_STEP = "loading", "first step", "later step"
 EVALUATION = "evaluation"
@@ -65,7 +65,7 @@ class Reserved:
 
 def simulate(
     tape: Tape,
-    loading: Iterable[tuple[str, int]] | None = None,
+    loading: Tape | None = None,
     settings: AllocatorSettings | None = None,
     *,
     capacity: int | None = None,
@@ -74,7 +74,7 @@ def simulate(
 ) -> Reserved:
     """Play the run that the unfolded ``tape`` is a step of.
 
-    ``loading`` as :func:`memplan.predict.loading.loading` gives it; without it, what rests is allocated in
+    ``loading`` as :func:`memplan.predict.loading.loading` writes it; without it, what rests is allocated in
     the tape's order. ``capacity`` and ``limit`` as in :class:`memplan.device.allocator.Allocator`.
     ``evaluation``, an unfolded tape, follows the later step; what is said of that step is then said of both.
     """
@@ -113,17 +113,14 @@ class Playback:
     def __init__(self, tape: Tape, allocator: Allocator) -> None:
         self.tape, self.allocator = tape, allocator
         self.live: dict[int, Block] = {}
-        self.stage = LOADING
+        self.stage, self.making = LOADING, False
         self.start = 0
         self.changes: list[tuple[int, int]] = []
         setup = [segment for segment in tape.segments if segment.phase is Phase.SETUP]
         self.begin = setup[-1].stop if setup else 0
-        self.update = next(
-            (s.start for s in tape.segments if s.phase is Phase.OPTIMIZER and s.name == "step"),
-            len(tape.events),
-        )
+        self.update = next((s.start for s in tape.segments if s.part is Part.UPDATE), len(tape.events))
         rest = [event for event in tape.events[: self.begin] if event >= 0]
-        workspaces = [e for e in rest if tape.operations[e] == "cublas_workspace"]
+        workspaces = [storage for storage in rest if storage in tape.workspaces]
         self.born = list(zip(self._first_products(), workspaces, strict=False))
         self.states = [e for e in rest if tape.categories[e] is Category.OPTIMIZER_STATE]
         later = {*self.states, *(workspace for _, workspace in self.born)}
@@ -141,23 +138,17 @@ class Playback:
                 found.append(first + 1)
         return found
 
-    def load(self, loading: Iterable[tuple[str, int]] | None) -> None:
+    def load(self, loading: Tape | None) -> None:
         """Everything that is there before the first step."""
-        malloc, sizes, live = self.allocator.malloc, self.tape.sizes, self.live
-        scratch: list[Block | None] = []
-        for what, number in loading or ():
-            if what == "alloc":
-                self._at(number)
-                live[number] = malloc(sizes[number])
-            elif what == "scratch":
-                scratch.append(malloc(number))
-            elif what == "drop":
-                block, scratch[number] = scratch[number], None
-                assert block is not None
-                self.allocator.free(block)
-            else:
-                self.allocator.empty_cache()
-        self._make(number for number in self.others if number not in live)
+        if loading is not None:
+            tape, self.tape = self.tape, loading
+            for segment in loading.segments:
+                if segment.part is Part.EMPTIED:
+                    self.allocator.empty_cache()
+                else:
+                    self.play(segment.start, segment.stop)
+            self.tape = tape
+        self._make(number for number in self.others if number not in self.live)
 
     def step(self, stage: str) -> None:
         """One step; the first one makes what later ones find there."""
@@ -197,9 +188,11 @@ class Playback:
         return self.start + self.allocator.position
 
     def _make(self, storages: Iterable[int]) -> None:
+        self.making = True
         for index in storages:
             self._at(index)
             self.live[index] = self.allocator.malloc(self.tape.sizes[index])
+        self.making = False
 
     def play(self, start: int, stop: int) -> None:
         """The tape's events from one to another."""
@@ -231,13 +224,12 @@ class Playback:
     def place(self, error: OutOfMemory) -> RanOut:
         """What the run was doing when it went out of memory."""
         tape = self.tape
-        if self.stage == LOADING or (self.stage != EVALUATION and self.position < self.begin):
-            storage, phase, layer = self.position, Phase.SETUP, None
-            if self.stage != LOADING:
-                phase = Phase.OPTIMIZER
+        if self.making:
+            storage, layer = self.position, None
+            phase = Phase.SETUP if self.stage == LOADING else Phase.OPTIMIZER
         else:
             storage = tape.events[self.position]
-            at = next(s for s in reversed(tape.segments) if s.start <= self.position)
+            at = next(s for s in reversed(tape.segments) if s.start <= self.position and s.start < s.stop)
             phase, layer = at.phase, at.layer
         return RanOut(
             self.stage,

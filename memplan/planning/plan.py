@@ -381,7 +381,7 @@ def predicted_run(spec: ModelSpec, recipe: Recipe, card: Card | None = None) -> 
     tape = write_long_tape(spec, recipe, card=card)
     return Run(
         tape,
-        lambda capacity: list(loading(spec, recipe, tape, capacity)),
+        lambda capacity: loading(spec, recipe, tape, capacity),
         parse_settings(recipe.alloc_conf),
         card,
     )

@@ -17,7 +17,7 @@ from memplan.predict.fold import Played
 from memplan.predict.targets import is_saved, is_target
 from memplan.predict.unlike import Standing
 from memplan.shadow.tensor import DTYPES, DType, Tensor, float32, state
-from memplan.tape import Category, Phase
+from memplan.tape import Category, Part, Phase
 
 
 @dataclass(slots=True)
@@ -129,7 +129,7 @@ class Builder:
                 groups.append(Group(layer, repeat, self.trainable))
                 self.trainable = []
 
-        tape.begin(Phase.SETUP, "weights")
+        tape.begin(Phase.SETUP, "weights", part=Part.LOADED)
         table = self.weight(outside["model.embed_tokens"].parameters["weight"], "model.embed_tokens")
         original = self.buffers[-1] if self.buffers else table  # of a module to save
         scale = None
@@ -143,14 +143,14 @@ class Builder:
         close(None)
         layers = []
         for index, repeat in played.repeats:
-            tape.begin(Phase.SETUP, "layer weights", index)
+            tape.begin(Phase.SETUP, "layer weights", index, Part.LOADED)
             prefix = f"model.layers.{index}."
             definition = blueprint.layer(spec, blueprint.is_sparse(spec, index))
             layers.append(
                 {name: self.module(name, module, prefix + name) for name, module in definition.items()}
             )
             close(index, repeat)
-        tape.begin(Phase.SETUP, "weights")
+        tape.begin(Phase.SETUP, "weights", part=Part.LOADED)
         self.rotary()
         if self.quantised is not None:
             self.buffers += self.quantised.shared(recipe)

@@ -164,6 +164,7 @@ def _fold_run(tape: Tape, run: list[Segment], played: Played, *, descending: boo
         played.repeat,
         marks,
         -1 if descending else 1,
+        unit[0].part,
     )
     return [*run[:start], merged, *run[start + period :]]
 
@@ -240,6 +241,7 @@ class _Unfolding:
         tape.operations = [old.operations[index] for index in origin]
         tape.modules = [old.modules[index] for index in origin]
         tape.products = {index for index, was in enumerate(origin) if was in old.products}
+        tape.workspaces = {index for index, was in enumerate(origin) if was in old.workspaces}
         tape.finish()
         return True
 
@@ -286,7 +288,7 @@ class _Unfolding:
 
     def _plain(self, segment: Segment) -> bool:
         """A segment outside the layers."""
-        self.tape.begin(segment.phase, segment.name, None)
+        self.tape.begin(segment.phase, segment.name, None, segment.part)
         events = self.tape.events
         for event in self.old.events[segment.start : segment.stop]:
             if event >= 0:
@@ -316,7 +318,7 @@ class _Unfolding:
                 base = bases[part.run][layer] = len(origin)
                 if not self._meant(part, layer):
                     return False
-                tape.begin(segment.phase, segment.name, layer)
+                tape.begin(segment.phase, segment.name, layer, segment.part)
                 origin += part.births
                 events += [
                     base + number

@@ -36,28 +36,59 @@ from memplan.asked.recipe import DTypeName, Recipe
 from memplan.asked.spec import ModelSpec
 from memplan.device.allocator import SMALL_SEGMENT
 from memplan.predict import blueprint
-from memplan.tape import Category, Phase, Tape
+from memplan.tape import Category, Part, Phase, Tape
 
 _NOT_LOADED = ("model.rotary_emb", "bitsandbytes")  # buffers that are made, not read
 _WARMUP_RESERVE = int(1.2 * (1 << 30))  # what the warm-up leaves of a card that is smaller than the model
 _ITEMSIZE = {DTypeName.BFLOAT16: 2, DTypeName.FLOAT16: 2, DTypeName.FLOAT32: 4}
 
-# ("alloc", storage on the tape) | ("scratch", bytes), known by how many came before | ("drop", that number)
+# ("alloc", storage of the step) | ("scratch", bytes), known by how many came before | ("drop", that number)
 # | ("empty_cache", 0)
 Step = tuple[str, int]
 
 
-def loading(spec: ModelSpec, recipe: Recipe, tape: Tape, capacity: int | None = None) -> Iterator[Step]:
-    """What the allocator is asked for before the first step, of the storages that an unfolded ``tape`` has
-    in SETUP; optimizer states come later. ``capacity``: bytes of the card, which bound the warm-up."""
-    yield from _steps(spec, recipe, tape, capacity, stock=True)
-    yield "empty_cache", 0  # Trainer.train: accelerator.free_memory (transformers 5.23 trainer.py)
+def loading(spec: ModelSpec, recipe: Recipe, step: Tape, capacity: int | None = None) -> Tape:
+    """What the allocator is asked for before the first step, of the storages that an unfolded ``step`` has
+    in SETUP; optimizer states come later. ``capacity``: bytes of the card, which bound the warm-up.
+
+    The storages of the step have the same numbers on this tape, and what is only there for a while follows.
+    """
+    return _written(_steps(spec, recipe, step, capacity, stock=True), step)
 
 
-def making(spec: ModelSpec, recipe: Recipe, tape: Tape) -> Iterator[Step]:
+def making(spec: ModelSpec, recipe: Recipe, step: Tape) -> Tape:
     """The same of a model that memplan's verifier makes."""
-    yield from _steps(spec, recipe, tape, None, stock=False)
-    yield "empty_cache", 0
+    return _written(_steps(spec, recipe, step, None, stock=False), step)
+
+
+def _written(steps: Iterator[Step], step: Tape) -> Tape:
+    tape = Tape(
+        step.provenance,
+        sizes=step.sizes[:],
+        categories=step.categories[:],
+        operations=step.operations[:],
+        modules=step.modules[:],
+    )
+    first = len(tape.sizes)
+    tape.begin(Phase.SETUP, "loading", part=Part.LOADED)
+    for what, number in steps:
+        if what == "alloc":
+            tape.events.append(number)
+            tape.module = tape.modules[number]
+        elif what == "scratch":
+            tape.alloc(number, "parameter", Category.TEMPORARIES)
+        elif what == "drop":
+            tape.free(first + number)
+        else:
+            _empty_cache(tape)
+    _empty_cache(tape)  # Trainer.train: accelerator.free_memory (transformers 5.23 trainer.py)
+    tape.finish()
+    return tape
+
+
+def _empty_cache(tape: Tape) -> None:
+    tape.begin(Phase.SETUP, "empty_cache", part=Part.EMPTIED)
+    tape.begin(Phase.SETUP, "loading", part=Part.LOADED)
 
 
 def _steps(
@@ -73,7 +104,7 @@ def _resting(tape: Tape) -> list[tuple[int, str, Category]]:
     """Storages of weights, quantisation state and adapters in SETUP: index, full name, category."""
     found = []
     for segment in tape.segments:
-        if segment.phase is not Phase.SETUP or segment.name not in ("weights", "layer weights"):
+        if segment.part is not Part.LOADED:
             continue
         prefix = "" if segment.layer is None else f"model.layers.{segment.layer}."
         for event in tape.events[segment.start : segment.stop]:

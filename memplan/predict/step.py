@@ -35,7 +35,7 @@ from memplan.shadow.tensor import (
     playing,
     state,
 )
-from memplan.tape import Category, Phase, Tape
+from memplan.tape import Category, Part, Phase, Tape
 
 
 def write_tape(spec: ModelSpec, recipe: Recipe, *, card: Card | None = None, folded: bool = True) -> Tape:
@@ -139,13 +139,14 @@ def at_rest(
     tape = begin(card)
     model = Builder(spec, recipe).build(played)
     states = update.states(model.trainable, recipe, model.embedding.weight)
-    tape.begin(Phase.SETUP, "workspaces")
+    tape.begin(Phase.SETUP, "workspaces", part=Part.RESTING)
     tape.module = ""
     # one for each cuBLAS handle, and autograd's thread has its own
     workspaces = [
         empty((state.card.cublas_workspace,), DTYPES["uint8"], "cublas_workspace") for _ in range(2)
     ]
-    tape.begin(Phase.SETUP, "batch")
+    tape.workspaces.update(one.storage.index for one in workspaces if one.storage is not None)
+    tape.begin(Phase.SETUP, "batch", part=Part.RESTING)
     return model, states, workspaces
 
 
@@ -174,7 +175,7 @@ def _play(spec: ModelSpec, recipe: Recipe, card: Card | None, played: Played | S
         loss = loss.detach()
     if recipe.max_grad_norm:
         update.clip(model.trainable)
-    tape.begin(Phase.OPTIMIZER, "step")
+    tape.begin(Phase.OPTIMIZER, "step", part=Part.UPDATE)
     update.step(model.trainable, recipe, states)
     update.zero_grad(model.trainable)
     tape.begin(Phase.OPTIMIZER, "end")

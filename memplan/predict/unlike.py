@@ -204,7 +204,7 @@ def fold(tape: Tape, chosen: Standing) -> bool:
         for segment in (
             [item]
             if isinstance(item, Segment)
-            else [Segment(s.phase, s.name, layer, s.start, s.stop) for layer, s in item.real]
+            else [Segment(s.phase, s.name, layer, s.start, s.stop, part=s.part) for layer, s in item.real]
         )
     ]
     return True
@@ -255,12 +255,13 @@ class _Unfolding:
         tape.operations = [old.operations[index] for index in self.origin]
         tape.modules = [old.modules[index] for index in self.origin]
         tape.products = {index for index, was in enumerate(self.origin) if was in old.products}
+        tape.workspaces = {index for index, was in enumerate(self.origin) if was in old.workspaces}
         tape.finish()
         return tape
 
     def _plain(self, segment: Segment) -> bool:
         """A segment outside the layers."""
-        self.tape.begin(segment.phase, segment.name, None)
+        self.tape.begin(segment.phase, segment.name, None, segment.part)
         events = self.tape.events
         left: dict[
             int, list[tuple[int, int]]
@@ -318,7 +319,7 @@ class _Unfolding:
                 return False
             there[other, distance] = found
         base = bases[run][layer] = len(self.origin)
-        self.tape.begin(segment.phase, segment.name, layer)
+        self.tape.begin(segment.phase, segment.name, layer, segment.part)
         self.origin += self.births[run, segment.layer]
         events += [
             base + number

@@ -14,7 +14,7 @@ from memplan.optimizers import Group, State
 from memplan.optimizers._lists import gradient, release
 from memplan.shadow.autograd import AccumulateGrad
 from memplan.shadow.tensor import DType, Storage, Tensor, category, empty, float32, state, uint8
-from memplan.tape import Category, Phase
+from memplan.tape import Category, Part, Phase
 
 
 def states(groups: list[Group], recipe: Recipe, embedding: Tensor) -> State:
@@ -25,12 +25,12 @@ def states(groups: list[Group], recipe: Recipe, embedding: Tensor) -> State:
     tape.module = "optimizer"
     with category(Category.OPTIMIZER_STATE):
         for group in groups:
-            tape.begin(Phase.SETUP, "optimizer states", group.layer)
+            tape.begin(Phase.SETUP, "optimizer states", group.layer, Part.RESTING)
             for parameter in group.parameters:
                 shapes = optimizer.states(parameter.shape, parameter.dtype, recipe, parameter is embedding)
                 kept[parameter] = [empty(shape, dtype, "state") for shape, dtype in shapes]
         if optimizer.maps:
-            tape.begin(Phase.SETUP, "optimizer maps")
+            tape.begin(Phase.SETUP, "optimizer maps", part=Part.RESTING)
             maps = [empty((256,), float32, "qmap") for _ in range(optimizer.maps)]
             kept[embedding] = kept.get(embedding, []) + maps
     return kept

@@ -2,11 +2,12 @@
 reads it."""
 
 from memplan.tape.replay import Peak, Point, replay, static_bytes, timeline
-from memplan.tape.tape import ALLOCATION_GRANULARITY, Category, Phase, Segment, Tape, rounded
+from memplan.tape.tape import ALLOCATION_GRANULARITY, Category, Part, Phase, Segment, Tape, rounded
 
 __all__ = [
     "ALLOCATION_GRANULARITY",
     "Category",
+    "Part",
     "Peak",
     "Phase",
     "Point",

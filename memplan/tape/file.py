@@ -18,10 +18,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from memplan.bounded import TooManyParts, read_json
 from memplan.errors import MemplanError, printable, shown
 from memplan.files import write_whole, zipped
-from memplan.tape import ALLOCATION_GRANULARITY, Category, Phase, Segment, Tape
+from memplan.tape import ALLOCATION_GRANULARITY, Category, Part, Phase, Segment, Tape
 
 FORMAT = "memplan tape"
-VERSION = 1
+VERSION = 2
 
 _MAX_BYTES = 64 << 20  # unpacked; the tape of 126 layers is 20 MiB
 _MAX_EVENTS = 1 << 22  # with every repetition; that tape has 110,000, and readers go through all of them
@@ -58,7 +58,17 @@ def encode(tape: Tape, info: TapeInfo | None = None) -> bytes:
         "provenance": tape.provenance,
         "info": (info or TapeInfo()).model_dump(mode="json"),
         "segments": [
-            [s.phase.value, s.name, s.layer, s.start, s.stop, s.repeat, list(s.marks), s.direction]
+            [
+                s.phase.value,
+                s.name,
+                s.layer,
+                s.start,
+                s.stop,
+                s.repeat,
+                list(s.marks),
+                s.direction,
+                s.part.value,
+            ]
             for s in tape.segments
         ],
         "events": tape.events,
@@ -69,6 +79,9 @@ def encode(tape: Tape, info: TapeInfo | None = None) -> bytes:
         "operations": numbers(tape.operations),
         "modules": numbers(tape.modules),
         "products": sorted(tape.products),
+        "workspaces": sorted(tape.workspaces),
+        "streams": [list(pair) for pair in sorted(tape.streams.items())],
+        "rank": tape.rank,
         "strings": list(strings),
     }
     return json.dumps(document, separators=(",", ":")).encode()
@@ -95,9 +108,10 @@ def decode(content: bytes, where: str) -> tuple[Tape, TapeInfo]:
 def _read(document: Any, where: str) -> tuple[Tape, TapeInfo]:
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise MemplanError(f"{where} is no tape; `memplan trace MODEL --tape FILE` writes one")
-    if document.get("version") != VERSION:
+    version = document.get("version")
+    if version not in (1, VERSION) or isinstance(version, bool):
         raise MemplanError(
-            f"{where} is a tape of version {shown(document.get('version'))}, but this memplan reads version "
+            f"{where} is a tape of version {shown(version)}, but this memplan reads version "
             f"{VERSION}; write it again with this memplan"
         )
     try:
@@ -155,6 +169,8 @@ def _tape(document: dict[str, Any]) -> Tape:
     def texts(name: str) -> list[str]:
         return [strings[number] for number in column(name)]
 
+    if document["version"] == 1:
+        document = {**document, **_parts_by_name(document)}
     tape = Tape(
         provenance=str(document["provenance"]),
         events=column("events", least=None),
@@ -163,10 +179,15 @@ def _tape(document: dict[str, Any]) -> Tape:
         operations=texts("operations"),
         modules=texts("modules"),
         products=set(column("products")) if "products" in document else set(),
+        workspaces=set(column("workspaces")),
+        streams=dict(_pairs(document["streams"])),
+        rank=document["rank"],
         segments=[_segment(row) for row in document["segments"]],
     )
     storages = len(tape.sizes)
-    _check(max(tape.products, default=0) < max(storages, 1), "a product has no storage")
+    marked = (*tape.products, *tape.workspaces, *tape.streams)
+    _check(max(marked, default=0) < max(storages, 1), "a product, a workspace or a stream has no storage")
+    _check(type(tape.rank) is int and tape.rank >= 0, "its rank is no number")
     for name in ("categories", "operations", "modules"):
         _check(len(getattr(tape, name)) == storages, f"it has {storages} sizes and other numbers of {name}")
     _check(not any(size % ALLOCATION_GRANULARITY for size in tape.sizes), "its sizes are not rounded")
@@ -180,15 +201,38 @@ def _tape(document: dict[str, Any]) -> Tape:
     return tape
 
 
+def _pairs(rows: Any) -> list[tuple[int, int]]:
+    _check(isinstance(rows, list), "its streams are no list")
+    pairs = [(storage, stream) for storage, stream in rows]
+    _check(all(type(one) is int and one >= 0 for pair in pairs for one in pair), "its streams are no numbers")
+    return pairs
+
+
+def _parts_by_name(document: dict[str, Any]) -> dict[str, Any]:
+    """What version 1 left to be told from names."""
+    strings, kinds = document["strings"], document["operations"]
+    found = [index for index, kind in enumerate(kinds) if strings[kind] == "cublas_workspace"]
+    rows = []
+    for row in document["segments"]:
+        phase, name = row[:2]
+        part = Part.UPDATE if (phase, name) == (Phase.OPTIMIZER.value, "step") else Part.STEP
+        if phase == Phase.SETUP.value:
+            part = Part.LOADED if name in ("weights", "layer weights") else Part.RESTING
+        rows.append([*row, part.value])
+    return {"segments": rows, "workspaces": found, "streams": [], "rank": 0}
+
+
 def _segment(row: Any) -> Segment:
-    phase, name, layer, start, stop, repeat, marks, direction = row
+    phase, name, layer, start, stop, repeat, marks, direction, part = row
     _check(isinstance(name, str), "a segment has no name")
     _check(isinstance(marks, list), "a segment's marks are no list")
     _check(layer is None or type(layer) is int, "a segment's layer is no number")
     _check(all(type(value) is int for value in (start, stop, repeat, *marks)), "a segment has no numbers")
     _check(start <= stop and repeat >= 1 and direction in (1, -1), "a segment is turned around")
     _check(repeat <= _MAX_REPEAT, f"a segment is repeated more than {_MAX_REPEAT:,} times")
-    return Segment(Phase(phase), name, layer, start, stop, repeat, tuple(marks), direction)
+    of_setup = Part(part) not in (Part.STEP, Part.UPDATE)
+    _check(of_setup is (phase == Phase.SETUP.value), "a segment's part does not belong to its phase")
+    return Segment(Phase(phase), name, layer, start, stop, repeat, tuple(marks), direction, Part(part))
 
 
 def _check_order(tape: Tape) -> None:

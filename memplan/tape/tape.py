@@ -42,6 +42,21 @@ class Phase(str, Enum):
     OPTIMIZER = "optimizer"
 
 
+class Part(str, Enum):
+    """What a segment is to those who play a run on an allocator.
+
+    ``LOADED`` and ``RESTING`` are there before the step (phase ``SETUP``), the first by loading the model.
+    ``UPDATE`` is where the optimizer's update begins, at which the first step makes what later ones find: the
+    optimizer's states. ``EMPTIED`` has no events: there the allocator's cache is emptied.
+    """
+
+    LOADED = "loaded"
+    RESTING = "resting"
+    STEP = "step"
+    UPDATE = "update"
+    EMPTIED = "emptied"
+
+
 def rounded(nbytes: int) -> int:
     """Bytes the caching allocator charges for a request: a multiple of 512, nothing for nothing."""
     return -(-nbytes // ALLOCATION_GRANULARITY) * ALLOCATION_GRANULARITY
@@ -64,6 +79,7 @@ class Segment:
     repeat: int = 1
     marks: tuple[int, ...] = ()
     direction: int = 1
+    part: Part = Part.STEP
 
     def layer_at(self, position: int, repetition: int) -> int | None:
         """The layer of the event at ``position`` in one of the repetitions."""
@@ -80,7 +96,9 @@ class Tape:
     ``events[i]`` is a storage's index when it is allocated and its complement (``~index``) when it is
     released; ``deltas[i]``, filled in by :meth:`finish`, is the change in live bytes that it makes. The
     other lists are per storage. ``products`` are storages after whose birth cuBLAS multiplies: the first time
-    that a thread does, it has its workspace made (:mod:`memplan.device.playback`).
+    that a thread does, it has its workspace made, one of the storages ``workspaces``
+    (:mod:`memplan.device.playback`). ``rank``: of the process, of those that train together; ``streams``: the
+    CUDA stream of storages that are made on another than the first.
     """
 
     provenance: str = "predicted"
@@ -91,17 +109,21 @@ class Tape:
     operations: list[str] = field(default_factory=list)
     modules: list[str] = field(default_factory=list)
     products: set[int] = field(default_factory=set)
+    workspaces: set[int] = field(default_factory=set)
+    streams: dict[int, int] = field(default_factory=dict)
+    rank: int = 0
     segments: list[Segment] = field(default_factory=list)
     module: str = ""  # where the writer is now
 
     # -- writing ---------------------------------------------------------------------------------------
 
-    def begin(self, phase: Phase, name: str, layer: int | None = None) -> None:
-        """Close the current segment and open the next."""
+    def begin(self, phase: Phase, name: str, layer: int | None = None, part: Part = Part.STEP) -> None:
+        """Close the current segment and open the next. ``part`` can't be left out in ``SETUP``."""
+        assert (phase is Phase.SETUP) is not (part in (Part.STEP, Part.UPDATE)), (phase, part)
         here = len(self.events)
         if self.segments:
             self.segments[-1].stop = here
-        self.segments.append(Segment(phase, name, layer, here))
+        self.segments.append(Segment(phase, name, layer, here, part=part))
 
     def finish(self) -> None:
         """Close the last segment; what is written after it does not count."""
@@ -111,14 +133,27 @@ class Tape:
         sizes = self.sizes
         self.deltas = [sizes[event] if event >= 0 else -sizes[~event] for event in self.events]
 
-    def alloc(self, nbytes: int, operation: str, category: Category) -> int:
-        """Write the birth of a storage of ``nbytes`` (not yet rounded) bytes; its index."""
+    def alloc(
+        self,
+        nbytes: int,
+        operation: str,
+        category: Category,
+        *,
+        workspace: bool = False,
+        stream: int = 0,
+    ) -> int:
+        """Write the birth of a storage of ``nbytes`` (not yet rounded) bytes; its index. ``workspace``: it is
+        one that cuBLAS keeps for a thread."""
         index = len(self.sizes)
         self.sizes.append(rounded(nbytes))
         self.categories.append(category)
         self.operations.append(operation)
         self.modules.append(self.module)
         self.events.append(index)
+        if workspace:
+            self.workspaces.add(index)
+        if stream:
+            self.streams[index] = stream
         return index
 
     def free(self, index: int) -> None:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from memplan.tape import Category, Phase
-from memplan.trace.recorder import Recorder
+from typing import Protocol
+
+from memplan.tape import Category, Phase, Tape
+from memplan.trace.follower import Moment
 
 
-def categorise(recorder: Recorder) -> None:
+class Lives(Protocol):
+    """A tape, with the moments at which its storages were born, and at which those died that did."""
+
+    tape: Tape
+    births: list[Moment]
+    deaths: dict[int, Moment]
+
+
+def categorise(recorder: Lives) -> None:
     """Give every storage of the step that is no gradient its category.
 
     - logits and loss: born at or after the output layer in forward; in backward, by the nodes that those

@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from memplan.tape import Category, Phase
+from memplan.cuda.card import Card
+from memplan.tape import Category, Part, Phase, Tape
+from memplan.trace.follower import plain_name
 from memplan.trace.optimizers import on_card
-from memplan.trace.recorder import Recorder, plain_name
 
 
-def note_module(recorder: Recorder, model: nn.Module) -> None:
+class Notes(Protocol):
+    """Who is told of what is there; ``standins`` is not empty where a CPU stands for a card."""
+
+    tape: Tape
+    card: Card
+    standins: dict[Any, Any]
+
+    def begin(self, phase: Phase, name: str, layer: int | None = None, part: Part = Part.STEP) -> None: ...
+
+    def born(self, tensor: torch.Tensor, operation: str, category: Category = ...) -> int | None: ...
+
+    def reserve(
+        self, nbytes: int, operation: str, category: Category, *, workspace: bool = False
+    ) -> int | None: ...
+
+
+def note_module(recorder: Notes, model: nn.Module) -> None:
     """Parameters, what bitsandbytes keeps beside them, buffers, and gradients that are there already."""
     tape = recorder.tape
-    recorder.begin(Phase.SETUP, "weights")
+    recorder.begin(Phase.SETUP, "weights", part=Part.LOADED)
     nested = False
     for module_name, module in model.named_modules():
         tape.module = plain_name(module_name)
@@ -43,9 +60,9 @@ def note_module(recorder: Recorder, model: nn.Module) -> None:
         recorder.reserve(1024, "name2qmap", Category.QUANTIZATION_STATE)
 
 
-def note_optimizer(recorder: Recorder, optimizer: torch.optim.Optimizer) -> None:
+def note_optimizer(recorder: Notes, optimizer: torch.optim.Optimizer) -> None:
     """States, as far as they are on the card, where a CPU stands for one (the recorder has stand-ins)."""
-    recorder.begin(Phase.SETUP, "optimizer_state")
+    recorder.begin(Phase.SETUP, "optimizer_state", part=Part.RESTING)
     for parameter, states in optimizer.state.items():
         for key, value in states.items():
             counts = not recorder.standins or on_card(optimizer, parameter, key)
@@ -53,16 +70,17 @@ def note_optimizer(recorder: Recorder, optimizer: torch.optim.Optimizer) -> None
                 recorder.born(value, f"optimizer.{key}", Category.OPTIMIZER_STATE)
 
 
-def note_workspaces(recorder: Recorder) -> None:
+def note_workspaces(recorder: Notes) -> None:
     """cuBLAS's, one a thread: the forward's and autograd's."""
-    recorder.begin(Phase.SETUP, "workspaces")
+    recorder.begin(Phase.SETUP, "workspaces", part=Part.RESTING)
     for _ in range(2):
-        recorder.reserve(recorder.card.cublas_workspace, "cublas_workspace", Category.TEMPORARIES)
+        nbytes = recorder.card.cublas_workspace
+        recorder.reserve(nbytes, "cublas_workspace", Category.TEMPORARIES, workspace=True)
 
 
-def note_batch(recorder: Recorder, batch: Any) -> None:
+def note_batch(recorder: Notes, batch: Any) -> None:
     """Tensors, alone or in mappings and sequences."""
-    recorder.begin(Phase.SETUP, "batch")
+    recorder.begin(Phase.SETUP, "batch", part=Part.RESTING)
     for tensor in tensors_in(batch):
         recorder.born(tensor, "batch", Category.ACTIVATIONS)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from memplan.tape import Phase
-from memplan.trace.recorder import Recorder
+from memplan.trace.follower import Follower
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)(?:\.|$)")
 
@@ -19,7 +19,7 @@ def layer_of(module: str) -> int | None:
 class Segments:
     """Opens a segment whenever the step enters or leaves a decoder layer."""
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: Follower) -> None:
         self.recorder = recorder
 
     def __call__(self, module: str) -> None:

@@ -10,26 +10,24 @@ from __future__ import annotations
 
 import sys
 import weakref
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import graph as autograd_graph
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import _StopRecomputationError
 
 from memplan.cuda.card import Card
 from memplan.errors import TraceError
 from memplan.tape import Category, Phase, Tape
+from memplan.trace.follower import Follower, Moment
 
 StandIn = Callable[..., Any]
 
 _ADD = torch.ops.aten.add.Tensor
 _ADD_INPLACE = torch.ops.aten.add_.Tensor
-_NO_NODE = 1 << 62
 _LOCAL_SCALAR = torch.ops.aten._local_scalar_dense.default
 # Formulas in torch/csrc/autograd/FunctionsManual.cpp that work in place on zeros they made, but out of place
 # while a dispatch mode is on (areAnyTensorSubclassLike): index_backward, gather's and the selecting
@@ -49,25 +47,12 @@ def _owners(tensor: torch.Tensor) -> tuple[int, int, int]:
     return tensor._use_count(), storage, sys.getrefcount(tensor)
 
 
-def plain_name(name: str) -> str:
-    """A module's name without PEFT's wrappers around the model."""
-    return "" if name in ("base_model", "base_model.model") else name.removeprefix("base_model.model.")
-
-
-class Moment(NamedTuple):
-    """When something happened. ``after_head``: at or past the output layer, or in its backward."""
-
-    phase: Phase
-    recomputing: bool
-    after_head: bool
-
-
 def plain_operation(name: str) -> str:
     """``aten::mm`` is known as ``mm``."""
     return name.rpartition("::")[2]
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(Follower, TorchDispatchMode):
     """Writes a tape while it is active.
 
     ``standins`` replace operators whose CUDA kernels allocate otherwise, unless they return NotImplemented;
@@ -82,29 +67,18 @@ class Recorder(TorchDispatchMode):
         card: Card | None = None,
         answers: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__()
-        self.tape = tape
+        Follower.__init__(self, tape, card)
+        TorchDispatchMode.__init__(self)
         self.standins = standins or {}
-        self.card = card or Card()
         self.answers = answers or {}
         self.paused = 0
-        self.phase = Phase.SETUP
         self.device: str | None = None  # the only kind of device that counts, if set
         self.births: list[Moment] = []  # one for each storage on the tape
         self.deaths: dict[int, Moment] = {}
-        self.on_module: Callable[[str], None] | None = None
-        self.on_segment: Callable[[Phase, int | None], None] | None = None
         self.inplace_accumulations = 0
         self._indices: dict[int, int] = {}  # storage address -> index on the tape
         self._handles: dict[int, weakref.ref[Any]] = {}
-        self._modules: list[str] = []  # the modules whose forward is running, outermost first
-        # autograd's sequence numbers at which the running module changed: they tell a node's module
-        self._boundaries: list[int] = []
-        self._boundary_modules: list[str] = []
-        self._failure: tuple[BaseException | None, str] = None, ""  # an error, and the module it came from
         self._operation = ""  # the operator that a stand-in is standing in for
-        self._past_head = False
-        self._head_nodes = range(0)  # nodes of the output layer's operations and of those after it
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -140,23 +114,14 @@ class Recorder(TorchDispatchMode):
         self._handles[key] = weakref.ref(storage, died)
         return index
 
-    def reserve(self, nbytes: int, operation: str, category: Category) -> int:
+    def reserve(self, nbytes: int, operation: str, category: Category, *, workspace: bool = False) -> int:
         """Note memory that no tensor stands for; its index."""
         self.births.append(self._now())
-        return self.tape.alloc(nbytes, operation, category)
+        return self.tape.alloc(nbytes, operation, category, workspace=workspace)
 
     def index_of(self, tensor: torch.Tensor) -> int | None:
         """The tape's index of a tensor's storage, if it was noted."""
         return self._indices.get(tensor.untyped_storage()._cdata)
-
-    def _now(self) -> Moment:
-        after_head = self._past_head
-        recomputing = False
-        if self.phase is Phase.BACKWARD:
-            recomputing = torch.is_grad_enabled()  # the engine disables it around a node's own work
-            node = torch._C._current_autograd_node()
-            after_head = not recomputing and node is not None and node._sequence_nr() in self._head_nodes
-        return Moment(self.phase, recomputing, after_head)
 
     @contextmanager
     def named(self, operation: str) -> Iterator[None]:
@@ -250,92 +215,7 @@ class Recorder(TorchDispatchMode):
             )
         return func(*args)
 
-    # -- where we are ----------------------------------------------------------------------------------
-
-    def _mark(self, module: str) -> None:
-        self._boundaries.append(torch._C._autograd._get_sequence_nr())
-        self._boundary_modules.append(module)
-        self._arrive(module)
-
-    def _arrive(self, module: str) -> None:
-        if module != self.tape.module:
-            self.tape.module = module
-            if self.on_module is not None:
-                self.on_module(module)
-
-    def _locate(self) -> None:
-        """In backward: the module whose forward made the node that is running."""
-        if self._modules:  # recomputing
-            return
-        node = torch._C._current_autograd_node()
-        number = _NO_NODE if node is None else node._sequence_nr()
-        # AccumulateGrad nodes carry the largest number there is: they stay where they run.
-        if number < _NO_NODE:
-            position = bisect_right(self._boundaries, number) - 1
-            if position >= 0:
-                self._arrive(self._boundary_modules[position])
-
-    @contextmanager
-    def follow(
-        self, model: torch.nn.Module, head: str = "lm_head", decoder: str | None = None
-    ) -> Iterator[None]:
-        """Name the running module of ``model`` on the tape while the context lasts. ``head`` is the output
-        layer: from there on storages belong to logits and loss. Where it is never called they do from the end
-        of ``decoder`` on."""
-        names = {module: plain_name(name) for name, module in model.named_modules()}
-        stack = self._modules
-
-        def enter(module: torch.nn.Module, _args: Any) -> None:
-            name = names.get(module)
-            if name is not None:
-                stack.append(name)
-                self._mark(name)
-                if name == head:
-                    self._enter_head()
-
-        def leave(module: torch.nn.Module, _args: Any, _out: Any) -> None:
-            name = names.get(module)
-            error = sys.exc_info()[1]
-            # held, the exception that ends a recomputation would keep the tensors of all its frames
-            stopped = isinstance(error, _StopRecomputationError)
-            if error is not None and not stopped and error is not self._failure[0]:
-                self._failure = error, stack[-1] if stack else ""
-            if name is not None and name in stack:
-                while stack.pop() != name:
-                    pass
-                self._mark(stack[-1] if stack else "")
-                if name == decoder:
-                    self._enter_head()
-
-        hooks = torch.nn.modules.module
-        # always_call: non-reentrant checkpointing leaves a recomputation by raising.
-        handles = [
-            hooks.register_module_forward_pre_hook(enter),
-            hooks.register_module_forward_hook(leave, always_call=True),
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _enter_head(self) -> None:
-        if self.phase is Phase.FORWARD:
-            self._past_head = True
-            self._head_nodes = range(torch._C._autograd._get_sequence_nr(), _NO_NODE)
-
-    def begin(self, phase: Phase, name: str, layer: int | None = None) -> None:
-        """Open the tape's next segment."""
-        if phase is not self.phase:
-            if phase is Phase.BACKWARD:
-                self._head_nodes = range(self._head_nodes.start, torch._C._autograd._get_sequence_nr())
-            self._past_head = False
-            self.phase = phase
-            if phase is not Phase.BACKWARD:
-                self.tape.module = ""
-        self.tape.begin(phase, name, layer)
-        if self.on_segment is not None:
-            self.on_segment(phase, layer)
+    # -- the end ---------------------------------------------------------------------------------------
 
     def place_of(self, error: BaseException) -> str:
         """Where an error came from, as the end of a sentence: the operator, the module, the phase."""

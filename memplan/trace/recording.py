@@ -12,7 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from memplan.cuda.card import Card
-from memplan.tape import Phase, Tape
+from memplan.tape import Part, Phase, Tape
 from memplan.trace import existing, standins
 from memplan.trace.categories import categorise
 from memplan.trace.layers import Segments
@@ -90,7 +90,7 @@ def phases(recorder: Recorder, modules: list[nn.Module]) -> Iterator[None]:
                 running -= 1
                 if not running:
                     recorder.gradients(parameter for module in modules for parameter in module.parameters())
-                    recorder.begin(Phase.OPTIMIZER, "optimizer")
+                    recorder.begin(Phase.OPTIMIZER, "optimizer", part=Part.UPDATE)
 
         return wrapped
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from memplan import losses
 from memplan.asked.recipe import DTypeName, Recipe
-from memplan.tape import Phase
+from memplan.tape import Part, Phase
 
 AUTOCAST_DTYPES = {
     # TrainingArguments(fp16=True); bf16=True for the rest
@@ -23,7 +23,7 @@ AUTOCAST_DTYPES = {
 class Listener(Protocol):
     """Who is told where a step is: :class:`memplan.trace.recorder.Recorder`, for one."""
 
-    def begin(self, phase: Phase, name: str) -> None: ...
+    def begin(self, phase: Phase, name: str, layer: int | None = None, part: Part = Part.STEP) -> None: ...
 
     def gradients(self, parameters: list[nn.Parameter]) -> None: ...
 
@@ -61,9 +61,9 @@ def train_step(
     """Forward, backward, clipping, update. ``recorder`` is told where the step is. The loss of the last
     forward, which a Trainer keeps that long, too."""
 
-    def at(phase: Phase, name: str) -> None:
+    def at(phase: Phase, name: str, part: Part = Part.STEP) -> None:
         if recorder is not None:
-            recorder.begin(phase, name)
+            recorder.begin(phase, name, part=part)
 
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     run = forward(model, recipe, device)
@@ -80,7 +80,7 @@ def train_step(
     at(Phase.OPTIMIZER, "clip")
     if recipe.max_grad_norm:
         nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
-    at(Phase.OPTIMIZER, "step")
+    at(Phase.OPTIMIZER, "step", Part.UPDATE)
     optimizer.step()
     at(Phase.OPTIMIZER, "zero_grad")
     optimizer.zero_grad(set_to_none=True)

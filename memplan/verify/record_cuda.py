@@ -24,11 +24,11 @@ from torch import nn
 
 from memplan.asked.recipe import Recipe
 from memplan.cuda.card import Card
-from memplan.tape import Category, Phase, Tape
+from memplan.tape import Category, Part, Phase, Tape
 from memplan.trace import existing
 from memplan.trace.categories import categorise
+from memplan.trace.follower import Follower, Moment, plain_name
 from memplan.trace.layers import Segments
-from memplan.trace.recorder import Moment, Recorder, plain_name
 from memplan.trace.step import train_step
 from memplan.verify import driver
 from memplan.verify.job import Job
@@ -165,16 +165,16 @@ class Mark(NamedTuple):
     phase: Phase
     segment: str
     layer: int | None
+    part: Part
     module: str
     moment: Moment
 
 
-class Marks(Recorder):
-    """Follows a step as the recorder does, but as a bystander: it is never entered as a dispatch mode, so it
-    sees modules and phases and no operators."""
+class Marks(Follower):
+    """Follows a step as a bystander: it sees modules and phases and no operators."""
 
     def __init__(self, device: torch.device, card: Card) -> None:
-        super().__init__(Tape(provenance="measured"), card=card)
+        super().__init__(Tape(provenance="measured"), card)
         self._on = device
         self._start = 0
         self.marks: list[Mark] = []
@@ -198,9 +198,9 @@ class Marks(Recorder):
         """Events since the start."""
         return self.count() - self._start
 
-    def begin(self, phase: Phase, name: str, layer: int | None = None) -> None:
+    def begin(self, phase: Phase, name: str, layer: int | None = None, part: Part = Part.STEP) -> None:
         """As the recorder's, and marked."""
-        super().begin(phase, name, layer)
+        super().begin(phase, name, layer, part)
         self._note_mark()
 
     def gradients(self, parameters: Any) -> None:
@@ -229,7 +229,7 @@ class Marks(Recorder):
         if self.phase is Phase.BACKWARD:
             after_head = not recomputing and here.name == "head" and not module.endswith("norm")
         moment = Moment(self.phase, recomputing, after_head)
-        self.marks.append(Mark(self.position(), self.phase, here.name, here.layer, module, moment))
+        self.marks.append(Mark(self.position(), self.phase, here.name, here.layer, here.part, module, moment))
 
     @contextmanager
     def follow(self, model: nn.Module, head: str = "lm_head", decoder: str | None = None) -> Iterator[None]:
@@ -295,7 +295,7 @@ class _Collector:
         self.card = Card()
         self.found: Known = {}
 
-    def begin(self, phase: Phase, name: str, layer: int | None = None) -> None:
+    def begin(self, phase: Phase, name: str, layer: int | None = None, part: Part = Part.STEP) -> None:
         """Of no interest."""
 
     def born(self, tensor: torch.Tensor, operation: str, category: Category = Category.TEMPORARIES) -> None:
@@ -304,19 +304,19 @@ class _Collector:
             address = tensor.untyped_storage().data_ptr()
             self.found.setdefault(address, (self.tape.module, operation, category))
 
-    def reserve(self, nbytes: int, operation: str, category: Category) -> None:
+    def reserve(self, nbytes: int, operation: str, category: Category, *, workspace: bool = False) -> None:
         """It has no tensor that could be asked where it lies."""
 
 
 def _names(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any) -> Known:
-    collector: Any = _Collector()
+    collector = _Collector()
     existing.note_module(collector, model)
     existing.note_optimizer(collector, optimizer)
     existing.note_batch(collector, batch)
     collector.tape.module = ""
     for table in _maps():
         collector.born(table, "name2qmap", Category.QUANTIZATION_STATE)
-    found: Known = collector.found
+    found = collector.found
     return found
 
 
@@ -334,21 +334,20 @@ def tape_of(
     """The step's tape from what was there, the allocator's history and the marks; and a remark if the history
     does not have as many events as were counted."""
     tape = Tape(provenance="measured")
-    recorder: Any = _Written(tape)
+    recorder = _Written(tape)
     live: dict[int, int] = {}
-    tape.begin(Phase.SETUP, "before")
+    tape.begin(Phase.SETUP, "before", part=Part.RESTING)
     for block in before:
         module, name, category = there.get(block.address, ("", "", Category.TEMPORARIES))
-        if not name:
-            workspace = block.requested == marks.card.cublas_workspace
-            name = "cublas_workspace" if workspace else "unattributed"
+        workspace = not name and block.requested == marks.card.cublas_workspace
+        name = name or ("cublas_workspace" if workspace else "unattributed")
         tape.module = module
-        live[block.address] = tape.alloc(block.requested, name, category)
+        live[block.address] = tape.alloc(block.requested, name, category, workspace=workspace)
         recorder.births.append(Moment(Phase.SETUP, False, False))
     events = [event for event in history if event["action"] in ("alloc", "free_requested")]
     pending = list(marks.marks)
     gradients = list(marks.gradient_addresses)
-    here = Mark(0, Phase.FORWARD, "embedding", None, "", Moment(Phase.FORWARD, False, False))
+    here = Mark(0, Phase.FORWARD, "embedding", None, Part.STEP, "", Moment(Phase.FORWARD, False, False))
     opened: tuple[Any, ...] | None = None
     # marks at the very end belong to the step, too: one round more than there are events
     for position in range(len(events) + 1):
@@ -360,9 +359,9 @@ def tape_of(
             here = pending.pop(0)
         if position == len(events):
             break
-        if opened != here[1:4]:
-            opened = here[1:4]
-            tape.begin(here.phase, here.segment, here.layer)
+        if opened != here[1:5]:
+            opened = here[1:5]
+            tape.begin(here.phase, here.segment, here.layer, here.part)
         event = events[position]
         if event["action"] == "alloc":
             tape.module = here.module

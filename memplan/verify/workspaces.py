@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from memplan.tape import Category, Tape
+from dataclasses import replace
+
+from memplan.tape import Tape
 
 
 def without_workspaces(tape: Tape) -> Tape:
     """A predicted tape without what a CPU does not have: cuBLAS's workspaces, which are always there."""
-    result = Tape(
-        provenance=tape.provenance,
-        events=list(tape.events),
-        sizes=list(tape.sizes),
-        categories=tape.categories,
-        operations=tape.operations,
-        modules=tape.modules,
-        products=tape.products,
-        segments=tape.segments,
-    )
-    for index, operation in enumerate(tape.operations):
-        if operation == "cublas_workspace" and tape.categories[index] is Category.TEMPORARIES:
-            result.sizes[index] = 0
-    result.deltas = [result.sizes[event] if event >= 0 else -result.sizes[~event] for event in result.events]
-    return result
+    sizes = [0 if index in tape.workspaces else size for index, size in enumerate(tape.sizes)]
+    changes = [sizes[event] if event >= 0 else -sizes[~event] for event in tape.events]
+    return replace(tape, sizes=sizes, deltas=changes)
