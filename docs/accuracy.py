@@ -103,6 +103,8 @@ def page() -> str:
             prepared = result["case"].get("kbit_prep", True)
             peaks = [f"{result[kind]['peak_bytes']:,}" for kind in ("predicted", "traced")]
             name = "with the upcasts (default)" if prepared else "without them (`--no-kbit-prep`)"
+            if result["case"].get("kernels") == "memplan":
+                name += ", memplan's kernels"
             text += f"| {name} | {peaks[0]} | {peaks[1]} | `{result['traced']['operation']}` |\n"
     sections = (emulated.section(), plain.section(), measured.section(), published.section())
     return text + ABOUT_70B + "\n".join(sections)

@@ -139,3 +139,18 @@ def test_lengths_that_vary_are_warned_of_unless_the_setting_is_there():
     assert "PYTORCH_ALLOC_CONF=expandable_segments:True" in varying(Recipe())
     assert varying(Recipe(alloc_conf="expandable_segments:True")) is None
     assert varying(Recipe(alloc_conf="expandable_segments:False")) is not None
+
+
+def test_cards_with_other_kernels_are_warned_of_for_themselves() -> None:
+    """On an A100 an evaluation takes less than this step; without FlashAttention it takes more."""
+    from memplan.report.evaluation import evaluating
+
+    recipe = Recipe(mode="lora", batch_size=4, gradient_checkpointing=True)
+    assert evaluating(plan("mistral-7b-v0.1", recipe, gpus=["a100"]).evaluated()) is None
+    answer = plan("mistral-7b-v0.1", recipe, gpus=["a100", "v100-32"]).evaluated()
+    assert answer.evaluation is not None
+    assert [fit.gpu for fit in answer.evaluation.fits] == ["Tesla V100-SXM2-32GB"]
+    assert answer.evaluation.fits[0].reserved_bytes > answer.fits[1].reserved_bytes
+    assert "V100" in (evaluating(answer) or "")
+    assert "FlashAttention" in (answer.fits[1].note or "")
+    assert answer.fits[0].note is None

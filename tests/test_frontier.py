@@ -249,11 +249,13 @@ def test_maximize(memplan: Run) -> None:
         (("frontier", "llama-8b", "--gpu", "4090", "--optimizers", ""), "names none"),
         (("frontier", "llama-8b", "--gpu", "4090", "--modes", ""), "names no mode"),
         (("frontier", "llama-8b", "--gpu", "t4", "--kernels", "memplan"), "from Ampere on"),
-        (("frontier", "llama-8b", "--gpu", "4090", "--seq-len", "7"), "what the frontier looks for"),
+        (
+            ("frontier", "llama-8b", "--gpu", "4090", "--seq-len", "7"),
+            "looks for the longest sequences itself",
+        ),
         (("frontier", "llama-8b", "--gpu", "4090", "--modes", "half"), "mode"),
         (("frontier", "llama-8b"), "--gpu"),
         (("fit", "llama-8b", "--gpu", "4090", "--gpu", "t4", "--maximize", "seq-len"), "one --gpu"),
-        (("fit", "llama-70b", "--gpu", "t4", "--maximize", "seq-len"), "not even 1 token fits"),
         (("fit", "llama-8b", "--gpu", "t4", "--alloc-conf", "max_split_size_mb:1"), "too small"),
     ],
 )
@@ -276,3 +278,28 @@ def test_up_to_n_means_those_below_n_as_well() -> None:
     assert _below(3) == [2, 1]
     assert {1189, 1186, 893} <= set(_below(1190))
     assert max(_below(1190)) == 1189
+
+
+def test_where_not_even_one_fits_the_status_says_so(memplan: Run) -> None:
+    result = memplan("fit", "llama-70b", "--gpu", "t4", "--maximize", "seq-len")
+    assert (result.status, result.out) == (1, "")
+    assert result.err.startswith("memplan: not even 1 token fits on the Tesla T4")
+
+
+def test_steps_that_are_played_one_by_one_are_not_played_for_ever(
+    memplan: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from memplan.planning import frontier
+
+    monkeypatch.setattr(frontier, "_MOST_PLAYED", 1000)
+    monkeypatch.setattr(frontier, "MOST_SEARCHED", 1000)
+    table = memplan("frontier", "gemma-3-1b", "--gpu", "t4")
+    assert (table.status, table.out) == (2, "")
+    assert "ask for fewer batch sizes" in table.err
+    found = memplan("fit", "gemma-3-1b", "--gpu", "t4", "--maximize", "seq-len")
+    assert (found.status, found.out) == (2, "")
+    assert "without --maximize" in found.err
+    advised = memplan("fit", "llama-8b", "--mode", "lora", "--gpu", "t4")  # whose changes are not asked for
+    assert advised.status == 1
+    assert "does not fit" in advised.out
+    assert "--no-advise" in advised.err

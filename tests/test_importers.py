@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import logging
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from small_specs import SPECS, config
 
+from memplan import Recipe, plan
 from memplan.asked.spec import ModelSpec
 from memplan.errors import MemplanError, SpecError, UnsupportedArchitecture
 from memplan.importers.hf import spec_from_config, supported_architectures
+from memplan.importers.resolve import resolve
 from memplan.resources import data_file
 
 ENTRIES = json.loads(data_file("model_specs.json").read_bytes())["models"]
@@ -495,3 +499,24 @@ def test_any_mutation_is_a_spec_or_a_memplan_error(
         config = {"architectures": [architecture], "text_config": {**SIZES, **changes}}
     config.update(changes)
     never_anything_else({key: value for key, value in config.items() if key not in dropped})
+
+
+@pytest.mark.parametrize("given", [{"quant_method": "gptq", "bits": 4}, "gptq", [1]])
+def test_a_checkpoint_that_is_quantised_is_said_to_be_planned_otherwise(given: Any, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**LLAMA, "quantization_config": given}), encoding="utf-8")
+    note = resolve(path).note
+    assert note is not None and note.startswith("its quantization_config")
+    assert ("(gptq)" in note) is isinstance(given, dict)
+
+
+def test_a_mixture_without_a_layer_of_experts_is_dense() -> None:
+    spec = SPECS["qwen3_moe"](3)
+    dense = spec_from_config({**config("qwen3_moe", 3), "decoder_sparse_step": 1000}, "dense")
+    assert (dense.num_experts, dense.sparse_layers) == (0, (False,) * 3)
+    assert plan(dense, Recipe(mode="lora", seq_len=8)).parameters.total < plan(spec).parameters.total
+
+
+def test_a_factor_that_rotates_nothing() -> None:
+    with pytest.raises(SpecError, match=r"partial_rotary_factor is 0\.001, which rotates nothing"):
+        spec_from_config({**config("phi3", 2), "partial_rotary_factor": 0.001}, "x")

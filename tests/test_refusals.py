@@ -109,3 +109,43 @@ def test_what_is_long_is_not_quoted_in_full(options: dict[str, Any]) -> None:
     with pytest.raises(MemplanError) as caught:
         make_recipe(**options)
     assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("pattern", ["(.*)*!", r"(\w+\.?)+!", "(?:a|(?:b+)*)c", "((x{2,})y)*"])
+def test_patterns_that_may_never_end_are_refused(pattern: str) -> None:
+    with pytest.raises(MemplanError, match="may never end"):
+        plan("llama-3.2-1b", Recipe(target_modules=pattern))
+
+
+@pytest.mark.parametrize("pattern", [r"(?:.*\.)?[qv]_proj", r"model\.layers\.\d+\.mlp\..*", "(a*)?.*_proj"])
+def test_other_patterns_are_not(pattern: str) -> None:
+    assert plan("llama-3.2-1b", Recipe(target_modules=pattern)).parameters.trainable > 0
+
+
+def test_a_question_is_about_ten_cards_at_most() -> None:
+    from memplan.asked.gpus import load_gpus
+
+    names = [gpu.name for gpu in load_gpus()]
+    assert len(plan("llama-3.2-1b", gpus=[*names[:10], names[0]]).fits) == 10
+    with pytest.raises(MemplanError, match="name 10 at most"):
+        plan("llama-3.2-1b", gpus=names[:11])
+
+
+@pytest.mark.parametrize(
+    ("mode", "option"),
+    [
+        ("full", {"r": 64}),
+        ("full", {"use_dora": True}),
+        ("full", {"quant_type": "fp4"}),
+        ("lora", {"double_quant": False}),
+    ],
+)
+def test_what_a_mode_does_not_have_is_refused_by_either_door(mode: str, option: dict[str, Any]) -> None:
+    from memplan.asked.recipe import make_recipe
+
+    for door in (Recipe, make_recipe):
+        with pytest.raises(MemplanError, match="belongs to"):
+            door(mode=mode, **option)
+    # what a plan's JSON says of a recipe is one
+    for recipe in (Recipe(mode="full").resolved(), Recipe(mode="lora", r=16).resolved()):
+        assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe

@@ -48,6 +48,15 @@ OPTIMIZER_ALIASES = {"adamw_8bit": "adamw_bnb_8bit", "paged_adamw": "paged_adamw
 
 TARGET_PRESETS = ("all-linear", "attention", "q,v")
 
+# Options that say nothing without adapters, and without a 4-bit base.
+_OF_ADAPTERS = frozenset(
+    (
+        "r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora",
+        "adapter_dtype",
+    )
+)  # fmt: skip
+_OF_FOUR_BITS = frozenset(("quant_type", "double_quant"))
+
 _MAX_TOKENS = 1 << 26  # in one step; logits of a vocabulary of 32,000 would be 4 TiB
 
 
@@ -75,7 +84,7 @@ LossName = Annotated[str, _named("losses", "loss"), _listed("losses")]
 class Recipe(BaseModel):
     """A training recipe. Frozen; anything left as None is resolved by :meth:`resolved`.
 
-    Raises RecipeError through :func:`make_recipe`; pydantic's ValidationError when built directly.
+    Raises RecipeError with one sentence, or UnknownName for a name that does not exist.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -134,18 +143,7 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        if self.mode is Mode.FULL:
-            adapter_options = [
-                name
-                for name in ("modules_to_save", "use_dora", "use_rslora", "kbit_prep")
-                if getattr(self, name)
-            ]
-            if adapter_options:
-                raise ValueError(
-                    f"{adapter_options[0]} belongs to lora and qlora; mode full trains every weight "
-                    "and has no adapter or 4-bit base (4-bit weights can't be trained in full: "
-                    "use --mode qlora)"
-                )
+        self._check_foreign()
         if self.mode is Mode.LORA and self.kbit_prep:
             raise ValueError(
                 "kbit_prep prepares a 4-bit base, which mode lora does not have: use --mode qlora"
@@ -171,6 +169,30 @@ class Recipe(BaseModel):
                 "lower the batch size or the sequence length"
             )
         return self
+
+    def _check_foreign(self) -> None:
+        """Options that say nothing in the mode. A recipe that says all of them is a record of one, such as a
+        plan's, and may have those at rest."""
+        given = {name for name in self.model_fields_set if getattr(self, name) not in (None, ())}
+        if self.model_fields_set == set(type(self).model_fields):
+            given = {name for name in given if not self._at_rest(name)}
+        given -= {name for name in ("use_rslora", "use_dora") if not getattr(self, name)}
+        for name in sorted(given & _OF_FOUR_BITS if self.mode is not Mode.QLORA else ()):
+            raise ValueError(
+                f"{name} belongs to 4-bit weights, which mode {self.mode.value} does not have"
+                + (" (4-bit weights can't be trained in full)" if self.mode is Mode.FULL else "")
+                + ": use --mode qlora"
+            )
+        for name in sorted(given & _OF_ADAPTERS if self.mode is Mode.FULL else ()):
+            raise ValueError(f"{name} belongs to adapters, which mode full does not have: leave it out")
+        if self.mode is Mode.FULL and self.kbit_prep:
+            raise ValueError("kbit_prep prepares a 4-bit base, which mode full does not have: leave it out")
+
+    def _at_rest(self, name: str) -> bool:
+        value = getattr(self, name)
+        if name == "lora_alpha":
+            return value == 2.0 * self.r
+        return bool(value == type(self).model_fields[name].default)
 
     def _check_kernels(self) -> None:
         """What memplan's kernels compute: PEFT's plain LoRA on NF4."""
@@ -224,24 +246,7 @@ class Recipe(BaseModel):
 
 
 def make_recipe(**options: Any) -> Recipe:
-    """A Recipe from loose options, with errors fit for a user.
-
-    Raises RecipeError with one sentence, or UnknownName for an optimizer that does not exist.
-    """
-    mode = options.get("mode", Mode.QLORA)
-    for option in ("quant_type", "double_quant"):
-        if option in options and mode in (Mode.FULL, Mode.LORA):
-            raise RecipeError(
-                f"{option} belongs to 4-bit weights, which mode {Mode(mode).value} does not have"
-                + (" (4-bit weights can't be trained in full)" if mode == Mode.FULL else "")
-                + ": use --mode qlora"
-            )
-    if mode == Mode.FULL:
-        for option in ("r", "lora_alpha", "lora_dropout", "target_modules", "adapter_dtype"):
-            if option in options:
-                raise RecipeError(
-                    f"{option} belongs to adapters, which mode full does not have: leave it out"
-                )
+    """``Recipe(**options)``, of loose options."""
     return Recipe(**options)
 
 

@@ -14,6 +14,8 @@ from memplan.commands.arguments import (
     add_recipe,
     recipe_options,
 )
+from memplan.errors import MemplanError
+from memplan.streams import remark
 
 if TYPE_CHECKING:
     from memplan.asked.recipe import Recipe
@@ -67,21 +69,28 @@ def run(arguments: argparse.Namespace) -> int:
 
     recipe = make_recipe(**recipe_options(arguments))
     if arguments.maximize is not None:
-        recipe = _maximized(arguments, recipe)
+        found = _maximized(arguments, recipe)
+        if found is None:
+            return STATUS_DOES_NOT_FIT
+        recipe = found
     answer = plan(arguments.model, recipe, gpus=arguments.gpu).evaluated()
     fits = all(fit.verdict != "does not fit" for fit in answer.fits)
     if arguments.advise or (arguments.advise is None and not fits and arguments.maximize is None):
         from memplan.planning.advise import advise
 
-        answer = answer.advised(tuple(advise(arguments.model, recipe, name) for name in arguments.gpu))
+        try:
+            answer = answer.advised(tuple(advise(arguments.model, recipe, name) for name in arguments.gpu))
+        except MemplanError as error:
+            if arguments.advise:
+                raise
+            remark(str(error))
     _show(answer, arguments)
     return STATUS_FITS if fits else STATUS_DOES_NOT_FIT
 
 
-def _maximized(arguments: argparse.Namespace, recipe: Recipe) -> Recipe:
-    """The recipe with the largest batch or sequence that fits. Raises MemplanError if not even 1 does."""
+def _maximized(arguments: argparse.Namespace, recipe: Recipe) -> Recipe | None:
+    """The recipe with the largest batch or sequence that fits; None, which is said, if not even 1 does."""
     from memplan.asked.gpus import find_gpu
-    from memplan.errors import MemplanError
     from memplan.importers.resolve import resolve
     from memplan.planning.frontier import largest
 
@@ -93,10 +102,11 @@ def _maximized(arguments: argparse.Namespace, recipe: Recipe) -> Recipe:
     value = largest(resolve(arguments.model).spec, recipe, gpu, what, other)
     if not value:
         kept = f"batch size {other}" if what == "seq_len" else f"{other} tokens a sequence"
-        raise MemplanError(
+        remark(
             f"not even 1 {'token' if what == 'seq_len' else 'sequence'} fits on the {gpu.name} with {kept}; "
             "ask without --maximize what would make it fit"
         )
+        return None
     return recipe.model_copy(update={what: value})
 
 

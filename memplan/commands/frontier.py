@@ -58,6 +58,9 @@ def parser() -> Parser:
     )
     add_json(result)
     add_recipe(result, mode=False)
+    for action in result._actions:
+        if action.dest in ("batch_size", "seq_len"):
+            action.help = argparse.SUPPRESS  # refused: they are what the table is about
     return result
 
 
@@ -96,7 +99,9 @@ def _recipes(arguments: argparse.Namespace) -> list[Recipe]:
     for option in ("batch_size", "seq_len"):
         if option in options:
             raise UsageError(
-                f"--{option.replace('_', '-')} is what the frontier looks for; see --batch-sizes"
+                "the frontier looks for the longest sequences itself; leave out --seq-len"
+                if option == "seq_len"
+                else "the frontier has a column for each batch size: use --batch-sizes"
             )
     if "optimizer" in options and arguments.optimizers is not None:
         raise UsageError("--optimizer and --optimizers say the same; give one")

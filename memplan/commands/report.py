@@ -11,6 +11,8 @@ from memplan.streams import remark, say
 
 BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
 
+_MOST_BYTES = 64 << 20
+
 EXAMPLES = """\
 Every file of the folder is read, checked and held against the plan that this
 memplan makes. Measurements on GPUs and trainings on a CPU are never put
@@ -72,6 +74,10 @@ def _replace(path: Path, text: str) -> None:
 
     where = shown(str(path))
     try:
+        if path.exists() and not path.is_file():
+            raise MemplanError(f"{where} is no file with a page")
+        if path.stat().st_size > _MOST_BYTES:
+            raise MemplanError(f"{where} is larger than {_MOST_BYTES >> 20} MiB, too large for a page")
         page = path.read_bytes().decode("utf-8")  # its line ends stay as they are
     except (OSError, ValueError) as error:
         raise MemplanError(f"{where} can't be read: {reason(error)}") from None

@@ -28,15 +28,14 @@ def _experts(fields: Fields, layers: int) -> dict[str, Any]:
     if listed is not None and not (isinstance(listed, list) and all(type(n) is int for n in listed)):
         fields.fail(f"mlp_only_layers is {shown(listed)}, but it must be a list of layer numbers")
     dense = set(listed or ())
+    sparse = tuple(count > 0 and layer not in dense and (layer + 1) % step == 0 for layer in range(layers))
     return {
-        "num_experts": count,
+        "num_experts": count if any(sparse) else 0,
         "num_experts_per_tok": fields.size("num_experts_per_tok"),
         "moe_intermediate_size": fields.size("moe_intermediate_size"),
         "norm_topk_prob": fields.flag("norm_topk_prob"),
         "router_aux_loss_coef": router_loss(fields),
-        "sparse_layers": tuple(
-            count > 0 and layer not in dense and (layer + 1) % step == 0 for layer in range(layers)
-        ),
+        "sparse_layers": sparse,
     }
 
 

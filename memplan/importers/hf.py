@@ -207,7 +207,11 @@ def _rope(fields: Fields, family: Config, head_dim: int) -> tuple[float, bool]:
         rope = fields.inside(entries[0], {"partial_rotary_factor": 1.0 if top is None else top})
         partial = rope.number("partial_rotary_factor", "a share from 0 to 1", lambda value: 0 < value <= 1)
     rotated = int(head_dim * partial)
-    if rotated < 1 or (rotated == head_dim and head_dim % 2):
+    if rotated < 1:
+        fields.fail(
+            f"partial_rotary_factor is {partial:g}, which rotates nothing of a head_dim of {head_dim}"
+        )
+    if rotated == head_dim and head_dim % 2:
         fields.fail(f"head_dim is {head_dim}, but rotary embeddings need an even one")
     return partial, "longrope" in kinds
 

@@ -24,6 +24,7 @@ from memplan.resources import data_file
 
 _MAX_CONFIG_BYTES = 16 << 20  # the largest on the Hub are some hundred KiB (labels of classifiers)
 _HUB_TIMEOUT_SECONDS = 5.0
+_LONGEST_REVISION = 200  # characters; a commit has 40
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _VERSION = re.compile(r"-v?\d+(\.\d+)*(?=-|$)")
 
@@ -79,7 +80,8 @@ def resolve(model: str | Path | ModelSpec) -> ResolvedModel:
             spec = spec.model_copy(update={"hub_id": found.hub_id})
         return ResolvedModel(spec, found.note)
     spec = spec_from_config(found.config, found.name, found.hub_id)
-    return ResolvedModel(spec, found.note or _language_model_note(found))
+    notes = (found.note or _language_model_note(found), _quantised_note(found))
+    return ResolvedModel(spec, "; ".join(filter(None, notes)) or None)
 
 
 def resolve_config(model: str | Path) -> ResolvedConfig:
@@ -104,6 +106,19 @@ def resolve_config(model: str | Path) -> ResolvedConfig:
 def _plain_names(config: dict[str, Any]) -> bool:
     """Whether ``architectures`` can be looked into."""
     return isinstance(config.get("architectures") or [], list)
+
+
+def _quantised_note(found: ResolvedConfig) -> str | None:
+    """What a checkpoint that is quantised already is planned as."""
+    given = found.config.get("quantization_config")
+    if given is None:
+        return None
+    method = given.get("quant_method") if isinstance(given, dict) else None
+    kind = f" ({method})" if isinstance(method, str) and re.fullmatch(r"[\w.-]{1,30}", method) else ""
+    return (
+        f"its quantization_config{kind} is not planned: the figures are of the model as it was before, in 16 "
+        "or 32 bits, or in 4 as mode qlora quantises it"
+    )
 
 
 def _language_model_note(found: ResolvedConfig) -> str | None:
@@ -254,8 +269,12 @@ def _from_cache(text: str) -> ResolvedConfig | None:
     if not _HUB_ID.fullmatch(text):
         return None
     folder = _hub_cache() / f"models--{text.replace('/', '--')}"
+    head = folder / "refs" / "main"
+    if _kind(head) != "file":
+        return None
     try:
-        revision = (folder / "refs" / "main").read_text(encoding="utf-8").strip()
+        with head.open(encoding="utf-8") as file:
+            revision = file.read(_LONGEST_REVISION).strip()
     except (OSError, ValueError):
         return None
     config = folder / "snapshots" / revision / "config.json"

@@ -98,6 +98,22 @@ IDEAS = (
     ),
     _Idea(
         Cost.NOTHING,
+        _said("mixed precision (autocast)"),
+        "nothing: what TRL does unless told otherwise",
+        lambda recipe: None if recipe.autocast or recipe.mode is Mode.FULL else {"autocast": True},
+        _said("--autocast"),
+        lambda recipe: f"TrainingArguments({'fp16' if recipe.dtype is DTypeName.FLOAT16 else 'bf16'}=True)",
+    ),
+    _Idea(
+        Cost.NOTHING,
+        _said("FlashAttention 2"),
+        "nothing; needs the package flash-attn",
+        lambda recipe: None if attention.of(recipe).package else {"attn": "flash_attention_2"},
+        _said("--attn flash_attention_2"),
+        _said('from_pretrained(attn_implementation="flash_attention_2")'),
+    ),
+    _Idea(
+        Cost.NOTHING,
         _said("sdpa attention"),
         "nothing",
         lambda recipe: None if attention.of(recipe).fused else {"attn": "sdpa"},
@@ -262,6 +278,7 @@ def advise(model: str | Path | ModelSpec, recipe: Recipe, gpu: str) -> Advice:
     from memplan.predict.parameters import resolve_recipe
 
     spec, card = resolve(model).spec, find_gpu(gpu)
+    check_size(spec, resolve_recipe(spec, recipe))
     pricer = _Pricer(spec, card)
     asked = resolve_recipe(spec, recipe)
     if pricer.verdict(recipe) != "does not fit":
@@ -294,6 +311,19 @@ def advise(model: str | Path | ModelSpec, recipe: Recipe, gpu: str) -> Advice:
     if not any(change.verdict != "does not fit" for change in listed):
         combination = _combination(spec, recipe, pricer)
     return Advice(gpu=card.name, changes=listed, combination=combination, cards=_cards_for(asked, spec, card))
+
+
+def check_size(spec: ModelSpec, recipe: Recipe) -> None:
+    """Raise MemplanError if pricing some twenty changes of a resolved recipe takes too long."""
+    from memplan.planning.frontier import MOST_SEARCHED
+    from memplan.planning.plan import predicted_run
+
+    events = len(predicted_run(spec, recipe).tape.events)
+    if events > MOST_SEARCHED:
+        raise MemplanError(
+            f"a step of {events:,} allocations and releases takes too long for pricing changes of it: use "
+            "--no-advise"
+        )
 
 
 class _Pricer:
@@ -341,6 +371,7 @@ class _Pricer:
 def _changed(spec: ModelSpec, recipe: Recipe, idea: _Idea, gpu: Gpu) -> Recipe | None:
     """The recipe (as asked, not resolved) after a change; None where it does not apply, or can't be had of
     the model or on the card."""
+    from memplan.planning.frontier import Peaks
     from memplan.planning.plan import able
     from memplan.predict.parameters import resolve_recipe
 
@@ -349,7 +380,7 @@ def _changed(spec: ModelSpec, recipe: Recipe, idea: _Idea, gpu: Gpu) -> Recipe |
         return None
     try:
         changed = Recipe(**{**recipe.model_dump(), **fields})
-        resolve_recipe(spec, changed)
+        Peaks(spec, resolve_recipe(spec, changed), gpu)
         able(changed, [gpu.name])
     except MemplanError:
         return None

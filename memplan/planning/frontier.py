@@ -37,6 +37,7 @@ What = Literal["batch_size", "seq_len"]
 LONGEST = 1 << 20  # tokens in a sequence, batches: beyond them the answer is "enough"
 _NEAR = 1 << 16
 _SHORT = 32  # tokens
+_MOST_PLAYED = 4_000_000  # events, some 10 s; the default table of Gemma-3-27B is 3 million
 _MOST_SIMULATED = 10_000  # layers of all points: the default table of 126 layers, which takes a minute
 _NEVER_FUSED_ABOVE = 1536  # tokens (memplan.cuda.gemm_4bit)
 
@@ -99,9 +100,9 @@ def frontier(
             f"{points} points of {spec.num_hidden_layers} layers are too many to simulate: ask for "
             f"{_MOST_SIMULATED // spec.num_hidden_layers} at most, of fewer batch sizes, modes, optimizers"
         )
+    every = [Peaks(spec, resolve_recipe(spec, recipe), gpu) for recipe in recipes]
     rows = []
-    for recipe in recipes:
-        sizes = Peaks(spec, resolve_recipe(spec, recipe), gpu)
+    for sizes in every:
         cells: list[Cell] = []
         tokens, before = 2048, 1
         if batches and sizes.played(min(batches), 1) > sizes.room:
@@ -111,7 +112,13 @@ def frontier(
             bound = at_most(sizes, "seq_len", batch, max(tokens // batch, 1)) if before else 0
             before, tokens = bound if batch >= max(batches[: len(cells)], default=1) else 1, bound * batch
             if simulated and bound:
-                bound = largest(spec, recipe, gpu, "seq_len", batch, peaks=sizes)
+                bound = largest(spec, sizes.recipe, gpu, "seq_len", batch, peaks=sizes)
+            if not simulated and sum(one.events for one in every) > _MOST_PLAYED:
+                raise MemplanError(
+                    f"the steps of this model have to be played for each size, and {points} points of the "
+                    "table take too long: ask for fewer batch sizes, modes or optimizers, for example "
+                    "--batch-sizes 1 --modes qlora"
+                )
             cells.append(Cell(batch_size=batch, seq_len=bound or None, capped=bound == sizes.longest))
             if progress is not None:
                 progress()
@@ -126,6 +133,9 @@ def frontier(
 
 
 _MOST_EVENTS, _LEAST_TRIES = 2_000_000, 4  # simulated in one search, some seconds; simulations
+
+
+MOST_SEARCHED = 300_000  # events of a run that is simulated many times; a 405B's has 107,000
 
 
 def at_most(peaks: Peaks, what: What, other: int, hint: int = 2048) -> int:
@@ -158,6 +168,11 @@ def largest(
         asked = recipe.model_copy(update={"batch_size": batch, "seq_len": length})
         run = predicted_run(spec, asked, card)
         events.append(len(run.tape.events))
+        if events[-1] > MOST_SEARCHED:
+            raise MemplanError(
+                f"a step of {events[-1]:,} allocations and releases takes too long to be simulated over and "
+                "over: ask whether one size fits, without --maximize and --advise"
+            )
         fit = judge(gpu, run, explain=False)
         margin = fit.reserved_bytes * MARGIN_PER_CENT // 100 - fit.headroom_bytes
         return min(margin, 0) if fit.verdict == "fits" else max(margin, 1)
@@ -252,6 +267,7 @@ class Peaks:
             self.room = min(self.room, limit)
         self.longest = min(spec.max_position_embeddings or LONGEST, LONGEST)
         self._sized: dict[object, SizedTape | None] = {}
+        self.events = 0  # that were played
 
     def allocated(self, batch: int, length: int) -> int:
         """Bytes allocated at the peak."""
@@ -309,7 +325,9 @@ class Peaks:
 
     def _play(self, batch: int, length: int) -> Tape:
         asked = self.recipe.model_copy(update={"batch_size": batch, "seq_len": length})
-        return played(self.spec, asked, self.card)
+        tape = played(self.spec, asked, self.card)
+        self.events += len(tape.events)
+        return tape
 
 
 class SizedTape:

@@ -20,6 +20,7 @@ from memplan.planning.evaluation import Evaluation
 from memplan.tape import Category, Peak, Point, Tape, replay, static_bytes, timeline
 
 SCHEMA_VERSION = 1
+_MOST_CARDS = 10  # of 126 layers, each takes most of a second
 
 
 class _Record(BaseModel):
@@ -173,7 +174,7 @@ class Plan(_Record):
         """A verdict for each card asked about."""
         if self._fits is None:
             runs = self._simulated()
-            self._fits = tuple(judge(gpu, runs.run(card)) for gpu, card in runs.cards)
+            self._fits = tuple(_with_kernels(judge(gpu, runs.run(card)), card) for gpu, card in runs.cards)
         return self._fits
 
     @computed_field  # type: ignore[prop-decorator]
@@ -193,15 +194,24 @@ class Plan(_Record):
         return self._evaluation
 
     def evaluated(self) -> Plan:
-        """The same plan with verdicts of the run with an evaluation in it, if that is higher than a step."""
+        """The same plan with verdicts of the run with an evaluation in it, for the cards on which that is
+        higher than a step: where other kernels run than on the reference card, both are others too."""
         found = self.evaluation
-        if found is None or self._asked is None or found.tensor_bytes <= self.peak.tensor_bytes:
+        if found is None or self._asked is None:
             return self
         from memplan.planning.evaluation import with_evaluation
 
         runs, asked = self._simulated(), self._asked
         longer = _Runs(lambda card: with_evaluation(runs.run(card), *asked), runs.cards)
-        fits = tuple(judge(gpu, longer.run(card)) for gpu, card in runs.cards)
+        higher = found.tensor_bytes > self.peak.tensor_bytes
+        cards = [
+            (gpu, card)
+            for gpu, card in runs.cards
+            if (higher if card is None else longer.run(card).free.reserved > runs.run(card).free.reserved)
+        ]
+        if not cards:
+            return self
+        fits = tuple(judge(gpu, longer.run(card)) for gpu, card in cards)
         result = self.model_copy()
         result._evaluation = found.model_copy(update={"fits": fits})
         return result
@@ -393,7 +403,13 @@ def judged(gpus: Iterable[str] | None) -> list[Gpu]:
 
     if isinstance(gpus, str):
         gpus = [gpus]
-    return [find_gpu(name) for name in (DEFAULT_GPUS if gpus is None else gpus)]
+    asked = None if gpus is None else list(dict.fromkeys(gpus))
+    if asked is not None and len(asked) > _MOST_CARDS:
+        raise MemplanError(
+            f"{len(asked)} cards are too many for one question, for the allocator is simulated for each: "
+            f"name {_MOST_CARDS} at most"
+        )
+    return [find_gpu(name) for name in (DEFAULT_GPUS if asked is None else asked)]
 
 
 def able(recipe: Recipe, gpus: Iterable[str] | None) -> Iterable[str] | None:
@@ -500,6 +516,14 @@ def predicted_tape(model: str | Path | ModelSpec, recipe: Recipe | None = None) 
 
     spec = resolve(model).spec
     return write_tape(spec, parameters.resolve_recipe(spec, recipe or Recipe()), folded=False)
+
+
+def _with_kernels(fit: Fit, card: Card | None) -> Fit:
+    """Says so where the verdict is about another run than the plan's own figures."""
+    if card is None:
+        return fit
+    note = "has no FlashAttention, so its step takes another amount than the plan's, which is an A100's"
+    return fit.model_copy(update={"note": "; ".join(filter(None, (fit.note, note)))})
 
 
 def _peak_info(peak: Peak) -> PeakInfo:

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from typing import Any
 
 from memplan import losses
 from memplan.asked.recipe import TARGET_PRESETS, Recipe
 from memplan.errors import RecipeError, printable
+
+if sys.version_info >= (3, 11):
+    from re import _constants as sre_constants  # type: ignore[attr-defined]
+    from re import _parser as sre_parse  # type: ignore[attr-defined]
+else:
+    import sre_constants
+    import sre_parse
 
 # Attention and the q,v default by family: PEFT's TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 # names the fused projection where a family has one.
@@ -25,13 +35,48 @@ def is_target(wanted: str | tuple[str, ...], full_name: str) -> bool:
     elif wanted in ("q,v", "qv"):
         wanted = _QUERY_VALUE
     if isinstance(wanted, str):
-        try:
-            return re.fullmatch(wanted, full_name) is not None
-        except re.error as error:
-            raise RecipeError(
-                f"target_modules {printable(repr(wanted))} is no valid regular expression: {error}"
-            ) from None
+        return _pattern(wanted).fullmatch(full_name) is not None
     return names_module(wanted, full_name)
+
+
+@lru_cache(maxsize=64)
+def _pattern(text: str) -> re.Pattern[str]:
+    try:
+        parsed, pattern = sre_parse.parse(text), re.compile(text)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise RecipeError(
+            f"target_modules {printable(repr(text))} is no valid regular expression: {error}"
+        ) from None
+    if _repeats_repetitions(parsed):
+        raise RecipeError(
+            f"target_modules {printable(repr(text))} repeats what is repeated itself, which may never end; "
+            "write it with one * or + at a time"
+        )
+    return pattern
+
+
+def _repeats_repetitions(parsed: Any, inside: bool = False) -> bool:
+    """Whether an unbounded repetition stands in another: Python's matching tries every way to share a text
+    between the two."""
+    for operator, argument in parsed:
+        within = inside
+        if str(operator) in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"):
+            unbounded = argument[1] is sre_constants.MAXREPEAT
+            if unbounded and inside:
+                return True
+            within = inside or unbounded
+        parts = [it for it in _flat(argument) if isinstance(it, sre_parse.SubPattern)]
+        if any(_repeats_repetitions(part, within) for part in parts):
+            return True
+    return False
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, tuple | list):
+        for item in value:
+            yield from _flat(item)
+    else:
+        yield value
 
 
 def names_module(names: Iterable[str], full_name: str) -> bool:

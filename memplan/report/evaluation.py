@@ -14,8 +14,15 @@ if TYPE_CHECKING:
 def evaluating(plan: Plan) -> str | None:
     """The warning where the Trainer's default evaluation takes more than a training step; else None."""
     found = plan.evaluation
-    if found is None or found.tensor_bytes <= plan.peak.tensor_bytes:
+    if found is None:
         return None
+    if found.tensor_bytes <= plan.peak.tensor_bytes:
+        if not found.fits:
+            return None
+        return (
+            f"Evaluating with the Trainer's default batch of {found.batch_size} takes more than a training "
+            f"step there ({_cards(plan)}): set per_device_eval_batch_size=1."
+        )
     sentence = (
         f"Evaluating with the Trainer's default batch of {found.batch_size} takes at "
         f"least {gib(found.tensor_bytes)} GiB, more than a training step"

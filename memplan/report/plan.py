@@ -41,7 +41,8 @@ FOOTNOTE = (
 )
 TIGHT = "Tight: it gets through, but only just, or only by giving cached memory back in between."
 LEFT = (
-    "Left is what the peak and the context leave; what the allocator loses comes out of it. "
+    "Left is what the peak and what a process takes beside it leave; what the allocator loses comes out "
+    "of it. "
     "`memplan fit MODEL --gpu NAME` says how much that is."
 )
 VERDICT_STYLES = {"fits": "bold green", "tight": "bold yellow", "does not fit": "red"}

@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import memplan
 from memplan.errors import MemplanError
 
 SECONDS, BYTES = 10, 1 << 30  # what one question may take, of the processor and of memory
@@ -31,6 +32,7 @@ Check = Callable[[Any], None]
 _INTERNAL = re.compile(
     r"\b[A-Z]\w*(Error|Exception|Warning)\b|pydantic|Traceback|<class |NoneType| object at 0x"
 )
+_PACKAGE = Path(memplan.__file__).parent
 _LAUNCHES = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "pty.spawn",
              "pickle.find_class", "socket.connect", "socket.getaddrinfo", "webbrowser.open")  # fmt: skip
 _CHANGES = (
@@ -214,12 +216,11 @@ def place(error: BaseException) -> str:
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if "memplan" in Path(frame.filename).parts
+        if Path(frame.filename).is_relative_to(_PACKAGE)
     ]
     if not frames:
         return "?"
-    parts = Path(frames[-1].filename).parts
-    return f"{'/'.join(parts[len(parts) - parts[::-1].index('memplan') :])}:{frames[-1].name}"
+    return f"{Path(frames[-1].filename).relative_to(_PACKAGE).as_posix()}:{frames[-1].name}"
 
 
 def _limit(seconds: int) -> int:
