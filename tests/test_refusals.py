@@ -122,13 +122,15 @@ def test_other_patterns_are_not(pattern: str) -> None:
     assert plan("llama-3.2-1b", Recipe(target_modules=pattern)).parameters.trainable > 0
 
 
-def test_a_question_is_about_ten_cards_at_most() -> None:
+def test_a_question_is_about_ten_cards_at_most(memplan: Callable[..., Outcome]) -> None:
     from memplan.asked.gpus import load_gpus
 
-    names = [gpu.name for gpu in load_gpus()]
-    assert len(plan("llama-3.2-1b", gpus=[*names[:10], names[0]]).fits) == 10
-    with pytest.raises(MemplanError, match="name 10 at most"):
-        plan("llama-3.2-1b", gpus=names[:11])
+    names = [gpu.aliases[0] for gpu in load_gpus()]
+    asked = [word for name in (*names[:10], names[0]) for word in ("--gpu", name)]
+    assert memplan("llama-3.2-1b", *asked).status == 0
+    outcome = memplan("llama-3.2-1b", *asked, "--gpu", names[10])
+    assert (outcome.status, outcome.out) == (2, "")
+    assert "10 cards at most" in outcome.err
 
 
 @pytest.mark.parametrize(

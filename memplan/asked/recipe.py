@@ -131,6 +131,7 @@ class Recipe(BaseModel):
                 super().__init__(**options)
             except ValidationError as error:
                 raise RecipeError(_sentence(error)) from None
+            self._check_foreign(options)
 
     @field_validator("alloc_conf")
     @classmethod
@@ -143,10 +144,10 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        self._check_foreign()
-        if self.mode is Mode.LORA and self.kbit_prep:
+        if self.mode is not Mode.QLORA and self.kbit_prep:
             raise ValueError(
-                "kbit_prep prepares a 4-bit base, which mode lora does not have: use --mode qlora"
+                f"kbit_prep prepares a 4-bit base, which mode {self.mode.value} does not have: "
+                "use --mode qlora"
             )
         if self.kernels is Kernels.MEMPLAN:
             self._check_kernels()
@@ -170,28 +171,26 @@ class Recipe(BaseModel):
             )
         return self
 
-    def _check_foreign(self) -> None:
-        """Options that say nothing in the mode. A recipe that says all of them is a record of one, such as a
-        plan's, and may have those at rest."""
-        given = {name for name in self.model_fields_set if getattr(self, name) not in (None, ())}
-        if self.model_fields_set == set(type(self).model_fields):
+    def _check_foreign(self, options: Mapping[str, Any]) -> None:
+        """Refuse options that say nothing in the mode. Who says all of them has a record of a recipe, such as
+        a plan's: there, those may be at rest."""
+        given = {name for name in options if getattr(self, name) not in (None, ())}
+        if options.keys() >= type(self).model_fields.keys():
             given = {name for name in given if not self._at_rest(name)}
         given -= {name for name in ("use_rslora", "use_dora") if not getattr(self, name)}
         for name in sorted(given & _OF_FOUR_BITS if self.mode is not Mode.QLORA else ()):
-            raise ValueError(
+            raise RecipeError(
                 f"{name} belongs to 4-bit weights, which mode {self.mode.value} does not have"
                 + (" (4-bit weights can't be trained in full)" if self.mode is Mode.FULL else "")
                 + ": use --mode qlora"
             )
         for name in sorted(given & _OF_ADAPTERS if self.mode is Mode.FULL else ()):
-            raise ValueError(f"{name} belongs to adapters, which mode full does not have: leave it out")
-        if self.mode is Mode.FULL and self.kbit_prep:
-            raise ValueError("kbit_prep prepares a 4-bit base, which mode full does not have: leave it out")
+            raise RecipeError(f"{name} belongs to adapters, which mode full does not have: leave it out")
 
     def _at_rest(self, name: str) -> bool:
         value = getattr(self, name)
         if name == "lora_alpha":
-            return value == 2.0 * self.r
+            return bool(value == 2.0 * self.r)
         return bool(value == type(self).model_fields[name].default)
 
     def _check_kernels(self) -> None:

@@ -138,11 +138,26 @@ def add_pictures(parser: Parser) -> None:
         group.add_argument(option, metavar="FILE", default=None, help=f"write {told}")
 
 
+_MOST_CARDS = 10  # of one question; with 126 layers, each takes most of a second
+
+
+class _Cards(argparse.Action):
+    """Cards one after the other, each once."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+        cards = [*(getattr(namespace, self.dest, None) or []), values]
+        setattr(namespace, self.dest, cards)
+        if len(set(cards)) > _MOST_CARDS:
+            raise UsageError(
+                f"one question is about {_MOST_CARDS} cards at most, for the allocator is simulated for each"
+            )
+
+
 def add_gpus(parser: Parser, *, required: bool = False) -> None:
     """The option --gpu, which may be given several times."""
     parser.add_argument(
         "--gpu",
-        action="append",
+        action=_Cards,
         metavar="NAME",
         required=required,
         default=None,

@@ -20,7 +20,6 @@ from memplan.planning.evaluation import Evaluation
 from memplan.tape import Category, Peak, Point, Tape, replay, static_bytes, timeline
 
 SCHEMA_VERSION = 1
-_MOST_CARDS = 10  # of 126 layers, each takes most of a second
 
 
 class _Record(BaseModel):
@@ -403,13 +402,7 @@ def judged(gpus: Iterable[str] | None) -> list[Gpu]:
 
     if isinstance(gpus, str):
         gpus = [gpus]
-    asked = None if gpus is None else list(dict.fromkeys(gpus))
-    if asked is not None and len(asked) > _MOST_CARDS:
-        raise MemplanError(
-            f"{len(asked)} cards are too many for one question, for the allocator is simulated for each: "
-            f"name {_MOST_CARDS} at most"
-        )
-    return [find_gpu(name) for name in (DEFAULT_GPUS if asked is None else asked)]
+    return [find_gpu(name) for name in (DEFAULT_GPUS if gpus is None else gpus)]
 
 
 def able(recipe: Recipe, gpus: Iterable[str] | None) -> Iterable[str] | None:
