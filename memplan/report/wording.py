@@ -72,7 +72,7 @@ def common_and_own(recipes: list[Recipe]) -> tuple[list[str], list[list[str]]]:
 
 
 def micro_steps(recipe: Recipe, provenance: str) -> str:
-    """What a predicted tape leaves out of a step that accumulates gradients (``models/step.py``)."""
+    """What a predicted tape leaves out of a step that accumulates gradients (``predict/step.py``)."""
     number = recipe.gradient_accumulation_steps
     if provenance != "predicted" or number <= 2:
         return ""
