@@ -79,7 +79,9 @@ def run(arguments: argparse.Namespace) -> int:
         from memplan.planning.advise import advise
 
         try:
-            answer = answer.advised(tuple(advise(arguments.model, recipe, name) for name in arguments.gpu))
+            answer = answer.advised(
+                tuple(advise(arguments.model, recipe, name, answer.study) for name in arguments.gpu)
+            )
         except MemplanError as error:
             if arguments.advise:
                 raise

@@ -77,6 +77,7 @@ class Run:
         self.tape, self.settings, self.evaluation = tape, settings, evaluation
         self.loading = loading
         self.card = card or Card()
+        self._within: dict[tuple[int, int, int | None], Reserved] = {}
 
     @cached_property
     def free(self) -> Reserved:
@@ -89,14 +90,17 @@ class Run:
         """The run where the driver has ``room`` bytes for it, on a card of ``total``."""
         from memplan.device.playback import simulate
 
-        return simulate(
-            self.tape,
-            self.loading(total),
-            self.settings,
-            capacity=room,
-            limit=limit,
-            evaluation=self.evaluation,
-        )
+        key = room, total, limit
+        if key not in self._within:
+            self._within[key] = simulate(
+                self.tape,
+                self.loading(total),
+                self.settings,
+                capacity=room,
+                limit=limit,
+                evaluation=self.evaluation,
+            )
+        return self._within[key]
 
 
 def glance(gpu: Gpu, allocated: int, loaded: int, recast: int = 0) -> Verdict | None:

@@ -15,6 +15,7 @@ from memplan import attention, losses
 from memplan.asked.recipe import DTypeName, Kernels, Mode, Recipe
 from memplan.errors import MemplanError
 from memplan.planning.advice import Advice, Change, Combination
+from memplan.planning.study import Study
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -268,8 +269,9 @@ IDEAS = (
 )
 
 
-def advise(model: str | Path | ModelSpec, recipe: Recipe, gpu: str) -> Advice:
-    """What would make ``recipe`` fit on the card called ``gpu``, or what it leaves room for.
+def advise(model: str | Path | ModelSpec, recipe: Recipe, gpu: str, study: Study | None = None) -> Advice:
+    """What would make ``recipe`` fit on the card called ``gpu``, or what it leaves room for. ``study``: what
+    is known of the model already.
 
     Raises MemplanError as :func:`memplan.planning.plan.plan` does.
     """
@@ -278,8 +280,9 @@ def advise(model: str | Path | ModelSpec, recipe: Recipe, gpu: str) -> Advice:
     from memplan.predict.parameters import resolve_recipe
 
     spec, card = resolve(model).spec, find_gpu(gpu)
-    check_size(spec, resolve_recipe(spec, recipe))
-    pricer = _Pricer(spec, card)
+    study = study or Study(spec)
+    _check_size(study, resolve_recipe(spec, recipe))
+    pricer = _Pricer(study, card)
     asked = resolve_recipe(spec, recipe)
     if pricer.verdict(recipe) != "does not fit":
         return Advice(gpu=card.name, room=tuple(_room(spec, recipe, card, pricer)))
@@ -310,15 +313,16 @@ def advise(model: str | Path | ModelSpec, recipe: Recipe, gpu: str) -> Advice:
     combination = None
     if not any(change.verdict != "does not fit" for change in listed):
         combination = _combination(spec, recipe, pricer)
-    return Advice(gpu=card.name, changes=listed, combination=combination, cards=_cards_for(asked, spec, card))
+    return Advice(
+        gpu=card.name, changes=listed, combination=combination, cards=_cards_for(asked, study, card)
+    )
 
 
-def check_size(spec: ModelSpec, recipe: Recipe) -> None:
+def _check_size(study: Study, recipe: Recipe) -> None:
     """Raise MemplanError if pricing some twenty changes of a resolved recipe takes too long."""
     from memplan.planning.frontier import MOST_SEARCHED
-    from memplan.planning.plan import predicted_run
 
-    events = len(predicted_run(spec, recipe).tape.events)
+    events = len(study.run(recipe).tape.events)
     if events > MOST_SEARCHED:
         raise MemplanError(
             f"a step of {events:,} allocations and releases takes too long for pricing changes of it: use "
@@ -329,8 +333,8 @@ def check_size(spec: ModelSpec, recipe: Recipe) -> None:
 class _Pricer:
     """Plans recipes (as asked, not resolved), each once."""
 
-    def __init__(self, spec: ModelSpec, gpu: Gpu) -> None:
-        self.spec, self.gpu = spec, gpu
+    def __init__(self, study: Study, gpu: Gpu) -> None:
+        self.study, self.spec, self.gpu = study, study.spec, gpu
         self._allocated: dict[Recipe, int] = {}
         self._fits: dict[Recipe, tuple[Verdict, int | None]] = {}
 
@@ -356,14 +360,13 @@ class _Pricer:
 
     def _judged(self, recipe: Recipe) -> tuple[Verdict, int | None]:
         from memplan.device.fit import judge
-        from memplan.planning.plan import predicted_run
 
         if recipe not in self._fits:
             peaks = self._peaks(recipe)
             if self.allocated(recipe) > peaks.room:
                 self._fits[recipe] = "does not fit", None
             else:
-                fit = judge(self.gpu, predicted_run(self.spec, peaks.recipe, peaks.card))
+                fit = judge(self.gpu, self.study.run(peaks.recipe, peaks.card))
                 self._fits[recipe] = fit.verdict, fit.needed_bytes
         return self._fits[recipe]
 
@@ -429,27 +432,24 @@ def _combination(spec: ModelSpec, recipe: Recipe, pricer: _Pricer) -> Combinatio
     )
 
 
-def _cards_for(recipe: Recipe, spec: ModelSpec, than: Gpu) -> tuple[str, ...]:
+def _cards_for(recipe: Recipe, study: Study, than: Gpu) -> tuple[str, ...]:
     """The three smallest cards, each of another size, on which the run fits as it is."""
     from memplan.asked.gpus import load_gpus
     from memplan.device.fit import judge
     from memplan.planning.frontier import Peaks
-    from memplan.planning.plan import predicted_run
 
-    run = None
     found: list[str] = []
     sizes: set[int] = set()
     for gpu in sorted(load_gpus(), key=lambda gpu: gpu.visible_bytes):
         if gpu.visible_bytes <= than.visible_bytes or gpu.total_mib >> 10 in sizes:
             continue
         try:
-            peaks = Peaks(spec, recipe, gpu)
+            peaks = Peaks(study.spec, recipe, gpu)
         except MemplanError:
             continue  # its kernels don't run there
         if peaks.card is not None:
             continue  # other kernels run there
-        run = run or predicted_run(spec, recipe)
-        if judge(gpu, run, explain=False).verdict == "fits":
+        if judge(gpu, study.run(recipe), explain=False).verdict == "fits":
             found.append(gpu.name)
             sizes.add(gpu.total_mib >> 10)
         if len(found) == 3:

@@ -17,6 +17,7 @@ from memplan.device.fit import Fit, Run, Verdict, glance, judge, recast_bytes
 from memplan.errors import MemplanError
 from memplan.planning.advice import Advice
 from memplan.planning.evaluation import Evaluation
+from memplan.planning.study import Study
 from memplan.tape import Category, Peak, Point, Tape, replay, static_bytes, timeline
 
 SCHEMA_VERSION = 1
@@ -152,6 +153,7 @@ class Plan(_Record):
     _advice: tuple[Advice, ...] = PrivateAttr(default=())
     _evaluation: Evaluation | None = PrivateAttr(default=None)
     _asked: tuple[ModelSpec, Recipe] | None = PrivateAttr(default=None)
+    _study: Study | None = PrivateAttr(default=None)
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -210,7 +212,9 @@ class Plan(_Record):
         ]
         if not cards:
             return self
-        fits = tuple(judge(gpu, longer.run(card)) for gpu, card in cards)
+        # where a step does not fit, an evaluation after it is not played to its end
+        possible = {fit.gpu for fit in self.fits if fit.verdict != "does not fit"}
+        fits = tuple(judge(gpu, longer.run(card), explain=gpu.name in possible) for gpu, card in cards)
         result = self.model_copy()
         result._evaluation = found.model_copy(update={"fits": fits})
         return result
@@ -220,6 +224,11 @@ class Plan(_Record):
         result = self.model_copy()
         result._advice = tuple(advice)
         return result
+
+    @property
+    def study(self) -> Study | None:
+        """What has been found out beside, for further questions about the same model."""
+        return self._study
 
     def run(self) -> Run:
         """The whole run, to be played on the allocator (:class:`memplan.device.fit.Run`)."""
@@ -311,7 +320,7 @@ def plan(
     found = resolve(model)
     spec = found.spec
     resolved = parameters.resolve_recipe(spec, recipe or Recipe())
-    tape = write(spec, resolved)
+    tape, study = write(spec, resolved), Study(spec)
     base, adapters, trainable = parameters.count(spec, resolved)
     result = plan_from_tape(
         tape,
@@ -329,9 +338,9 @@ def plan(
         ParameterCounts(total=base + adapters, trainable=trainable),
         resolved,
         gpus,
-        write=lambda card: predicted_run(spec, resolved, card),
+        write=lambda card: study.run(resolved, card),
     )
-    result._asked = spec, resolved
+    result._asked, result._study = (spec, resolved), study
     return result
 
 
