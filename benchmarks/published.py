@@ -36,7 +36,7 @@ from memplan.asked.recipe import Recipe, make_recipe
 from memplan.asked.spec import ModelSpec
 from memplan.device.fit import context_bytes
 from memplan.importers.resolve import resolve
-from memplan.planning.plan import predicted_run
+from memplan.planning.predicted import predicted_run
 from memplan.predict.step import write_tape
 from memplan.tape import Category, Phase, rounded, static_bytes
 

@@ -47,7 +47,7 @@ def main() -> None:
     from memplan.asked.gpus import find_gpu
     from memplan.importers.resolve import resolve
     from memplan.planning.frontier import frontier
-    from memplan.planning.plan import predicted_run
+    from memplan.planning.predicted import predicted_run
     from memplan.predict.parameters import resolve_recipe
 
     spec, card = resolve("llama-3.3-70b").spec, find_gpu("h200")

@@ -211,7 +211,7 @@ def test_the_diff_names_the_tensor_that_an_option_brings() -> None:
 def test_seventy_billion_take_seconds() -> None:
     import time
 
-    from memplan.planning.plan import predicted_tape
+    from memplan.planning.predicted import predicted_tape
 
     a, b = predicted_tape("llama-70b"), predicted_tape("llama-70b", Recipe(r=16, seq_len=1024))
     start = time.process_time()

@@ -10,7 +10,8 @@ from memplan import Recipe, plan
 from memplan.device.playback import simulate
 from memplan.importers.resolve import resolve
 from memplan.planning.evaluation import evaluation, with_evaluation
-from memplan.planning.plan import Plan, predicted_run
+from memplan.planning.plan import Plan
+from memplan.planning.predicted import predicted_run
 from memplan.predict.evaluation import write_evaluation
 from memplan.predict.parameters import resolve_recipe
 from memplan.report.evaluation import evaluating, varying

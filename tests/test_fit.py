@@ -19,7 +19,8 @@ from memplan.device.allocator import MIB
 from memplan.device.fit import MARGIN_PER_CENT, Run, context_bytes, glance, judge, recast_bytes
 from memplan.errors import MemplanError
 from memplan.importers.hf import spec_from_config
-from memplan.planning.plan import Plan, predicted_run
+from memplan.planning.plan import Plan
+from memplan.planning.predicted import predicted_run
 from memplan.predict.parameters import resolve_recipe
 from memplan.tape import Category, Part, Phase, Tape, replay, static_bytes
 

@@ -18,7 +18,7 @@ from memplan.device.fit import judge
 from memplan.errors import MemplanError
 from memplan.importers.resolve import resolve
 from memplan.planning.frontier import _NEAR, Peaks, _last_not_above_zero, at_most, frontier, largest
-from memplan.planning.plan import predicted_run
+from memplan.planning.predicted import predicted_run
 from memplan.predict.parameters import resolve_recipe
 
 Run = Callable[..., Outcome]

@@ -18,7 +18,8 @@ from example_tapes import example_tape
 from small_specs import SPECS
 
 from memplan.asked.recipe import make_recipe
-from memplan.planning.plan import plan, predicted_tape
+from memplan.planning.plan import plan
+from memplan.planning.predicted import predicted_tape
 from memplan.predict.step import write_tape
 from memplan.report.html import COLUMNS, STACK, page
 from memplan.tape import Category, Tape, replay, static_bytes

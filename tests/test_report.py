@@ -15,8 +15,8 @@ from memplan.planning.plan import Plan
 from memplan.report.compare import show_comparison
 from memplan.report.console import paragraph, table
 from memplan.report.fit import show_fit
-from memplan.report.plan import bar, short_card, show_plan
-from memplan.report.wording import asked_and_default, phrases
+from memplan.report.plan import bar, show_plan
+from memplan.report.wording import asked_and_default, phrases, short_card
 from memplan.units import count, gib, ratio, share
 
 MODES = ("full", "lora", "qlora")

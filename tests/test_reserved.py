@@ -14,7 +14,7 @@ from memplan.asked.recipe import make_recipe
 from memplan.device.allocator import MIB
 from memplan.device.playback import simulate
 from memplan.importers.resolve import resolve
-from memplan.planning.plan import predicted_run
+from memplan.planning.predicted import predicted_run
 from memplan.predict.blueprint import named_shapes
 from memplan.predict.loading import _natural, loading
 from memplan.predict.parameters import resolve_recipe

@@ -14,7 +14,7 @@ from memplan.asked.alloc_conf import parse_settings
 from memplan.asked.recipe import make_recipe
 from memplan.device.allocator import MIB, Allocator, Block
 from memplan.errors import MemplanError
-from memplan.planning.plan import predicted_run
+from memplan.planning.predicted import predicted_run
 from memplan.predict.parameters import resolve_recipe
 from memplan.snapshot import Action, Snapshot, load_snapshot, save_snapshot
 from memplan.snapshot.layout import snapshot_of

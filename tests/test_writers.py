@@ -13,7 +13,8 @@ from small_specs import SPECS, config
 
 from memplan import Recipe
 from memplan.device.playback import simulate
-from memplan.planning.plan import ModelInfo, ParameterCounts, plan_from_tape, predicted_run
+from memplan.planning.plan import ModelInfo, ParameterCounts, plan_from_tape
+from memplan.planning.predicted import predicted_run
 from memplan.predict.evaluation import write_evaluation
 from memplan.predict.loading import loading
 from memplan.predict.step import write_long_tape

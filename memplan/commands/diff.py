@@ -86,6 +86,6 @@ def _tape(name: str, options: dict[str, Any]) -> Tape:
 
         return traced(model, options, [])[1]
     from memplan.asked.recipe import make_recipe
-    from memplan.planning.plan import predicted_tape
+    from memplan.planning.predicted import predicted_tape
 
     return predicted_tape(model, make_recipe(**options))

@@ -49,7 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.trace:
         return trace.run(arguments)
     from memplan.asked.recipe import make_recipe
-    from memplan.planning.plan import plan, predicted_tape
+    from memplan.planning.plan import plan
+    from memplan.planning.predicted import predicted_tape
 
     options = recipe_options(arguments)
     recipe = make_recipe(**options)

@@ -27,8 +27,9 @@ from memplan.cuda.card import FLASH_CAPABILITY, Card
 from memplan.cuda.embedding import SORTED_FROM
 from memplan.device.fit import MARGIN_PER_CENT, context_bytes, judge, usable_bytes
 from memplan.errors import MemplanError
-from memplan.planning.plan import able, predicted_run
-from memplan.planning.plan import write as played
+from memplan.planning.plan import able
+from memplan.planning.predicted import predicted_run
+from memplan.planning.predicted import write as played
 from memplan.predict.parameters import resolve_recipe
 from memplan.tape import Tape, replay
 

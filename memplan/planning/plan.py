@@ -17,6 +17,7 @@ from memplan.device.fit import Fit, Run, Verdict, glance, judge, recast_bytes
 from memplan.errors import MemplanError
 from memplan.planning.advice import Advice
 from memplan.planning.evaluation import Evaluation
+from memplan.planning.predicted import write
 from memplan.planning.study import Study
 from memplan.tape import Category, Peak, Point, Tape, replay, static_bytes, timeline
 
@@ -383,28 +384,6 @@ def _join(*sentences: str | None) -> str | None:
     return "; ".join(sentence for sentence in sentences if sentence) or None
 
 
-def write(spec: ModelSpec, recipe: Recipe, card: Card | None = None) -> Tape:
-    """The folded tape of a step of a resolved recipe."""
-    from memplan.predict.step import write_tape
-
-    return write_tape(spec, recipe, card=card)
-
-
-def predicted_run(spec: ModelSpec, recipe: Recipe, card: Card | None = None) -> Run:
-    """The whole run of a resolved recipe, for the allocator: loading, and a step with every layer played."""
-    from memplan.asked.alloc_conf import parse_settings
-    from memplan.predict.loading import loading
-    from memplan.predict.step import write_long_tape
-
-    tape = write_long_tape(spec, recipe, card=card)
-    return Run(
-        tape,
-        lambda capacity: loading(spec, recipe, tape, capacity),
-        parse_settings(recipe.alloc_conf),
-        card,
-    )
-
-
 def judged(gpus: Iterable[str] | None) -> list[Gpu]:
     """The cards of these names, or the representative set."""
     from memplan.asked.gpus import DEFAULT_GPUS, find_gpu
@@ -508,16 +487,6 @@ _FUSED = (
     "_scaled_dot_product_flash_attention",
     "_scaled_dot_product_efficient_attention",
 )
-
-
-def predicted_tape(model: str | Path | ModelSpec, recipe: Recipe | None = None) -> Tape:
-    """The tape of :func:`plan` with every layer played, for comparing it with others."""
-    from memplan.importers.resolve import resolve
-    from memplan.predict import parameters
-    from memplan.predict.step import write_tape
-
-    spec = resolve(model).spec
-    return write_tape(spec, parameters.resolve_recipe(spec, recipe or Recipe()), folded=False)
 
 
 def _with_kernels(fit: Fit, card: Card | None) -> Fit:

@@ -8,6 +8,7 @@ from memplan.asked.recipe import Recipe
 from memplan.asked.spec import ModelSpec
 from memplan.cuda.card import Card
 from memplan.device.fit import Run
+from memplan.planning.predicted import predicted_run
 
 
 @dataclass
@@ -20,8 +21,6 @@ class Study:
 
     def run(self, recipe: Recipe, card: Card | None = None) -> Run:
         """The whole run, for the allocator; ``card`` where other kernels run than on the reference card."""
-        from memplan.planning.plan import predicted_run
-
         key = recipe, card
         if key not in self._runs:
             self._runs[key] = predicted_run(self.spec, recipe, card)

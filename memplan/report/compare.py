@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from memplan.report.console import HEADING, QUIET, Cell, note, paragraph, table
-from memplan.report.plan import FOOTNOTE, SUMMARY, VERDICT_STYLES, known, short_card, show_model
-from memplan.report.wording import common_and_own
+from memplan.report.plan import FOOTNOTE, SUMMARY, VERDICT_STYLES, known, show_model
+from memplan.report.wording import common_and_own, short_card
 from memplan.units import count, gib, ratio
 
 if TYPE_CHECKING:

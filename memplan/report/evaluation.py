@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from memplan.report.wording import short_card
 from memplan.units import gib
 
 if TYPE_CHECKING:
@@ -35,8 +36,6 @@ def evaluating(plan: Plan) -> str | None:
 
 
 def _cards(plan: Plan) -> str:
-    from memplan.report.plan import short_card
-
     assert plan.evaluation is not None
     return "; ".join(
         f"{short_card(fit.gpu)}: {gib(fit.reserved_bytes)} reserved, {fit.verdict}"

@@ -8,8 +8,8 @@ from rich.text import Text
 
 from memplan.report.console import QUIET, Cell, heading, note, paragraph, table, warning
 from memplan.report.evaluation import evaluating, varying
-from memplan.report.plan import TIGHT, VERDICT_STYLES, moment, needed, short_card, show_model
-from memplan.report.wording import phrases
+from memplan.report.plan import TIGHT, VERDICT_STYLES, moment, needed, show_model
+from memplan.report.wording import phrases, short_card
 from memplan.units import gib
 
 if TYPE_CHECKING:

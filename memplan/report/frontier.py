@@ -9,7 +9,7 @@ from rich.text import Text
 
 from memplan.planning.frontier import LONGEST
 from memplan.report.console import GAP, HEADING, QUIET, Cell, heading, note, table
-from memplan.report.plan import short_card
+from memplan.report.wording import short_card
 from memplan.units import gib
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from memplan.report.console import HEADING, note, table
-from memplan.report.plan import short_card
+from memplan.report.wording import short_card
 from memplan.units import gib
 
 if TYPE_CHECKING:

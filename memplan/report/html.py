@@ -20,9 +20,8 @@ from memplan.report.plan import (
     moment,
     needed,
     rests,
-    short_card,
 )
-from memplan.report.wording import asked_and_default, micro_steps
+from memplan.report.wording import asked_and_default, micro_steps, short_card
 from memplan.streams import visible
 from memplan.tape import ALLOCATION_GRANULARITY, Category, Tape
 from memplan.tape.curves import Held, live_bytes, moments, phases, resident, shown, step_start

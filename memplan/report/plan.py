@@ -9,7 +9,7 @@ from rich.text import Text
 
 from memplan.report.console import QUIET, Cell, heading, note, paragraph, speaks_unicode, table, warning
 from memplan.report.evaluation import evaluating
-from memplan.report.wording import asked_and_default
+from memplan.report.wording import asked_and_default, short_card
 from memplan.units import count, gib, ratio, share
 
 if TYPE_CHECKING:
@@ -136,11 +136,6 @@ def show_fits(plan: Plan, console: Console) -> None:
     note(console, needed(plan))
     if any(fit.verdict == "tight" for fit in fits):
         note(console, TIGHT)
-
-
-def short_card(gpu: str) -> str:
-    """A card's name without the vendor's, which most of them share."""
-    return gpu.removeprefix("NVIDIA ").removeprefix("GeForce ")
 
 
 def moment(peak: PeakInfo) -> str:

@@ -20,6 +20,11 @@ _TOLD_TOGETHER = {
 }
 
 
+def short_card(gpu: str) -> str:
+    """A card's name without the vendor's, which most of them share."""
+    return gpu.removeprefix("NVIDIA ").removeprefix("GeForce ")
+
+
 def phrases(recipe: Recipe) -> dict[str, str]:
     """Phrases by field, for a resolved recipe."""
     result = {"mode": recipe.mode.value}

@@ -14,7 +14,7 @@ from example_tapes import example_tape
 from small_specs import SPECS
 
 from memplan.asked.recipe import Recipe, make_recipe
-from memplan.planning.plan import predicted_tape, write
+from memplan.planning.predicted import predicted_tape, write
 from memplan.report.perfetto import trace_json
 from memplan.tape import Tape
 from memplan.tape.file import TapeInfo, encode, load, save

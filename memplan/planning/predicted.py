@@ -1,0 +1,46 @@
+"""The predicted writer, asked for what answers need: a step, and a whole run for the allocator.
+
+The shadow is imported when a step is played, not before.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from memplan.asked.recipe import Recipe
+from memplan.asked.spec import ModelSpec
+from memplan.cuda.card import Card
+from memplan.device.fit import Run
+from memplan.tape import Tape
+
+
+def write(spec: ModelSpec, recipe: Recipe, card: Card | None = None) -> Tape:
+    """The folded tape of a step of a resolved recipe."""
+    from memplan.predict.step import write_tape
+
+    return write_tape(spec, recipe, card=card)
+
+
+def predicted_run(spec: ModelSpec, recipe: Recipe, card: Card | None = None) -> Run:
+    """The whole run of a resolved recipe, for the allocator: loading, and a step with every layer played."""
+    from memplan.asked.alloc_conf import parse_settings
+    from memplan.predict.loading import loading
+    from memplan.predict.step import write_long_tape
+
+    tape = write_long_tape(spec, recipe, card=card)
+    return Run(
+        tape,
+        lambda capacity: loading(spec, recipe, tape, capacity),
+        parse_settings(recipe.alloc_conf),
+        card,
+    )
+
+
+def predicted_tape(model: str | Path | ModelSpec, recipe: Recipe | None = None) -> Tape:
+    """The tape of :func:`plan` with every layer played, for comparing it with others."""
+    from memplan.importers.resolve import resolve
+    from memplan.predict import parameters
+    from memplan.predict.step import write_tape
+
+    spec = resolve(model).spec
+    return write_tape(spec, parameters.resolve_recipe(spec, recipe or Recipe()), folded=False)
