@@ -39,6 +39,10 @@ from memplan.tape import Peak, Phase, Tape, replay, static_bytes
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "data" / "reconciliation.json"
 DEVIATIONS = ROOT / "benchmarks" / "deviations.json"
+SOURCES = (
+    "asked", "cuda", "tape", "shadow", "parts", "weights", "adapters", "attention", "losses", "optimizers",
+    "families", "predict", "trace",
+)  # fmt: skip
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl", "liger-kernel")
 
 Case = dict[str, Any]  # model, layers (None: all), and a recipe's options
@@ -403,11 +407,9 @@ def difference(result: dict[str, Any]) -> str:
 def source_hash() -> str:
     """Of all that a result depends on in this repository."""
     digest = hashlib.sha256()
-    for folder in ("models", "shadow", "trace", "importers"):
-        for file in sorted((ROOT / "memplan" / folder).glob("*.py")):
+    for room in SOURCES:
+        for file in sorted((ROOT / "memplan" / room).glob("*.py")):
             digest.update(file.read_bytes())
-    for name in ("tape.py", "recipe.py", "card.py", "spec.py"):
-        digest.update((ROOT / "memplan" / name).read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -84,3 +84,12 @@ def test_a_deviation_that_is_gone_is_a_complaint() -> None:
     result = committed()["results"][0]
     gone = {"case": {"model": result["case"]["model"]}, "tensor": "none", "reason": "", "bytes": 512}
     assert reconcile.complaints([result], [gone])
+
+
+def test_results_know_what_code_they_are_of() -> None:
+    """Every room that writes a step, or that is below one which does."""
+    package = ROOT / "memplan"
+    above = {"planning", "report", "commands", "verify", "snapshot", "device", "importers", "kernels"}
+    rooms = {path.parent.name for path in package.glob("*/__init__.py")}
+    assert set(script().SOURCES) == rooms - above
+    assert script().source_hash() == script().source_hash()
