@@ -6,14 +6,16 @@ from typing import Any, Literal
 
 from memplan.asked.recipe import make_recipe
 from memplan.device.fit import Fit
-from memplan.planning.advice import Advice, Change, Combination
-from memplan.planning.plan import (
+from memplan.planning.plan import Plan
+from memplan.planning.records import (
+    Advice,
     AllocatorInfo,
     CategoryBytes,
+    Change,
+    Combination,
     ModelInfo,
     ParameterCounts,
     PeakInfo,
-    Plan,
     StaticBytes,
     Summary,
 )

@@ -219,8 +219,8 @@ def test_the_loss_of_an_sft_trainer(
 ) -> None:
     import importlib.metadata
 
-    from memplan.verify.callback import _loss
+    from memplan.importers.trainer import loss_of
 
     monkeypatch.setattr(importlib.metadata, "version", lambda name: trl)
     arguments = type("Arguments", (), {"use_liger_kernel": False, "loss_type": loss_type})
-    assert _loss(arguments) == loss
+    assert loss_of(arguments) == loss

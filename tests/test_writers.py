@@ -13,8 +13,9 @@ from small_specs import SPECS, config
 
 from memplan import Recipe
 from memplan.device.playback import simulate
-from memplan.planning.plan import ModelInfo, ParameterCounts, plan_from_tape
+from memplan.planning.plan import plan_from_tape
 from memplan.planning.predicted import predicted_run
+from memplan.planning.records import ModelInfo, ParameterCounts
 from memplan.predict.evaluation import write_evaluation
 from memplan.predict.loading import loading
 from memplan.predict.step import write_long_tape

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from memplan import attention, losses
 from memplan.asked.recipe import DTypeName, Kernels, Mode, Recipe
 from memplan.errors import MemplanError
-from memplan.planning.advice import Advice, Change, Combination
+from memplan.planning.records import Advice, Change, Combination
 from memplan.planning.study import Study
 
 if TYPE_CHECKING:

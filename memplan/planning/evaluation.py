@@ -2,32 +2,12 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
-
 from memplan.asked.recipe import Recipe
 from memplan.asked.spec import ModelSpec
-from memplan.device.fit import Fit, Run
+from memplan.device.fit import Run
+from memplan.planning.records import Evaluation
 
 DEFAULT_BATCH = 8  # TrainingArguments.per_device_eval_batch_size (transformers 5.23)
-
-
-class Evaluation(BaseModel):
-    """An evaluation in the middle of training, of sequences as long as those that are trained on, with only
-    the loss asked for (no ``compute_metrics``). Bytes.
-
-    ``tensor_bytes``: the peak of live tensors with the Trainer's default batch, ``batch_size``, made in
-    ``operation`` of ``module``; ``with_one_bytes``: the same with ``per_device_eval_batch_size=1``. ``fits``:
-    verdicts of the run with the default evaluation in it, for each card that they were asked for.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    batch_size: int
-    tensor_bytes: int
-    operation: str
-    module: str
-    with_one_bytes: int
-    fits: tuple[Fit, ...] = ()
 
 
 def evaluation(spec: ModelSpec, recipe: Recipe) -> Evaluation:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, computed_field, model_validator
+from pydantic import Field, PrivateAttr, computed_field, model_validator
 
 from memplan.asked.gpus import Gpu
 from memplan.asked.recipe import DTypeName, Kernels, Mode, Recipe
@@ -15,120 +15,26 @@ from memplan.asked.spec import ModelSpec
 from memplan.cuda.card import FLASH_CAPABILITY, Card
 from memplan.device.fit import Fit, Run, Verdict, glance, judge, recast_bytes
 from memplan.errors import MemplanError
-from memplan.planning.advice import Advice
-from memplan.planning.evaluation import Evaluation
 from memplan.planning.predicted import write
+from memplan.planning.records import (
+    Advice,
+    AllocatorInfo,
+    CategoryBytes,
+    Evaluation,
+    ModelInfo,
+    ParameterCounts,
+    PeakInfo,
+    Record,
+    StaticBytes,
+    Summary,
+)
 from memplan.planning.study import Study
 from memplan.tape import Category, Peak, Point, Tape, replay, static_bytes, timeline
 
 SCHEMA_VERSION = 1
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ModelInfo(_Record):
-    """Which model the plan is for. ``note`` says what needs saying: how a name was resolved, what about the
-    model surprises."""
-
-    name: str
-    hub_id: str | None
-    architecture: str
-    note: str | None = None
-
-
-class ParameterCounts(_Record):
-    """Parameters (tied weights counted once), adapters included in both counts."""
-
-    total: int
-    trainable: int
-
-
-class StaticBytes(_Record):
-    """Bytes that are there before a steady-state step begins."""
-
-    weights: int
-    quantization_state: int
-    adapters: int
-    optimizer_state: int
-
-
-class CategoryBytes(_Record):
-    """Bytes by category; adds up to the peak."""
-
-    weights: int
-    quantization_state: int
-    adapters: int
-    gradients: int
-    optimizer_state: int
-    activations: int
-    logits_and_loss: int
-    temporaries: int
-
-
-class PeakInfo(_Record):
-    """The highest point of a step: how much, when, in which operation, and whose bytes.
-
-    ``tensor_bytes``: the live tensors, each rounded to 512 bytes, which ``by_category`` adds up to.
-    """
-
-    tensor_bytes: int
-    phase: Literal["forward", "backward", "optimizer"]
-    operation: str
-    module: str
-    layer: int | None
-    by_category: CategoryBytes
-
-    _count: Callable[[], int] | int | None = PrivateAttr(default=None)
-
-    @computed_field  # type: ignore[prop-decorator]
-    @property
-    def allocated_bytes(self) -> int:
-        """``torch.cuda.max_memory_allocated``: the allocator counts whole blocks, and one whose rest is 1 MiB
-        or less is not split. Simulated when it is asked for."""
-        if self._count is None:
-            raise MemplanError(
-                "the peak of a plan that was read from JSON is not simulated: call plan() again"
-            )
-        return self._count() if callable(self._count) else self._count
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _keep_the_count(cls, data: Any, handler: Any) -> PeakInfo:
-        """Read from JSON: what was simulated then is there."""
-        counted = None
-        if isinstance(data, dict):
-            data = dict(data)
-            counted = data.pop("allocated_bytes", None)
-        result: PeakInfo = handler(data)
-        if counted is not None:
-            result._count = int(counted)
-        return result
-
-
-class Summary(_Record):
-    """The four categories that people know. Quantisation state counts as weights, gradients as
-    optimizer state, logits and temporaries as activations. Adds up to the peak."""
-
-    weights: int
-    lora_parameters: int
-    optimizer_state: int
-    activations: int
-
-
-class AllocatorInfo(_Record):
-    """What the caching allocator makes of the run, simulated where nothing limits it. ``allocated_bytes``:
-    ``max_memory_allocated`` of a step, in whole blocks; ``reserved_bytes``: ``max_memory_reserved`` of the
-    run; ``fragmentation_bytes``: their difference. ``settings``: ``PYTORCH_ALLOC_CONF``."""
-
-    settings: str
-    allocated_bytes: int
-    reserved_bytes: int
-    fragmentation_bytes: int
-
-
-class Plan(_Record):
+class Plan(Record):
     """The answer. All byte fields are bytes of device memory.
 
     ``allocator``, ``fits`` and ``evaluation`` are found out when they are asked for: the allocator's

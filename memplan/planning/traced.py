@@ -14,7 +14,8 @@ from memplan import libraries, losses
 from memplan.asked.recipe import Recipe
 from memplan.errors import MemplanError, UnsupportedArchitecture
 from memplan.importers.resolve import ResolvedConfig, resolve_config
-from memplan.planning.plan import ModelInfo, ParameterCounts, Plan, able, plan_from_tape
+from memplan.planning.plan import Plan, able, plan_from_tape
+from memplan.planning.records import ModelInfo, ParameterCounts
 from memplan.tape import Phase, Tape
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from memplan.units import gib
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from memplan.planning.advice import Advice
     from memplan.planning.plan import Plan
+    from memplan.planning.records import Advice
 
 _TOLD = (
     "mode",

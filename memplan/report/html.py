@@ -28,8 +28,8 @@ from memplan.tape.curves import Held, live_bytes, moments, phases, resident, sho
 from memplan.units import count, gib, ratio, share
 
 if TYPE_CHECKING:
-    from memplan.planning.advice import Advice
     from memplan.planning.plan import Plan
+    from memplan.planning.records import Advice
 
 # Of the chart, each with the lowest and the highest of its events: two for every pixel of the widest chart
 # would lose some between two pixels, one does not.

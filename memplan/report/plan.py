@@ -15,7 +15,8 @@ from memplan.units import count, gib, ratio, share
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from memplan.planning.plan import ModelInfo, PeakInfo, Plan
+    from memplan.planning.plan import Plan
+    from memplan.planning.records import ModelInfo, PeakInfo
 
 # What each category is called, and its colour.
 CATEGORIES = {

@@ -1,0 +1,126 @@
+"""A Trainer's arguments and its model -> the recipe that they amount to, and the model's spec.
+
+They are asked, not imported: nothing here needs torch, transformers or PEFT.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from memplan.asked.recipe import Recipe, make_recipe
+from memplan.asked.spec import ModelSpec
+from memplan.errors import MemplanError
+from memplan.importers.hf import spec_from_config
+
+
+def base_of(model: Any) -> Any:
+    """The model without PEFT's wrapper."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+def spec_of(model: Any) -> ModelSpec:
+    """The architecture of a model that transformers made. Raises MemplanError if it has no plan."""
+    base = base_of(model)
+    if not hasattr(base, "config"):
+        raise MemplanError(f"a {type(base).__name__} has no configuration of transformers'")
+    config = base.config.to_dict()
+    config["architectures"] = [type(base).__name__]
+    return spec_from_config(config, config.get("_name_or_path") or type(base).__name__)
+
+
+def recipe_of(args: Any, model: Any, seq_len: int) -> Recipe:
+    """The recipe that a Trainer's arguments and model amount to. Raises MemplanError for what can't be
+    planned, such as an optimizer that has no model."""
+    base = base_of(model)
+    options: dict[str, Any] = {
+        "mode": "full",
+        "batch_size": args.per_device_train_batch_size,
+        "seq_len": seq_len,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "max_grad_norm": args.max_grad_norm or 0.0,
+        "optimizer": str(getattr(args.optim, "value", args.optim)),
+        "autocast": bool(args.bf16 or args.fp16),
+        "use_cache": bool(getattr(base.config, "use_cache", False)),  # set by the Trainer
+        "attn": getattr(base.config, "_attn_implementation", None) or "sdpa",
+        "loss": loss_of(args),
+        "gradient_checkpointing": any(
+            getattr(module, "gradient_checkpointing", False) for module in base.modules()
+        ),
+    }
+    if options["gradient_checkpointing"]:
+        options["use_reentrant"] = _reentrant(base)
+    if hasattr(model, "peft_config"):
+        options |= _adapter(model, base)
+    options["dtype"] = _dtype(base)
+    return make_recipe(**options)
+
+
+def _adapter(model: Any, base: Any) -> dict[str, Any]:
+    config = model.peft_config[model.active_adapter]
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind != "LORA":
+        raise MemplanError(f"adapters of PEFT's type {kind} are not planned, only LORA")
+    own = next((p for name, p in model.named_parameters() if "lora_A" in name), None)
+    targets = config.target_modules
+    options: dict[str, Any] = {
+        "mode": "lora",
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "target_modules": targets if isinstance(targets, str) else tuple(sorted(targets or ())),
+        "modules_to_save": tuple(config.modules_to_save or ()),
+        "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
+    }
+    if own is not None:
+        options["adapter_dtype"] = _name(own.dtype)
+    if getattr(base, "is_loaded_in_4bit", False):
+        weight = next(p for p in base.parameters() if getattr(p, "quant_state", None) is not None)
+        norms = [p for name, p in base.named_parameters() if p.dim() == 1 and "norm" in name]
+        options |= {
+            "mode": "qlora",
+            "quant_type": weight.quant_type,
+            "double_quant": weight.quant_state.nested,
+            # prepare_model_for_kbit_training leaves no norm in 16 bits (peft/utils/other.py)
+            "kbit_prep": bool(norms) and all(_name(p.dtype) == "float32" for p in norms),
+        }
+    return options
+
+
+def _dtype(base: Any) -> str:
+    """What the model was loaded in; of 4-bit layers, what they compute in."""
+    for module in base.modules():
+        compute = getattr(module, "compute_dtype", None)
+        if getattr(module, "quant_state", None) is not None and compute is not None:
+            return _name(compute)
+    return _name(next(p.dtype for p in base.parameters() if p.is_floating_point()))
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _reentrant(base: Any) -> bool:
+    """What the model's checkpointing function was given; torch's own default is reentrant."""
+    for module in base.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if function is not None:
+            return bool(getattr(function, "keywords", {}).get("use_reentrant", True))
+    return True
+
+
+def loss_of(args: Any) -> str:
+    """The loss that its arguments ask for."""
+    if getattr(args, "use_liger_kernel", False):
+        return "liger"
+    return "chunked" if tiled_by_trl(getattr(args, "loss_type", None)) else "standard"
+
+
+def tiled_by_trl(loss_type: str | None) -> bool:
+    """Whether SFTTrainer computes its loss in tiles: in TRL 1.16 "chunked_nll" is another name of "nll",
+    which does (trl/trainer/sft_config.py); before, "nll" was the standard loss."""
+    from importlib.metadata import version
+
+    if loss_type == "nll":
+        return tuple(int(part) for part in version("trl").split(".")[:2]) >= (1, 16)
+    return loss_type == "chunked_nll"

@@ -1,0 +1,177 @@
+"""What answers are made of: frozen records of bytes and words, as JSON has them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, PrivateAttr, computed_field, model_validator
+
+from memplan.device.fit import Fit, Verdict
+from memplan.errors import MemplanError
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelInfo(Record):
+    """Which model the plan is for. ``note`` says what needs saying: how a name was resolved, what about the
+    model surprises."""
+
+    name: str
+    hub_id: str | None
+    architecture: str
+    note: str | None = None
+
+
+class ParameterCounts(Record):
+    """Parameters (tied weights counted once), adapters included in both counts."""
+
+    total: int
+    trainable: int
+
+
+class StaticBytes(Record):
+    """Bytes that are there before a steady-state step begins."""
+
+    weights: int
+    quantization_state: int
+    adapters: int
+    optimizer_state: int
+
+
+class CategoryBytes(Record):
+    """Bytes by category; adds up to the peak."""
+
+    weights: int
+    quantization_state: int
+    adapters: int
+    gradients: int
+    optimizer_state: int
+    activations: int
+    logits_and_loss: int
+    temporaries: int
+
+
+class PeakInfo(Record):
+    """The highest point of a step: how much, when, in which operation, and whose bytes.
+
+    ``tensor_bytes``: the live tensors, each rounded to 512 bytes, which ``by_category`` adds up to.
+    """
+
+    tensor_bytes: int
+    phase: Literal["forward", "backward", "optimizer"]
+    operation: str
+    module: str
+    layer: int | None
+    by_category: CategoryBytes
+
+    _count: Callable[[], int] | int | None = PrivateAttr(default=None)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def allocated_bytes(self) -> int:
+        """``torch.cuda.max_memory_allocated``: the allocator counts whole blocks, and one whose rest is 1 MiB
+        or less is not split. Simulated when it is asked for."""
+        if self._count is None:
+            raise MemplanError(
+                "the peak of a plan that was read from JSON is not simulated: call plan() again"
+            )
+        return self._count() if callable(self._count) else self._count
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _keep_the_count(cls, data: Any, handler: Any) -> PeakInfo:
+        """Read from JSON: what was simulated then is there."""
+        counted = None
+        if isinstance(data, dict):
+            data = dict(data)
+            counted = data.pop("allocated_bytes", None)
+        result: PeakInfo = handler(data)
+        if counted is not None:
+            result._count = int(counted)
+        return result
+
+
+class Summary(Record):
+    """The four categories that people know. Quantisation state counts as weights, gradients as
+    optimizer state, logits and temporaries as activations. Adds up to the peak."""
+
+    weights: int
+    lora_parameters: int
+    optimizer_state: int
+    activations: int
+
+
+class AllocatorInfo(Record):
+    """What the caching allocator makes of the run, simulated where nothing limits it. ``allocated_bytes``:
+    ``max_memory_allocated`` of a step, in whole blocks; ``reserved_bytes``: ``max_memory_reserved`` of the
+    run; ``fragmentation_bytes``: their difference. ``settings``: ``PYTORCH_ALLOC_CONF``."""
+
+    settings: str
+    allocated_bytes: int
+    reserved_bytes: int
+    fragmentation_bytes: int
+
+
+class Evaluation(BaseModel):
+    """An evaluation in the middle of training, of sequences as long as those that are trained on, with only
+    the loss asked for (no ``compute_metrics``). Bytes.
+
+    ``tensor_bytes``: the peak of live tensors with the Trainer's default batch, ``batch_size``, made in
+    ``operation`` of ``module``; ``with_one_bytes``: the same with ``per_device_eval_batch_size=1``. ``fits``:
+    verdicts of the run with the default evaluation in it, for each card that they were asked for.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    batch_size: int
+    tensor_bytes: int
+    operation: str
+    module: str
+    with_one_bytes: int
+    fits: tuple[Fit, ...] = ()
+
+
+class Change(BaseModel):
+    """One change. Bytes: ``tensor_bytes`` at the peak after it, ``saves_bytes`` less than before;
+    ``needed_bytes`` with the allocator simulated, None where the peak alone is too large. ``cost`` in words;
+    ``command``: memplan's option; ``config``: the same in PEFT, TRL or the Trainer."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    title: str
+    cost: str
+    command: str
+    config: str
+    tensor_bytes: int
+    saves_bytes: int
+    needed_bytes: int | None
+    verdict: Verdict
+
+
+class Combination(BaseModel):
+    """Several changes that together make a run fit; none of them can be left out. ``command``: memplan's
+    options."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    titles: tuple[str, ...]
+    command: str
+    needed_bytes: int
+    verdict: Verdict
+
+
+class Advice(BaseModel):
+    """For one card. Of a run that does not fit: ``changes``, those that make it fit first, the cheapest of
+    them first; ``combination`` where no single one does; ``cards`` on which it fits as it is. Of one that
+    fits: ``room``, what else there is room for."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    gpu: str
+    changes: tuple[Change, ...] = ()
+    combination: Combination | None = None
+    cards: tuple[str, ...] = ()
+    room: tuple[str, ...] = ()
