@@ -14,20 +14,26 @@ from pkgutil import iter_modules
 from sys import modules
 from typing import Any
 
-from memplan.errors import UnknownName
+from memplan.errors import MemplanError, UnknownName, reason, shown
 
 _folders = [Path(__file__).parent]
 
 
-def extend(folder: Path) -> None:
+def extend(folder: str | Path) -> None:
     """Find things in this folder too: ``folder/optimizers/mine.py`` is the optimizer ``mine``. Its code runs
-    when it is chosen."""
-    _folders.append(folder)
-    _look_again()
+    when it is chosen. memplan's own thing of a name comes first. Raises MemplanError if there is no such
+    folder."""
+    folder = Path(folder).resolve()
+    if not folder.is_dir():
+        raise MemplanError(f"there is no folder {shown(str(folder))} with rooms in it")
+    if folder not in _folders:
+        _folders.append(folder)
+        _look_again()
 
 
-def forget(folder: Path) -> None:
+def forget(folder: str | Path) -> None:
     """Undo :func:`extend`."""
+    folder = Path(folder).resolve()
     _folders.remove(folder)
     for name, module in list(modules.items()):
         file = getattr(module, "__file__", None)
@@ -51,10 +57,21 @@ def names(room: str) -> tuple[str, ...]:
 
 @cache
 def thing(room: str, name: str, attribute: str, kind: str) -> Any:
-    """What the file of that name defines as ``attribute``. Raises UnknownName, which calls it a ``kind``."""
+    """What the file of that name defines as ``attribute``. Raises UnknownName, which calls it a ``kind``, or
+    MemplanError if somebody's file defines none."""
     if name not in names(room):
         raise UnknownName(kind, name, names(room))
     package = f"memplan.{room}"
     import_module(package)
     modules[package].__path__ = [str(folder / room) for folder in _folders]
-    return getattr(import_module(f"{package}.{name}"), attribute)
+    try:
+        module = import_module(f"{package}.{name}")
+    except Exception as error:
+        if (Path(__file__).parent / room / f"{name}.py").is_file():
+            raise
+        raise MemplanError(
+            f"the {kind} {shown(name)} can't be imported from its file: {reason(error)}"
+        ) from error
+    if not hasattr(module, attribute):
+        raise MemplanError(f"the file of the {kind} {shown(name)} defines no {attribute}, so it is none")
+    return getattr(module, attribute)

@@ -9,7 +9,7 @@ import pytest
 from small_specs import config
 
 from memplan import Recipe, plan, rooms
-from memplan.errors import UnknownName
+from memplan.errors import MemplanError, UnknownName
 from memplan.importers.hf import spec_from_config
 
 FAMILY = '''
@@ -49,7 +49,7 @@ OPTIMIZER = '''
 from memplan.optimizers import Optimizer
 from memplan.shadow.tensor import uint8
 
-OPTIMIZER = Optimizer(lambda shape, dtype, recipe, embedding: [(shape, uint8)], real=None)
+OPTIMIZER = Optimizer(lambda shape, dtype, recipe, embedding: [(shape, uint8)], real=lambda *_: None)
 '''
 LOSS = '''
 """The mean of all logits."""
@@ -108,3 +108,28 @@ def test_they_are_unknown_where_nobody_extends(tmp_path: Path) -> None:
 def test_only_things_are_found(name: str) -> None:
     with pytest.raises(UnknownName):
         rooms.thing("optimizers", name, "OPTIMIZER", "optimizer")
+
+
+def test_a_file_that_defines_nothing_is_named(tmp_path: Path) -> None:
+    (tmp_path / "optimizers").mkdir()
+    (tmp_path / "optimizers" / "empty.py").write_text("x = 1")
+    (tmp_path / "optimizers" / "broken.py").write_text("import no_such_module")
+    for _ in range(2):  # the second time changes nothing
+        rooms.extend(str(tmp_path))
+    try:
+        with pytest.raises(MemplanError, match="the optimizer 'empty' defines no OPTIMIZER"):
+            plan("llama-3.2-1b", Recipe(optimizer="empty"))
+        with pytest.raises(MemplanError, match=r"'broken' can't be imported.*no_such_module"):
+            plan("llama-3.2-1b", Recipe(optimizer="broken"))
+    finally:
+        rooms.forget(tmp_path)
+    with pytest.raises(UnknownName):
+        Recipe(optimizer="empty")
+    with pytest.raises(MemplanError, match="no folder"):
+        rooms.extend(tmp_path / "nowhere")
+
+
+def test_momentum_is_the_optimizers_own_matter() -> None:
+    assert plan("llama-3.2-1b", Recipe(optimizer="sgd", momentum=0.9)).static_bytes.optimizer_state > 0
+    with pytest.raises(MemplanError, match="adafactor has no momentum"):
+        plan("llama-3.2-1b", Recipe(optimizer="adafactor", momentum=0.9))

@@ -160,8 +160,6 @@ class Recipe(BaseModel):
                 f"adapters are float32, or of the base's dtype with PEFT's autocast_adapter_dtype=False: "
                 f"{self.adapter_dtype.value} on a {self.dtype.value} base can't be had"
             )
-        if self.momentum and self.optimizer != "sgd":
-            raise ValueError(f"momentum belongs to the optimizer sgd, not to {self.optimizer}")
         if self.use_reentrant is not None and self.gradient_checkpointing is False:
             raise ValueError("use_reentrant says how to checkpoint, but gradient checkpointing is off")
         if self.batch_size * self.seq_len > _MAX_TOKENS:

@@ -42,9 +42,15 @@ class Optimizer:
 
     ``states``: shapes and dtypes of a parameter's states on the card, by its shape and dtype, the recipe, and
     whether it is the embedding's weight, which the Trainer exempts from 8 bits; ``real``: the library's own
-    object, of parameter groups of a model; ``step``: one ``optimizer.step()``; ``maps``: tables of 256 fp32
-    numbers that all parameters share; ``paged``: large states are in memory of card and host;
-    ``bitsandbytes``: whose it is.
+    object, of parameter groups of a model; ``step``: one ``optimizer.step()``, of the groups and the states
+    that were made for each parameter; ``maps``: tables of 256 fp32 numbers that all parameters share;
+    ``paged``: large states are in memory of card and host; ``bitsandbytes``: whose it is; ``momentum``: the
+    recipe's is heard.
+
+    A step says what it takes beside the states as the library's code allocates it: a segment for each group
+    (``state.tape.begin(Phase.OPTIMIZER, name, group.layer)``), since one may stand for many layers, and one
+    for what each group releases. ``adamw_torch.py`` is an example; ``_lists.py`` has the Trainer's two
+    groups, decayed and not.
     """
 
     states: Callable[[Shape, DType, Recipe, bool], Shapes]
@@ -53,6 +59,7 @@ class Optimizer:
     maps: int = 0
     paged: bool = False
     bitsandbytes: bool = False
+    momentum: bool = False
 
 
 def find(name: str) -> Optimizer:

@@ -22,4 +22,4 @@ def _real(parameters: list[dict[str, Any]], model: Any, recipe: Recipe) -> torch
     return SGD(parameters, lr=1e-4, momentum=recipe.momentum)
 
 
-OPTIMIZER = Optimizer(_states, _real)
+OPTIMIZER = Optimizer(_states, _real, momentum=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from memplan import adapters, families
+from memplan import adapters, families, optimizers
 from memplan.asked.recipe import TARGET_PRESETS, Mode, Recipe
 from memplan.asked.spec import ModelSpec
 from memplan.errors import RecipeError
@@ -16,6 +16,8 @@ def resolve_recipe(spec: ModelSpec, recipe: Recipe) -> Recipe:
     """``recipe.resolved()`` with what depends on the model, checked against it. Raises RecipeError."""
     attn = families.find(spec.model_type).attention(recipe.attn)
     resolved = recipe.model_copy(update={"attn": attn}).resolved()
+    if recipe.momentum and not optimizers.find(recipe.optimizer).momentum:
+        raise RecipeError(f"{recipe.optimizer} has no momentum: leave it out, or use the optimizer sgd")
     if resolved.mode is not Mode.FULL:
         _check_experts(spec, resolved)
         targets.check(resolved, _adapted(spec, resolved), _linear_shapes(spec), _names(spec))
