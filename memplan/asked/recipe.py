@@ -49,13 +49,13 @@ OPTIMIZER_ALIASES = {"adamw_8bit": "adamw_bnb_8bit", "paged_adamw": "paged_adamw
 TARGET_PRESETS = ("all-linear", "attention", "q,v")
 
 # Options that say nothing without adapters, and without a 4-bit base.
-_OF_ADAPTERS = frozenset(
+OF_ADAPTERS = frozenset(
     (
         "r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora",
         "adapter_dtype",
     )
 )  # fmt: skip
-_OF_FOUR_BITS = frozenset(("quant_type", "double_quant"))
+OF_FOUR_BITS = frozenset(("quant_type", "double_quant"))
 
 _MAX_TOKENS = 1 << 26  # in one step; logits of a vocabulary of 32,000 would be 4 TiB
 
@@ -176,13 +176,13 @@ class Recipe(BaseModel):
         if options.keys() >= type(self).model_fields.keys():
             given = {name for name in given if not self._at_rest(name)}
         given -= {name for name in ("use_rslora", "use_dora") if not getattr(self, name)}
-        for name in sorted(given & _OF_FOUR_BITS if self.mode is not Mode.QLORA else ()):
+        for name in sorted(given & OF_FOUR_BITS if self.mode is not Mode.QLORA else ()):
             raise RecipeError(
                 f"{name} belongs to 4-bit weights, which mode {self.mode.value} does not have"
                 + (" (4-bit weights can't be trained in full)" if self.mode is Mode.FULL else "")
                 + ": use --mode qlora"
             )
-        for name in sorted(given & _OF_ADAPTERS if self.mode is Mode.FULL else ()):
+        for name in sorted(given & OF_ADAPTERS if self.mode is Mode.FULL else ()):
             raise RecipeError(f"{name} belongs to adapters, which mode full does not have: leave it out")
 
     def _at_rest(self, name: str) -> bool:

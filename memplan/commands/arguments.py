@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 
 from memplan import rooms
 from memplan.asked.recipe import (
+    OF_ADAPTERS,
+    OF_FOUR_BITS,
     OPTIMIZER_ALIASES,
     TARGET_PRESETS,
     DTypeName,
@@ -22,21 +24,6 @@ from memplan.asked.recipe import (
 )
 from memplan.errors import MemplanError, UnknownName
 from memplan.streams import say
-
-# Fields that say nothing about a mode without adapters, or without a 4-bit base.
-ADAPTER_FIELDS = frozenset(
-    (
-        "r",
-        "lora_alpha",
-        "lora_dropout",
-        "target_modules",
-        "modules_to_save",
-        "use_rslora",
-        "use_dora",
-        "adapter_dtype",
-    )
-)
-QUANTIZATION_FIELDS = frozenset(("quant_type", "double_quant", "kbit_prep", "kernels"))
 
 _SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "flash": "flash_attention_2"}
 _NAME = re.compile(r"[\w.-]+")
@@ -313,8 +300,8 @@ def recipe_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def applicable(options: dict[str, Any], mode: str) -> dict[str, Any]:
     """Those of the options that mean something in this mode: `compare` gives the same ones to every mode."""
-    foreign = (QUANTIZATION_FIELDS if mode != "qlora" else frozenset()) | (
-        ADAPTER_FIELDS if mode == "full" else frozenset()
+    foreign = (OF_FOUR_BITS | {"kbit_prep", "kernels"} if mode != "qlora" else frozenset()) | (
+        OF_ADAPTERS if mode == "full" else frozenset()
     )
     return {field: value for field, value in options.items() if field not in foreign}
 

@@ -40,9 +40,7 @@ class Family:
     attention: Callable[[str | None], str | None] = _as_asked
     scaled_embedding: bool = False  # embeddings are multiplied by a buffer
     rotates_by_layer: bool = False  # each kind of layer has its rotary embedding
-    makes_both_masks: bool = (
-        False  # of full and of sliding attention, whether a layer of the kind is there or not
-    )
+    makes_both_masks: bool = False  # for full and for sliding attention, whichever its layers have
 
 
 def find(model_type: str) -> Family:

@@ -59,7 +59,6 @@ class Plan(Record):
     _fits: tuple[Fit, ...] | None = PrivateAttr(default=None)
     _advice: tuple[Advice, ...] = PrivateAttr(default=())
     _evaluation: Evaluation | None = PrivateAttr(default=None)
-    _asked: tuple[ModelSpec, Recipe] | None = PrivateAttr(default=None)
     _study: Study | None = PrivateAttr(default=None)
 
     @computed_field  # type: ignore[prop-decorator]
@@ -95,22 +94,22 @@ class Plan(Record):
     @property
     def evaluation(self) -> Evaluation | None:
         """What the Trainer's default evaluation takes; null where the step was not predicted."""
-        if self._evaluation is None and self._asked is not None:
+        if self._evaluation is None and self._study is not None:
             from memplan.planning.evaluation import evaluation
 
-            self._evaluation = evaluation(*self._asked)
+            self._evaluation = evaluation(self._study.spec, self.recipe)
         return self._evaluation
 
     def evaluated(self) -> Plan:
         """The same plan with verdicts of the run with an evaluation in it, for the cards on which that is
         higher than a step: where other kernels run than on the reference card, both are others too."""
         found = self.evaluation
-        if found is None or self._asked is None:
+        if found is None or self._study is None:
             return self
         from memplan.planning.evaluation import with_evaluation
 
-        runs, asked = self._simulated(), self._asked
-        longer = _Runs(lambda card: with_evaluation(runs.run(card), *asked), runs.cards)
+        runs, spec = self._simulated(), self._study.spec
+        longer = _Runs(lambda card: with_evaluation(runs.run(card), spec, self.recipe), runs.cards)
         higher = found.tensor_bytes > self.peak.tensor_bytes
         cards = [
             (gpu, card)
@@ -247,7 +246,7 @@ def plan(
         gpus,
         write=lambda card: study.run(resolved, card),
     )
-    result._asked, result._study = (spec, resolved), study
+    result._study = study
     return result
 
 

@@ -37,14 +37,11 @@ from memplan.asked.spec import ModelSpec
 from memplan.device.allocator import SMALL_SEGMENT
 from memplan.predict import blueprint
 from memplan.tape import Category, Part, Phase, Tape
+from memplan.weights import LoadStep
 
 _NOT_LOADED = ("model.rotary_emb", "bitsandbytes")  # buffers that are made, not read
 _WARMUP_RESERVE = int(1.2 * (1 << 30))  # what the warm-up leaves of a card that is smaller than the model
 _ITEMSIZE = {DTypeName.BFLOAT16: 2, DTypeName.FLOAT16: 2, DTypeName.FLOAT32: 4}
-
-# ("alloc", storage of the step) | ("scratch", bytes), known by how many came before | ("drop", that number)
-# | ("empty_cache", 0)
-Step = tuple[str, int]
 
 
 def loading(spec: ModelSpec, recipe: Recipe, step: Tape, capacity: int | None = None) -> Tape:
@@ -61,7 +58,7 @@ def making(spec: ModelSpec, recipe: Recipe, step: Tape) -> Tape:
     return _written(_steps(spec, recipe, step, None, stock=False), step)
 
 
-def _written(steps: Iterator[Step], step: Tape) -> Tape:
+def _written(steps: Iterator[LoadStep], step: Tape) -> Tape:
     tape = Tape(
         step.provenance,
         sizes=step.sizes[:],
@@ -93,7 +90,7 @@ def _empty_cache(tape: Tape) -> None:
 
 def _steps(
     spec: ModelSpec, recipe: Recipe, tape: Tape, capacity: int | None, *, stock: bool
-) -> Iterator[Step]:
+) -> Iterator[LoadStep]:
     resting = _resting(tape)
     if weights.of(recipe) is not None or (stock and recipe.device_map):
         return _onto_card(spec, recipe, resting, tape, capacity, stock=stock)
@@ -121,7 +118,7 @@ def _onto_card(
     capacity: int | None,
     *,
     stock: bool,
-) -> Iterator[Step]:
+) -> Iterator[LoadStep]:
     """As transformers loads (``stock``), else as memplan makes a model."""
     storages: dict[str, list[int]] = {}
     adapters: list[tuple[int, str]] = []
@@ -137,7 +134,7 @@ def _onto_card(
     shapes = blueprint.named_shapes(spec)
     scratch = 0
 
-    def temporary(nbytes: int) -> tuple[Step, int]:
+    def temporary(nbytes: int) -> tuple[LoadStep, int]:
         nonlocal scratch
         scratch += 1
         return ("scratch", nbytes), scratch - 1
@@ -188,7 +185,7 @@ def _onto_card(
     yield from _adapters(recipe, adapters, tape, quantised if stock else set(), temporary)
 
 
-def _adapters(recipe, adapters, tape, quantised, temporary) -> Iterator[Step]:  # type: ignore[no-untyped-def]
+def _adapters(recipe, adapters, tape, quantised, temporary) -> Iterator[LoadStep]:  # type: ignore[no-untyped-def]
     """Adapters as PEFT brings them onto the card; ``quantised``: the names of quantised weights."""
     in_16_bits = recipe.dtype is not DTypeName.FLOAT32
     back = losses.find(recipe.loss).sft and recipe.adapter_dtype is DTypeName.BFLOAT16

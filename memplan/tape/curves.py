@@ -2,7 +2,7 @@
 
 A tape has tens of thousands of events and a picture some hundred columns. :func:`shown` takes from each
 column's events the lowest and the highest, in the order in which they come, so that no peak is lost, and
-:func:`moments` tells what is alive there. Both read unfolded tapes (``planner.predicted_tape``), and pass
+:func:`moments` tells what is alive there. Both read unfolded tapes (``memplan.planning.predicted``), and pass
 over setup: what it leaves is there all through the step.
 """
 

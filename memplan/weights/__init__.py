@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-LoadStep = tuple[str, int]  # of memplan.predict.loading
+# ("alloc", storage of the step) | ("scratch", bytes), known by how many came before | ("drop", that number)
+# | ("empty_cache", 0)
+LoadStep = tuple[str, int]
 Temporary = Callable[[int], tuple[LoadStep, int]]  # by its bytes: the step that makes it, and its number
 
 
