@@ -5,12 +5,14 @@ python benchmarks/dry_gpu/compare.py FOLDER    # records that memplan verify or 
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from memplan.asked.recipe import Recipe
+from memplan.errors import MemplanError
 from memplan.verify.compare import Figure, compare
 from memplan.verify.measurement import Measurement, read_all
 
@@ -46,11 +48,18 @@ def _figure(figure: Figure) -> dict[str, int | None]:
 
 
 def main(folder: Path, out: Path = ROOT / "data" / "emulated.json") -> None:
-    """Write the rows, by name. Raises MemplanError for a damaged record."""
+    """Write the rows, by name. Raises MemplanError for a damaged record or where there are none."""
     rows = [row(measured) for _, measured in read_all(folder) if measured.emulated]
+    if not rows:
+        raise MemplanError(f"{folder} holds no emulated runs")
     rows.sort(key=lambda it: (it["run"], json.dumps(it["options"], sort_keys=True), it["cap"] or ""))
     out.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description="Holds emulated runs against the plan.")
+    parser.add_argument("folder", type=Path, help="of records that were written under run.py")
+    try:
+        main(parser.parse_args().folder)
+    except MemplanError as error:
+        sys.exit(f"error: {error}")
