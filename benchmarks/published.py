@@ -32,11 +32,11 @@ from typing import Any
 
 from memplan import Plan, __version__, plan
 from memplan.asked.gpus import find_gpu
-from memplan.asked.recipe import Recipe, make_recipe
+from memplan.asked.recipe import Recipe
 from memplan.asked.spec import ModelSpec
 from memplan.device.fit import context_bytes
 from memplan.importers.resolve import resolve
-from memplan.planning.predicted import predicted_run
+from memplan.planning import predicted
 from memplan.predict.step import write_tape
 from memplan.tape import Category, Phase, rounded, static_bytes
 
@@ -78,7 +78,7 @@ def spec_of(row: dict[str, Any]) -> ModelSpec:
 def recipe_of(row: dict[str, Any]) -> Recipe:
     """The row's recipe, as far as today's stack has it."""
     if row["source"] == PEFT:
-        return make_recipe(
+        return Recipe(
             mode=row["mode"], optimizer="adamw_torch", gradient_checkpointing=False, batch_size=row["batch"]
         )
     options: dict[str, Any] = {
@@ -101,7 +101,7 @@ def recipe_of(row: dict[str, Any]) -> Recipe:
             "target_modules": tuple(name for name in row["targets"].split() if name != "c_attn"),
             "kbit_prep": row["framework_config"] == "baseline-peft-bnb",
         }
-    return make_recipe(**options)
+    return Recipe(**options)
 
 
 def status_of(row: dict[str, Any]) -> tuple[str, str]:
@@ -182,7 +182,7 @@ def moments(result: Plan) -> dict[str, int]:
 def reserved(spec: ModelSpec, recipe: Recipe, row: dict[str, Any]) -> dict[str, Any]:
     """What the allocator would reserve for today's run on the row's card, beside what nvidia-smi showed."""
     gpu = find_gpu("a100-80")
-    run = predicted_run(spec, recipe)
+    run = predicted.run(spec, recipe)
     found = run.within(gpu.visible_bytes - context_bytes(gpu, run.card), gpu.visible_bytes)
     return {
         "published_driver_bytes": row["nvidia_smi_peak"],

@@ -29,7 +29,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from memplan.asked.recipe import Recipe, make_recipe
+from memplan.asked.recipe import Recipe
 from memplan.errors import RecipeError, TraceError
 from memplan.importers.hf import spec_from_config
 from memplan.predict.parameters import resolve_recipe
@@ -272,7 +272,7 @@ def config_of(case: Case) -> dict[str, Any]:
 def resolved(case: Case, config: dict[str, Any] | None = None) -> Recipe:
     options = {name: value for name, value in case.items() if name not in ("model", "layers")}
     spec = spec_from_config(config or config_of(case), case["model"])
-    return resolve_recipe(spec, make_recipe(**options))
+    return resolve_recipe(spec, Recipe(**options))
 
 
 # -- one case ----------------------------------------------------------------------------------------------

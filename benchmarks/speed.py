@@ -46,12 +46,12 @@ def main() -> None:
 
     from memplan.asked.gpus import find_gpu
     from memplan.importers.resolve import resolve
+    from memplan.planning import predicted
     from memplan.planning.frontier import frontier
-    from memplan.planning.predicted import predicted_run
     from memplan.predict.parameters import resolve_recipe
 
     spec, card = resolve("llama-3.3-70b").spec, find_gpu("h200")
-    run = predicted_run(spec, resolve_recipe(spec, Recipe(mode="qlora")))
+    run = predicted.run(spec, resolve_recipe(spec, Recipe(mode="qlora")))
     loading = run.loading(None)
     simulated = timed(lambda: simulate(run.tape, loading, run.settings), runs)
     report(f"allocator: llama-3.3-70b, {len(run.tape.events)} events, twice", simulated, SIMULATION_BUDGET)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from memplan import Plan, plan
-from memplan.asked.recipe import make_recipe
+from memplan.asked.recipe import Recipe
 
 GIB = 1 << 30
 GB = 10**9
@@ -18,7 +18,7 @@ LLAMAS = ("llama-2-7b", "llama-3.1-8b", "llama-3.3-70b")
 
 def planned(model: str, mode: str, **options: Any) -> Plan:
     """A plan with the defaults and ``options``."""
-    return plan(model, make_recipe(mode=mode, **options), gpus=["a6000", "h100"])
+    return plan(model, Recipe(mode=mode, **options), gpus=["a6000", "h100"])
 
 
 def gib(count: int) -> str:

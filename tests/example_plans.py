@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from memplan.asked.recipe import make_recipe
+from memplan.asked.recipe import Recipe
 from memplan.device.fit import Fit
 from memplan.planning.plan import Plan
 from memplan.planning.records import (
@@ -32,7 +32,7 @@ _NOTES = {
 
 def example_plan(**options: Any) -> Plan:
     """A 70B plan in qlora unless the options say otherwise."""
-    recipe = make_recipe(**options).resolved()
+    recipe = Recipe(**options).resolved()
     full = recipe.mode.value == "full"
     categories = CategoryBytes(
         weights=132 * GIB if full else 35 * GIB,

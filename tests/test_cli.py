@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from conftest import Outcome
 
-from memplan.asked.recipe import Recipe, make_recipe
+from memplan.asked.recipe import Recipe
 from memplan.cli import HELP, main
 from memplan.commands import COMMANDS
 from memplan.commands.arguments import applicable, parse, recipe_options
@@ -220,7 +220,7 @@ def test_option_names_that_scripts_rely_on() -> None:
 def test_options_become_fields(arguments: list[str], options: dict[str, Any]) -> None:
     given = recipe_options(parse(plan_parser(), ["llama-70b", *arguments]))
     assert given == options
-    assert make_recipe(**given)
+    assert Recipe(**given)
 
 
 # -- help --------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from small_specs import SPECS, config
 
-from memplan.asked.recipe import Recipe, make_recipe
+from memplan.asked.recipe import Recipe
 from memplan.predict.step import write_tape
 from memplan.report.diff import markdown, show_diff
 from memplan.tape import Category, Part, Phase, Tape, replay
@@ -182,7 +182,7 @@ def test_any_two_tapes(a: str, b: str) -> None:
 
 
 def planned(layers: int = 3, *, folded: bool = False, **options: Any) -> Tape:
-    return write_tape(SPECS["llama"](layers), make_recipe(seq_len=64, **options).resolved(), folded=folded)
+    return write_tape(SPECS["llama"](layers), Recipe(seq_len=64, **options).resolved(), folded=folded)
 
 
 @pytest.mark.parametrize("mode", ["full", "lora", "qlora"])
@@ -247,7 +247,7 @@ def traced(**options: Any) -> Tape:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from memplan.trace import trace
-    return trace(config("llama", 3), make_recipe(seq_len=64, **options))
+    return trace(config("llama", 3), Recipe(seq_len=64, **options))
 
 
 # -- reports -----------------------------------------------------------------------------------------------

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 
 from memplan import Recipe, plan
-from memplan.device.playback import simulate
 from memplan.importers.resolve import resolve
-from memplan.planning.evaluation import evaluation, with_evaluation
-from memplan.planning.plan import Plan
-from memplan.planning.predicted import predicted_run
+from memplan.planning import predicted
+from memplan.planning.plan import Plan, plan_of
+from memplan.planning.study import Prediction, ask
 from memplan.predict.evaluation import write_evaluation
 from memplan.predict.parameters import resolve_recipe
 from memplan.report.evaluation import evaluating, varying
@@ -58,18 +58,24 @@ EMULATED = [
 ]
 
 
+def judged(model, recipe=None, *, gpus):
+    """The plan as `memplan fit` has it."""
+    study = Prediction(ask(model, recipe, gpus))
+    return plan_of(study).telling(evaluation=study.judged_evaluation)
+
+
 @pytest.mark.parametrize(("model", "options", "allocated", "reserved"), EMULATED)
 def test_the_trainers_evaluations_on_the_emulated_card(model, options, allocated, reserved):
     spec = resolve(model).spec
     recipe = resolve_recipe(spec, Recipe(**options))
-    run = with_evaluation(predicted_run(spec, recipe), spec, recipe)
-    found = simulate(run.tape, run.loading(None), run.settings, evaluation=run.evaluation)
+    evaluation = partial(predicted.evaluation, spec, recipe, 8)
+    found = predicted.run(spec, recipe).with_evaluation(partial(evaluation, folded=False)).free
     # the script's batches have no attention mask; a plan's have
     masks = 8 * (8 + recipe.batch_size) * recipe.seq_len
     assert 0 <= found.allocated - allocated <= masks
     assert abs(found.reserved - reserved) <= reserved // 1000
     # the sum of tensors, which is what the warning says, is below it by what blocks have more
-    tensors = evaluation(spec, recipe).tensor_bytes
+    tensors = replay(evaluation()).allocated_bytes
     assert 0 <= found.allocated - tensors < 0.004 * allocated
 
 
@@ -121,7 +127,7 @@ def test_no_warning_where_training_takes_more():
 
 
 def test_fit_judges_the_run_with_an_evaluation():
-    found = plan("llama-3.2-1b", gpus=["3080", "a100-80"]).evaluated()
+    found = judged("llama-3.2-1b", gpus=["3080", "a100-80"])
     assert [fit.verdict for fit in found.fits] == ["fits", "fits"]
     small, large = found.evaluation.fits
     assert (small.verdict, large.verdict) == ("does not fit", "fits")
@@ -131,7 +137,7 @@ def test_fit_judges_the_run_with_an_evaluation():
 
 
 def test_a_plan_read_from_json_says_the_same():
-    found = plan("llama-3.2-1b", gpus=["a100-80"]).evaluated()
+    found = judged("llama-3.2-1b", gpus=["a100-80"])
     assert evaluating(Plan.model_validate_json(found.model_dump_json())) == evaluating(found)
     assert json.loads(found.model_dump_json())["evaluation"]["batch_size"] == 8
 
@@ -147,8 +153,8 @@ def test_cards_with_other_kernels_are_warned_of_for_themselves() -> None:
     from memplan.report.evaluation import evaluating
 
     recipe = Recipe(mode="lora", batch_size=4, gradient_checkpointing=True)
-    assert evaluating(plan("mistral-7b-v0.1", recipe, gpus=["a100"]).evaluated()) is None
-    answer = plan("mistral-7b-v0.1", recipe, gpus=["a100", "v100-32"]).evaluated()
+    assert evaluating(judged("mistral-7b-v0.1", recipe, gpus=["a100"])) is None
+    answer = judged("mistral-7b-v0.1", recipe, gpus=["a100", "v100-32"])
     assert answer.evaluation is not None
     assert [fit.gpu for fit in answer.evaluation.fits] == ["Tesla V100-SXM2-32GB"]
     assert answer.evaluation.fits[0].reserved_bytes > answer.fits[1].reserved_bytes

@@ -14,13 +14,12 @@ from small_specs import SPECS
 from memplan import Recipe, plan
 from memplan.asked.alloc_conf import AllocatorSettings
 from memplan.asked.gpus import Gpu, find_gpu
-from memplan.asked.recipe import make_recipe
 from memplan.device.allocator import MIB
 from memplan.device.fit import MARGIN_PER_CENT, Run, context_bytes, glance, judge, recast_bytes
 from memplan.errors import MemplanError
 from memplan.importers.hf import spec_from_config
+from memplan.planning import predicted
 from memplan.planning.plan import Plan
-from memplan.planning.predicted import predicted_run
 from memplan.predict.parameters import resolve_recipe
 from memplan.tape import Category, Part, Phase, Tape, replay, static_bytes
 
@@ -151,8 +150,8 @@ def test_what_a_glance_tells_the_simulation_confirms(
     family: str, layers: int, options: dict[str, object]
 ) -> None:
     spec = SPECS[family](layers)
-    recipe = resolve_recipe(spec, make_recipe(**options))
-    run = predicted_run(spec, recipe)
+    recipe = resolve_recipe(spec, Recipe(**options))
+    run = predicted.run(spec, recipe)
     peak = replay(run.tape).allocated_bytes
     static = static_bytes(run.tape)
     loaded = sum(static.values()) - static[Category.OPTIMIZER_STATE]

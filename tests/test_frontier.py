@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from small_specs import SPECS
 
 from memplan.asked.gpus import Gpu, find_gpu
-from memplan.asked.recipe import Recipe, make_recipe
+from memplan.asked.recipe import Recipe
 from memplan.device.fit import judge
 from memplan.errors import MemplanError
 from memplan.importers.resolve import resolve
+from memplan.planning import predicted
 from memplan.planning.frontier import _NEAR, Peaks, _last_not_above_zero, at_most, frontier, largest
-from memplan.planning.predicted import predicted_run
 from memplan.predict.parameters import resolve_recipe
 
 Run = Callable[..., Outcome]
@@ -43,7 +43,7 @@ MODELS = [
 
 def peaks(model: str, gpu: str = "h200", **options: object) -> Peaks:
     spec = resolve(model).spec
-    return Peaks(spec, resolve_recipe(spec, make_recipe(**options)), find_gpu(gpu))
+    return Peaks(spec, resolve_recipe(spec, Recipe(**options)), find_gpu(gpu))
 
 
 @settings(max_examples=60, deadline=None)
@@ -127,7 +127,7 @@ def test_what_is_found_has_room_and_the_next_has_not(
 def verdict(model: str, recipe: Recipe, gpu: Gpu, **fields: int) -> str:
     spec = resolve(model).spec
     asked = resolve_recipe(spec, recipe).model_copy(update=fields)
-    return judge(gpu, predicted_run(spec, asked)).verdict
+    return judge(gpu, predicted.run(spec, asked)).verdict
 
 
 @pytest.mark.parametrize(
@@ -141,8 +141,8 @@ def verdict(model: str, recipe: Recipe, gpu: Gpu, **fields: int) -> str:
 def test_the_largest_fits_and_the_next_does_not(
     model: str, options: dict[str, object], what: str, other: int
 ) -> None:
-    recipe, gpu = make_recipe(**options), find_gpu("4090")
-    found = largest(resolve(model).spec, recipe, gpu, what, other)  # type: ignore[arg-type]
+    recipe, gpu = Recipe(**options), find_gpu("4090")
+    found = largest(peaks(model, "4090", **options), what, other)  # type: ignore[arg-type]
     kept = "batch_size" if what == "seq_len" else "seq_len"
     assert verdict(model, recipe, gpu, **{what: found, kept: other}) == "fits"
     assert verdict(model, recipe, gpu, **{what: found + 1, kept: other}) != "fits"
@@ -158,7 +158,7 @@ def test_more_than_a_minute_of_simulation_is_refused() -> None:
 
 def test_exact_cells_fit() -> None:
     spec, gpu = SPECS["llama"](4), find_gpu("t4")
-    recipe = make_recipe(mode="lora", attn="eager")
+    recipe = Recipe(mode="lora", attn="eager")
     quick = frontier(spec, [recipe], gpu, [1, 2])
     exact = frontier(spec, [recipe], gpu, [1, 2], simulated=True)
     for bound, found in zip(quick.rows[0].cells, exact.rows[0].cells, strict=True):
@@ -169,7 +169,7 @@ def test_exact_cells_fit() -> None:
 
 def test_the_model_s_own_limit_is_told() -> None:
     spec = SPECS["llama"](2)
-    table = frontier(spec, [make_recipe(mode="qlora")], find_gpu("b200"), [1])
+    table = frontier(spec, [Recipe(mode="qlora")], find_gpu("b200"), [1])
     cell = table.rows[0].cells[0]
     assert (cell.seq_len, cell.capped) == (spec.max_position_embeddings, True)
 

@@ -17,7 +17,7 @@ from example_plans import example_advice, example_plan
 from example_tapes import example_tape
 from small_specs import SPECS
 
-from memplan.asked.recipe import make_recipe
+from memplan.asked.recipe import Recipe
 from memplan.planning.plan import plan
 from memplan.planning.predicted import predicted_tape
 from memplan.predict.step import write_tape
@@ -64,11 +64,11 @@ def without_assets(text: str) -> str:
 
 
 def step(mode: str, layers: int = 3, **options: Any) -> Tape:
-    return write_tape(SPECS["llama"](layers), make_recipe(mode=mode, **options).resolved(), folded=False)
+    return write_tape(SPECS["llama"](layers), Recipe(mode=mode, **options).resolved(), folded=False)
 
 
 def test_the_page(golden: Callable[[str, str], None]) -> None:
-    text = page(example_plan().advised([example_advice()]), example_tape(), ("mode", "r"))
+    text = page(example_plan().telling(advice=(example_advice(),)), example_tape(), ("mode", "r"))
     golden("page.html", without_assets(text))
 
 
@@ -147,8 +147,7 @@ def test_what_configs_say_is_text() -> None:
     peak = answer.peak.model_copy(update={"operation": HOSTILE, "module": HOSTILE, "layer": None})
     answer = answer.model_copy(
         update={"model": model, "peak": peak, "libraries": {HOSTILE: HOSTILE}}
-    ).advised([example_advice(HOSTILE)])
-    answer._fits = (fit,)
+    ).telling(advice=(example_advice(HOSTILE),), fits=(fit,))
     tape = example_tape()
     tape.operations = [HOSTILE] * len(tape.operations)
     tape.modules = [HOSTILE] * len(tape.modules)
@@ -166,7 +165,7 @@ def test_what_configs_say_is_text() -> None:
 def test_what_is_no_sign_is_shown_on_the_page() -> None:
     """Escape sequences, which `cat` would obey, and marks that turn around the text beside them."""
     spec = SPECS["llama"](2).model_copy(update={"name": "a\x1b[31m\u202eb\ud800"})
-    text = page(plan(spec, make_recipe()), predicted_tape(spec, make_recipe()))
+    text = page(plan(spec, Recipe()), predicted_tape(spec, Recipe()))
     assert "<h1>a\u241b[31m\ufffdb\ufffd</h1>" in text
     assert all(line.isprintable() for line in text.split("</style>")[1].split("<script>")[0].split("\n"))
 
@@ -179,8 +178,7 @@ def test_no_text_becomes_markup_in_the_browser() -> None:
 
 
 def test_parts_without_content_are_left_out() -> None:
-    answer = example_plan()
-    answer._fits = ()
+    answer = example_plan().telling(fits=())
     text = page(answer, example_tape())
     assert "Cards" not in text
     assert "To fit" not in text

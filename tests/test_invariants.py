@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from small_specs import SPECS
 
 from memplan import Plan, plan
-from memplan.asked.recipe import make_recipe
+from memplan.asked.recipe import Recipe
 
 families = st.sampled_from(sorted(SPECS))
 modes = st.sampled_from(["full", "lora", "qlora"])
@@ -17,7 +17,7 @@ fast = settings(max_examples=40, deadline=None)
 
 
 def small(family: str, layers: int = 5, **options: Any) -> Plan:
-    return plan(SPECS[family](layers), make_recipe(**{"seq_len": 64, **options}), gpus=["a6000", "h100"])
+    return plan(SPECS[family](layers), Recipe(**{"seq_len": 64, **options}), gpus=["a6000", "h100"])
 
 
 @fast

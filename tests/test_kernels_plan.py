@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from small_specs import SPECS
 
-from memplan.asked.recipe import Recipe, make_recipe
+from memplan.asked.recipe import Recipe
 from memplan.errors import MemplanError, RecipeError
 from memplan.kernels.strips import FEW_ROWS
 from memplan.planning.plan import plan
@@ -52,7 +52,7 @@ def test_predicted_is_traced(case: dict[str, Any]) -> None:
 def tape(name: str = "llama", **options: Any) -> Tape:
     spec = SPECS[name](3)
     return write_tape(
-        spec, resolve_recipe(spec, make_recipe(mode="qlora", target_modules="all-linear", **options))
+        spec, resolve_recipe(spec, Recipe(mode="qlora", target_modules="all-linear", **options))
     )
 
 
@@ -132,7 +132,7 @@ def test_the_plan_says_what_is_saved() -> None:
 )
 def test_what_the_kernels_dont_compute_is_refused(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(RecipeError, match=sentence):
-        make_recipe(kernels="memplan", **options)
+        Recipe(kernels="memplan", **options)
 
 
 def test_cards_on_which_they_dont_run() -> None:

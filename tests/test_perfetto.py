@@ -10,7 +10,7 @@ import pytest
 from example_tapes import example_tape
 from small_specs import SPECS
 
-from memplan.asked.recipe import make_recipe
+from memplan.asked.recipe import Recipe
 from memplan.predict.step import write_tape
 from memplan.report.perfetto import trace_json
 from memplan.tape import Category, Tape, replay
@@ -18,10 +18,10 @@ from memplan.tape.curves import live_bytes
 
 TAPES = {
     "example": example_tape(),
-    "full": write_tape(SPECS["gemma2"](3), make_recipe(mode="full", seq_len=64).resolved(), folded=False),
+    "full": write_tape(SPECS["gemma2"](3), Recipe(mode="full", seq_len=64).resolved(), folded=False),
     "accumulating": write_tape(
         SPECS["llama"](3),
-        make_recipe(mode="qlora", seq_len=64, gradient_accumulation_steps=2).resolved(),
+        Recipe(mode="qlora", seq_len=64, gradient_accumulation_steps=2).resolved(),
         folded=False,
     ),
 }

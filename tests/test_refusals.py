@@ -104,10 +104,10 @@ def test_a_bug_is_not_a_verdict(memplan: Callable[..., Outcome], monkeypatch: py
     ],
 )
 def test_what_is_long_is_not_quoted_in_full(options: dict[str, Any]) -> None:
-    from memplan.asked.recipe import make_recipe
+    from memplan.asked.recipe import Recipe
 
     with pytest.raises(MemplanError) as caught:
-        make_recipe(**options)
+        Recipe(**options)
     assert len(str(caught.value)) < 400
 
 
@@ -142,12 +142,11 @@ def test_a_question_is_about_ten_cards_at_most(memplan: Callable[..., Outcome]) 
         ("lora", {"double_quant": False}),
     ],
 )
-def test_what_a_mode_does_not_have_is_refused_by_either_door(mode: str, option: dict[str, Any]) -> None:
-    from memplan.asked.recipe import make_recipe
+def test_what_a_mode_does_not_have_is_refused(mode: str, option: dict[str, Any]) -> None:
+    from memplan.asked.recipe import Recipe
 
-    for door in (Recipe, make_recipe):
-        with pytest.raises(MemplanError, match="belongs to"):
-            door(mode=mode, **option)
+    with pytest.raises(MemplanError, match="belongs to"):
+        Recipe(mode=mode, **option)
     # what a plan's JSON says of a recipe is one
     for recipe in (Recipe(mode="full").resolved(), Recipe(mode="lora", r=16).resolved()):
         assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe

@@ -63,8 +63,7 @@ def test_a_terminal_gets_colour_and_a_file_none() -> None:
 
 
 def test_a_plan_without_cards_prints_none() -> None:
-    plan = example_plan()
-    plan._fits = ()
+    plan = example_plan().telling(fits=())
     text = printed(lambda console: show_plan(plan, console))
     assert "Cards" not in text
     assert "simulated" not in text

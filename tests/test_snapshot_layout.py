@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from small_specs import SPECS
 
-from memplan.asked.recipe import make_recipe
+from memplan.asked.recipe import Recipe
 from memplan.predict.step import write_tape
 from memplan.snapshot import Action, BlockState, Frame, Snapshot, TraceEntry, load_snapshot, save_snapshot
 from memplan.snapshot.layout import Placed, first_fit, snapshot_of
@@ -38,7 +38,7 @@ def toy() -> Tape:
 
 
 def step() -> Tape:
-    return write_tape(SPECS["llama"](3), make_recipe(mode="qlora", seq_len=64).resolved(), folded=False)
+    return write_tape(SPECS["llama"](3), Recipe(mode="qlora", seq_len=64).resolved(), folded=False)
 
 
 def test_the_first_gap_that_is_large_enough() -> None:
@@ -142,7 +142,7 @@ def test_an_allocators_own_placement_is_taken_as_it_is() -> None:
 
 
 def test_a_folded_tape_cannot_be_laid_out() -> None:
-    tape = write_tape(SPECS["llama"](12), make_recipe(mode="qlora").resolved())
+    tape = write_tape(SPECS["llama"](12), Recipe(mode="qlora").resolved())
     with pytest.raises(ValueError, match="folded"):
         snapshot_of(tape)
 

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from small_specs import SPECS
 
 from memplan.asked.alloc_conf import parse_settings
-from memplan.asked.recipe import make_recipe
+from memplan.asked.recipe import Recipe
 from memplan.device.allocator import MIB, Allocator, Block
 from memplan.errors import MemplanError
-from memplan.planning.predicted import predicted_run
+from memplan.planning import predicted
 from memplan.predict.parameters import resolve_recipe
 from memplan.snapshot import Action, Snapshot, load_snapshot, save_snapshot
 from memplan.snapshot.layout import snapshot_of
@@ -118,7 +118,7 @@ def test_a_history_without_its_beginning_is_refused() -> None:
 @pytest.mark.parametrize("conf", ["", "expandable_segments:True"])
 def test_a_step_lies_as_the_allocator_lays_it(conf: str) -> None:
     spec = SPECS["llama"](4)
-    run = predicted_run(spec, resolve_recipe(spec, make_recipe(seq_len=700, alloc_conf=conf)))
+    run = predicted.run(spec, resolve_recipe(spec, Recipe(seq_len=700, alloc_conf=conf)))
     snapshot = snapshot_of(run.tape, placement(run))
     assert snapshot.reserved_bytes == run.free.after_step
     rest = sum(

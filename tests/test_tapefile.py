@@ -13,7 +13,7 @@ import pytest
 from conftest import Outcome
 from small_specs import SPECS
 
-from memplan.asked.recipe import Recipe, make_recipe
+from memplan.asked.recipe import Recipe
 from memplan.errors import MemplanError
 from memplan.planning.plan import plan
 from memplan.predict.step import write_tape
@@ -41,7 +41,7 @@ def columns(tape: Tape) -> tuple[Any, ...]:
 @pytest.mark.parametrize("name", ["tape.json", "tape.json.gz"])
 @pytest.mark.parametrize("folded", [False, True])
 def test_what_is_written_is_read_back(name: str, folded: bool, tmp_path: Path) -> None:
-    recipe = make_recipe(mode="qlora", autocast=True).resolved()
+    recipe = Recipe(mode="qlora", autocast=True).resolved()
     tape = write_tape(SPECS["llama"](12), recipe, folded=folded)
     info = TapeInfo(
         memplan_version="1", model="m", recipe=recipe.model_dump(mode="json"), libraries={"torch": "2"}
@@ -56,7 +56,7 @@ def test_what_is_written_is_read_back(name: str, folded: bool, tmp_path: Path) -
 
 
 def test_a_tape_of_version_1_tells_parts_by_names(tmp_path: Path) -> None:
-    recipe = make_recipe(mode="qlora").resolved()
+    recipe = Recipe(mode="qlora").resolved()
     tape = write_tape(SPECS["llama"](3), recipe)
     document = json.loads(encode(tape))
     for name in ("workspaces", "streams", "rank"):

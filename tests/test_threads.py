@@ -10,7 +10,7 @@ from threading import Barrier
 import pytest
 from small_specs import SPECS
 
-from memplan.asked.recipe import Recipe, make_recipe
+from memplan.asked.recipe import Recipe
 from memplan.asked.spec import ModelSpec
 from memplan.predict.evaluation import write_evaluation
 from memplan.predict.step import write_long_tape, write_tape
@@ -19,10 +19,10 @@ from memplan.tape import Tape
 
 THREADS = 8
 RECIPES = (
-    make_recipe(mode="full", seq_len=64),
-    make_recipe(mode="lora", seq_len=32, attn="eager", optimizer="adafactor"),
-    make_recipe(mode="qlora", seq_len=48, loss="chunked"),
-    make_recipe(mode="qlora", seq_len=16, autocast=True, kbit_prep=False, batch_size=2),
+    Recipe(mode="full", seq_len=64),
+    Recipe(mode="lora", seq_len=32, attn="eager", optimizer="adafactor"),
+    Recipe(mode="qlora", seq_len=48, loss="chunked"),
+    Recipe(mode="qlora", seq_len=16, autocast=True, kbit_prep=False, batch_size=2),
 )
 
 

@@ -13,8 +13,9 @@ from small_specs import SPECS, config
 
 from memplan import Recipe
 from memplan.device.playback import simulate
+from memplan.planning import predicted
+from memplan.planning.cards import judged
 from memplan.planning.plan import plan_from_tape
-from memplan.planning.predicted import predicted_run
 from memplan.planning.records import ModelInfo, ParameterCounts
 from memplan.predict.evaluation import write_evaluation
 from memplan.predict.loading import loading
@@ -117,7 +118,7 @@ def test_tapes_are_sound_and_everything_reads_them(writer: str) -> None:
     assert json.loads(trace_json(tape, "a tape"))["traceEvents"]
 
     model = ModelInfo(name="mine", hub_id=None, architecture="MyModel")
-    plan = plan_from_tape(tape, model, ParameterCounts(total=1, trainable=1), RECIPE, ["a100", "t4"])
+    plan = plan_from_tape(tape, model, ParameterCounts(total=1, trainable=1), RECIPE, judged(["a100", "t4"]))
     assert plan.peak.tensor_bytes == replay(tape).allocated_bytes
     assert [fit.verdict for fit in plan.fits] == ["fits", "fits"]
     assert "MyModel" in page(plan, tape, {})
@@ -136,7 +137,7 @@ def test_loading_and_evaluations_are_tapes_too(mode: str) -> None:
 
 def test_the_allocator_reads_marks_and_no_names() -> None:
     """With every name changed the run reserves the same."""
-    run = predicted_run(
+    run = predicted.run(
         SPECS["llama"](3), Recipe(mode="lora", seq_len=64, optimizer="adamw_torch").resolved()
     )
     tape, loaded = run.tape, run.loading(None)

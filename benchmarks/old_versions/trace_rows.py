@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from memplan.asked.recipe import Recipe, make_recipe
+from memplan.asked.recipe import Recipe
 from memplan.tape import Tape, replay
 from memplan.trace import trace
 
@@ -36,7 +36,7 @@ def recipe(row: dict[str, Any]) -> Recipe:
         }
     if row["framework_config"] in QLORA:
         options |= {"mode": "qlora", "autocast": True, "kbit_prep": QLORA[row["framework_config"]]}
-    return make_recipe(**options)
+    return Recipe(**options)
 
 
 def moments(tape: Tape) -> dict[str, int]:

@@ -242,11 +242,6 @@ class Recipe(BaseModel):
         )
 
 
-def make_recipe(**options: Any) -> Recipe:
-    """``Recipe(**options)``, of loose options."""
-    return Recipe(**options)
-
-
 def _sentence(error: ValidationError) -> str:
     from memplan.errors import shown
 

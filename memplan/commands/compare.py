@@ -46,14 +46,15 @@ def parser() -> Parser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the plans side by side; 0."""
-    from memplan.asked.recipe import Recipe, make_recipe
-    from memplan.planning.plan import able, plan
+    from memplan.asked.recipe import Recipe
+    from memplan.planning.cards import able
+    from memplan.planning.plan import plan
 
     options = recipe_options(arguments)
     if options.get("kernels") == "memplan":  # the cards on which they run, for all modes alike
-        arguments.gpu = able(Recipe(kernels="memplan"), arguments.gpu)
+        arguments.gpu = [card.name for card in able(Recipe(kernels="memplan"), arguments.gpu)]
     plans = [
-        plan(arguments.model, make_recipe(mode=mode, **applicable(options, mode)), gpus=arguments.gpu)
+        plan(arguments.model, Recipe(mode=mode, **applicable(options, mode)), gpus=arguments.gpu)
         for mode in modes(arguments.modes)
     ]
     if arguments.json:

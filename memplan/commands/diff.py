@@ -85,7 +85,7 @@ def _tape(name: str, options: dict[str, Any]) -> Tape:
         from memplan.commands.trace import traced
 
         return traced(model, options, [])[1]
-    from memplan.asked.recipe import make_recipe
+    from memplan.asked.recipe import Recipe
     from memplan.planning.predicted import predicted_tape
 
-    return predicted_tape(model, make_recipe(**options))
+    return predicted_tape(model, Recipe(**options))

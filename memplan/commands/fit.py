@@ -18,9 +18,9 @@ from memplan.errors import MemplanError
 from memplan.streams import remark
 
 if TYPE_CHECKING:
-    from memplan.asked.recipe import Recipe
     from memplan.planning.frontier import What
     from memplan.planning.plan import Plan
+    from memplan.planning.study import Asked
 
 STATUS_FITS, STATUS_DOES_NOT_FIT = 0, 1
 
@@ -64,24 +64,24 @@ def parser() -> Parser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the verdicts; 0 if it fits on every card, else 1."""
-    from memplan.asked.recipe import make_recipe
-    from memplan.planning.plan import plan
+    from memplan.asked.recipe import Recipe
+    from memplan.planning.plan import plan_of
+    from memplan.planning.study import Prediction, ask
 
-    recipe = make_recipe(**recipe_options(arguments))
+    asked = ask(arguments.model, Recipe(**recipe_options(arguments)), arguments.gpu)
     if arguments.maximize is not None:
-        found = _maximized(arguments, recipe)
+        found = _maximized(asked, "seq_len" if arguments.maximize == "seq-len" else "batch_size")
         if found is None:
             return STATUS_DOES_NOT_FIT
-        recipe = found
-    answer = plan(arguments.model, recipe, gpus=arguments.gpu).evaluated()
+        asked = found
+    study = Prediction(asked)
+    answer = plan_of(study).telling(evaluation=study.judged_evaluation)
     fits = all(fit.verdict != "does not fit" for fit in answer.fits)
     if arguments.advise or (arguments.advise is None and not fits and arguments.maximize is None):
         from memplan.planning.advise import advise
 
         try:
-            answer = answer.advised(
-                tuple(advise(arguments.model, recipe, name, answer.study) for name in arguments.gpu)
-            )
+            answer = answer.telling(advice=tuple(advise(study, name) for name in arguments.gpu))
         except MemplanError as error:
             if arguments.advise:
                 raise
@@ -90,18 +90,15 @@ def run(arguments: argparse.Namespace) -> int:
     return STATUS_FITS if fits else STATUS_DOES_NOT_FIT
 
 
-def _maximized(arguments: argparse.Namespace, recipe: Recipe) -> Recipe | None:
-    """The recipe with the largest batch or sequence that fits; None, which is said, if not even 1 does."""
-    from memplan.asked.gpus import find_gpu
-    from memplan.importers.resolve import resolve
-    from memplan.planning.frontier import largest
+def _maximized(asked: Asked, what: What) -> Asked | None:
+    """The question with the largest batch or sequence that fits; None, which is said, if not even 1 does."""
+    from memplan.planning.frontier import Peaks, largest
 
-    if len(arguments.gpu) > 1:
+    if len(asked.gpus) > 1:
         raise UsageError("--maximize asks about one card: give one --gpu")
-    what: What = "seq_len" if arguments.maximize == "seq-len" else "batch_size"
+    gpu, recipe = asked.gpus[0], asked.given
     other = recipe.batch_size if what == "seq_len" else recipe.seq_len
-    gpu = find_gpu(arguments.gpu[0])
-    value = largest(resolve(arguments.model).spec, recipe, gpu, what, other)
+    value = largest(Peaks(asked.spec, asked.recipe, gpu), what, other)
     if not value:
         kept = f"batch size {other}" if what == "seq_len" else f"{other} tokens a sequence"
         remark(
@@ -109,7 +106,7 @@ def _maximized(arguments: argparse.Namespace, recipe: Recipe) -> Recipe | None:
             "ask without --maximize what would make it fit"
         )
         return None
-    return recipe.model_copy(update={what: value})
+    return asked.otherwise(recipe.model_copy(update={what: value}))
 
 
 def _show(answer: Plan, arguments: argparse.Namespace) -> None:

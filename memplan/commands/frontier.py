@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _recipes(arguments: argparse.Namespace) -> list[Recipe]:
     """Every mode with and without checkpointing and with each optimizer, as far as they were not given."""
-    from memplan.asked.recipe import make_recipe
+    from memplan.asked.recipe import Recipe
 
     options = recipe_options(arguments)
     for option in ("batch_size", "seq_len"):
@@ -114,7 +114,7 @@ def _recipes(arguments: argparse.Namespace) -> list[Recipe]:
     if "use_reentrant" in options:
         reentrant = {"use_reentrant": options.pop("use_reentrant")}
     return [
-        make_recipe(
+        Recipe(
             mode=mode,
             optimizer=optimizer,
             gradient_checkpointing=on,

@@ -48,17 +48,17 @@ def run(arguments: argparse.Namespace) -> int:
     pictures.check(arguments)
     if arguments.trace:
         return trace.run(arguments)
-    from memplan.asked.recipe import make_recipe
-    from memplan.planning.plan import plan
-    from memplan.planning.predicted import predicted_tape
+    from memplan.asked.recipe import Recipe
+    from memplan.planning.plan import plan_of
+    from memplan.planning.study import Prediction, ask
 
     options = recipe_options(arguments)
-    recipe = make_recipe(**options)
-    answer = plan(arguments.model, recipe, gpus=arguments.gpu)
-    tape = predicted_tape(arguments.model, recipe) if pictures.asked(arguments) else None
+    study = Prediction(ask(arguments.model, Recipe(**options), arguments.gpu))
+    answer = plan_of(study)
     if arguments.html is not None and arguments.gpu:
         from memplan.planning.advise import advise
 
-        answer = answer.advised(advise(arguments.model, recipe, name) for name in arguments.gpu)
+        answer = answer.telling(advice=tuple(advise(study, name) for name in arguments.gpu))
+    tape = study.run().tape if pictures.asked(arguments) else None
     trace.answer(answer, tape, arguments, options)
     return 0

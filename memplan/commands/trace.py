@@ -60,12 +60,12 @@ def run(arguments: argparse.Namespace) -> int:
 def traced(model: str, options: dict[str, Any], gpus: list[str] | None) -> tuple[Plan, Tape]:
     """The answer and its tape, with progress and warnings on standard error."""
     from memplan import libraries, losses
-    from memplan.asked.recipe import make_recipe
+    from memplan.asked.recipe import Recipe
     from memplan.importers.resolve import resolve_config
     from memplan.planning.traced import layers, trace_plan
     from memplan.report.progress import tracing
 
-    recipe = make_recipe(**options)
+    recipe = Recipe(**options)
     found = resolve_config(model)
     library = losses.find(recipe.loss).library
     for warning in libraries.untested(libraries.installed(library), library):

@@ -126,7 +126,7 @@ def add_run(group: argparse._ArgumentGroup) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Train, write the measurement, print the comparison; 0 if it trained."""
     from memplan import libraries
-    from memplan.asked.recipe import make_recipe
+    from memplan.asked.recipe import Recipe
     from memplan.verify.compare import compare
     from memplan.verify.job import make_job
     from memplan.verify.measurement import SEEDS, keep, make_ready
@@ -141,7 +141,7 @@ def run(arguments: argparse.Namespace) -> int:
         remark(f"warning: {warning}")
     job = make_job(
         arguments.model,
-        make_recipe(**recipe_options(arguments)),
+        Recipe(**recipe_options(arguments)),
         settings_of(arguments),
         device=arguments.device,
         layers=arguments.layers,

@@ -8,8 +8,7 @@ gives cached memory back before it gives up, so some runs that would rather have
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -19,7 +18,7 @@ from memplan.tape import Category, Phase, Tape
 
 if TYPE_CHECKING:  # a plan whose cards are all told at a glance never loads the simulation
     from memplan.asked.alloc_conf import AllocatorSettings
-    from memplan.device.playback import RanOut, Reserved
+    from memplan.device.playback import RanOut, Reserved, Simulation
 
 MIB = 1 << 20
 
@@ -35,6 +34,7 @@ CONTEXT_BYTES = {"consumer": 640 * MIB, "workstation": 640 * MIB, "datacenter": 
 MARGIN_PER_CENT = 2
 
 Verdict = Literal["fits", "tight", "does not fit"]
+_Bounds = tuple["int | None", "int | None", "int | None"]
 
 
 class Fit(BaseModel):
@@ -64,7 +64,7 @@ class Fit(BaseModel):
 
 class Run:
     """A run to be held against cards: its tape with every layer played, how it is loaded onto a card of so
-    many bytes, the allocator's settings, and the tape of an evaluation after its steps, if there is one."""
+    many bytes, and the allocator's settings."""
 
     def __init__(
         self,
@@ -72,35 +72,52 @@ class Run:
         loading: Callable[[int | None], Tape | None],
         settings: AllocatorSettings,
         card: Card | None = None,
-        evaluation: Tape | None = None,
     ) -> None:
-        self.tape, self.settings, self.evaluation = tape, settings, evaluation
+        self.tape, self.settings = tape, settings
         self.loading = loading
         self.card = card or Card()
-        self._within: dict[tuple[int, int, int | None], Reserved] = {}
+        self._simulations: dict[_Bounds, Simulation] = {}
 
-    @cached_property
+    @property
     def free(self) -> Reserved:
         """The run where nothing limits it."""
-        from memplan.device.playback import simulate
-
-        return simulate(self.tape, self.loading(None), self.settings, evaluation=self.evaluation)
+        return self._found((None, None, None))
 
     def within(self, room: int, total: int, limit: int | None = None) -> Reserved:
         """The run where the driver has ``room`` bytes for it, on a card of ``total``."""
-        from memplan.device.playback import simulate
+        return self._found((room, total, limit))
 
-        key = room, total, limit
-        if key not in self._within:
-            self._within[key] = simulate(
-                self.tape,
-                self.loading(total),
-                self.settings,
-                capacity=room,
-                limit=limit,
-                evaluation=self.evaluation,
+    def with_evaluation(self, tape: Callable[[], Tape]) -> Evaluated:
+        """The run with an evaluation after its steps, of which ``tape`` gives the unfolded tape."""
+        return Evaluated(self, tape)
+
+    def simulation(self, bounds: _Bounds) -> Simulation:
+        """The run, played once for these bounds: room, total and limit."""
+        from memplan.device.playback import Simulation
+
+        if bounds not in self._simulations:
+            room, total, limit = bounds
+            self._simulations[bounds] = Simulation(
+                self.tape, self.loading(total), self.settings, capacity=room, limit=limit
             )
-        return self._within[key]
+        return self._simulations[bounds]
+
+    def _found(self, bounds: _Bounds) -> Reserved:
+        return self.simulation(bounds).trained
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_simulations": {}}  # which can be found again
+
+
+class Evaluated(Run):
+    """A run with an evaluation after its steps: what it took to get there is not played again."""
+
+    def __init__(self, run: Run, tape: Callable[[], Tape]) -> None:
+        super().__init__(run.tape, run.loading, run.settings, run.card)
+        self._run, self._evaluation = run, tape
+
+    def _found(self, bounds: _Bounds) -> Reserved:
+        return self._run.simulation(bounds).evaluated(self._evaluation)
 
 
 def glance(gpu: Gpu, allocated: int, loaded: int, recast: int = 0) -> Verdict | None:

@@ -9,7 +9,7 @@ made, then the step as it stands.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from memplan.asked.alloc_conf import AllocatorSettings
@@ -70,40 +70,70 @@ def simulate(
     *,
     capacity: int | None = None,
     limit: int | None = None,
-    evaluation: Tape | None = None,
 ) -> Reserved:
-    """Play the run that the unfolded ``tape`` is a step of.
+    """What the run took that the unfolded ``tape`` is a step of (:class:`Simulation`)."""
+    return Simulation(tape, loading, settings, capacity=capacity, limit=limit).trained
+
+
+class Simulation:
+    """The run that the unfolded ``tape`` is a step of, played up to its steady state.
 
     ``loading`` as :func:`memplan.predict.loading.loading` writes it; without it, what rests is allocated in
     the tape's order. ``capacity`` and ``limit`` as in :class:`memplan.device.allocator.Allocator`.
-    ``evaluation``, an unfolded tape, follows the later step; what is said of that step is then said of both.
+    ``trained``: what it took.
     """
-    allocator = Allocator(settings, capacity=capacity, limit=limit)
-    run = Playback(tape, allocator)
-    try:
-        run.load(loading)
-        run.step(FIRST_STEP)
-        allocator.peak_allocated = allocator.allocated
-        run.watch()
-        run.step(LATER_STEP)
-        if evaluation is not None:
-            run.evaluate(evaluation)
-    except OutOfMemory as error:
+
+    def __init__(
+        self,
+        tape: Tape,
+        loading: Tape | None = None,
+        settings: AllocatorSettings | None = None,
+        *,
+        capacity: int | None = None,
+        limit: int | None = None,
+    ) -> None:
+        self._playback = Playback(tape, Allocator(settings, capacity=capacity, limit=limit))
+        self._evaluated: Reserved | None = None
+        self.trained = self._outcome(self._train(loading))
+
+    def evaluated(self, tape: Callable[[], Tape]) -> Reserved:
+        """The same with an evaluation after the later step, of which ``tape`` gives the unfolded tape; what
+        was said of that step is then said of both. It is the same one whenever it is asked for."""
+        if self._evaluated is None:
+            self._evaluated = self.trained
+            if self.trained.ran_out is None:
+                self._evaluated = self._outcome(self._evaluate(tape()))
+        return self._evaluated
+
+    def _train(self, loading: Tape | None) -> OutOfMemory | None:
+        run, allocator = self._playback, self._playback.allocator
+        try:
+            run.load(loading)
+            run.step(FIRST_STEP)
+            allocator.peak_allocated = allocator.allocated
+            run.watch()
+            run.step(LATER_STEP)
+        except OutOfMemory as error:
+            return error
+        return None
+
+    def _evaluate(self, tape: Tape) -> OutOfMemory | None:
+        try:
+            self._playback.evaluate(tape)
+        except OutOfMemory as error:
+            return error
+        return None
+
+    def _outcome(self, error: OutOfMemory | None) -> Reserved:
+        run, allocator = self._playback, self._playback.allocator
         return Reserved(
             allocator.peak_allocated,
             allocator.peak_reserved,
             allocator.reserved,
             allocator.retries,
-            run.place(error),
+            None if error is None else run.place(error),
             tuple(run.changes),
         )
-    return Reserved(
-        allocator.peak_allocated,
-        allocator.peak_reserved,
-        allocator.reserved,
-        allocator.retries,
-        changes=tuple(run.changes),
-    )
 
 
 class Playback:

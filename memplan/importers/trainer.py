@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from memplan.asked.recipe import Recipe, make_recipe
+from memplan.asked.recipe import Recipe
 from memplan.asked.spec import ModelSpec
 from memplan.errors import MemplanError
 from memplan.importers.hf import spec_from_config
@@ -52,7 +52,7 @@ def recipe_of(args: Any, model: Any, seq_len: int) -> Recipe:
     if hasattr(model, "peft_config"):
         options |= _adapter(model, base)
     options["dtype"] = _dtype(base)
-    return make_recipe(**options)
+    return Recipe(**options)
 
 
 def _adapter(model: Any, base: Any) -> dict[str, Any]:

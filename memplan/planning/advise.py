@@ -15,15 +15,12 @@ from memplan import attention, losses
 from memplan.asked.recipe import DTypeName, Kernels, Mode, Recipe
 from memplan.errors import MemplanError
 from memplan.planning.records import Advice, Change, Combination
-from memplan.planning.study import Study
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from memplan.asked.gpus import Gpu
-    from memplan.asked.spec import ModelSpec
     from memplan.device.fit import Verdict
     from memplan.planning.frontier import Peaks
+    from memplan.planning.study import Prediction
 
 
 class Cost(IntEnum):
@@ -269,27 +266,24 @@ IDEAS = (
 )
 
 
-def advise(model: str | Path | ModelSpec, recipe: Recipe, gpu: str, study: Study | None = None) -> Advice:
-    """What would make ``recipe`` fit on the card called ``gpu``, or what it leaves room for. ``study``: what
-    is known of the model already.
+def advise(study: Prediction, gpu: str) -> Advice:
+    """What would make the recipe that is asked about fit on the card called ``gpu``, or what it leaves room
+    for.
 
-    Raises MemplanError as :func:`memplan.planning.plan.plan` does.
+    Raises MemplanError if the recipe can't be had on that card, or pricing changes of it takes too long.
     """
     from memplan.asked.gpus import find_gpu
-    from memplan.importers.resolve import resolve
-    from memplan.predict.parameters import resolve_recipe
 
-    spec, card = resolve(model).spec, find_gpu(gpu)
-    study = study or Study(spec)
-    _check_size(study, resolve_recipe(spec, recipe))
+    card, recipe = find_gpu(gpu), study.asked.given
+    _check_size(study)
     pricer = _Pricer(study, card)
-    asked = resolve_recipe(spec, recipe)
+    asked = study.recipe
     if pricer.verdict(recipe) != "does not fit":
-        return Advice(gpu=card.name, room=tuple(_room(spec, recipe, card, pricer)))
+        return Advice(gpu=card.name, room=tuple(_room(recipe, pricer)))
     changes = []
     before = pricer.allocated(recipe)
     for idea in IDEAS:
-        changed = _changed(spec, recipe, idea, card)
+        changed = _changed(recipe, idea, pricer)
         if changed is None:
             continue
         after = pricer.allocated(changed)
@@ -312,17 +306,15 @@ def advise(model: str | Path | ModelSpec, recipe: Recipe, gpu: str, study: Study
     )
     combination = None
     if not any(change.verdict != "does not fit" for change in listed):
-        combination = _combination(spec, recipe, pricer)
-    return Advice(
-        gpu=card.name, changes=listed, combination=combination, cards=_cards_for(asked, study, card)
-    )
+        combination = _combination(recipe, pricer)
+    return Advice(gpu=card.name, changes=listed, combination=combination, cards=_cards_for(study, card))
 
 
-def _check_size(study: Study, recipe: Recipe) -> None:
-    """Raise MemplanError if pricing some twenty changes of a resolved recipe takes too long."""
+def _check_size(study: Prediction) -> None:
+    """Raise MemplanError if pricing some twenty changes of the recipe takes too long."""
     from memplan.planning.frontier import MOST_SEARCHED
 
-    events = len(study.run(recipe).tape.events)
+    events = len(study.run().tape.events)
     if events > MOST_SEARCHED:
         raise MemplanError(
             f"a step of {events:,} allocations and releases takes too long for pricing changes of it: use "
@@ -333,22 +325,32 @@ def _check_size(study: Study, recipe: Recipe) -> None:
 class _Pricer:
     """Plans recipes (as asked, not resolved), each once."""
 
-    def __init__(self, study: Study, gpu: Gpu) -> None:
-        self.study, self.spec, self.gpu = study, study.spec, gpu
+    def __init__(self, study: Prediction, gpu: Gpu) -> None:
+        self.study, self.gpu = study, gpu
+        self._known: dict[Recipe, Peaks] = {}
         self._allocated: dict[Recipe, int] = {}
         self._fits: dict[Recipe, tuple[Verdict, int | None]] = {}
+
+    def resolved(self, recipe: Recipe) -> Recipe:
+        """What the recipe is on this model. Raises RecipeError if it does not suit it, MemplanError if the
+        card can't run it."""
+        return self.peaks(recipe).recipe
+
+    def peaks(self, recipe: Recipe) -> Peaks:
+        """The peaks of the recipe on the card. Raises as :meth:`resolved`."""
+        from memplan.planning.frontier import Peaks
+
+        if recipe not in self._known:
+            asked = self.study.asked
+            resolved = asked.recipe if recipe == asked.given else asked.otherwise(recipe).recipe
+            self._known[recipe] = Peaks(asked.spec, resolved, self.gpu)
+        return self._known[recipe]
 
     def allocated(self, recipe: Recipe) -> int:
         """Bytes allocated at the peak."""
         if recipe not in self._allocated:
-            self._allocated[recipe] = self._peaks(recipe).played(recipe.batch_size, recipe.seq_len)
+            self._allocated[recipe] = self.peaks(recipe).played(recipe.batch_size, recipe.seq_len)
         return self._allocated[recipe]
-
-    def _peaks(self, recipe: Recipe) -> Peaks:
-        from memplan.planning.frontier import Peaks
-        from memplan.predict.parameters import resolve_recipe
-
-        return Peaks(self.spec, resolve_recipe(self.spec, recipe), self.gpu)
 
     def verdict(self, recipe: Recipe) -> Verdict:
         """Whether it fits."""
@@ -362,45 +364,42 @@ class _Pricer:
         from memplan.device.fit import judge
 
         if recipe not in self._fits:
-            peaks = self._peaks(recipe)
+            peaks = self.peaks(recipe)
             if self.allocated(recipe) > peaks.room:
                 self._fits[recipe] = "does not fit", None
             else:
-                fit = judge(self.gpu, self.study.run(peaks.recipe, peaks.card))
+                fit = judge(self.gpu, self.study.run(peaks.card, peaks.recipe))
                 self._fits[recipe] = fit.verdict, fit.needed_bytes
         return self._fits[recipe]
 
 
-def _changed(spec: ModelSpec, recipe: Recipe, idea: _Idea, gpu: Gpu) -> Recipe | None:
+def _changed(recipe: Recipe, idea: _Idea, pricer: _Pricer) -> Recipe | None:
     """The recipe (as asked, not resolved) after a change; None where it does not apply, or can't be had of
     the model or on the card."""
-    from memplan.planning.frontier import Peaks
-    from memplan.planning.plan import able
-    from memplan.predict.parameters import resolve_recipe
+    from memplan.planning.cards import able
 
-    fields = idea.apply(resolve_recipe(spec, recipe))
+    fields = idea.apply(pricer.resolved(recipe))
     if fields is None:
         return None
     try:
         changed = Recipe(**{**recipe.model_dump(), **fields})
-        Peaks(spec, resolve_recipe(spec, changed), gpu)
-        able(changed, [gpu.name])
+        pricer.resolved(changed)
+        able(changed, [pricer.gpu.name])
     except MemplanError:
         return None
     return changed
 
 
-def _combination(spec: ModelSpec, recipe: Recipe, pricer: _Pricer) -> Combination | None:
+def _combination(recipe: Recipe, pricer: _Pricer) -> Combination | None:
     """Changes are added from cheap to dear, each where it saves something, until the run fits; then those are
     taken out again that it can do without, the dearest first."""
-    from memplan.predict.parameters import resolve_recipe
 
     def applied(ideas: list[_Idea]) -> tuple[Recipe, list[tuple[str, str]]]:
         changed, told = recipe, []
         for idea in ideas:
-            after = _changed(spec, changed, idea, pricer.gpu)
+            after = _changed(changed, idea, pricer)
             if after is not None:
-                resolved = resolve_recipe(spec, changed)
+                resolved = pricer.resolved(changed)
                 told.append((idea.title(resolved), idea.command(resolved)))
                 changed = after
         return changed, told
@@ -432,11 +431,11 @@ def _combination(spec: ModelSpec, recipe: Recipe, pricer: _Pricer) -> Combinatio
     )
 
 
-def _cards_for(recipe: Recipe, study: Study, than: Gpu) -> tuple[str, ...]:
+def _cards_for(study: Prediction, than: Gpu) -> tuple[str, ...]:
     """The three smallest cards, each of another size, on which the run fits as it is."""
     from memplan.asked.gpus import load_gpus
     from memplan.device.fit import judge
-    from memplan.planning.frontier import Peaks
+    from memplan.planning.cards import written_for
 
     found: list[str] = []
     sizes: set[int] = set()
@@ -444,12 +443,11 @@ def _cards_for(recipe: Recipe, study: Study, than: Gpu) -> tuple[str, ...]:
         if gpu.visible_bytes <= than.visible_bytes or gpu.total_mib >> 10 in sizes:
             continue
         try:
-            peaks = Peaks(study.spec, recipe, gpu)
+            if written_for(study.recipe, gpu) is not None:
+                continue  # other kernels run there
         except MemplanError:
             continue  # its kernels don't run there
-        if peaks.card is not None:
-            continue  # other kernels run there
-        if judge(gpu, study.run(recipe), explain=False).verdict == "fits":
+        if judge(gpu, study.run(), explain=False).verdict == "fits":
             found.append(gpu.name)
             sizes.add(gpu.total_mib >> 10)
         if len(found) == 3:
@@ -457,19 +455,19 @@ def _cards_for(recipe: Recipe, study: Study, than: Gpu) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _room(spec: ModelSpec, recipe: Recipe, gpu: Gpu, pricer: _Pricer) -> Iterable[str]:
+def _room(recipe: Recipe, pricer: _Pricer) -> Iterable[str]:
     """What a run that fits leaves room for."""
     from memplan.planning.frontier import largest
-    from memplan.predict.parameters import resolve_recipe
 
     # with use_reentrant given, the option that turns checkpointing off would contradict it
-    if resolve_recipe(spec, recipe).gradient_checkpointing and recipe.use_reentrant is None:
+    if pricer.resolved(recipe).gradient_checkpointing and recipe.use_reentrant is None:
         asked = {**recipe.model_dump(), "gradient_checkpointing": False}
         if pricer.verdict(Recipe(**asked)) == "fits":
             yield "no checkpointing: about a quarter less time (--no-gradient-checkpointing)"
-    longest = largest(spec, recipe, gpu, "seq_len", recipe.batch_size)
+    peaks = pricer.peaks(recipe)
+    longest = largest(peaks, "seq_len", recipe.batch_size)
     if longest > recipe.seq_len:
         yield f"sequences of up to {longest:,} tokens (--seq-len {longest})"
-    most = largest(spec, recipe, gpu, "batch_size", recipe.seq_len)
+    most = largest(peaks, "batch_size", recipe.seq_len)
     if most > recipe.batch_size:
         yield f"up to {most} sequences at once (--batch-size {most})"

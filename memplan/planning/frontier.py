@@ -23,13 +23,12 @@ from memplan.asked.gpus import Gpu
 from memplan.asked.recipe import Kernels, Mode, Recipe
 from memplan.asked.spec import ModelSpec
 from memplan.cuda.attention import key_splits
-from memplan.cuda.card import FLASH_CAPABILITY, Card
+from memplan.cuda.card import Card
 from memplan.cuda.embedding import SORTED_FROM
 from memplan.device.fit import MARGIN_PER_CENT, context_bytes, judge, usable_bytes
 from memplan.errors import MemplanError
-from memplan.planning.plan import able
-from memplan.planning.predicted import predicted_run
-from memplan.planning.predicted import write as played
+from memplan.planning import predicted
+from memplan.planning.cards import written_for
 from memplan.predict.parameters import resolve_recipe
 from memplan.tape import Tape, replay
 
@@ -113,7 +112,7 @@ def frontier(
             bound = at_most(sizes, "seq_len", batch, max(tokens // batch, 1)) if before else 0
             before, tokens = bound if batch >= max(batches[: len(cells)], default=1) else 1, bound * batch
             if simulated and bound:
-                bound = largest(spec, sizes.recipe, gpu, "seq_len", batch, peaks=sizes)
+                bound = largest(sizes, "seq_len", batch)
             if not simulated and sum(one.events for one in every) > _MOST_PLAYED:
                 raise MemplanError(
                     f"the steps of this model have to be played for each size, and {points} points of the "
@@ -151,23 +150,20 @@ def at_most(peaks: Peaks, what: What, other: int, hint: int = 2048) -> int:
     return _last_not_above_zero(excess, peaks.longest if what == "seq_len" else LONGEST, hint)
 
 
-def largest(
-    spec: ModelSpec, recipe: Recipe, gpu: Gpu, what: What, other: int, *, peaks: Peaks | None = None
-) -> int:
-    """The largest value that the verdict calls *fits*, as it does all values below it that are tried; 0 for
-    none.
+def largest(peaks: Peaks, what: What, other: int) -> int:
+    """The largest value of a recipe on a card that the verdict calls *fits*, as it does all values below it
+    that are tried; 0 for none.
 
     The allocator's losses go up and down with sizes, on a real card too, so some values fit by luck while
     smaller ones do not. Who reads "up to N" means all of them: those just below, and 20 down to three
     quarters of it, are tried, and where one does not fit the answer is sought below that one.
     """
-    peaks = peaks or Peaks(spec, resolve_recipe(spec, recipe), gpu)
-    recipe, card = peaks.recipe, peaks.card
+    spec, recipe, gpu, card = peaks.spec, peaks.recipe, peaks.gpu, peaks.card
 
     def excess(value: int) -> int:
         batch, length = (other, value) if what == "seq_len" else (value, other)
         asked = recipe.model_copy(update={"batch_size": batch, "seq_len": length})
-        run = predicted_run(spec, asked, card)
+        run = predicted.run(spec, asked, card)
         events.append(len(run.tape.events))
         if events[-1] > MOST_SEARCHED:
             raise MemplanError(
@@ -259,8 +255,8 @@ class Peaks:
     """Peaks of allocated bytes of one recipe (resolved) on a card, by batch and sequence length."""
 
     def __init__(self, spec: ModelSpec, recipe: Recipe, gpu: Gpu) -> None:
-        self.spec, self.recipe = spec, recipe
-        self.card = _card_for(recipe, gpu)
+        self.spec, self.recipe, self.gpu = spec, recipe, gpu
+        self.card = written_for(recipe, gpu)
         total = usable_bytes(gpu)
         self.room = total - context_bytes(gpu, self.card or Card())
         limit = parse_settings(recipe.alloc_conf).limit(total)
@@ -326,7 +322,7 @@ class Peaks:
 
     def _play(self, batch: int, length: int) -> Tape:
         asked = self.recipe.model_copy(update={"batch_size": batch, "seq_len": length})
-        tape = played(self.spec, asked, self.card)
+        tape = predicted.write(self.spec, asked, self.card)
         self.events += len(tape.events)
         return tape
 
@@ -406,15 +402,3 @@ class SizedTape:
             best = max(best, live + top + max(net, 0) * (repeat - 1))
             live += repeat * net
         return best
-
-
-def _card_for(recipe: Recipe, gpu: Gpu) -> Card | None:
-    """What steps are written for: the card's own kernels where it has no FlashAttention. Raises MemplanError
-    if the recipe's kernels don't run on it."""
-    if recipe.kernels is not Kernels.STOCK:
-        able(recipe, [gpu.name])
-    if gpu.capability is None or gpu.capability >= FLASH_CAPABILITY:
-        return None
-    if attention.of(recipe).package:
-        raise MemplanError(f"this step runs FlashAttention, which the {gpu.name} can't: use attn 'sdpa'")
-    return Card(gpu.capability)

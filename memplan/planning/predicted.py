@@ -1,10 +1,11 @@
-"""The predicted writer, asked for what answers need: a step, and a whole run for the allocator.
+"""The predicted writer, asked for what answers need: a step, an evaluation, a whole run for the allocator.
 
 The shadow is imported when a step is played, not before.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from memplan.asked.recipe import Recipe
@@ -21,19 +22,23 @@ def write(spec: ModelSpec, recipe: Recipe, card: Card | None = None) -> Tape:
     return write_tape(spec, recipe, card=card)
 
 
-def predicted_run(spec: ModelSpec, recipe: Recipe, card: Card | None = None) -> Run:
+def evaluation(
+    spec: ModelSpec, recipe: Recipe, batch_size: int, *, card: Card | None = None, folded: bool = True
+) -> Tape:
+    """The tape of an evaluation between two steps (:mod:`memplan.predict.evaluation`)."""
+    from memplan.predict.evaluation import write_evaluation
+
+    return write_evaluation(spec, recipe, batch_size, card=card, folded=folded)
+
+
+def run(spec: ModelSpec, recipe: Recipe, card: Card | None = None) -> Run:
     """The whole run of a resolved recipe, for the allocator: loading, and a step with every layer played."""
     from memplan.asked.alloc_conf import parse_settings
     from memplan.predict.loading import loading
     from memplan.predict.step import write_long_tape
 
     tape = write_long_tape(spec, recipe, card=card)
-    return Run(
-        tape,
-        lambda capacity: loading(spec, recipe, tape, capacity),
-        parse_settings(recipe.alloc_conf),
-        card,
-    )
+    return Run(tape, partial(loading, spec, recipe, tape), parse_settings(recipe.alloc_conf), card)
 
 
 def predicted_tape(model: str | Path | ModelSpec, recipe: Recipe | None = None) -> Tape:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr, computed_field, model_validator
 
@@ -67,18 +66,21 @@ class PeakInfo(Record):
     layer: int | None
     by_category: CategoryBytes
 
-    _count: Callable[[], int] | int | None = PrivateAttr(default=None)
+    _study: _Counting | None = PrivateAttr(default=None)
+    _counted: int | None = PrivateAttr(default=None)
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def allocated_bytes(self) -> int:
         """``torch.cuda.max_memory_allocated``: the allocator counts whole blocks, and one whose rest is 1 MiB
         or less is not split. Simulated when it is asked for."""
-        if self._count is None:
+        if self._counted is not None:
+            return self._counted
+        if self._study is None:
             raise MemplanError(
                 "the peak of a plan that was read from JSON is not simulated: call plan() again"
             )
-        return self._count() if callable(self._count) else self._count
+        return self._study.allocator.allocated_bytes
 
     @model_validator(mode="wrap")
     @classmethod
@@ -90,8 +92,16 @@ class PeakInfo(Record):
             counted = data.pop("allocated_bytes", None)
         result: PeakInfo = handler(data)
         if counted is not None:
-            result._count = int(counted)
+            result._counted = int(counted)
         return result
+
+
+class _Counting(Protocol):
+    """Who plays the step on the allocator when somebody asks."""
+
+    @property
+    def allocator(self) -> AllocatorInfo:
+        """What came of it."""
 
 
 class Summary(Record):

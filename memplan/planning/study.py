@@ -1,27 +1,193 @@
-"""What is asked of a model, once, and what follows from it when somebody wants to know."""
+"""What is asked, once, and what follows from it, found when somebody wants to know and then kept."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
 
+from memplan.asked.alloc_conf import parse_settings
+from memplan.asked.gpus import Gpu
 from memplan.asked.recipe import Recipe
 from memplan.asked.spec import ModelSpec
 from memplan.cuda.card import Card
-from memplan.device.fit import Run
-from memplan.planning.predicted import predicted_run
+from memplan.device.fit import Evaluated, Fit, Run, Verdict, glance, judge, recast_bytes
+from memplan.planning import cards, predicted
+from memplan.planning.records import AllocatorInfo, Evaluation
+from memplan.tape import Category, Peak, Tape, replay, static_bytes
+
+DEFAULT_BATCH = 8  # TrainingArguments.per_device_eval_batch_size (transformers 5.23)
 
 
-@dataclass
-class Study:
-    """Runs of a model by recipe (resolved) and by the card that they are written for, each written and
-    simulated once: a plan, its verdicts and the advice for several cards ask about the same ones."""
+@dataclass(frozen=True)
+class Asked:
+    """A model, a recipe as it was given and as the model has it (resolved), and cards; ``named`` if somebody
+    named those. ``note``: how the model's name was understood, where that needs saying."""
 
     spec: ModelSpec
-    _runs: dict[tuple[Recipe, Card | None], Run] = field(default_factory=dict)
+    given: Recipe
+    recipe: Recipe
+    gpus: tuple[Gpu, ...]
+    named: bool
+    note: str | None = None
 
-    def run(self, recipe: Recipe, card: Card | None = None) -> Run:
-        """The whole run, for the allocator; ``card`` where other kernels run than on the reference card."""
-        key = recipe, card
+    def otherwise(self, given: Recipe) -> Asked:
+        """The same of another recipe. Raises RecipeError if it does not suit the model."""
+        from memplan.predict.parameters import resolve_recipe
+
+        return replace(self, given=given, recipe=resolve_recipe(self.spec, given))
+
+
+def ask(
+    model: str | Path | ModelSpec, recipe: Recipe | None = None, gpus: Iterable[str] | None = None
+) -> Asked:
+    """What :func:`memplan.plan` is asked, understood. Raises MemplanError (UnknownName, SpecError,
+    RecipeError, UnsupportedArchitecture)."""
+    from memplan.importers.resolve import resolve
+    from memplan.predict.parameters import resolve_recipe
+
+    given = recipe or Recipe()
+    judged = tuple(cards.able(given, gpus))  # names that are wrong are said to be before anything is played
+    found = resolve(model)
+    return Asked(found.spec, given, resolve_recipe(found.spec, given), judged, gpus is not None, found.note)
+
+
+class Study:
+    """What follows from the tape of a step, whoever wrote it for the reference card: it is replayed, and the
+    run that it is a step of is played on the allocator, for one card after the other.
+
+    Raises MemplanError for a card that was ``named`` and can't be judged by this tape.
+    """
+
+    rewritable = False  # for a card on which other kernels run
+
+    def __init__(self, tape: Tape, recipe: Recipe, gpus: Iterable[Gpu], *, named: bool) -> None:
+        self.tape, self.recipe = tape, recipe
+        self.cards = list(cards.as_told(tape, recipe, gpus, named=named, rewritable=self.rewritable))
+
+    @cached_property
+    def peak(self) -> Peak:
+        """The highest point of live tensors."""
+        return replay(self.tape)
+
+    @cached_property
+    def resting(self) -> dict[Category, int]:
+        """Bytes by category that are there before the step."""
+        return static_bytes(self.tape)
+
+    def run(self, card: Card | None = None) -> Run:
+        """The whole run; ``card`` where other kernels run than on the reference card."""
+        return self._as_it_lies
+
+    @cached_property
+    def _as_it_lies(self) -> Run:
+        return Run(self.tape, _not_loaded, parse_settings(self.recipe.alloc_conf))
+
+    @cached_property
+    def allocator(self) -> AllocatorInfo:
+        """The run on the simulated allocator, where nothing limits it."""
+        run = self.run().free
+        return AllocatorInfo(
+            settings=self.recipe.alloc_conf,
+            allocated_bytes=run.allocated,
+            reserved_bytes=run.reserved,
+            fragmentation_bytes=run.fragmentation,
+        )
+
+    @cached_property
+    def fits(self) -> tuple[Fit, ...]:
+        """A verdict for each card."""
+        return tuple(_with_kernels(judge(gpu, self.run(card)), card) for gpu, card in self.cards)
+
+    def glances(self) -> Iterator[tuple[Gpu, Verdict]]:
+        """The verdict for each card, without the allocator's simulation where it can be told without."""
+        resting = sum(self.resting.values())
+        loaded = resting - self.resting[Category.OPTIMIZER_STATE]
+        recast = recast_bytes(self.tape) if self.recipe.kbit_prep else 0
+        for gpu, card in self.cards:
+            # of a card that runs other kernels only what rests is known; settings may take more than a glance
+            # allows for
+            told = glance(gpu, self.peak.allocated_bytes if card is None else resting, loaded, recast)
+            if told == "fits" and (card is not None or self.recipe.alloc_conf):
+                told = None
+            yield gpu, told or judge(gpu, self.run(card)).verdict
+
+    @property
+    def evaluation(self) -> Evaluation | None:
+        """What the Trainer's default evaluation takes; None where nobody can say."""
+        return None
+
+    @property
+    def judged_evaluation(self) -> Evaluation | None:
+        """The same with verdicts."""
+        return None
+
+
+class Prediction(Study):
+    """A study whose tapes memplan's own writer writes: for any card, and for other recipes of the model."""
+
+    rewritable = True
+
+    def __init__(self, asked: Asked) -> None:
+        self.asked = asked
+        self._runs: dict[tuple[Recipe, Card | None], Run] = {}
+        tape = predicted.write(asked.spec, asked.recipe)
+        super().__init__(tape, asked.recipe, asked.gpus, named=asked.named)
+
+    def run(self, card: Card | None = None, recipe: Recipe | None = None) -> Run:
+        """The whole run, also of another recipe (resolved). Each is written and simulated once: a plan, its
+        verdicts and the advice for several cards ask about the same ones."""
+        key = recipe or self.recipe, card
         if key not in self._runs:
-            self._runs[key] = predicted_run(self.spec, recipe, card)
+            self._runs[key] = predicted.run(self.asked.spec, *key)
         return self._runs[key]
+
+    @cached_property
+    def evaluation(self) -> Evaluation | None:
+        """What the Trainer's default evaluation takes: it is made in batches of 8 unless told otherwise."""
+        peak, one = (
+            replay(predicted.evaluation(self.asked.spec, self.recipe, size)) for size in (DEFAULT_BATCH, 1)
+        )
+        return Evaluation(
+            batch_size=DEFAULT_BATCH,
+            tensor_bytes=peak.allocated_bytes,
+            operation=peak.operation,
+            module=peak.module,
+            with_one_bytes=one.allocated_bytes,
+        )
+
+    @cached_property
+    def judged_evaluation(self) -> Evaluation | None:
+        """The same with verdicts of the run with such an evaluation in it, for the cards on which that is
+        higher than a step: where other kernels run than on the reference card, both are others too."""
+        found = self.evaluation
+        assert found is not None
+        higher = found.tensor_bytes > self.peak.allocated_bytes
+        asked = [
+            (gpu, card)
+            for gpu, card in self.cards
+            if (higher if card is None else self._longer(card).free.reserved > self.run(card).free.reserved)
+        ]
+        # where a step does not fit, an evaluation after it is not played to its end
+        possible = {fit.gpu for fit in self.fits if fit.verdict != "does not fit"} if asked else ()
+        fits = (judge(gpu, self._longer(card), explain=gpu.name in possible) for gpu, card in asked)
+        return found.model_copy(update={"fits": tuple(fits)})
+
+    def _longer(self, card: Card | None) -> Evaluated:
+        tape = partial(
+            predicted.evaluation, self.asked.spec, self.recipe, DEFAULT_BATCH, card=card, folded=False
+        )
+        return self.run(card).with_evaluation(tape)
+
+
+def _not_loaded(_capacity: int | None) -> None:
+    """How a model comes onto the card whose tape is all there is: as it lies there."""
+
+
+def _with_kernels(fit: Fit, card: Card | None) -> Fit:
+    """Says so where the verdict is about another run than the plan's own figures."""
+    if card is None:
+        return fit
+    note = "has no FlashAttention, so its step takes another amount than the plan's, which is an A100's"
+    return fit.model_copy(update={"note": "; ".join(filter(None, (fit.note, note)))})

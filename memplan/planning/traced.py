@@ -14,7 +14,8 @@ from memplan import libraries, losses
 from memplan.asked.recipe import Recipe
 from memplan.errors import MemplanError, UnsupportedArchitecture
 from memplan.importers.resolve import ResolvedConfig, resolve_config
-from memplan.planning.plan import Plan, able, plan_from_tape
+from memplan.planning.cards import able
+from memplan.planning.plan import Plan, plan_from_tape
 from memplan.planning.records import ModelInfo, ParameterCounts
 from memplan.tape import Phase, Tape
 
@@ -37,7 +38,7 @@ def trace_plan(
     that transformers has; ``progress`` is told each phase and layer that it comes to.
     Raises MemplanError (UnknownName, SpecError, RecipeError, TraceError).
     """
-    gpus = able(recipe or Recipe(), gpus)  # names that are wrong are said to be before anything is traced
+    cards = able(recipe or Recipe(), gpus)  # names that are wrong are said to be before anything is traced
     found = model if isinstance(model, ResolvedConfig) else resolve_config(model)
     traced = _trace(found, checked(found, recipe or Recipe()), progress)
     answer = plan_from_tape(
@@ -45,8 +46,9 @@ def trace_plan(
         ModelInfo(name=found.name, hub_id=found.hub_id, architecture=traced.architecture, note=found.note),
         ParameterCounts(total=traced.parameters, trainable=traced.trainable),
         traced.recipe,
-        gpus,
-        libraries.installed(losses.find(traced.recipe.loss).library),
+        cards,
+        named=gpus is not None,
+        libraries=libraries.installed(losses.find(traced.recipe.loss).library),
     )
     return answer, traced.tape
 

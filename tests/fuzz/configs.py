@@ -10,11 +10,13 @@ from typing import Any
 from small_specs import CONFIGS, config
 
 from memplan.asked.gpus import find_gpu
-from memplan.asked.recipe import make_recipe
+from memplan.asked.recipe import Recipe
 from memplan.importers.resolve import registry, resolve, resolve_config
 from memplan.planning.advise import advise
-from memplan.planning.frontier import LONGEST, frontier, largest
+from memplan.planning.frontier import LONGEST, Peaks, frontier, largest
 from memplan.planning.plan import plan
+from memplan.planning.study import Prediction, ask
+from memplan.predict.parameters import resolve_recipe
 
 from .mutate import encoded, flipped, nested, odd, often
 from .sense import holds, sound_plan
@@ -80,20 +82,21 @@ def check(value: dict[str, Any]) -> None:
     """Plan it, or ask one of the questions that take many plans."""
     path = Path("config.json")
     path.write_bytes(encoded(value["config"]))
-    recipe, card = make_recipe(**value["recipe"]), find_gpu("a6000")
+    recipe, card = Recipe(**value["recipe"]), find_gpu("a6000")
     match value["question"]:
         case "plan" | "cards" as question:
             gpus = ["a6000"] if question == "plan" else ["t4", "a6000", "mi300x"]
             sound_plan(plan(path, recipe, gpus=gpus), cards=question == "cards")
         case "advise":
-            advice = advise(path, recipe, "a6000")
+            advice = advise(Prediction(ask(path, recipe)), "a6000")
             holds(bool(advice.model_dump_json()), "no advice")
             for change in advice.changes:
                 needed = change.needed_bytes or change.tensor_bytes  # none is said where nothing would fit
                 holds(needed >= change.tensor_bytes > 0, "bytes that are not positive", change)
         case "largest":
             spec = resolve(path).spec
-            most = largest(spec, recipe, card, "seq_len", recipe.batch_size)
+            peaks = Peaks(spec, resolve_recipe(spec, recipe), card)
+            most = largest(peaks, "seq_len", recipe.batch_size)
             for seq_len, fits in ((most, True), (most + 1, False)):
                 if 1 <= seq_len <= min(spec.max_position_embeddings or LONGEST, LONGEST):
                     asked = recipe.model_copy(update={"seq_len": seq_len})

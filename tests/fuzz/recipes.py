@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from small_specs import SPECS
 
-from memplan.asked.recipe import Recipe, make_recipe
+from memplan.asked.recipe import Recipe
 from memplan.commands.arguments import applicable
 from memplan.planning.plan import plan
 
@@ -66,5 +66,5 @@ def _known(annotation: Any) -> list[Any]:
 def check(value: dict[str, Any]) -> None:
     """Plan it on cards with and without FlashAttention."""
     family, layers = value["model"]
-    recipe = make_recipe(**value["recipe"])
+    recipe = Recipe(**value["recipe"])
     sound_plan(plan(SPECS[family](layers), recipe, gpus=["t4", "4090", "mi300x"]), cards=value["cards"])

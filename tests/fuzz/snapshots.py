@@ -12,7 +12,7 @@ from typing import Any
 
 from small_specs import SPECS
 
-from memplan.asked.recipe import make_recipe
+from memplan.asked.recipe import Recipe
 from memplan.planning.plan import plan
 from memplan.snapshot import load_snapshot, save_snapshot
 from memplan.snapshot.layout import snapshot_of
@@ -38,7 +38,7 @@ def corpus() -> tuple[bytes, ...]:
     """Snapshots that the program wrote, with segments of either kind."""
     found = []
     for settings in ("", "expandable_segments:True"):
-        run = plan(SPECS["llama"](1), make_recipe(seq_len=8, alloc_conf=settings), gpus=[]).run()
+        run = plan(SPECS["llama"](1), Recipe(seq_len=8, alloc_conf=settings), gpus=[]).run()
         save_snapshot(snapshot_of(run.tape, placement(run)), "snapshot.pickle")
         found.append(Path("snapshot.pickle").read_bytes())
         Path("snapshot.pickle").unlink()

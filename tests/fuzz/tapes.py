@@ -13,7 +13,7 @@ from typing import Any
 from example_tapes import example_tape
 from small_specs import SPECS
 
-from memplan.asked.recipe import Recipe, make_recipe
+from memplan.asked.recipe import Recipe
 from memplan.planning.predicted import predicted_tape, write
 from memplan.report.perfetto import trace_json
 from memplan.tape import Tape
@@ -32,7 +32,7 @@ FORMS: tuple[tuple[str, ...], ...] = ((), ("--json",), ("--markdown",))
 @cache
 def corpus() -> tuple[dict[str, Any], ...]:
     """Documents of folded and of played tapes."""
-    recipe = make_recipe(seq_len=64)
+    recipe = Recipe(seq_len=64)
     tapes: list[Tape] = [example_tape(2), write(SPECS["llama"](12), recipe.resolved())]
     tapes.append(predicted_tape(SPECS["gemma2"](2), Recipe(mode="full", seq_len=16)))
     info = TapeInfo(

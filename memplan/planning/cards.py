@@ -1,0 +1,77 @@
+"""Which cards a run can be on, and what its step has to be written for there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from memplan import attention
+from memplan.asked.gpus import DEFAULT_GPUS, Gpu, find_gpu
+from memplan.asked.recipe import DTypeName, Kernels, Recipe
+from memplan.cuda.card import FLASH_CAPABILITY, KERNELS_CAPABILITY, Card
+from memplan.errors import MemplanError
+from memplan.tape import Tape
+
+# Attention's fused kernels, as tapes name them.
+_FLASH = ("_flash_attn_forward", "_scaled_dot_product_flash_attention")
+_EFFICIENT = "_scaled_dot_product_efficient_attention"
+
+
+def judged(gpus: Iterable[str] | None) -> list[Gpu]:
+    """The cards of these names, or the representative set."""
+    if isinstance(gpus, str):
+        gpus = [gpus]
+    return [find_gpu(name) for name in (DEFAULT_GPUS if gpus is None else gpus)]
+
+
+def able(recipe: Recipe, gpus: Iterable[str] | None) -> list[Gpu]:
+    """The cards to judge; without those of the representative set on which memplan's kernels, if the recipe
+    has them, don't run. Raises MemplanError if one of those was asked for."""
+    cards = judged(gpus)
+    if recipe.kernels is Kernels.STOCK:
+        return cards
+    found = []
+    for card in cards:
+        if card.capability is not None and card.capability >= KERNELS_CAPABILITY:
+            found.append(card)
+        elif gpus is not None:
+            raise MemplanError(
+                f"memplan's kernels run on NVIDIA GPUs from Ampere on, which the {card.name} is not: "
+                "use stock kernels"
+            )
+    return found
+
+
+def written_for(recipe: Recipe, gpu: Gpu) -> Card | None:
+    """The card that a step has to be written for, None for the reference card: before Ampere other kernels
+    run. Raises MemplanError if the recipe's kernels don't run on it."""
+    if recipe.kernels is not Kernels.STOCK:
+        able(recipe, [gpu.name])
+    if gpu.capability is None or gpu.capability >= FLASH_CAPABILITY:
+        return None
+    if attention.of(recipe).package:
+        raise MemplanError(f"this step runs FlashAttention, which the {gpu.name} can't: use attn 'sdpa'")
+    return Card(gpu.capability)
+
+
+def as_told(
+    tape: Tape, recipe: Recipe, gpus: Iterable[Gpu], *, named: bool, rewritable: bool
+) -> Iterator[tuple[Gpu, Card | None]]:
+    """The cards to judge by a tape, each with what the run has to be written for. Before Ampere there is no
+    FlashAttention, and no efficient one in bfloat16. So the step is written again; flash-attn itself, and a
+    tape made for Ampere that can't be rewritten, can't be judged there: such a card is left out, or refused
+    if somebody ``named`` it."""
+    fused = {name for name in (*_FLASH, _EFFICIENT) if name in tape.operations}
+    if recipe.dtype is DTypeName.FLOAT16 or (recipe.dtype is DTypeName.FLOAT32 and not recipe.autocast):
+        fused.discard(_EFFICIENT)
+    package = _FLASH[0] in fused
+    for gpu in gpus:
+        if gpu.capability is None or gpu.capability >= FLASH_CAPABILITY:
+            yield gpu, None
+        elif rewritable and not package:
+            yield gpu, Card(gpu.capability)
+        elif not fused:
+            yield gpu, None
+        elif named:
+            kind = "FlashAttention" if fused & set(_FLASH) else "efficient attention in bfloat16"
+            remedy = "use attn 'sdpa'" if package else "plan without a trace, or trace with attn 'eager'"
+            raise MemplanError(f"this step runs {kind}, which the {gpu.name} can't: {remedy}")
