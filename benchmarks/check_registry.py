@@ -13,6 +13,7 @@ import json
 import logging
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -20,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 SPECS = Path(__file__).resolve().parent.parent / "data" / "model_specs.json"
 
 
-def count_parameters(config):
+def count_parameters(config: dict[str, Any]) -> tuple[str, int]:
     """The class transformers picks for this config, and its number of distinct parameters."""
     fields = dict(config)
     hf_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
@@ -30,7 +31,7 @@ def count_parameters(config):
     return type(model).__name__, sum(p.numel() for p in model.parameters())
 
 
-def check_names(models):
+def check_names(models: list[dict[str, Any]]) -> list[str]:
     """Problems with the aliases: a name used twice, or not lowercase-with-dashes."""
     names = [name for m in models for name in [m["alias"], *m["aliases"]]]
     problems = [f"{name}: used {n} times" for name, n in Counter(names).items() if n > 1]
@@ -38,7 +39,7 @@ def check_names(models):
     return problems
 
 
-def main():
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("alias", nargs="*", help="check only these entries")
     only = set(parser.parse_args().alias)

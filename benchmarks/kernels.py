@@ -100,12 +100,13 @@ class Bench:
 
     def __init__(self, device: str, rounds: int) -> None:
         self.device, self.rounds = device, rounds
-        self.shapes, self.rows, self.strips = (
-            (SHAPES, ROWS, STRIPS) if device == "cuda" else (SMALL_SHAPES, SMALL_ROWS, SMALL_STRIPS)
-        )
-        self.heads, self.tokens, self.chunks = (
-            (HEADS, TOKENS, CHUNKS) if device == "cuda" else (SMALL_HEADS, SMALL_TOKENS, SMALL_CHUNKS)
-        )
+        real = device == "cuda"
+        self.shapes = SHAPES if real else SMALL_SHAPES
+        self.rows: tuple[int, ...] = ROWS if real else SMALL_ROWS
+        self.strips: tuple[int, ...] = STRIPS if real else SMALL_STRIPS
+        self.heads = HEADS if real else SMALL_HEADS
+        self.tokens: tuple[int, ...] = TOKENS if real else SMALL_TOKENS
+        self.chunks: tuple[int, ...] = CHUNKS if real else SMALL_CHUNKS
         # larger than any L2 cache: written before each call, so that it finds its weight in memory, as in a
         # step, and so that the call is launched while the card is busy, as in a step
         self.flush = torch.empty(256 << 20 if device == "cuda" else 1, dtype=torch.int8, device=device)
@@ -370,7 +371,7 @@ def loss(bench: Bench) -> Iterator[dict[str, Any]]:
         for tokens in bench.tokens:
             x = torch.randn(tokens, hidden, dtype=torch.bfloat16, device=bench.device, requires_grad=True)
             targets = torch.randint(vocabulary, (tokens,), device=bench.device)
-            losses: Candidates = {
+            losses: dict[str, Callable[[], Any]] = {
                 name: partial(gradient, compute, x, weight, targets)
                 for candidates in bench.losses.values()
                 for name, compute in candidates.items()

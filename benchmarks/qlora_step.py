@@ -137,7 +137,7 @@ def random_linear(source: nn.Linear, device: str) -> nn.Module:
 
 def stepper(model: nn.Module, options: dict[str, Any], device: str) -> Callable[[], None]:
     """Forward, backward, clipping, AdamW."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(0, vocabulary, (1, options["seq_len"]), device=device)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)

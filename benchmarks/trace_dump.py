@@ -32,8 +32,8 @@ def main() -> None:
     if options.layers:
         config["num_hidden_layers"] = options.layers
     started = time.perf_counter()
-    capability = tuple(int(part) for part in options.capability.split("."))
-    tape = trace(config, Recipe(**json.loads(options.recipe)), compute_capability=capability)
+    major, minor = (int(part) for part in options.capability.split("."))
+    tape = trace(config, Recipe(**json.loads(options.recipe)), compute_capability=(major, minor))
     seconds = time.perf_counter() - started
     live = 0
     for segment in tape.segments:

@@ -33,8 +33,8 @@ def gb(count: int) -> str:
 
 def seventy() -> str:
     """The lesson's table for a 70B."""
-    fp32 = {"dtype": "float32", "gradient_checkpointing": True}
-    rows = [
+    fp32: dict[str, Any] = {"dtype": "float32", "gradient_checkpointing": True}
+    rows: list[tuple[str, str, str, dict[str, Any]]] = [
         ("full", "1.4 TB", "bf16 weights, AdamW (defaults)", {}),
         ("full", "1.4 TB", "fp32 weights, AdamW, checkpointing", fp32),
         ("lora", "160 GB", "defaults: no checkpointing", {}),

@@ -1,5 +1,5 @@
-"""Writes the docs that are made from code and results: cli.md, claims.md, accuracy.md, kernels.md and the two
-schemas.
+"""Writes the docs that are made from code and results: cli.md, claims.md, accuracy.md, kernels.md, the table
+in recipe.md and the two schemas.
 
 Run it after a change of options or of the plan's records; tests/test_docs.py fails while they are behind.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from enum import Enum
 from importlib import import_module
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import accuracy
 import claims
 import kernels_page
 
+from memplan.asked.recipe import Recipe, recipe_options
 from memplan.cli import HELP
 from memplan.commands import COMMANDS
 from memplan.commands.arguments import Parser
@@ -46,6 +48,22 @@ def command_line() -> str:
     return "\n".join(parts)
 
 
+def recipe() -> str:
+    """docs/recipe.md, whose table is what the recipe's fields tell; the rest stays as it is."""
+    text = (DOCS / "recipe.md").read_text(encoding="utf-8")
+    head, _, rest = text.partition("| --- | --- | --- |\n")
+    resolved = Recipe().resolved()
+    rows = "".join(
+        f"| `{name}` | `{_shown(getattr(resolved, name))}` | {option.source} |\n"
+        for name, option in recipe_options().items()
+    )
+    return f"{head}| --- | --- | --- |\n{rows}\n{rest.partition(chr(10) * 2)[2]}"
+
+
+def _shown(value: object) -> str:
+    return str(value.value if isinstance(value, Enum) else value)
+
+
 def plan_schema() -> str:
     """docs/plan.schema.json: what `memplan MODEL --json` prints."""
     return json.dumps(Plan.model_json_schema(mode="serialization"), indent=2) + "\n"
@@ -63,6 +81,7 @@ PAGES = {
     "kernels.md": kernels_page.page,
     "measurement.schema.json": measurement_schema,
     "plan.schema.json": plan_schema,
+    "recipe.md": recipe,
 }
 
 

@@ -203,7 +203,7 @@ def _times(times: dict[str, Any], one: str, other: str) -> str:
 def cell(name: str, result: dict[str, Any], limits: dict[str, float]) -> str:
     """A candidate's time, what it reaches of the ceiling, and its peak."""
     if name not in result["times"]:
-        return result["failed"].get(name, "–")
+        return str(result["failed"].get(name, "–"))
     time, peak = result["times"][name], result["peak_bytes"][name]
     words = [f"{time['median_us']:.0f} ({time['p10_us']:.0f}–{time['p90_us']:.0f})"]
     for amount, ceiling in (("bytes", "copy_bytes_per_s"), ("flop", "product_flop_per_s")):

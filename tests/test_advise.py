@@ -11,7 +11,7 @@ from conftest import Outcome
 from rich.console import Console
 
 from memplan import Recipe, plan
-from memplan.commands.arguments import parse, recipe_options
+from memplan.commands.arguments import given_options, parse
 from memplan.commands.fit import parser
 from memplan.planning import advise as advising
 from memplan.planning.advise import IDEAS, Cost
@@ -29,7 +29,7 @@ def advise(model: str, recipe: Recipe, gpu: str) -> Advice:
 def with_options(recipe: dict[str, object], command: str) -> Recipe:
     """The recipe that a suggestion's options make of the one asked about."""
     arguments = ["m", "--gpu", "a6000", *command.split()]
-    return Recipe(**{**recipe, **recipe_options(parse(parser(), arguments))})
+    return Recipe(**{**recipe, **given_options(parse(parser(), arguments))})
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from conftest import Outcome
 from memplan.asked.recipe import Recipe
 from memplan.cli import HELP, main
 from memplan.commands import COMMANDS
-from memplan.commands.arguments import applicable, parse, recipe_options
+from memplan.commands.arguments import applicable, given_options, parse
 from memplan.commands.plan import parser as plan_parser
 
 Run = Callable[..., Outcome]
@@ -218,7 +218,7 @@ def test_option_names_that_scripts_rely_on() -> None:
     ],
 )
 def test_options_become_fields(arguments: list[str], options: dict[str, Any]) -> None:
-    given = recipe_options(parse(plan_parser(), ["llama-70b", *arguments]))
+    given = given_options(parse(plan_parser(), ["llama-70b", *arguments]))
     assert given == options
     assert Recipe(**given)
 
@@ -402,7 +402,7 @@ def test_an_interrupt_is_quiet(memplan: Run, monkeypatch: pytest.MonkeyPatch) ->
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("memplan.planning.plan.plan", interrupt)
+    monkeypatch.setattr("memplan.planning.study.replay", interrupt)
     assert memplan(SMALL) == (130, "", "")
 
 

@@ -82,7 +82,9 @@ def generator() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("page", ["cli.md", "claims.md", "plan.schema.json", "measurement.schema.json"])
+@pytest.mark.parametrize(
+    "page", ["cli.md", "claims.md", "recipe.md", "plan.schema.json", "measurement.schema.json"]
+)
 def test_generated_pages_are_current(page: str) -> None:
     pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     if page.endswith(".json") and f"pydantic=={pydantic.VERSION}" not in pins:

@@ -86,7 +86,7 @@ def test_a_bug_is_not_a_verdict(memplan: Callable[..., Outcome], monkeypatch: py
     def broken(*_: Any, **__: Any) -> None:
         raise KeyError("tape")
 
-    monkeypatch.setattr("memplan.planning.plan.replay", broken)
+    monkeypatch.setattr("memplan.planning.study.replay", broken)
     outcome = memplan("fit", "llama-3.2-1b", "--gpu", "a6000")
     assert outcome.status == 70
     assert outcome.err.startswith("memplan: a bug in memplan (KeyError: 'tape'); please report it")

@@ -93,7 +93,7 @@ def row(case: dict[str, Any], checkpoint: Path, found: dict[str, Any]) -> dict[s
 def equal(one: dict[str, Any]) -> bool:
     """Whether a row is within what is promised."""
     allocated, reserved = one["allocated"], one["reserved"]
-    return (
+    return bool(
         abs(allocated["predicted"] - allocated["emulated"]) <= ALLOCATED
         and abs(reserved["predicted"] - reserved["emulated"]) <= RESERVED * reserved["emulated"]
     )

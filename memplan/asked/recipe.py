@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import Enum
+from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
@@ -17,6 +18,17 @@ from pydantic import (
 )
 
 from memplan import rooms
+from memplan.asked.options import (
+    SHORT_DTYPES,
+    Option,
+    names,
+    of_adapters,
+    of_four_bits,
+    of_optimizer,
+    of_precision,
+    of_step,
+    targets,
+)
 from memplan.errors import RecipeError, UnknownName, printable
 
 
@@ -44,18 +56,9 @@ class Kernels(str, Enum):
     MEMPLAN = "memplan"
 
 
+_LONG_DTYPES = {short: long for long, short in SHORT_DTYPES.items()}
+
 OPTIMIZER_ALIASES = {"adamw_8bit": "adamw_bnb_8bit", "paged_adamw": "paged_adamw_32bit"}
-
-TARGET_PRESETS = ("all-linear", "attention", "q,v")
-
-# Options that say nothing without adapters, and without a 4-bit base.
-OF_ADAPTERS = frozenset(
-    (
-        "r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora",
-        "adapter_dtype",
-    )
-)  # fmt: skip
-OF_FOUR_BITS = frozenset(("quant_type", "double_quant"))
 
 _MAX_TOKENS = 1 << 26  # in one step; logits of a vocabulary of 32,000 would be 4 TiB
 
@@ -81,6 +84,23 @@ AttentionName = Annotated[str, _named("attention", "attention implementation"), 
 LossName = Annotated[str, _named("losses", "loss"), _listed("losses")]
 
 
+def _kind_of_adapters(recipe: Recipe) -> str:
+    kinds = [name for name, used in (("rsLoRA", recipe.use_rslora), ("DoRA", recipe.use_dora)) if used]
+    saving = f" saving {','.join(recipe.modules_to_save)}" if recipe.modules_to_save else ""
+    return (" and ".join(kinds) or ("LoRA" if saving else "plain LoRA")) + saving
+
+
+def _targeted(recipe: Recipe) -> str:
+    targets = recipe.target_modules
+    return f"targets {targets if isinstance(targets, str) else ','.join(targets)}"
+
+
+def _checkpointing(recipe: Recipe) -> str:
+    if not recipe.gradient_checkpointing:
+        return "no checkpointing"
+    return "reentrant checkpointing" if recipe.use_reentrant else "non-reentrant checkpointing"
+
+
 class Recipe(BaseModel):
     """A training recipe. Frozen; anything left as None is resolved by :meth:`resolved`.
 
@@ -89,40 +109,330 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    mode: Mode = Mode.QLORA
-    r: int = Field(default=8, ge=1)
-    lora_alpha: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    lora_dropout: float = Field(default=0.0, ge=0.0, lt=1.0, allow_inf_nan=False)
-    target_modules: str | tuple[str, ...] = "all-linear"
-    modules_to_save: tuple[str, ...] = ()
-    use_rslora: bool = False
-    use_dora: bool = False
-    adapter_dtype: DTypeName = DTypeName.FLOAT32
-
-    dtype: DTypeName = DTypeName.BFLOAT16
-    autocast: bool = False
-    quant_type: QuantType = QuantType.NF4
-    double_quant: bool = True
-    kbit_prep: bool | None = None
-    kernels: Kernels = Kernels.STOCK
-
-    optimizer: OptimizerName = "adamw_torch_fused"
-    momentum: float = Field(default=0.0, ge=0.0, lt=1.0, allow_inf_nan=False)
-    max_grad_norm: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
-    gradient_accumulation_steps: int = Field(default=1, ge=1)
-
-    gradient_checkpointing: bool | None = None
-    use_reentrant: bool | None = None
-    use_cache: bool = False
-    attn: AttentionName | None = None
-    loss: LossName = "standard"
-    batch_size: int = Field(default=1, ge=1, le=1 << 20)
-    seq_len: int = Field(default=2048, ge=1, le=1 << 24)
-
-    device_map: Literal["auto"] | None = (
-        None  # of from_pretrained; 4-bit models are always loaded onto the card
-    )
-    alloc_conf: str = ""  # PYTORCH_ALLOC_CONF
+    mode: Annotated[
+        Mode,
+        Option(
+            group="",
+            help="full: every weight; lora: adapters on a 16-bit base; qlora: on a 4-bit one",
+            phrase=lambda r: r.mode.value,
+            source="memplan's own: the mode in which most people ask whether it fits.",
+        ),
+    ] = Mode.QLORA
+    r: Annotated[
+        int,
+        of_adapters(
+            help="rank",
+            metavar="N",
+            phrase=lambda r: f"r {r.r}",
+            source="PEFT, `peft/tuners/lora/config.py`, `LoraConfig.r`.",
+        ),
+    ] = Field(default=8, ge=1)
+    lora_alpha: Annotated[
+        float | None,
+        of_adapters(
+            help="scale; costs no memory",
+            default="2 r",
+            metavar="X",
+            phrase=lambda r: f"alpha {2.0 * r.r if r.lora_alpha is None else r.lora_alpha:g}",
+            source=(
+                "Twice `r`, as LLaMA-Factory has it and most recipes do; PEFT's `LoraConfig.lora_alpha` "
+                "is 8. A Python number: it takes no memory."
+            ),
+        ),
+    ] = Field(default=None, gt=0, allow_inf_nan=False)
+    lora_dropout: Annotated[
+        float,
+        of_adapters(
+            help="dropout",
+            metavar="P",
+            phrase=lambda r: f"dropout {r.lora_dropout:g}",
+            source="PEFT, `LoraConfig.lora_dropout`. At 0 the layer is `nn.Identity` and saves no mask.",
+        ),
+    ] = Field(default=0.0, ge=0.0, lt=1.0, allow_inf_nan=False)
+    target_modules: Annotated[
+        str | tuple[str, ...],
+        of_adapters(
+            help="all-linear, attention or q,v; names with commas between them; or a regular expression, as "
+            "PEFT takes them",
+            metavar="T",
+            read=targets,
+            phrase=_targeted,
+            source=(
+                "PEFT's name for every linear layer but the output (`peft/utils/constants.py`, "
+                "`INCLUDE_LINEAR_LAYERS_SHORTHAND`), and the QLoRA paper's choice. With none given, "
+                "PEFT takes `q_proj` and `v_proj` in Llama-like models (same file): ask for `q,v`."
+            ),
+        ),
+    ] = "all-linear"
+    modules_to_save: Annotated[
+        tuple[str, ...],
+        of_adapters(
+            help="modules trained in full beside the adapters",
+            default="",
+            metavar="NAMES",
+            read=names,
+            rest=(),
+            told_with="use_rslora",
+            source="PEFT, `LoraConfig.modules_to_save` is None.",
+        ),
+    ] = ()
+    use_rslora: Annotated[
+        bool,
+        of_adapters(
+            help="rank-stabilised scale",
+            default="",
+            rest=False,
+            phrase=_kind_of_adapters,
+            source="PEFT, `LoraConfig.use_rslora`.",
+        ),
+    ] = False
+    use_dora: Annotated[
+        bool,
+        of_adapters(
+            help="weight-decomposed adapters",
+            default="",
+            rest=False,
+            told_with="use_rslora",
+            source="PEFT, `LoraConfig.use_dora`.",
+        ),
+    ] = False
+    adapter_dtype: Annotated[
+        DTypeName,
+        of_adapters(
+            help="adapters' dtype",
+            short=_LONG_DTYPES,
+            phrase=lambda r: f"{SHORT_DTYPES[r.adapter_dtype.value]} adapters",
+            source=(
+                "PEFT, `peft/mapping_func.py`, `get_peft_model(autocast_adapter_dtype=True)`: 16-bit "
+                "adapters become fp32 (`peft/tuners/tuners_utils.py`, `cast_adapter_dtype`)."
+            ),
+        ),
+    ] = DTypeName.FLOAT32
+    quant_type: Annotated[
+        QuantType,
+        of_four_bits(
+            help="4-bit code",
+            phrase=lambda r: r.quant_type.value + (" double-quantised" if r.double_quant else ""),
+            source=(
+                "The QLoRA paper and PEFT's guide to quantisation. "
+                "`BitsAndBytesConfig.bnb_4bit_quant_type` is `fp4` "
+                "(`transformers/utils/quantization_config.py`), of the same size."
+            ),
+        ),
+    ] = QuantType.NF4
+    double_quant: Annotated[
+        bool,
+        of_four_bits(
+            help="quantise the quantisation constants too",
+            told_with="quant_type",
+            source=(
+                "The QLoRA paper and LLaMA-Factory. `BitsAndBytesConfig.bnb_4bit_use_double_quant` is "
+                "False: ask for `--no-double-quant`."
+            ),
+        ),
+    ] = True
+    kbit_prep: Annotated[
+        bool | None,
+        of_four_bits(
+            help="PEFT's prepare_model_for_kbit_training, which upcasts what is not 4-bit",
+            default="on in qlora",
+            rest=False,
+            phrase=lambda r: "kbit prep" if r.kbit_prep else "no kbit prep",
+            source=(
+                "PEFT's guide calls `prepare_model_for_kbit_training` (`peft/utils/other.py`) on every "
+                "4-bit model. False in modes lora and full, which have none."
+            ),
+        ),
+    ] = None
+    kernels: Annotated[
+        Kernels,
+        of_four_bits(
+            help="what multiplies by 4-bit weights: bitsandbytes and PEFT, or memplan.kernels",
+            rest=Kernels.STOCK,
+            phrase=lambda r: None if r.kernels is Kernels.STOCK else f"{r.kernels.value} kernels",
+            source=(
+                "bitsandbytes and PEFT as they are. `memplan` is the model after "
+                "`memplan.kernels.apply(model)` ([kernels.md](kernels.md)): NF4 and plain LoRA only."
+            ),
+        ),
+    ] = Kernels.STOCK
+    dtype: Annotated[
+        DTypeName,
+        of_precision(
+            help="weights' dtype; bf16, fp16 and fp32 will do",
+            first=True,
+            short=_LONG_DTYPES,
+            phrase=lambda r: SHORT_DTYPES[r.dtype.value],
+            source=(
+                'transformers, `modeling_utils.py`, `from_pretrained(dtype="auto")` loads what the '
+                "checkpoint has: bfloat16 for nearly every model listed (Llama 1 and 2 are float16, of "
+                "the same size)."
+            ),
+        ),
+    ] = DTypeName.BFLOAT16
+    autocast: Annotated[
+        bool,
+        of_precision(
+            help="run under torch.autocast, the Trainer's bf16=True",
+            first=True,
+            phrase=lambda r: "autocast" if r.autocast else "no autocast",
+            source="transformers, `training_args.py`, `TrainingArguments.bf16` and `fp16` are False.",
+        ),
+    ] = False
+    optimizer: Annotated[
+        OptimizerName,
+        of_optimizer(
+            help="the Trainer's optim: {names}",
+            metavar="NAME",
+            room="optimizers",
+            phrase=lambda r: r.optimizer + (f" with momentum {r.momentum:g}" if r.momentum else ""),
+            source="transformers, `training_args.py`, `TrainingArguments.optim` with torch 2.8 or newer.",
+        ),
+    ] = "adamw_torch_fused"
+    momentum: Annotated[
+        float,
+        of_optimizer(
+            help="of sgd",
+            metavar="X",
+            told_with="optimizer",
+            source=(
+                "torch, `torch/optim/sgd.py`; the Trainer passes one only from `optim_args` "
+                "(`trainer_optimizer.py`, `_get_sgd`). Counts for `sgd` only."
+            ),
+        ),
+    ] = Field(default=0.0, ge=0.0, lt=1.0, allow_inf_nan=False)
+    max_grad_norm: Annotated[
+        float,
+        of_optimizer(
+            help="clip gradients; 0: never",
+            metavar="X",
+            phrase=lambda r: f"clip {r.max_grad_norm:g}" if r.max_grad_norm else "no clipping",
+            source="transformers, `TrainingArguments.max_grad_norm`. 0 turns clipping off.",
+        ),
+    ] = Field(default=1.0, ge=0.0, allow_inf_nan=False)
+    gradient_accumulation_steps: Annotated[
+        int,
+        of_optimizer(
+            help="forward and backward passes a step",
+            metavar="N",
+            phrase=lambda r: f"accumulate {r.gradient_accumulation_steps}",
+            source="transformers, `TrainingArguments.gradient_accumulation_steps`.",
+        ),
+    ] = Field(default=1, ge=1)
+    gradient_checkpointing: Annotated[
+        bool | None,
+        of_step(
+            help="keep each layer's input only and recompute the rest",
+            default="on for qlora, else off",
+            phrase=_checkpointing,
+            source=(
+                "For qlora: `prepare_model_for_kbit_training(use_gradient_checkpointing=True)`; it "
+                "stays on with `--no-kbit-prep`, which drops the upcasts only. For lora and full False: "
+                "`TrainingArguments.activation_checkpointing` (older name: `gradient_checkpointing`)."
+            ),
+        ),
+    ] = None
+    use_reentrant: Annotated[
+        bool | None,
+        of_step(
+            help="which of torch's two ways of checkpointing",
+            default="docs/recipe.md",
+            told_with="gradient_checkpointing",
+            source=(
+                "Where `kbit_prep` turns checkpointing on, it passes no kwargs and torch 2.13 takes the "
+                "reentrant way, with a warning (`torch/utils/checkpoint.py`, `checkpoint`). Where the "
+                "Trainer turns it on: False (`modeling_utils.py`, `_activation_checkpointing_enable`)."
+            ),
+        ),
+    ] = None
+    use_cache: Annotated[
+        bool,
+        of_step(
+            help="train with a cache of keys and values, which no Trainer does",
+            phrase=lambda r: "key-value cache" if r.use_cache else None,
+            source=(
+                "transformers, `training_args.py`, `TrainingArguments.use_cache`: the Trainer sets the "
+                "model's `use_cache` so (`trainer.py`, 5.23). A training loop of one's own leaves it as "
+                "the config says, mostly on: ask for `--use-cache`. Checkpointing turns it off."
+            ),
+        ),
+    ] = False
+    attn: Annotated[
+        AttentionName | None,
+        of_step(
+            help="attention kernel; flash is short for flash_attention_2",
+            default="sdpa",
+            room="attention",
+            short={"flash": "flash_attention_2"},
+            phrase=lambda r: r.attn or "sdpa",
+            source="transformers, `modeling_utils.py`: `sdpa` where nothing is requested.",
+        ),
+    ] = None
+    loss: Annotated[
+        LossName,
+        of_step(
+            help="standard: as transformers; chunked: as TRL; liger: fused with lm_head",
+            room="losses",
+            phrase=lambda r: f"{r.loss} loss",
+            source=(
+                "transformers, `loss/loss_utils.py`, `ForCausalLMLoss`. TRL's SFTTrainer never makes "
+                "the full logits (`trl/trainer/utils.py`, `add_fused_lm_head`): ask for `chunked`, "
+                "which for a mixture of experts has the load-balancing loss that SFTTrainer adds "
+                "(`aux_loss_enabled`; not where the config's `router_aux_loss_coef` is 0). `liger` is "
+                "Liger-Kernel's fused linear cross entropy without its other kernels."
+            ),
+        ),
+    ] = "standard"
+    batch_size: Annotated[
+        int,
+        of_step(
+            help="sequences in one forward pass",
+            first=True,
+            flags=("--per-device-train-batch-size",),
+            metavar="N",
+            phrase=lambda r: f"{r.batch_size} × {r.seq_len} tokens",
+            source=(
+                "The smallest step: the question is whether a run fits at all. "
+                "`TrainingArguments.per_device_train_batch_size` is 8."
+            ),
+        ),
+    ] = Field(default=1, ge=1, le=1 << 20)
+    seq_len: Annotated[
+        int,
+        of_step(
+            help="tokens in a sequence",
+            first=True,
+            metavar="N",
+            told_with="batch_size",
+            source=(
+                "No library default: the Trainer takes what the collator gives. TRL cuts at 1024, "
+                "LLaMA-Factory at 2048, Axolotl at 512."
+            ),
+        ),
+    ] = Field(default=2048, ge=1, le=1 << 24)
+    device_map: Annotated[
+        Literal["auto"] | None,
+        of_step(
+            help="from_pretrained's: weights are loaded onto the card",
+            default="by the host, except in 4 bits",
+            phrase=lambda r: f"device map {r.device_map}" if r.device_map else None,
+            source=(
+                "transformers, `modeling_utils.py`, `from_pretrained`: weights go to the host, and the "
+                "Trainer moves the model; 4-bit ones go to the card in any case. `auto` loads all onto "
+                "the card: block placement differs, by some MB."
+            ),
+        ),
+    ] = None
+    alloc_conf: Annotated[
+        str,
+        of_step(
+            help="PYTORCH_ALLOC_CONF of the run, such as expandable_segments:True",
+            default="none",
+            metavar="CONF",
+            phrase=lambda r: r.alloc_conf or None,
+            source="torch, `c10/core/AllocatorConfig.cpp`: `PYTORCH_ALLOC_CONF` is not set.",
+        ),
+    ] = ""
 
     if not TYPE_CHECKING:  # there, the fields are the signature
 
@@ -172,18 +482,21 @@ class Recipe(BaseModel):
     def _check_foreign(self, options: Mapping[str, Any]) -> None:
         """Refuse options that say nothing in the mode. Who says all of them has a record of a recipe, such as
         a plan's: there, those may be at rest."""
-        given = {name for name in options if getattr(self, name) not in (None, ())}
-        if options.keys() >= type(self).model_fields.keys():
-            given = {name for name in given if not self._at_rest(name)}
-        given -= {name for name in ("use_rslora", "use_dora") if not getattr(self, name)}
-        for name in sorted(given & OF_FOUR_BITS if self.mode is not Mode.QLORA else ()):
+        known = recipe_options()
+        whole = options.keys() >= known.keys()
+        for name in sorted(options.keys() & known.keys()):
+            option, value = known[name], getattr(self, name)
+            if self.mode.value in option.modes or value in (None, option.rest):
+                continue
+            if whole and self._at_rest(name):
+                continue
+            if "lora" in option.modes:
+                raise RecipeError(f"{name} belongs to adapters, which mode full does not have: leave it out")
             raise RecipeError(
                 f"{name} belongs to 4-bit weights, which mode {self.mode.value} does not have"
                 + (" (4-bit weights can't be trained in full)" if self.mode is Mode.FULL else "")
                 + ": use --mode qlora"
             )
-        for name in sorted(given & OF_ADAPTERS if self.mode is Mode.FULL else ()):
-            raise RecipeError(f"{name} belongs to adapters, which mode full does not have: leave it out")
 
     def _at_rest(self, name: str) -> bool:
         value = getattr(self, name)
@@ -240,6 +553,15 @@ class Recipe(BaseModel):
                 "attn": self.attn or "sdpa",
             }
         )
+
+
+@cache
+def recipe_options() -> dict[str, Option]:
+    """What is told of each field of a recipe, by its name."""
+    return {
+        name: next(told for told in field.metadata if isinstance(told, Option))
+        for name, field in Recipe.model_fields.items()
+    }
 
 
 def _sentence(error: ValidationError) -> str:

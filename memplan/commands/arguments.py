@@ -4,29 +4,16 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from enum import Enum
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from memplan import rooms
-from memplan.asked.recipe import (
-    OF_ADAPTERS,
-    OF_FOUR_BITS,
-    OPTIMIZER_ALIASES,
-    TARGET_PRESETS,
-    DTypeName,
-    Kernels,
-    Mode,
-    QuantType,
-    Recipe,
-)
+from memplan.asked.options import TARGET_PRESETS, Option
+from memplan.asked.recipe import OPTIMIZER_ALIASES, Mode, Recipe, recipe_options
 from memplan.errors import MemplanError, UnknownName
 from memplan.streams import say
-
-_SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "flash": "flash_attention_2"}
-_NAME = re.compile(r"[\w.-]+")
 
 
 class UsageError(MemplanError):
@@ -153,146 +140,57 @@ def add_gpus(parser: Parser, *, required: bool = False) -> None:
 
 
 def add_recipe(parser: Parser, *, mode: bool = True) -> None:
-    """The options that make a Recipe. Each one's destination is the name of a field."""
-    if mode:
-        parser.add_argument(
-            "--mode",
-            choices=_values(Mode),
-            help="full: every weight; lora: adapters on a 16-bit base; qlora: on a 4-bit one"
-            + _default("mode"),
-        )
-    _add_step(parser.add_argument_group("step"))
-    _add_adapters(parser.add_argument_group("adapters (lora and qlora)"))
-    _add_precision(parser.add_argument_group("precision and 4-bit base"))
-    _add_optimizer(parser.add_argument_group("optimizer"))
+    """The options that make a Recipe, as its fields tell them. Each one's destination is a field's name."""
+    groups: dict[str, argparse._ActionsContainer] = {"": parser}
+    options = recipe_options()
+    for name in sorted(
+        options, key=lambda name: (_GROUPS.index(options[name].group), not options[name].first)
+    ):
+        option = options[name]
+        if option.group not in groups:
+            groups[option.group] = parser.add_argument_group(option.group)
+        if name != "mode" or mode:
+            _add_option(groups[option.group], name, option)
 
 
-def _add_step(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--batch-size",
-        "--per-device-train-batch-size",
-        type=whole,
-        metavar="N",
-        help="sequences in one forward pass" + _default("batch_size"),
-    )
-    group.add_argument(
-        "--seq-len", type=whole, metavar="N", help="tokens in a sequence" + _default("seq_len")
-    )
-    group.add_argument(
-        "--gradient-checkpointing",
-        action=argparse.BooleanOptionalAction,
-        help="keep each layer's input only and recompute the rest (default: on for qlora, else off)",
-    )
-    group.add_argument(
-        "--use-reentrant",
-        action=argparse.BooleanOptionalAction,
-        help="which of torch's two ways of checkpointing (default: docs/recipe.md)",
-    )
-    group.add_argument(
-        "--device-map",
-        choices=["auto"],
-        help="from_pretrained's: weights are loaded onto the card (default: by the host, except in 4 bits)",
-    )
-    group.add_argument(
-        "--use-cache",
-        action=argparse.BooleanOptionalAction,
-        help="train with a cache of keys and values, which no Trainer does" + _default("use_cache"),
-    )
-    group.add_argument(
-        "--attn",
-        type=_long_name,
-        choices=rooms.names("attention"),
-        help="attention kernel (default: sdpa; flash is short for flash_attention_2)",
-    )
-    group.add_argument(
-        "--alloc-conf",
-        metavar="CONF",
-        help="PYTORCH_ALLOC_CONF of the run, such as expandable_segments:True (default: none)",
-    )
-    group.add_argument(
-        "--loss",
-        choices=rooms.names("losses"),
-        help="standard: as transformers; chunked: as TRL; liger: fused with lm_head" + _default("loss"),
-    )
+_GROUPS = ("", "step", "adapters (lora and qlora)", "precision and 4-bit base", "optimizer")
 
 
-def _add_adapters(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--r", type=whole, metavar="N", help="rank" + _default("r"))
-    group.add_argument("--lora-alpha", type=float, metavar="X", help="scale (default: 2 r); costs no memory")
-    group.add_argument("--lora-dropout", type=float, metavar="P", help="dropout" + _default("lora_dropout"))
-    group.add_argument(
-        "--target-modules",
-        type=_targets,
-        metavar="T",
-        help=f"{', '.join(TARGET_PRESETS[:2])} or {TARGET_PRESETS[2]}; names with commas between them; or a "
-        "regular expression, as PEFT takes them" + _default("target_modules"),
-    )
-    group.add_argument(
-        "--modules-to-save", type=_names, metavar="NAMES", help="modules trained in full beside the adapters"
-    )
-    group.add_argument("--use-rslora", action=argparse.BooleanOptionalAction, help="rank-stabilised scale")
-    group.add_argument("--use-dora", action=argparse.BooleanOptionalAction, help="weight-decomposed adapters")
-    group.add_argument(
-        "--adapter-dtype",
-        type=_long_name,
-        choices=_values(DTypeName),
-        help="adapters' dtype" + _default("adapter_dtype"),
-    )
+def _place(told: tuple[str, Option]) -> tuple[int, bool]:
+    option = told[1]
+    return _GROUPS.index(option.group), not option.first
 
 
-def _add_precision(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--dtype",
-        type=_long_name,
-        choices=_values(DTypeName),
-        help="weights' dtype; bf16, fp16 and fp32 will do" + _default("dtype"),
-    )
-    group.add_argument(
-        "--autocast",
-        action=argparse.BooleanOptionalAction,
-        help="run under torch.autocast, the Trainer's bf16=True" + _default("autocast"),
-    )
-    group.add_argument("--quant-type", choices=_values(QuantType), help="4-bit code" + _default("quant_type"))
-    group.add_argument(
-        "--double-quant",
-        action=argparse.BooleanOptionalAction,
-        help="quantise the quantisation constants too" + _default("double_quant"),
-    )
-    group.add_argument(
-        "--kbit-prep",
-        action=argparse.BooleanOptionalAction,
-        help="PEFT's prepare_model_for_kbit_training, which upcasts what is not 4-bit (default: on in qlora)",
-    )
-    group.add_argument(
-        "--kernels",
-        choices=_values(Kernels),
-        help="what multiplies by 4-bit weights: bitsandbytes and PEFT, or memplan.kernels"
-        + _default("kernels"),
-    )
+def _add_option(group: argparse._ActionsContainer, name: str, option: Option) -> None:
+    """An option of the command line. What kind it is follows from the field's annotation."""
+    field = Recipe.model_fields[name]
+    kind = next(kind for kind in get_args(field.annotation) or (field.annotation,) if kind is not type(None))
+    settings: dict[str, Any] = {}
+    if option.read is not None:
+        settings["type"] = _reader(option.read)
+    elif kind is bool:
+        settings["action"] = argparse.BooleanOptionalAction
+    elif kind is int:
+        settings["type"] = whole
+    elif kind is float:
+        settings["type"] = float
+    elif isinstance(kind, type) and issubclass(kind, Enum):
+        settings["choices"] = _values(kind)
+    elif option.room is not None and option.metavar is None:
+        settings["choices"] = rooms.names(option.room)
+    elif kind is not str:
+        settings["choices"] = list(get_args(kind) or (kind,))  # of a Literal
+    if option.short is not None:
+        settings["type"] = _longer(option.short)
+    if option.metavar is not None:
+        settings["metavar"] = option.metavar
+    told = _default(name) if option.default is None else option.default
+    names = ", ".join(rooms.names(option.room)) if option.room is not None else ""
+    text = option.help.replace("{names}", names) + (f" (default: {told})" if told else "")
+    group.add_argument(f"--{name.replace('_', '-')}", *option.flags, help=text, **settings)
 
 
-def _add_optimizer(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--optimizer",
-        metavar="NAME",
-        help="the Trainer's optim: " + ", ".join(rooms.names("optimizers")) + _default("optimizer"),
-    )
-    group.add_argument("--momentum", type=float, metavar="X", help="of sgd" + _default("momentum"))
-    group.add_argument(
-        "--max-grad-norm",
-        type=float,
-        metavar="X",
-        help="clip gradients; 0: never" + _default("max_grad_norm"),
-    )
-    group.add_argument(
-        "--gradient-accumulation-steps",
-        type=whole,
-        metavar="N",
-        help="forward and backward passes a step" + _default("gradient_accumulation_steps"),
-    )
-
-
-def recipe_options(arguments: argparse.Namespace) -> dict[str, Any]:
+def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The recipe's options that were given, by field."""
     given = vars(arguments)
     return {field: given[field] for field in Recipe.model_fields if field in given}
@@ -300,10 +198,8 @@ def recipe_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def applicable(options: dict[str, Any], mode: str) -> dict[str, Any]:
     """Those of the options that mean something in this mode: `compare` gives the same ones to every mode."""
-    foreign = (OF_FOUR_BITS | {"kbit_prep", "kernels"} if mode != "qlora" else frozenset()) | (
-        OF_ADAPTERS if mode == "full" else frozenset()
-    )
-    return {field: value for field, value in options.items() if field not in foreign}
+    told = recipe_options()
+    return {field: value for field, value in options.items() if mode in told[field].modes}
 
 
 def modes(text: str) -> list[str]:
@@ -339,7 +235,7 @@ def _default(field: str) -> str:
         value = value.value
     elif isinstance(value, bool):
         value = "on" if value else "off"
-    return f" (default: {value})"
+    return str(value)
 
 
 def whole(text: str) -> int:
@@ -352,20 +248,17 @@ def whole(text: str) -> int:
     raise argparse.ArgumentTypeError(f"it takes a whole number of at most 18 digits, not {text[:60]!r}")
 
 
-def _long_name(text: str) -> str:
-    return _SHORT_NAMES.get(text, text)
+def _longer(short: dict[str, str]) -> Callable[[str], str]:
+    return lambda text: short.get(text, text)
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+def _reader(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """``read``, complaining as argparse has it."""
 
+    def reading(text: str) -> Any:
+        try:
+            return read(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
 
-def _targets(text: str) -> str | tuple[str, ...]:
-    """A preset or a pattern stays as it is; plain names become a list, even one: to PEFT a lone string is
-    a regular expression for whole module paths, which no one means by `--target-modules q_proj`."""
-    names = _names(text)
-    if not names:
-        raise argparse.ArgumentTypeError("it names no module")
-    if text in TARGET_PRESETS or not all(_NAME.fullmatch(name) for name in names):
-        return text
-    return names
+    return reading

@@ -11,8 +11,8 @@ from memplan.commands.arguments import (
     add_model,
     add_recipe,
     applicable,
+    given_options,
     modes,
-    recipe_options,
 )
 
 ALL_MODES = "full,lora,qlora"
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     from memplan.planning.cards import able
     from memplan.planning.plan import plan
 
-    options = recipe_options(arguments)
+    options = given_options(arguments)
     if options.get("kernels") == "memplan":  # the cards on which they run, for all modes alike
         arguments.gpu = [card.name for card in able(Recipe(kernels="memplan"), arguments.gpu)]
     plans = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from memplan.commands.arguments import Parser, UsageError, add_json, add_recipe, recipe_options
+from memplan.commands.arguments import Parser, UsageError, add_json, add_recipe, given_options
 from memplan.streams import say
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the difference; 0 if there is none, else 1."""
     from memplan.tape.diff import diff
 
-    options = recipe_options(arguments)
+    options = given_options(arguments)
     names = (arguments.a, arguments.b)
     if options and not any(_asked(name) for name in names):
         raise UsageError("options say how to run plan:MODEL or trace:MODEL; both tapes here are files")

@@ -12,7 +12,7 @@ from memplan.commands.arguments import (
     add_json,
     add_model,
     add_recipe,
-    recipe_options,
+    given_options,
 )
 from memplan.errors import MemplanError
 from memplan.streams import remark
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     from memplan.planning.plan import plan_of
     from memplan.planning.study import Prediction, ask
 
-    asked = ask(arguments.model, Recipe(**recipe_options(arguments)), arguments.gpu)
+    asked = ask(arguments.model, Recipe(**given_options(arguments)), arguments.gpu)
     if arguments.maximize is not None:
         found = _maximized(asked, "seq_len" if arguments.maximize == "seq-len" else "batch_size")
         if found is None:

@@ -12,8 +12,8 @@ from memplan.commands.arguments import (
     add_model,
     add_recipe,
     applicable,
+    given_options,
     modes,
-    recipe_options,
 )
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def _recipes(arguments: argparse.Namespace) -> list[Recipe]:
     """Every mode with and without checkpointing and with each optimizer, as far as they were not given."""
     from memplan.asked.recipe import Recipe
 
-    options = recipe_options(arguments)
+    options = given_options(arguments)
     for option in ("batch_size", "seq_len"):
         if option in options:
             raise UsageError(

@@ -12,7 +12,7 @@ from memplan.commands.arguments import (
     add_pictures,
     add_recipe,
     add_tape,
-    recipe_options,
+    given_options,
 )
 
 EXAMPLES = """\
@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     from memplan.planning.plan import plan_of
     from memplan.planning.study import Prediction, ask
 
-    options = recipe_options(arguments)
+    options = given_options(arguments)
     study = Prediction(ask(arguments.model, Recipe(**options), arguments.gpu))
     answer = plan_of(study)
     if arguments.html is not None and arguments.gpu:

@@ -13,7 +13,7 @@ from memplan.commands.arguments import (
     add_pictures,
     add_recipe,
     add_tape,
-    recipe_options,
+    given_options,
 )
 from memplan.streams import remark
 
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     from memplan.commands import pictures
 
     pictures.check(arguments)
-    options = recipe_options(arguments)
+    options = given_options(arguments)
     plan, tape = traced(arguments.model, options, arguments.gpu)
     answer(plan, tape, arguments, options)
     return 0

@@ -12,8 +12,8 @@ from memplan.commands.arguments import (
     add_json,
     add_model,
     add_recipe,
+    given_options,
     positive,
-    recipe_options,
     whole,
 )
 from memplan.errors import MemplanError
@@ -141,7 +141,7 @@ def run(arguments: argparse.Namespace) -> int:
         remark(f"warning: {warning}")
     job = make_job(
         arguments.model,
-        Recipe(**recipe_options(arguments)),
+        Recipe(**given_options(arguments)),
         settings_of(arguments),
         device=arguments.device,
         layers=arguments.layers,

@@ -6,7 +6,8 @@ import re
 from functools import lru_cache
 
 from memplan import adapters, families, optimizers
-from memplan.asked.recipe import TARGET_PRESETS, Mode, Recipe
+from memplan.asked.options import TARGET_PRESETS
+from memplan.asked.recipe import Mode, Recipe
 from memplan.asked.spec import ModelSpec
 from memplan.errors import RecipeError
 from memplan.predict import blueprint, targets

@@ -9,7 +9,8 @@ from functools import lru_cache
 from typing import Any
 
 from memplan import losses
-from memplan.asked.recipe import TARGET_PRESETS, Recipe
+from memplan.asked.options import TARGET_PRESETS
+from memplan.asked.recipe import Recipe
 from memplan.errors import RecipeError, printable
 
 if sys.version_info >= (3, 11):
