@@ -20,7 +20,7 @@ from bitsandbytes.functional import quantize_4bit
 from torch import nn
 
 from memplan.asked.recipe import Recipe
-from memplan.trace.build import prepare
+from memplan.trace.modules import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {

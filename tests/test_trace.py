@@ -20,7 +20,7 @@ from memplan.asked.recipe import Recipe
 from memplan.cuda.card import Card
 from memplan.errors import TraceError
 from memplan.tape import Category, Part, Phase, Tape, replay, static_bytes
-from memplan.trace.build import build
+from memplan.trace.modules import build
 from memplan.trace.optimizers import make_optimizer
 from memplan.trace.recorder import Recorder
 from memplan.trace.step import make_batch, train_step
@@ -183,7 +183,7 @@ def test_fake_tensors_change_nothing() -> None:
     # The same recorder around real and around fake tensors writes the same tape.
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from memplan.trace.build import fake_modules
+    from memplan.trace.modules import fake_modules
     from memplan.trace.optimizers import warm_up
 
     options = recipe(attn="eager", dtype="bfloat16", gradient_checkpointing=True)

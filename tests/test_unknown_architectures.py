@@ -199,7 +199,7 @@ def test_counts_that_no_model_has_are_refused_before_anything_is_made(
 
 
 def test_a_model_of_modules_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(import_module("memplan.trace.build"), "_MAX_MODULES", 30)
+    monkeypatch.setattr(import_module("memplan.trace.modules"), "_MAX_MODULES", 30)
     with pytest.raises(TraceError, match="more than 30 modules"):
         traced("gpt2")
 

@@ -23,7 +23,7 @@ with warnings.catch_warnings():
     torch = pytest.importorskip("torch")
     for package in ("transformers", "peft", "bitsandbytes", "accelerate"):
         pytest.importorskip(package)
-    from memplan.verify.build import Random, build
+    from memplan.verify.made import Random, build
 
 from conftest import Outcome
 from small_specs import config
@@ -173,7 +173,7 @@ def test_no_two_weights_are_there_in_16_bits_at_once(tmp_path: Path, monkeypatch
         return quantise(self, device)
 
     models: list[Any] = []
-    from memplan.verify import build as module
+    from memplan.verify import made as module
 
     materialise = module.materialise
     monkeypatch.setattr(

@@ -18,7 +18,7 @@ above, by threads whose order is the machine's (here: that of the names), and ad
 
 In all of them the Trainer empties the cache before the first step.
 
-And memplan's own, for what it measures (memplan/verify/build.py): a model is made where it stays, module by
+And memplan's own, for what it measures (memplan/verify/made.py): a model is made where it stays, module by
 module, and the cache is emptied after each weight that has been quantised.
 
 Left out: scratch of the mean over scales; the copies that merge a checkpoint's experts; the norms that DoRA

@@ -121,7 +121,7 @@ def count(spec: ModelSpec, recipe: Recipe) -> tuple[int, int, int]:
 
 
 def _expert_adapters(spec: ModelSpec, recipe: Recipe) -> int:
-    """Parameters of the adapters on routers and experts (memplan.predict.build, Builder.raw)."""
+    """Parameters of the adapters on routers and experts (memplan.predict.builder, Builder.raw)."""
     if recipe.target_modules != "all-linear":
         return 0
     total = 0

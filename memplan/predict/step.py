@@ -17,7 +17,7 @@ from memplan.cuda.card import Card
 from memplan.optimizers import State
 from memplan.parts.context import Context
 from memplan.predict import blueprint, fold, masks, parameters, unlike, update
-from memplan.predict.build import Builder, Model
+from memplan.predict.builder import Builder, Model
 from memplan.predict.checkpoint import checkpoint
 from memplan.predict.fold import Played
 from memplan.predict.unlike import Standing, standing

@@ -24,9 +24,9 @@ from memplan.cuda.card import Card
 from memplan.errors import MemplanError, TraceError
 from memplan.tape import Phase, Tape
 from memplan.trace import existing, losses, standins
-from memplan.trace.build import as_built, build, count, fake_modules
 from memplan.trace.categories import categorise
 from memplan.trace.layers import Segments
+from memplan.trace.modules import as_built, build, count, fake_modules
 from memplan.trace.optimizers import make_optimizer, warm_up
 from memplan.trace.recorder import Recorder
 from memplan.trace.recording import record

@@ -19,9 +19,9 @@ from memplan.errors import MemplanError, reason, shown
 from memplan.tape import Tape
 from memplan.trace.losses import attach
 from memplan.trace.optimizers import make_optimizer
-from memplan.verify.build import Random, Source, build
 from memplan.verify.checkpoint import Checkpoint, fetch
 from memplan.verify.job import Job
+from memplan.verify.made import Random, Source, build
 from memplan.verify.measurement import Evidence, Step
 
 Tell = Callable[[str, Any], None]

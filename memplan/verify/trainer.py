@@ -18,9 +18,9 @@ from memplan import losses
 from memplan.asked.recipe import Recipe
 from memplan.errors import MemplanError
 from memplan.importers.trainer import tiled_by_trl
-from memplan.verify.build import build
 from memplan.verify.callback import MEASURED_STEP, MemoryCallback
 from memplan.verify.job import Job
+from memplan.verify.made import build
 from memplan.verify.measurement import Evidence, Step
 from memplan.verify.train import (
     Backend,

@@ -15,7 +15,7 @@ from torch import nn
 
 from memplan import weights
 from memplan.asked.recipe import Recipe
-from memplan.trace.build import base_model, prepare, quantize, with_kernels
+from memplan.trace.modules import base_model, prepare, quantize, with_kernels
 from memplan.weights import Quantised
 
 
