@@ -21,7 +21,7 @@ import kernels_page
 
 from memplan.asked.recipe import Recipe, recipe_options
 from memplan.cli import HELP
-from memplan.commands import COMMANDS
+from memplan.commands import COMMANDS, module_of
 from memplan.commands.arguments import Parser
 from memplan.planning.plan import Plan
 from memplan.verify.measurement import Measurement
@@ -44,7 +44,7 @@ written `./models`. Output has no colour when it is piped or `NO_COLOR` is set.
 def command_line() -> str:
     """docs/cli.md."""
     parts = [HEAD, "## memplan\n", f"```text\n{HELP}```\n"]
-    parts += [_command(import_module(f"memplan.commands.{name}").parser()) for name in COMMANDS]
+    parts += [_command(import_module(module_of(name)).parser()) for name in COMMANDS]
     return "\n".join(parts)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from memplan import __version__, streams
-from memplan.commands import COMMANDS
+from memplan.commands import COMMANDS, module_of
 from memplan.errors import MemplanError, UnknownName, reason, shown
 
 STATUS_BAD_QUESTION = 2
@@ -36,6 +36,7 @@ Commands:
   frontier MODEL      the longest sequences that a card has room for
   compare MODEL       the modes full, lora and qlora side by side
   trace MODEL         the same by running the libraries' code (memplan[verify])
+  dry-run -- COMMAND  your own program, unmodified, on a card that is not there
   verify MODEL        train a few steps for real, and compare (memplan[verify])
   campaign PLAN       many such runs within a budget of time
   report [FOLDER]     all measurements against the plan
@@ -141,7 +142,7 @@ def _run(arguments: list[str]) -> int:
 def _run_command(name: str, arguments: list[str]) -> int:
     from memplan.commands.arguments import parse
 
-    command = import_module(f"memplan.commands.{name}")
+    command = import_module(module_of(name))
     status: int = command.run(parse(command.parser(), arguments))
     return status
 

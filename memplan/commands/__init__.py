@@ -6,6 +6,7 @@ COMMANDS = (
     "frontier",
     "compare",
     "trace",
+    "dry-run",
     "verify",
     "campaign",
     "report",
@@ -14,3 +15,8 @@ COMMANDS = (
     "gpus",
     "completion",
 )
+
+
+def module_of(command: str) -> str:
+    """The full name of a subcommand's module."""
+    return f"memplan.commands.{command.replace('-', '_')}"

@@ -61,7 +61,7 @@ class _Command:
 
 def _commands() -> list[_Command]:
     from memplan.asked.gpus import load_gpus
-    from memplan.commands import COMMANDS
+    from memplan.commands import COMMANDS, module_of
     from memplan.importers.resolve import registry
 
     listed = {
@@ -74,7 +74,7 @@ def _commands() -> list[_Command]:
 
     commands = []
     for name in COMMANDS:
-        actions = import_module(f"memplan.commands.{name}").parser()._actions
+        actions = import_module(module_of(name)).parser()._actions
         options = tuple(
             _Option(tuple(action.option_strings), action.nargs != 0, values(action), action.help or "")
             for action in actions

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 
 from memplan.asked.recipe import Recipe
 from memplan.bounded import TooManyParts, read_json
+from memplan.emulate.cards import DRY
 from memplan.errors import MemplanError, first_complaint, reason, shown
 from memplan.files import beside
 from memplan.tape import Tape
@@ -27,7 +28,6 @@ from memplan.tape.file import TapeInfo, decode, encode
 FORMAT = "memplan measurement"
 SCHEMA_VERSION = 1  # of files that are read; the records' own fields say what is written
 
-DRY = "dry "  # begins the name of a card that is not there (benchmarks/dry_gpu/run.py)
 
 SEEDS = 1 << 63  # of torch.manual_seed
 
@@ -176,7 +176,7 @@ class Measurement(_Record):
 
     @property
     def emulated(self) -> bool:
-        """Whether the card was one that is not there (benchmarks/dry_gpu): allocations are real, nothing was
+        """Whether the card was one that is not there (memplan.emulate): allocations are real, nothing was
         computed."""
         return self.device.name.startswith(DRY)
 

@@ -16,18 +16,19 @@ static struct card the_card;
 static char *start, *next;
 static size_t used;
 
-/* DRY_GPU is "bytes:major:minor:multiprocessors:shared memory a block can opt in to:name", see run.py. */
+/* MEMPLAN_CARD is "bytes:bytes in use:major:minor:multiprocessors:shared memory a block can opt in to:name", as
+ * memplan/emulate/cards.py writes it. */
 static void set_up(void) {
-    const char *told = getenv("DRY_GPU");
+    const char *told = getenv("MEMPLAN_CARD");
     struct card *c = &the_card;
-    if (!told || sscanf(told, "%zu:%d:%d:%d:%d:%199[^\n]", &c->total, &c->major, &c->minor, &c->multiprocessors,
-                        &c->shared_memory, c->name) != 6) {
-        fprintf(stderr, "dry_gpu: DRY_GPU does not describe a card; start programs with benchmarks/dry_gpu/run.py\n");
+    if (!told || sscanf(told, "%zu:%zu:%d:%d:%d:%d:%199[^\n]", &c->total, &used, &c->major, &c->minor,
+                        &c->multiprocessors, &c->shared_memory, c->name) != 7) {
+        fprintf(stderr, "memplan: MEMPLAN_CARD does not describe a card; start programs with memplan dry-run\n");
         exit(2);
     }
     start = mmap(NULL, ADDRESSES, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (start == MAP_FAILED) {
-        perror("dry_gpu: addresses for the card");
+        perror("memplan: addresses for the card");
         exit(2);
     }
     next = (char *)(((size_t)start + PAGE - 1) / PAGE * PAGE);
@@ -38,7 +39,10 @@ const struct card *card(void) {
     return &the_card;
 }
 
-size_t card_used(void) { return used; }
+size_t card_used(void) {
+    card();
+    return used;
+}
 
 int card_take(size_t bytes) {
     size_t total = card()->total;

@@ -1,0 +1,112 @@
+"""``memplan dry-run --gpu G -- COMMAND``: a program, unmodified, on a card that is not there."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from pathlib import Path
+
+from memplan.commands.arguments import Parser, UsageError, add_json, positive, whole
+
+STATUS_FITS, STATUS_DOES_NOT_FIT = 0, 1
+STEPS, SECONDS = 3, 900.0
+
+EXAMPLES = """\
+PyTorch's CUDA build runs as it is, allocator and all; NVIDIA's driver and
+libraries are replaced by ones that hand out memory and compute nothing. So what
+the program allocates is real, and what it computes is not: losses are 0. The
+program ends after its third optimizer step. What it prints goes to standard error.
+
+exit status: 0 if it fits (tight counts as fits), 1 if it does not, 2 for a bad
+question or a program that fails by itself
+
+examples:
+  memplan dry-run --gpu a6000 -- python train.py --model ./llama-8b
+  memplan dry-run --gpu 4090 -- trl sft --config sft.yaml
+"""
+
+
+def parser() -> Parser:
+    """The arguments that ``memplan dry-run`` takes."""
+    result = Parser(
+        "dry-run",
+        "Runs a training program, unmodified, on a card that is not there, and says what it takes.",
+        "--gpu NAME [options] -- COMMAND ...",
+        EXAMPLES,
+    )
+    result.add_argument("--gpu", metavar="NAME", required=True, help="the card, such as a6000 (memplan gpus)")
+    result.add_argument(
+        "--steps",
+        type=whole,
+        metavar="N",
+        default=STEPS,
+        help=f"end after N optimizer steps (default: {STEPS})",
+    )
+    result.add_argument(
+        "--timeout",
+        type=positive,
+        metavar="S",
+        default=SECONDS,
+        help=f"end the program after S seconds (default: {SECONDS:.0f})",
+    )
+    result.add_argument(
+        "--snapshot",
+        metavar="FILE",
+        default=None,
+        help="write PyTorch's own memory snapshot (pytorch.org/memory_viz)",
+    )
+    result.add_argument(
+        "--no-watch",
+        action="store_true",
+        default=False,
+        help="only the card: nothing is watched, and the program's exit status is memplan's",
+    )
+    add_json(result)
+    result.add_argument(
+        "command", nargs="+", metavar="COMMAND", help="the program with its arguments, after --"
+    )
+    return result
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the program and print the answer; 0 if it fits, 1 if it does not."""
+    from memplan.asked.gpus import find_gpu
+    from memplan.device.fit import CONTEXT_BYTES
+    from memplan.emulate import launch
+    from memplan.emulate.answer import answer, read
+
+    if not arguments.steps > 0:
+        raise UsageError("--steps takes a whole number above 0")
+    gpu, command = find_gpu(arguments.gpu), list(arguments.command)
+    if arguments.no_watch:
+        status = launch.run(command, launch.environment(gpu, command), quiet_stdout=False)
+        assert status is not None
+        return status if status >= 0 else 128 - status
+    context = CONTEXT_BYTES[gpu.kind]
+    with tempfile.TemporaryDirectory(prefix="memplan-dry-run-") as folder:
+        watching = launch.Watching(Path(folder), arguments.steps, arguments.snapshot is not None)
+        env = launch.environment(gpu, command, taken=context, watching=watching)
+        status = launch.run(command, env, timeout=arguments.timeout)
+        found = answer(
+            command, gpu, gpu.visible_bytes, context, read(watching.folder), status, arguments.steps
+        )
+        if arguments.snapshot is not None:
+            _keep(watching.folder, Path(arguments.snapshot))
+    if arguments.json:
+        from memplan.report.machine import print_json
+
+        print_json(found.model_dump(mode="json"))
+    else:
+        from memplan.report.console import terminal
+        from memplan.report.dry_run import show_dry_run
+
+        show_dry_run(found, terminal())
+    return STATUS_DOES_NOT_FIT if found.verdict == "does not fit" else STATUS_FITS
+
+
+def _keep(folder: Path, to: Path) -> None:
+    """The largest snapshot that the program's processes wrote, where it was asked for."""
+    written = sorted(folder.glob("*.pickle"), key=lambda path: path.stat().st_size)
+    if written:
+        shutil.copyfile(written[-1], to)

@@ -1,0 +1,217 @@
+"""What was seen of a program on a card that is not there, and whether it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+
+from memplan.asked.gpus import Gpu
+from memplan.device.fit import MARGIN_PER_CENT, Verdict
+from memplan.errors import MemplanError
+
+SCHEMA_VERSION = 1
+_OUT_OF_MEMORY = ("OutOfMemoryError",)  # names of the exceptions that end a program which ran out
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Counters(_Record):
+    """Bytes of PyTorch's allocator: ``allocated`` and ``reserved`` at most since the last such record,
+    ``resting`` at its end; ``retries``: how often cached memory was given back so that a request could be
+    met, since the program began (``num_alloc_retries``)."""
+
+    allocated: NonNegativeInt
+    reserved: NonNegativeInt
+    resting: NonNegativeInt
+    retries: NonNegativeInt
+
+
+class Step(Counters):
+    """An optimizer step, and when it ``ended`` in microseconds since 1970."""
+
+    ended: NonNegativeInt
+
+
+class Line(_Record):
+    """A line of code: the nearest one outside PyTorch, empty where no Python was running (most of a backward
+    pass), and the program's ``own`` line that led there, as FILE:LINE."""
+
+    file: str
+    line: int
+    function: str
+    own: str
+
+
+class Held(Line):
+    """``bytes`` in ``count`` tensors that a line made in a phase of the run, there at the peak."""
+
+    phase: str
+    bytes: NonNegativeInt
+    count: NonNegativeInt
+
+
+class Peak(Line):
+    """The highest point of allocated bytes since training began: in which step and phase, in which module,
+    at which line, which asked for ``asked`` bytes; and the lines that hold the most there."""
+
+    step: int
+    phase: str
+    module: str
+    asked: NonNegativeInt
+    largest: tuple[Held, ...]
+
+
+class RanOut(Line):
+    """Where the allocator had no more. ``step``: 0 while loading. Bytes: ``asked`` for, ``free`` on the card,
+    ``allocated`` and ``reserved`` then."""
+
+    step: int
+    phase: str
+    module: str
+    asked: NonNegativeInt
+    free: NonNegativeInt
+    allocated: NonNegativeInt
+    reserved: NonNegativeInt
+
+
+class Seen(_Record):
+    """What one process of the program wrote of itself (hook/memplan_watch.py)."""
+
+    used: bool  # the card
+    loaded: Counters | None
+    steps: tuple[Step, ...]
+    ran_out: RanOut | None
+    error: str | None  # the exception that ended it
+    versions: dict[str, str]
+    device: str | None
+    peak: Peak | None
+
+
+class DryRun(_Record):
+    """The answer. Bytes. ``needed_bytes``: what was reserved at most and ``context_bytes``, what a process
+    takes beside it (assumed); None where it ran out before it had all it wanted. ``loaded``: up to the first
+    forward pass of training."""
+
+    schema_version: int = SCHEMA_VERSION
+    memplan_version: str
+    provenance: Literal["emulated"] = "emulated"
+    command: tuple[str, ...]
+    gpu: str
+    total_bytes: int
+    context_bytes: int
+    needed_bytes: int | None
+    verdict: Verdict
+    loaded: Counters | None
+    steps: tuple[Step, ...]
+    peak: Peak | None
+    ran_out: RanOut | None
+    libraries: dict[str, str]
+    notes: tuple[str, ...] = ()
+
+
+def read(folder: Path) -> list[Seen]:
+    """What the program's processes wrote. Raises MemplanError for a file that none of them wrote so."""
+    try:
+        return [Seen.model_validate_json(path.read_bytes()) for path in sorted(folder.glob("*.json"))]
+    except (OSError, ValidationError) as error:
+        raise MemplanError(
+            "what the program wrote of itself can't be read: was its folder changed?"
+        ) from error
+
+
+def answer(
+    command: Sequence[str],
+    gpu: Gpu,
+    total: int,
+    context: int,
+    seen: Sequence[Seen],
+    status: int | None,
+    asked: int,
+) -> DryRun:
+    """The answer of the process that took the most. ``status``: the program's exit status, None if it was
+    ended; ``asked``: optimizer steps. Raises MemplanError if the program says nothing of a training step."""
+    from memplan import __version__
+
+    users = [one for one in seen if one.used]
+    if not users:
+        raise MemplanError(_never_used(status))
+    worst = max(users, key=_most)
+    ran_out = worst.ran_out if status and worst.error in _OUT_OF_MEMORY else None
+    notes: list[str] = []
+    if ran_out is None:
+        _check(worst, status, asked, notes)
+    reserved = max((one.reserved for one in (worst.loaded, *worst.steps) if one is not None), default=0)
+    room = total - context
+    retries = max((step.retries for step in worst.steps), default=0)
+    verdict: Verdict = "fits"
+    if ran_out is not None:
+        verdict = "does not fit"
+    elif retries or reserved + reserved * MARGIN_PER_CENT // 100 > room:
+        verdict = "tight"
+        notes.append(
+            f"cached memory was given back {retries} times so that requests could be met, which costs time"
+            if retries
+            else f"it leaves less than {MARGIN_PER_CENT} % of what it reserves"
+        )
+    if len(users) > 1:
+        notes.append(f"{len(users)} processes used the card; this is of the one that took the most")
+    return DryRun(
+        memplan_version=__version__,
+        command=tuple(command),
+        gpu=gpu.name,
+        total_bytes=total,
+        context_bytes=context,
+        needed_bytes=None if ran_out is not None else reserved + context,
+        verdict=verdict,
+        loaded=worst.loaded,
+        steps=worst.steps,
+        peak=worst.peak,
+        ran_out=ran_out,
+        libraries=worst.versions,
+        notes=tuple(notes),
+    )
+
+
+def _most(seen: Seen) -> tuple[bool, int]:
+    return seen.ran_out is not None, max((step.reserved for step in seen.steps), default=0)
+
+
+def _never_used(status: int | None) -> str:
+    if status:
+        return (
+            f"the program failed by itself (exit status {status}) before it used the card; it says why above"
+        )
+    return "the program never used the card: is its model moved to cuda?"
+
+
+def _check(seen: Seen, status: int | None, asked: int, notes: list[str]) -> None:
+    """Raise MemplanError if it can't be judged; note if it ended early."""
+    done = len(seen.steps)
+    if done >= asked:
+        return
+    if status:
+        what = f", {seen.error}" if seen.error else ""
+        raise MemplanError(
+            f"the program failed by itself (exit status {status}{what}) after {_steps(done)}; it says why above"
+        )
+    if not done:
+        ended = "in the time it was given" if status is None else "before it ended"
+        raise MemplanError(
+            f"the program took no optimizer step {ended}, so nothing can be said of training: give it more "
+            "time with --timeout, or look at what it prints"
+        )
+    notes.append(f"the program ended after {_steps(done)} of the {asked} that were asked for")
+
+
+def _steps(number: int) -> str:
+    return "one optimizer step" if number == 1 else f"{number} optimizer steps"
+
+
+def schema() -> dict[str, Any]:
+    """Of what ``memplan dry-run --json`` prints."""
+    return DryRun.model_json_schema(mode="serialization")

@@ -1,0 +1,60 @@
+"""Python imports this when a program that is dry-run starts: the card's libraries are loaded before anybody
+asks for NVIDIA's, so that they are taken, and memplan_watch.py is told when PyTorch has been imported."""
+
+import ctypes
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import os
+import sys
+from typing import Any
+
+_HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+class _WhenImported(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds torch as it would be found anyway, and says when it is there."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != "torch":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        self.loader, spec.loader = spec.loader, self
+        return spec
+
+    def create_module(self, spec: Any) -> Any:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: Any) -> None:
+        module.__spec__.loader = module.__loader__ = self.loader
+        libraries = os.environ["MEMPLAN_CARD_LIBRARIES"]
+        with open(os.path.join(libraries, "order"), encoding="utf-8") as file:
+            for library in file.read().split():
+                ctypes.CDLL(os.path.join(libraries, library), mode=ctypes.RTLD_GLOBAL)
+        self.loader.exec_module(module)
+        if "MEMPLAN_WATCH" in os.environ:
+            import memplan_watch
+
+            memplan_watch.start(module)
+
+
+def _next_one() -> None:
+    """The environment's own sitecustomize, whose place this one took."""
+    here = sys.modules["sitecustomize"]
+    paths = [path for path in sys.path if os.path.abspath(path or ".") != _HERE]
+    spec = importlib.machinery.PathFinder.find_spec("sitecustomize", paths)
+    if spec is not None and spec.loader is not None:
+        other = importlib.util.module_from_spec(spec)
+        sys.modules["sitecustomize"] = other
+        try:
+            spec.loader.exec_module(other)
+        finally:
+            sys.modules["sitecustomize"] = here
+
+
+if "MEMPLAN_CARD_LIBRARIES" in os.environ:
+    sys.meta_path.insert(0, _WhenImported())
+_next_one()

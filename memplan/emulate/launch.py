@@ -1,0 +1,81 @@
+"""Start a program on a card that is not there, and wait for it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from memplan.asked.gpus import Gpu
+from memplan.emulate import build, program
+from memplan.emulate.cards import description
+
+HOOK = Path(__file__).resolve().parent / "hook"
+_GRACE = 5.0  # seconds that a program has to end once it is asked to
+
+
+@dataclass(frozen=True)
+class Watching:
+    """What the program's processes write of themselves: to which folder, after how many optimizer steps, and
+    whether a snapshot for PyTorch's viewer too."""
+
+    folder: Path
+    steps: int
+    snapshot: bool = False
+
+
+def environment(
+    gpu: Gpu, command: list[str], *, taken: int = 0, watching: Watching | None = None
+) -> dict[str, str]:
+    """What a command's environment has to be. Raises MemplanError if it can't be dry-run."""
+    card = description(gpu, taken)
+    libraries = build.libraries(program.find(command))
+    found = {
+        **os.environ,
+        "MEMPLAN_CARD": card,
+        "MEMPLAN_CARD_LIBRARIES": str(libraries),
+        "LD_LIBRARY_PATH": _before(str(libraries), "LD_LIBRARY_PATH"),
+        "PYTHONPATH": _before(str(HOOK), "PYTHONPATH"),
+        "TRITON_LIBCUDA_PATH": str(libraries),
+    }
+    if watching is not None:
+        found["MEMPLAN_WATCH"] = str(watching.folder)
+        found["MEMPLAN_WATCH_STEPS"] = str(watching.steps)
+        found["MEMPLAN_WATCH_SNAPSHOT"] = "1" if watching.snapshot else ""
+    return found
+
+
+def run(
+    command: list[str], env: dict[str, str], *, timeout: float | None = None, quiet_stdout: bool = True
+) -> int | None:
+    """The program's exit status, None if it was ended after ``timeout`` seconds. What it prints goes to
+    standard error unless ``quiet_stdout`` is off. It and all that it started are gone afterwards, whatever
+    happens."""
+    with subprocess.Popen(
+        command, env=env, start_new_session=True, stdout=sys.stderr if quiet_stdout else None
+    ) as process:
+        try:
+            return process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End what is left of its process group."""
+    for number in (signal.SIGINT, signal.SIGKILL):
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_GRACE)
+            if number == signal.SIGKILL:
+                return
+
+
+def _before(place: str, variable: str) -> str:
+    return os.pathsep.join(filter(None, (place, os.environ.get(variable))))

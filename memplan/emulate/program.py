@@ -1,0 +1,115 @@
+"""What a program runs with: its Python, and the PyTorch there. Found without importing any of it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from memplan.errors import MemplanError, shown
+
+_PROBE = """
+import importlib.util, json, sys
+found = {}
+for name in ("torch", "bitsandbytes", "nvidia"):
+    spec = importlib.util.find_spec(name)
+    if spec is not None and spec.submodule_search_locations:
+        found[name] = list(spec.submodule_search_locations)
+print(json.dumps({"version": sys.version_info[:2], "executable": sys.executable, "found": found}))
+"""
+_INSTALL = "install PyTorch's CUDA build in its environment (pip install torch, on Linux)"
+
+
+@dataclass(frozen=True)
+class Program:
+    """``torch``, ``bitsandbytes``: folders of the packages; ``cuda``: what that PyTorch is built for, as
+    (major, minor); ``nvidia``: folders of NVIDIA's packages, if any are there."""
+
+    python: Path
+    torch: Path
+    torch_version: str
+    cuda: tuple[int, int]
+    bitsandbytes: Path | None
+    nvidia: tuple[Path, ...]
+
+
+def find(command: list[str]) -> Program:
+    """What a command runs with. Raises MemplanError with what to do if it can't be dry-run."""
+    if not sys.platform.startswith("linux"):
+        raise MemplanError(
+            "a card can be emulated on Linux only: run memplan in a container, for example "
+            "docker run -it -v $PWD:/work -w /work python:3.12 bash"
+        )
+    python = interpreter(command[0])
+    try:
+        done = subprocess.run(
+            [python, "-c", _PROBE],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+            stdin=subprocess.DEVNULL,
+        )
+        told = json.loads(done.stdout.splitlines()[-1])
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
+        raise MemplanError(f"{shown(str(python))} does not run as a Python: {_last_words(error)}") from error
+    found = {name: [Path(place) for place in places] for name, places in told["found"].items()}
+    if "torch" not in found:
+        raise MemplanError(f"{shown(str(python))} has no PyTorch: {_INSTALL}")
+    torch = found["torch"][0]
+    version, cuda = _built_for(torch)
+    if cuda is None:
+        raise MemplanError(f"the PyTorch of {shown(str(python))}, {version}, is a CPU build: {_INSTALL}")
+    return Program(
+        python,
+        torch,
+        version,
+        cuda,
+        found["bitsandbytes"][0] if "bitsandbytes" in found else None,
+        tuple(found.get("nvidia", ())),
+    )
+
+
+def interpreter(name: str) -> Path:
+    """The Python that a program runs with: itself, or what its first line names. Raises MemplanError."""
+    place = shutil.which(name)
+    if place is None:
+        raise MemplanError(f"there is no program {shown(name)}")
+    with open(place, "rb") as file:  # noqa: PTH123  # a path of the system's
+        first = file.readline(4096)
+    if not first.startswith(b"#!"):
+        if re.fullmatch(r"python[\d.]*", Path(place).resolve().name) or re.match(r"python", Path(place).name):
+            return Path(place)
+        raise MemplanError(f"{shown(name)} is no Python program: start it as python -m …, or python FILE")
+    words = first[2:].decode(errors="replace").split()
+    if words and Path(words[0]).name == "env":
+        words = [word for word in words[1:] if not word.startswith("-")]
+    found = shutil.which(words[0]) if words else None
+    if found is None or not Path(found).name.startswith("python"):
+        raise MemplanError(
+            f"which Python {shown(name)} runs with can't be told from its first line: start it as python -m …"
+        )
+    return Path(found)
+
+
+def _built_for(torch: Path) -> tuple[str, tuple[int, int] | None]:
+    """A PyTorch's version and its CUDA's, from torch/version.py."""
+    try:
+        text = (torch / "version.py").read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    version = re.search(r"^__version__ *(?::.*?)?= *'([^']+)'", text, re.MULTILINE)
+    cuda = re.search(r"^cuda *(?::.*?)?= *'(\d+)\.(\d+)", text, re.MULTILINE)
+    return (
+        version[1] if version else "of an unknown version",
+        (int(cuda[1]), int(cuda[2])) if cuda else None,
+    )
+
+
+def _last_words(error: BaseException) -> str:
+    said = getattr(error, "stderr", None) or str(error)
+    return " ".join(str(said).split())[-160:]
