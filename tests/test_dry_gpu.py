@@ -47,6 +47,16 @@ def test_it_hands_out_what_it_has_and_no_more(card: ctypes.CDLL) -> None:
     assert card.card_take(80 * GIB) == 0
 
 
+@pytest.mark.parametrize("way", ["up", "down"])
+def test_addresses_go_one_way(card: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """A range of whole pages above the last or below it, none of them over another."""
+    monkeypatch.setenv("DRY_ADDRESSES", way)
+    places = [card.card_addresses(size) for size in (1, 3 << 20, 2 << 20)]
+    steps = [later - earlier for earlier, later in zip(places, places[1:], strict=False)]
+    assert steps == ([2 << 20, 4 << 20] if way == "up" else [-(4 << 20), -(2 << 20)])
+    assert all(card.card_has(place) for place in places)
+
+
 def test_its_pages_exist_once_they_are_written(card: ctypes.CDLL) -> None:
     at = card.card_addresses(64 * GIB)  # more than this machine has
     assert card.card_map(at, 64 * GIB, 1) == 0

@@ -91,6 +91,12 @@ def main() -> int:
     parser.add_argument(
         "--libraries", type=Path, default=ROOT / ".dry_gpu", help="where they are made (default: .dry_gpu)"
     )
+    parser.add_argument(
+        "--addresses",
+        choices=["up", "down"],
+        default="up",
+        help="whether the driver puts a segment above the last or below (default: up, as the plan has it)",
+    )
     parser.add_argument("program", nargs="+", help="after --: what to run, with its arguments")
     arguments = parser.parse_args()
     libraries = arguments.libraries.resolve() / f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -100,6 +106,7 @@ def main() -> int:
     environment = {
         **os.environ,
         "DRY_GPU": description(arguments.gpu),
+        "DRY_ADDRESSES": arguments.addresses,
         "LD_LIBRARY_PATH": str(libraries),
         "TRITON_LIBCUDA_PATH": str(libraries),
     }
