@@ -2,8 +2,8 @@
 
 python benchmarks/dry_gpu/against_measured.py --up FOLDER... --down FOLDER...
 
-Records that memplan campaign wrote under run.py with ``--addresses up`` and ``down``, made with the torch that
-the GPU had: then code and allocator are the same, and what differs is what the card's driver does.
+Records that memplan campaign wrote under run.py with ``--addresses up`` and ``down``, made with the torch
+that the GPU had: then code and allocator are the same, and what differs is what the card's driver does.
 """
 
 from __future__ import annotations
