@@ -110,6 +110,11 @@ def test_what_was_measured_on_gpus_is_told_alike() -> None:
     runs = [run for _, run in read_all(ROOT / "data" / "measurements") if run.device.kind == "cuda"]
     peak = next(run.steady for run in runs if run.run.campaign == "70b-qlora")
     assert f"A 70B trained in QLoRA: {peak.allocated_bytes:,} bytes predicted" in plain("README.md")
+    capped = {run.run.campaign: run.outcome.kind for run in runs if run.run.cap_name == "NVIDIA RTX A6000"}
+    assert capped == {
+        "70b-qlora-48gb-with-upcasts": "out of memory", "70b-qlora-48gb-without-upcasts": "trained"
+    }  # fmt: skip
+    assert "the first ran out of memory and the second trained" in plain("README.md")
     last = [run.steps[-1] for run in runs if run.steps and run.steps[-1].process_bytes]
     beside = Counter((step.process_bytes - step.reserved_bytes) >> 20 for step in last)
     (most, count), *others = beside.most_common()
