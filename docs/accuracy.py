@@ -1,10 +1,11 @@
-"""docs/accuracy.md, from data/reconciliation.json, emulated.json and published_comparison.json."""
+"""docs/accuracy.md, from the results in data/."""
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import emulated
@@ -17,13 +18,14 @@ ROOT = Path(__file__).resolve().parent.parent
 HEAD = """\
 # Accuracy
 
-Made by `python docs/generate.py` from `data/reconciliation.json`, `data/emulated.json`, `data/plain.json`
-and `data/published_comparison.json`, which `benchmarks/reconcile.py`, `benchmarks/dry_gpu/compare.py`,
-`benchmarks/plain/run.py` and `benchmarks/published.py` write, and from the files of `data/measurements`,
-which `memplan verify` writes.
-{gpus}
+Made by `python docs/generate.py` from `data/reconciliation.json`, `data/emulated.json`, `data/plain.json`,
+`data/measured_emulated.json` and `data/published_comparison.json`, which `benchmarks/reconcile.py`,
+`benchmarks/dry_gpu/compare.py`, `benchmarks/plain/run.py`, `benchmarks/dry_gpu/against_measured.py` and
+`benchmarks/published.py` write, and from the files of `data/measurements`, which `memplan verify` writes.
+
 *Predicted* is the plan; *traced* is the real libraries' step under fake tensors on a CPU
 ([how-it-works.md](how-it-works.md)); *emulated* is the real step on PyTorch's CUDA build, without a GPU.
+{gpus}
 
 Which number is compared: with traces and published peaks the sum of live tensors (`peak.tensor_bytes`),
 for a trace has no blocks; with emulated runs, plain scripts and measurements what the allocator counts,
@@ -80,7 +82,7 @@ def page() -> str:
     for result in results:
         families[result["family"]].append(result)
     gpus = (
-        "[Measured on GPUs](#measured-on-gpus) is what was."
+        fill(f"*Measured* ([below](#measured-on-gpus)): {measured.summary()}", 118)
         if measured.on_gpus()
         else "Nothing here is *measured* on a GPU by us: none has confirmed these numbers yet."
     )

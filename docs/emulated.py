@@ -12,7 +12,7 @@ SECTION = """\
 ## Predicted against emulated
 
 *Emulated*: real training code on PyTorch's CUDA build with its real caching allocator, and no GPU: NVIDIA's
-libraries are replaced by ones that hand out and count memory and compute nothing (`benchmarks/dry_gpu`).
+libraries are replaced by ones that hand out and count memory and compute nothing ([dry-run.md](dry-run.md)).
 Allocations are the host code's own, scratch around CUDA kernels included; what NVIDIA's closed libraries and
 the driver take beside the allocator is not in it, and no value is right.
 `python benchmarks/dry_gpu/compare.py` wrote `data/emulated.json` from {runs} runs of

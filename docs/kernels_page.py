@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from functools import partial
+from math import prod
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from memplan.asked.recipe import Recipe
-from memplan.kernels.strips import FEW_ROWS
+from memplan.kernels.strips import FEW_ROWS, STRIP_BYTES
 from memplan.planning.plan import plan
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,6 +83,7 @@ def section(record: dict[str, Any]) -> str:
         "with the 10th to the 90th percentile, what they reach of that ceiling, and the most that a call "
         "allocates.",
     ]
+    lines += ["", *conclusion(record), *targets(record), "", *findings(record)]
     for said, names in (
         ("Left out", [f"{name} ({reason})" for name, reason in record["absent"].items()]),
         ("Parts that failed", [f"{name} ({reason})" for name, reason in record["failed"].items()]),
@@ -93,8 +96,185 @@ def section(record: dict[str, Any]) -> str:
         lines += ["", f"#### {part}", ""]
         if part in NOTES:
             lines += [NOTES[part], ""]
-        lines += [summary(results), "", *table(results, limits)]
+        cases = "1 case" if len(results) == 1 else f"{len(results)} cases"
+        lines += [summary(results), "", f"<details><summary>{cases}</summary>", ""]
+        lines += [*table(results, limits), "", "</details>"]
     return "\n".join(lines) + "\n"
+
+
+# -- what was reached of what was aimed at -----------------------------------------------------------------
+
+COPY_SHARE, OVER_BITSANDBYTES, OVER_SHORT, SHORT = 0.85, 1.3, 1.1, 1024  # the last in rows
+FROM_ROWS = 512
+LARGE = 32 << 20  # weights: an 8B's MLP has 56 Mi
+STRIPS = f"strips {STRIP_BYTES >> 20} MiB"  # what a layer is multiplied in
+
+
+def targets(record: dict[str, Any]) -> list[str]:
+    """A table: what was aimed at before there was a GPU, what this run shows, and whether that is it."""
+    parts: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for result in record["results"]:
+        parts[result["part"]].append(result)
+    dequantize, linear = parts["nf4_dequantize"], parts["nf4_linear"]
+    nested = [result for result in dequantize if result["case"].get("nested")]
+    copy = record["ceilings"]["copy_bytes_per_s"]
+
+    def shares(name: str) -> list[float]:
+        timed = [result for result in dequantize if name in result["times"]]
+        return [result["bytes"] / _median(result, name) * 1e6 / copy for result in timed]
+
+    rows = []
+    for what, name in (("the kernel alone", "table"), ("the call", "memplan")):
+        rows += [
+            _aimed(
+                f"dequantising, {what}: {COPY_SHARE:.0%} of the copy bandwidth",
+                shares(name), COPY_SHARE, _share,
+            ),
+            _aimed(
+                f"the same with nested scales: {OVER_BITSANDBYTES} × as fast as bitsandbytes",
+                _gains(nested, "bitsandbytes", name), OVER_BITSANDBYTES, _gain,
+            ),
+        ]  # fmt: skip
+    for direction in ("forward", "backward"):
+        cases = [result for result in linear if result["case"].get("direction") == direction]
+        longer = [result for result in cases if result["case"]["rows"] >= FROM_ROWS]
+        short = [result for result in longer if result["case"]["rows"] <= SHORT]
+        rows += [
+            _aimed(
+                f"linear, {direction}, from {FROM_ROWS} rows: never slower than bitsandbytes",
+                _gains(longer, "bitsandbytes", STRIPS), 1.0, _gain,
+            ),
+            _aimed(
+                f"the same up to {SHORT} rows: {OVER_SHORT} × as fast",
+                _gains(short, "bitsandbytes", STRIPS), OVER_SHORT, _gain,
+            ),
+        ]  # fmt: skip
+    rows.append(
+        _aimed(
+            "a QLoRA step of an 8B: faster than stock",
+            _gains(parts["step_8b"], "stock", "memplan"),
+            1.0,
+            _gain,
+        )
+    )
+    rows.append(_smaller("the same: smaller than stock", parts["step_8b"]))
+    return ["| target | measured | reached |", "| --- | --- | --- |", *rows]
+
+
+def _median(result: dict[str, Any], name: str) -> float:
+    return float(result["times"][name]["median_us"])
+
+
+def _gains(results: list[dict[str, Any]], stock: str, ours: str) -> list[float]:
+    """How many times as fast ours is, by medians."""
+    both = [result for result in results if {stock, ours} <= result["times"].keys()]
+    return [_median(result, stock) / _median(result, ours) for result in both]
+
+
+def _share(value: float) -> str:
+    return f"{value:.0%}"
+
+
+def _gain(value: float) -> str:
+    return f"{value:.2f} ×"
+
+
+def _aimed(target: str, values: list[float], least: float, form: Callable[[float], str]) -> str:
+    if not values:
+        return f"| {target} | – | not timed |"
+    found = f"{form(min(values))} to {form(max(values))}, median {form(median(values))}"
+    return f"| {target} | {found} | {_reached([value >= least for value in values])} |"
+
+
+def _smaller(target: str, results: list[dict[str, Any]]) -> str:
+    peaks = [
+        result["peak_bytes"] for result in results if {"stock", "memplan"} <= result["peak_bytes"].keys()
+    ]
+    if not peaks:
+        return f"| {target} | – | not timed |"
+    saved = sorted({(peak["stock"] - peak["memplan"]) >> 20 for peak in peaks})
+    words = " or ".join(f"{mib:,} MiB" for mib in saved) + " less"
+    cases = [result["case"] for result in results]
+    if not any(case["predicted_memplan_bytes"] < case["predicted_stock_bytes"] for case in cases):
+        words += "; by their plans, too, the peaks of these recipes are elsewhere"
+    return f"| {target} | {words} | {_reached([peak['memplan'] < peak['stock'] for peak in peaks])} |"
+
+
+def _reached(verdicts: list[bool]) -> str:
+    if all(verdicts):
+        return f"in all {len(verdicts)} cases"
+    return f"**missed** in {len(verdicts) - sum(verdicts)} of {len(verdicts)} cases"
+
+
+def conclusion(record: dict[str, Any]) -> list[str]:
+    """What whole steps say, if they all say it."""
+    steps = [result for result in record["results"] if result["part"] in ("step_8b", "step_70b")]
+    if max(_gains(steps, "stock", "memplan"), default=1) >= 1:
+        return []
+    return [
+        "**Steps with memplan's kernels are slower than stock ones on this card.** They are for the memory "
+        "that a plan says they save, not for speed.",
+        "",
+    ]
+
+
+def findings(record: dict[str, Any]) -> list[str]:
+    """What else the run says, a line each."""
+    parts: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for result in record["results"]:
+        parts[result["part"]].append(result)
+    lines = []
+    copy = record["ceilings"]["copy_bytes_per_s"]
+    large = [
+        result["bytes"] / _median(result, "table") * 1e6 / copy
+        for result in parts["nf4_dequantize"]
+        if "table" in result["times"] and prod(result["case"]["shape"]) >= LARGE
+    ]
+    if large:
+        lines.append(
+            f"- Dequantising {LARGE >> 20} Mi weights and more, the kernel alone reaches {min(large):.0%} to "
+            f"{max(large):.0%} of the copy bandwidth."
+        )
+    apart = [
+        _median(result, "memplan") - _median(result, "table")
+        for result in parts["nf4_dequantize"]
+        if {"memplan", "table"} <= result["times"].keys()
+    ]
+    if apart:
+        lines.append(
+            f"- Dequantising: the call takes {median(apart):.0f} µs more than its kernel (median): the "
+            "result's allocation, the operator and the launch, on the host."
+        )
+    by_rows: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for result in parts["nf4_linear"]:
+        by_rows[result["case"]["rows"]].append(result)
+    medians = {
+        rows: median(found)
+        for rows, results in sorted(by_rows.items())
+        if (found := _gains(results, "bitsandbytes", STRIPS))
+    }
+    if medians:
+        told = ", ".join(f"{gain:.2f} at {rows:,}" for rows, gain in medians.items())
+        lines.append(
+            f"- Linear: {STRIPS} are so many times as fast as bitsandbytes (median): {told} rows. Each strip "
+            "is a launch and a product more. That few rows lose most suggests that the host takes the time."
+        )
+    fused = _gains(parts["nf4_linear"], "fused", "dense")
+    if fused:
+        lines.append(
+            f"- The fused product takes {min(fused):.0f} to {max(fused):.0f} times as long as the product "
+            f"with a 16-bit weight (median {median(fused):.0f}). Nothing uses it unless told to."
+        )
+    for part, name in (("nf4_lora_linear", "A linear with its adapter"), ("step_8b", "Steps of an 8B"),
+                       ("step_70b", "A step of a 70B")):  # fmt: skip
+        slower = _gains(parts[part], "memplan", "stock")
+        if slower:
+            low, high = f"{min(slower):.2f}", f"{max(slower):.2f}"
+            times = low if low == high else f"{low} to {high}"
+            lines.append(f"- {name}: memplan takes {times} times as long as stock.")
+    if not parts["loss"]:
+        lines.append("- Losses were not timed.")
+    return lines
 
 
 NOTES = {

@@ -6,7 +6,7 @@ columns, so that every sum is made in one piece and results do not depend on the
 
 from __future__ import annotations
 
-STRIP_BYTES = 32 << 20  # not yet measured: an A100 has 40 MB of L2 cache, an H100 50 MB
+STRIP_BYTES = 32 << 20  # of what was tried fastest in 65 of 73 cases on an H200 (docs/kernels.md)
 MULTIPLE = 128  # rows or columns of a cuBLAS tile
 
 # Up to so many rows bitsandbytes' own kernels multiply without a dequantised weight

@@ -18,7 +18,7 @@ from conftest import Outcome
 
 from memplan.asked.recipe import Recipe
 from memplan.cli import HELP, main
-from memplan.commands import COMMANDS
+from memplan.commands import COMMANDS, module_of
 from memplan.commands.arguments import applicable, given_options, parse
 from memplan.commands.plan import parser as plan_parser
 
@@ -53,7 +53,7 @@ def test_a_model_alone_is_a_question(memplan: Run, arguments: tuple[str, ...]) -
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_is_80_columns_wide(command: str) -> None:
-    text = import_module(f"memplan.commands.{command}").parser().format_help()
+    text = import_module(module_of(command)).parser().format_help()
     assert max(map(len, text.splitlines())) <= 80
 
 
@@ -243,7 +243,7 @@ def test_examples_of_the_help_are_understood() -> None:
     assert len(examples) >= 4
     for first, *rest in examples:
         name = first if first in COMMANDS else "plan"
-        parse(import_module(f"memplan.commands.{name}").parser(), rest if name == first else [first, *rest])
+        parse(import_module(module_of(name)).parser(), rest if name == first else [first, *rest])
 
 
 @pytest.mark.parametrize("command", COMMANDS)

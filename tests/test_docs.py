@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +16,7 @@ from conftest import Outcome
 
 from memplan import rooms
 from memplan.asked.recipe import Recipe
+from memplan.verify.measurement import read_all
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -91,6 +93,37 @@ def test_generated_pages_are_current(page: str) -> None:
         pytest.skip("other releases of pydantic word the schema in other ways")
     written = (ROOT / "docs" / page).read_text(encoding="utf-8")
     assert written == generator().PAGES[page](), "renew: python docs/generate.py"
+
+
+def plain(page: str) -> str:
+    """The text without its line breaks."""
+    return " ".join((ROOT / page).read_text(encoding="utf-8").split())
+
+
+def test_what_was_measured_on_gpus_is_told_alike() -> None:
+    """The records' own numbers, wherever they are told."""
+    generator()  # finds the modules of docs/
+    measured = importlib.import_module("measured")
+    for page in ("README.md", "CHANGELOG.md", "docs/accuracy.md", "docs/fit.md", "docs/verify.md"):
+        assert measured.summary() in plain(page), f"{page}: {measured.summary()}"
+    assert measured.section() in (ROOT / "docs" / "accuracy.md").read_text(encoding="utf-8"), (
+        "docs/generate.py"
+    )
+    runs = [run for _, run in read_all(ROOT / "data" / "measurements") if run.device.kind == "cuda"]
+    peak = next(run.steady for run in runs if run.run.campaign == "70b-qlora")
+    assert f"A 70B trained in QLoRA: {peak.allocated_bytes:,} bytes predicted" in plain("README.md")
+    capped = {run.run.campaign: run.outcome.kind for run in runs if run.run.cap_name == "NVIDIA RTX A6000"}
+    assert capped == {
+        "70b-qlora-48gb-with-upcasts": "out of memory", "70b-qlora-48gb-without-upcasts": "trained"
+    }  # fmt: skip
+    assert "the first ran out of memory and the second trained" in plain("README.md")
+    last = [run.steps[-1] for run in runs if run.steps and run.steps[-1].process_bytes]
+    beside = Counter((step.process_bytes - step.reserved_bytes) >> 20 for step in last)
+    (most, count), *others = beside.most_common()
+    told = f"{most} MiB in {count} of {len(last)} runs, " + "(.*?)".join(
+        f"{mib} in {n} " for mib, n in sorted(others)
+    )
+    assert re.search(told, plain("docs/fit.md")), told
 
 
 def test_the_table_of_defaults_is_the_codes() -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,11 +12,12 @@ from example_measurements import CARD, example
 
 from memplan.asked.gpus import find_gpu
 from memplan.cuda.card import Card
+from memplan.emulate.cards import DRY, MULTIPROCESSORS, SHARED_KIB, description
 from memplan.errors import MemplanError
-from memplan.verify.measurement import DRY, write
+from memplan.verify.measurement import write
 
 ROOT = Path(__file__).parent.parent
-GIB = 1 << 30
+GIB, MIB = 1 << 30, 1 << 20
 
 
 @pytest.fixture
@@ -26,9 +25,9 @@ def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
     if shutil.which("gcc") is None:
         pytest.skip("there is no gcc")
     library = tmp_path / "card.so"
-    source = ROOT / "benchmarks" / "dry_gpu" / "card.c"
+    source = ROOT / "memplan" / "emulate" / "card" / "card.c"
     subprocess.run(["gcc", "-shared", "-fPIC", "-Wall", "-Werror", source, "-o", library], check=True)
-    monkeypatch.setenv("DRY_GPU", f"{80 * GIB}:9:0:132:232448:{DRY}H100")
+    monkeypatch.setenv("MEMPLAN_CARD", f"{80 * GIB}:0:9:0:132:232448:{DRY}H100")
     loaded = ctypes.CDLL(str(library))
     loaded.card_take.argtypes = loaded.card_give.argtypes = [ctypes.c_size_t]
     loaded.card_used.restype = ctypes.c_size_t
@@ -47,6 +46,16 @@ def test_it_hands_out_what_it_has_and_no_more(card: ctypes.CDLL) -> None:
     assert card.card_take(80 * GIB) == 0
 
 
+@pytest.mark.parametrize("way", ["up", "down"])
+def test_addresses_go_one_way(card: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """A range of whole pages above the last or below it, none of them over another."""
+    monkeypatch.setenv("MEMPLAN_CARD_ADDRESSES", way)
+    first, second, third = (card.card_addresses(size) for size in (1, 3 << 20, 2 << 20))
+    steps = [second - first, third - second]
+    assert steps == ([2 << 20, 4 << 20] if way == "up" else [-(4 << 20), -(2 << 20)])
+    assert card.card_has(first) and card.card_has(third)
+
+
 def test_its_pages_exist_once_they_are_written(card: ctypes.CDLL) -> None:
     at = card.card_addresses(64 * GIB)  # more than this machine has
     assert card.card_map(at, 64 * GIB, 1) == 0
@@ -58,21 +67,14 @@ def test_its_pages_exist_once_they_are_written(card: ctypes.CDLL) -> None:
 
 
 def test_a_card_is_described_as_the_table_has_it() -> None:
-    code = "import sys; sys.path.insert(0, 'benchmarks/dry_gpu'); import run; print(run.description('h200'))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    total, major, minor, multiprocessors, shared, name = done.stdout.strip().split(":")
-    assert (major, minor, multiprocessors, shared) == ("9", "0", "132", "232448")
+    told = description(find_gpu("h200"), taken=MIB)
+    total, taken, major, minor, multiprocessors, shared, name = told.split(":")
+    assert (taken, major, minor, multiprocessors, shared) == (str(MIB), "9", "0", "132", "232448")
     assert name == f"{DRY}NVIDIA H200"
     assert int(total) > 139 * GIB
 
 
 def test_a_card_s_own_facts_and_the_plan_s_are_the_same() -> None:
-    code = """import json, sys
-sys.path.insert(0, "benchmarks/dry_gpu")
-import run
-print(json.dumps([run.MULTIPROCESSORS, list(run.SHARED_KIB.items())]))"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    multiprocessors, shared = json.loads(done.stdout)
     for name in (
         "Tesla T4",
         "NVIDIA A100-SXM4-80GB",
@@ -80,9 +82,9 @@ print(json.dumps([run.MULTIPROCESSORS, list(run.SHARED_KIB.items())]))"""
         "NVIDIA H100 80GB HBM3",
         "NVIDIA B200",
     ):
-        assert Card(find_gpu(name).capability).multiprocessors == multiprocessors[name]
-    for capability, kib in shared:
-        assert Card(tuple(capability)).shared_memory == kib << 10
+        assert Card(find_gpu(name).capability).multiprocessors == MULTIPROCESSORS[name]
+    for capability, kib in SHARED_KIB.items():
+        assert Card(capability).shared_memory == kib << 10
 
 
 def test_what_it_shows_is_no_measurement(tmp_path: Path) -> None:

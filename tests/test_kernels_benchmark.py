@@ -333,7 +333,8 @@ def test_the_page_says_who_is_fastest_and_by_how_much() -> None:
         "Fastest of 2 cases: strips 8 MiB in 1, bitsandbytes in 1 (1 within the spread). "
         "Of memplan's own: strips 8 MiB in 1, strips 32 MiB in 1." in text
     )
-    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    tables = text.partition("####")[2].splitlines()
+    rows = [line.strip("| ").split(" | ") for line in tables if line.startswith("| ")]
     heads, found = rows[0], {row[0]: row for row in rows}
     assert heads[:4] == ["case", "fastest", "ahead of the next by", "stock takes"] and "dense" in heads
     assert found["512"][1:4] == ["strips 8 MiB", "25%", "1.50 × strips 8 MiB"]
@@ -341,7 +342,61 @@ def test_the_page_says_who_is_fastest_and_by_how_much() -> None:
     assert "| 2048 | bitsandbytes | 2% (within the spread) | 0.98 × strips 32 MiB | 400 (360–440)," in text
     assert "| 2048 | liger | 67% | 1.67 × liger | 1.50 × products all | within 4.0e-03 (liger) |" in text
     assert "| 8192 |  |  |  | 1.50 × products 64 | within 4.0e-03 (liger) |" in text
-    assert "OutOfMemoryError |" in text.splitlines()[-1] and "| – |" in text.splitlines()[-1]
+    last = [line for line in text.splitlines() if line.startswith("| ")][-1]
+    assert "OutOfMemoryError |" in last and "| – |" in last
+    assert text.count("<details>") == text.count("</details>") == 2
+
+
+def test_advice_has_the_time_that_was_measured() -> None:
+    page = load("kernels_page", ROOT / "docs" / "kernels_page.py")
+    steps = [
+        result
+        for record in page.records(page.RESULTS)
+        for result in record["results"]
+        if result["part"] in ("step_8b", "step_70b")
+    ]
+    slower = [
+        result["times"]["memplan"]["median_us"] / result["times"]["stock"]["median_us"] for result in steps
+    ]
+    advice = (ROOT / "memplan" / "planning" / "advise.py").read_text(encoding="utf-8")
+    assert f"time: {min(slower):.1f} to {max(slower):.1f} times a step's on an H200" in advice
+
+
+def test_the_page_says_which_targets_were_reached() -> None:
+    """By medians, from the record; what was not timed is not called reached."""
+    page = load("kernels_page", ROOT / "docs" / "kernels_page.py")
+    weight = {"model": "llama-3.1-8b", "shape": [14336, 4096], "nested": True}
+    step = {"predicted_stock_bytes": 9, "predicted_memplan_bytes": 9}
+    record = {
+        "ceilings": {"copy_bytes_per_s": 1e12, "product_flop_per_s": 1e13},
+        "results": [
+            {"part": "nf4_dequantize", "case": weight, "bytes": 9 * 10**7,
+             **timed(bitsandbytes=200, memplan=150, table=100)},
+            {"part": "nf4_linear", "case": {"rows": 512, "direction": "forward"},
+             **timed(bitsandbytes=100, strips_32_MiB=200, fused=900, dense=10)},
+            {"part": "nf4_linear", "case": {"rows": 4096, "direction": "forward"},
+             **timed(bitsandbytes=300, strips_32_MiB=200)},
+            {"part": "step_8b", "case": step, **timed(stock=100, memplan=150)},
+        ],
+    }  # fmt: skip
+    rows = [line.strip("| ").split(" | ") for line in page.targets(record)]
+    reached = {(row[0], index): row[2] for index, row in enumerate(rows)}
+    assert list(reached.values())[2:] == [
+        "in all 1 cases", "in all 1 cases",  # the kernel: 90 % of the copy, twice bitsandbytes
+        "**missed** in 1 of 1 cases", "in all 1 cases",  # the call: 60 %, 1.33 ×
+        "**missed** in 1 of 2 cases", "**missed** in 1 of 1 cases",  # forward
+        "not timed", "not timed",  # backward
+        "**missed** in 1 of 1 cases", "**missed** in 1 of 1 cases",  # a step
+    ]  # fmt: skip
+    assert rows[6][1] == "0.50 × to 1.50 ×, median 1.00 ×"
+    text = "\n".join(page.findings(record))
+    assert page.conclusion(record)[0].startswith("**Steps with memplan's kernels are slower than stock ones")
+    assert page.conclusion({"results": record["results"][:3]}) == []
+    for told in (
+        "reaches 90% to 90% of the copy", "takes 50 µs more", "0.50 at 512, 1.50 at 4,096 rows",
+        "takes 90 to 90 times as long", "Steps of an 8B: memplan takes 1.50 times", "Losses were not timed",
+    ):  # fmt: skip
+        assert told in text, told
 
 
 def test_every_step_fits_an_80_gb_card_and_one_is_smaller_with_the_kernels() -> None:

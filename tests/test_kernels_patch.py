@@ -134,20 +134,39 @@ def test_under_autocast() -> None:
         assert results[1][1][name].dtype is gradient.dtype
 
 
-def test_twenty_steps_lose_alike() -> None:
-    """The same seed, with the kernels and without."""
-    losses: list[list[float]] = []
-    for ours in (False, True):
-        model = adapted(torch.bfloat16)
-        if ours:
-            kernels.apply(model)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-        losses.append([])
-        for _ in range(20):
-            losses[-1].append(step(model)[0])
-            optimizer.step()
-    assert losses[0][-1] < losses[0][0] - 0.3  # it learns
-    assert losses[1] == pytest.approx(losses[0], rel=5e-3)
+def test_each_of_twenty_steps_is_pefts() -> None:
+    """Training with PEFT, each step is made with the kernels as well, from the same parameters.
+
+    Two trainings can't be held together step by step: on a CPU, adapters that begin 2^-16 away, a hundredth
+    of what bf16 rounds, move the losses of PEFT's own twenty steps by up to 0.9 %.
+    """
+    model = adapted(torch.bfloat16)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(20):
+        kernels.apply(model)
+        ours, our_gradients = step(model)
+        kernels.remove(model)
+        loss, gradients = step(model)
+        assert ours == pytest.approx(loss, rel=5e-3)
+        assert our_gradients.keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            assert distance(our_gradients[name], gradient) < 5e-2, name
+        losses.append(loss)
+        optimizer.step()
+    assert losses[-1] < losses[0] - 0.3  # it learns
+
+
+def test_twenty_steps_learn() -> None:
+    """With the kernels alone, as much as above."""
+    model = adapted(torch.bfloat16)
+    kernels.apply(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(20):
+        losses.append(step(model)[0])
+        optimizer.step()
+    assert losses[-1] < losses[0] - 0.3
 
 
 def test_what_is_saved_is_plain_peft(tmp_path: Path) -> None:

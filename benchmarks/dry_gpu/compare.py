@@ -1,6 +1,6 @@
 """Hold emulated runs against the plan: ``data/emulated.json``, which docs/accuracy.md is made from.
 
-python benchmarks/dry_gpu/compare.py FOLDER    # records that memplan verify or campaign wrote under run.py
+python benchmarks/dry_gpu/compare.py FOLDER    # records that memplan verify or campaign wrote on the card
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def main(folder: Path, out: Path = ROOT / "data" / "emulated.json") -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Holds emulated runs against the plan.")
-    parser.add_argument("folder", type=Path, help="of records that were written under run.py")
+    parser.add_argument("folder", type=Path, help="of records that were written on the emulated card")
     try:
         main(parser.parse_args().folder)
     except MemplanError as error:

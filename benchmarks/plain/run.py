@@ -45,7 +45,7 @@ def checkpoint_of(case: dict[str, Any], folder: Path) -> Path:
     return folder / f"{case['model']}-{case['layers']}" if "layers" in case else folder / case["model"]
 
 
-def emulated(case: dict[str, Any], folder: Path, gpu: str, libraries: Path) -> dict[str, Any]:
+def emulated(case: dict[str, Any], folder: Path, gpu: str) -> dict[str, Any]:
     """What a case's script wrote: bytes by step, the device, versions. Raises RuntimeError with the script's
     last words if it failed."""
     layers = [str(case["layers"])] if "layers" in case else []
@@ -53,16 +53,16 @@ def emulated(case: dict[str, Any], folder: Path, gpu: str, libraries: Path) -> d
     out = folder / f"{case['name']}.json"
     settings = {"PYTORCH_ALLOC_CONF": case["recipe"].get("alloc_conf", "")}
     if not checkpoint.exists():
-        _on_the_card(gpu, libraries, {}, "checkpoint.py", case["model"], str(checkpoint), *layers)
+        _on_the_card(gpu, {}, "checkpoint.py", case["model"], str(checkpoint), *layers)
     asked = [str(checkpoint), "--out", str(out), *case["run"].split()]
-    _on_the_card(gpu, libraries, settings, f"{case['script']}.py", *asked)
+    _on_the_card(gpu, settings, f"{case['script']}.py", *asked)
     found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
     return found
 
 
-def _on_the_card(gpu: str, libraries: Path, settings: dict[str, str], script: str, *arguments: str) -> None:
-    card = [sys.executable, str(ROOT / "benchmarks" / "dry_gpu" / "run.py"), "--gpu", gpu]
-    command = [*card, "--libraries", str(libraries), "--", sys.executable, str(HERE / script), *arguments]
+def _on_the_card(gpu: str, settings: dict[str, str], script: str, *arguments: str) -> None:
+    card = [sys.executable, "-m", "memplan", "dry-run", "--no-watch", "--gpu", gpu]
+    command = [*card, "--", sys.executable, str(HERE / script), *arguments]
     done = subprocess.run(
         command,
         cwd=ROOT,
@@ -104,7 +104,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="cases (default: all, which are written)")
     parser.add_argument("--gpu", default="a100", help="the card (default: %(default)s)")
-    parser.add_argument("--libraries", type=Path, default=ROOT / ".dry_gpu", help="as for dry_gpu/run.py")
     asked = parser.parse_args()
     chosen = [case for case in cases() if not asked.names or case["name"] in asked.names]
     if len(chosen) < len(asked.names):
@@ -113,7 +112,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="plain-") as folder:
         for case in chosen:
             try:
-                found = emulated(case, Path(folder), asked.gpu, asked.libraries)
+                found = emulated(case, Path(folder), asked.gpu)
                 one = row(case, checkpoint_of(case, Path(folder)), found)
             except RuntimeError as error:
                 print(f"{case['name']:28} failed: {error}", flush=True)

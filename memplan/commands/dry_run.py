@@ -71,6 +71,7 @@ def parser() -> Parser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the program and print the answer; 0 if it fits, 1 if it does not."""
+    from memplan import __version__
     from memplan.asked.gpus import find_gpu
     from memplan.device.fit import CONTEXT_BYTES
     from memplan.emulate import launch
@@ -89,7 +90,13 @@ def run(arguments: argparse.Namespace) -> int:
         env = launch.environment(gpu, command, taken=context, watching=watching)
         status = launch.run(command, env, timeout=arguments.timeout)
         found = answer(
-            command, gpu, gpu.visible_bytes, context, read(watching.folder), status, arguments.steps
+            command,
+            gpu,
+            read(watching.folder),
+            status,
+            context=context,
+            asked=arguments.steps,
+            version=__version__,
         )
         if arguments.snapshot is not None:
             _keep(watching.folder, Path(arguments.snapshot))

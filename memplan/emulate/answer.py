@@ -127,16 +127,16 @@ def read(folder: Path) -> list[Seen]:
 def answer(
     command: Sequence[str],
     gpu: Gpu,
-    total: int,
-    context: int,
     seen: Sequence[Seen],
     status: int | None,
+    *,
+    context: int,
     asked: int,
+    version: str,
 ) -> DryRun:
     """The answer of the process that took the most. ``status``: the program's exit status, None if it was
-    ended; ``asked``: optimizer steps. Raises MemplanError if the program says nothing of a training step."""
-    from memplan import __version__
-
+    ended; ``context``: bytes that were taken from the beginning; ``asked``: optimizer steps; ``version``:
+    memplan's. Raises MemplanError if the program says nothing of a training step."""
     users = [one for one in seen if one.used]
     if not users:
         raise MemplanError(_never_used(status))
@@ -146,6 +146,7 @@ def answer(
     if ran_out is None:
         _check(worst, status, asked, notes)
     reserved = max((one.reserved for one in (worst.loaded, *worst.steps) if one is not None), default=0)
+    total = gpu.visible_bytes
     room = total - context
     retries = max((step.retries for step in worst.steps), default=0)
     verdict: Verdict = "fits"
@@ -161,7 +162,7 @@ def answer(
     if len(users) > 1:
         notes.append(f"{len(users)} processes used the card; this is of the one that took the most")
     return DryRun(
-        memplan_version=__version__,
+        memplan_version=version,
         command=tuple(command),
         gpu=gpu.name,
         total_bytes=total,
@@ -183,9 +184,7 @@ def _most(seen: Seen) -> tuple[bool, int]:
 
 def _never_used(status: int | None) -> str:
     if status:
-        return (
-            f"the program failed by itself (exit status {status}) before it used the card; it says why above"
-        )
+        return f"the program failed by itself (exit status {status}) before it used the card; see above"
     return "the program never used the card: is its model moved to cuda?"
 
 
@@ -197,7 +196,7 @@ def _check(seen: Seen, status: int | None, asked: int, notes: list[str]) -> None
     if status:
         what = f", {seen.error}" if seen.error else ""
         raise MemplanError(
-            f"the program failed by itself (exit status {status}{what}) after {_steps(done)}; it says why above"
+            f"the program failed by itself (exit status {status}{what}) after {_steps(done)}: see above"
         )
     if not done:
         ended = "in the time it was given" if status is None else "before it ended"

@@ -48,7 +48,7 @@ def libraries(program: Program) -> Path:
     can't be made."""
     if program.cuda[0] != CUDA:
         raise MemplanError(
-            f"PyTorch {program.torch_version} is built for CUDA {program.cuda[0]}, and what can be emulated is "
+            f"PyTorch {program.torch_version} is built for CUDA {program.cuda[0]}, and emulated is "
             f"CUDA {CUDA}: install a build for it (pip install torch takes one since 2.11)"
         )
     objects = _objects(program)

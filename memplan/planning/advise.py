@@ -178,7 +178,7 @@ IDEAS = (
     _Idea(
         Cost.TIME,
         _said("memplan's kernels"),
-        "an unmeasured change of speed; needs Triton and an NVIDIA card from Ampere on",
+        "time: 1.1 to 1.6 times a step's on an H200; needs Triton and an NVIDIA card from Ampere on",
         lambda recipe: (
             {"kernels": Kernels.MEMPLAN}
             if recipe.mode is Mode.QLORA and recipe.kernels is Kernels.STOCK

@@ -13,11 +13,13 @@
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static struct card the_card;
-static char *start, *next;
+static char *start, *next; /* the next range begins at next, or ends there where addresses go down */
+static int down;
 static size_t used;
 
 /* MEMPLAN_CARD is "bytes:bytes in use:major:minor:multiprocessors:shared memory a block can opt in to:name", as
- * memplan/emulate/cards.py writes it. */
+ * memplan/emulate/cards.py writes it. With MEMPLAN_CARD_ADDRESSES=down the driver puts a range below the last one, not
+ * above. */
 static void set_up(void) {
     const char *told = getenv("MEMPLAN_CARD");
     struct card *c = &the_card;
@@ -31,7 +33,9 @@ static void set_up(void) {
         perror("memplan: addresses for the card");
         exit(2);
     }
-    next = (char *)(((size_t)start + PAGE - 1) / PAGE * PAGE);
+    const char *way = getenv("MEMPLAN_CARD_ADDRESSES");
+    down = way && !strcmp(way, "down");
+    next = (char *)((down ? (size_t)start + ADDRESSES : (size_t)start + PAGE - 1) / PAGE * PAGE);
 }
 
 const struct card *card(void) {
@@ -61,10 +65,11 @@ void card_give(size_t bytes) {
 
 char *card_addresses(size_t bytes) {
     card();
+    size_t whole = (bytes + PAGE - 1) / PAGE * PAGE;
     pthread_mutex_lock(&lock);
-    char *at = next;
-    if (bytes > (size_t)(start + ADDRESSES - next)) at = NULL;
-    else next += (bytes + PAGE - 1) / PAGE * PAGE;
+    char *at = NULL;
+    if (down && whole <= (size_t)(next - start)) at = next -= whole;
+    if (!down && whole <= (size_t)(start + ADDRESSES - next)) at = next, next += whole;
     pthread_mutex_unlock(&lock);
     return at;
 }
