@@ -37,6 +37,7 @@ Commands:
   compare MODEL       the modes full, lora and qlora side by side
   trace MODEL         the same by running the libraries' code (memplan[verify])
   dry-run -- COMMAND  your own program, unmodified, on a card that is not there
+  stub MODEL FOLDER   a checkpoint that takes no disk, to be dry-run with
   verify MODEL        train a few steps for real, and compare (memplan[verify])
   campaign PLAN       many such runs within a budget of time
   report [FOLDER]     all measurements against the plan

@@ -7,6 +7,7 @@ COMMANDS = (
     "compare",
     "trace",
     "dry-run",
+    "stub",
     "verify",
     "campaign",
     "report",

@@ -137,7 +137,7 @@ def answer(
     """The answer of the process that took the most. ``status``: the program's exit status, None if it was
     ended; ``context``: bytes that were taken from the beginning; ``asked``: optimizer steps; ``version``:
     memplan's. Raises MemplanError if the program says nothing of a training step."""
-    users = [one for one in seen if one.used]
+    users = [one for one in seen if one.steps or one.ran_out] or [one for one in seen if one.used]
     if not users:
         raise MemplanError(_never_used(status))
     worst = max(users, key=_most)
@@ -196,19 +196,24 @@ def _check(seen: Seen, status: int | None, asked: int, notes: list[str]) -> None
     if status:
         what = f", {seen.error}" if seen.error else ""
         raise MemplanError(
-            f"the program failed by itself (exit status {status}{what}) after {_steps(done)}: see above"
+            f"the program failed by itself (exit status {status}{what}) {_since(done)}: see above"
         )
     if not done:
-        ended = "in the time it was given" if status is None else "before it ended"
         raise MemplanError(
-            f"the program took no optimizer step {ended}, so nothing can be said of training: give it more "
-            "time with --timeout, or look at what it prints"
+            "the program took no optimizer step "
+            + (
+                "in the time it was given: give it more with --timeout"
+                if status is None
+                else "before it ended, so nothing can be said of training"
+            )
         )
-    notes.append(f"the program ended after {_steps(done)} of the {asked} that were asked for")
+    notes.append(f"the program ended {_since(done)}, of the {asked} that were asked for")
 
 
-def _steps(number: int) -> str:
-    return "one optimizer step" if number == 1 else f"{number} optimizer steps"
+def _since(steps: int) -> str:
+    if not steps:
+        return "before its first optimizer step"
+    return "after one optimizer step" if steps == 1 else f"after {steps} optimizer steps"
 
 
 def schema() -> dict[str, Any]:

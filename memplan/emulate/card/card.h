@@ -22,5 +22,7 @@ char *card_addresses(size_t bytes); /* an aligned range, not yet usable; NULL wi
 int card_map(char *at, size_t bytes, int on);
 int card_has(const void *at);
 int card_attribute(int attribute);  /* numbered as cudaDeviceAttr and CUdevice_attribute both are */
+void card_values_are_real(void); /* somebody works out whole numbers: what is read back is what is there */
+int card_values_real(void);
 void card_copy(void *to, const void *from, size_t bytes);
 void card_fill(void *to, int value, size_t bytes);

@@ -80,7 +80,7 @@ cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, enum cudaMemcpy
     (void)kind;
     card_copy(to, from, bytes);
     /* No kernel computed a flag, and what libraries ask on the way is whether all is plain: nothing padded or packed. */
-    if (bytes == 1 && card_has(from) && !card_has(to)) *(char *)to = 1;
+    if (bytes == 1 && card_has(from) && !card_has(to) && !card_values_real()) *(char *)to = 1;
     return cudaSuccess;
 }
 
@@ -222,7 +222,10 @@ cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *of, const void *ker
     memset(of, 0, sizeof *of);
     of->maxThreadsPerBlock = 1024;
     of->numRegs = 64;
-    of->ptxVersion = of->binaryVersion = card()->major * 10 + card()->minor;
+    /* The architecture that PyTorch's kernels are compiled for and this card runs: 8.9 runs 8.6's. CUB asks, and fails
+     * for one that it was not compiled for. */
+    const struct card *c = card();
+    of->ptxVersion = of->binaryVersion = c->major * 10 + (c->major == 8 ? (c->minor >= 6 ? 6 : 0) : c->major == 7 ? c->minor : 0);
     of->maxDynamicSharedSizeBytes = card()->shared_memory;
     return cudaSuccess;
 }
@@ -244,7 +247,8 @@ cudaError_t __cudaGetKernel(cudaKernel_t *kernel, const void *function) {
 }
 
 /* One thing that shapes depend on is counted: how many elements are not zero (aten/src/ATen/native/cuda/Nonzero.cu,
- * with cub's reduction). All of them, says the card, as it says that every flag is true: nothing is padded or masked. */
+ * with cub's reduction). Where values are real it is what is there; of floats, or where nobody has worked anything out,
+ * it is all of them: nothing is padded or masked, as every flag is true. */
 
 #define KERNELS (1 << 18)
 static struct { const void *function; const char *name; } kernels[KERNELS];
@@ -264,12 +268,35 @@ void __cudaRegisterFunction(void **binary, const char *function, char *device, c
     kernels[i].name = name;
 }
 
+/* Bytes of an element by the type in a kernel's mangled name, 0 for a float. */
+static size_t element(const char *name) {
+    const char *at = strstr(name, "NonZeroOpI");
+    switch (at ? at[10] : 0) {
+    case 'b': case 'a': case 'h': return 1;
+    case 's': case 't': return 2;
+    case 'i': case 'j': return 4;
+    case 'l': case 'm': return 8;
+    default: return 0;
+    }
+}
+
+static int nonzero(const char *at, size_t number, size_t bytes) {
+    static const char zero[8];
+    int found = 0;
+    for (size_t i = 0; i < number; i++) found += memcmp(at + i * bytes, zero, bytes) != 0;
+    return found;
+}
+
 static void launched(const void *function, void **arguments) {
     static __thread int count = -1;
     const char *name = kernels[kernel_slot(function)].name;
     if (!name) return;
     /* DeviceReduceKernel(in, partial sums, number, ...), then DeviceReduceSingleTileKernel(in, out, number, ...) */
-    if (strstr(name, "NonZeroOp")) count = (int)*(unsigned long long *)arguments[2];
+    if (strstr(name, "NonZeroOp")) {
+        size_t number = *(unsigned long long *)arguments[2], bytes = element(name);
+        const char *at = *(const char **)arguments[0]; /* the iterator begins with its pointer */
+        count = card_values_real() && bytes && card_has(at) ? nonzero(at, number, bytes) : (int)number;
+    }
     if (count >= 0 && strstr(name, "DeviceReduceSingleTileKernel")) {
         **(int **)arguments[1] = count;
         count = -1;

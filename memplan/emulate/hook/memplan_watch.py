@@ -249,5 +249,9 @@ def _versions() -> dict[str, str]:
 
 
 def start(torch: Any) -> None:
-    """Watch this process."""
+    """Watch this process, and work out its whole numbers."""
+    import memplan_integers
+
+    if torch.cuda.is_available():
+        memplan_integers.mode(torch).__enter__()
     Watch(os.environ["MEMPLAN_WATCH"], int(os.environ["MEMPLAN_WATCH_STEPS"])).imported(torch)

@@ -15,20 +15,25 @@ _HERE = os.path.dirname(os.path.abspath(__file__))
 class _WhenImported(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Finds torch as it would be found anyway, and says when it is there."""
 
+    asking = False
+
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != "torch":
+        if name != "torch" or self.asking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.loader is None:
-            return spec
-        self.loader, spec.loader = spec.loader, self
+        self.asking = True  # who only asks where torch is has not imported it yet
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self.asking = False
+        if spec is not None and spec.loader is not None:
+            self.loader, spec.loader = spec.loader, self
         return spec
 
     def create_module(self, spec: Any) -> Any:
         return self.loader.create_module(spec)
 
     def exec_module(self, module: Any) -> None:
+        sys.meta_path.remove(self)
         module.__spec__.loader = module.__loader__ = self.loader
         libraries = os.environ["MEMPLAN_CARD_LIBRARIES"]
         with open(os.path.join(libraries, "order"), encoding="utf-8") as file:

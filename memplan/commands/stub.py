@@ -1,0 +1,50 @@
+"""``memplan stub MODEL FOLDER``: a checkpoint that takes no disk."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from memplan.commands.arguments import Parser, add_model
+
+EXAMPLES = """\
+config.json as published, safetensors of the right shapes in shards, made of
+holes: 141 GB of a 70B take some KB. A tokenizer of a few words is made, too.
+Programs load it as any other checkpoint; its weights are zeros.
+
+examples:
+  memplan stub llama-70b ./llama-70b
+  memplan dry-run --gpu a6000 -- python train.py --model ./llama-70b
+"""
+
+
+def parser() -> Parser:
+    """The arguments that ``memplan stub`` takes."""
+    result = Parser("stub", "Makes a checkpoint that takes no disk.", "MODEL FOLDER [options]", EXAMPLES)
+    add_model(result)
+    result.add_argument("folder", metavar="FOLDER", help="where it is made; not there yet, or empty")
+    result.add_argument(
+        "--layers", type=int, metavar="N", default=None, help="only so many layers (default: all)"
+    )
+    result.add_argument(
+        "--python",
+        metavar="PYTHON",
+        default=None,
+        help="one that has torch and transformers (default: memplan's own, or python)",
+    )
+    return result
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Make it; 0."""
+    from memplan.emulate.stub import stub
+    from memplan.importers.resolve import resolve_config
+    from memplan.streams import say
+
+    found = resolve_config(arguments.model)
+    config = found.config
+    if arguments.layers is not None:
+        config = {**config, "num_hidden_layers": arguments.layers}
+    folder = stub(config, Path(arguments.folder), arguments.python)
+    say(f"{folder}: {found.name}, a checkpoint of zeros that takes no disk\n")
+    return 0

@@ -1,0 +1,80 @@
+"""A checkpoint of the right shapes that takes no disk, for programs that load one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from memplan.emulate.launch import HOOK
+from memplan.emulate.program import interpreter
+from memplan.errors import MemplanError, reason, shown
+
+_PROBE = """
+from importlib.util import find_spec
+raise SystemExit(not (find_spec("torch") and find_spec("transformers")))
+"""
+_MAKER = HOOK / "make_checkpoint.py"
+
+
+def stub(config: dict[str, Any], folder: Path, python: str | None) -> Path:
+    """Make the checkpoint of a configuration in ``folder``, which must not be there or be empty. ``python``:
+    of an environment with transformers (default: memplan's own, else the one that is called ``python``).
+    Raises MemplanError; nothing is left behind then."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise MemplanError(f"{shown(str(folder))} is there already and is no empty folder")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".memplan-stub-", dir=folder.parent) as place:
+            given, made = Path(place, "config.json"), Path(place, "made")
+            given.write_text(json.dumps(config), encoding="utf-8")
+            made.mkdir()
+            _make(_with_transformers(python), given, made)
+            if folder.exists():
+                folder.rmdir()
+            made.replace(folder)
+    except OSError as error:
+        raise MemplanError(f"{shown(str(folder))} can't be made: {reason(error)}") from error
+    return folder
+
+
+def _make(python: Path, config: Path, folder: Path) -> None:
+    quiet = {
+        **os.environ,
+        "TRANSFORMERS_VERBOSITY": "error",
+        "PYTHONWARNINGS": "ignore",
+        "HF_HUB_OFFLINE": "1",
+    }
+    done = subprocess.run(
+        [python, str(_MAKER), str(config), str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **quiet},
+        stdin=subprocess.DEVNULL,
+    )
+    if done.returncode:
+        words = done.stderr.strip().splitlines()
+        raise MemplanError(
+            f"transformers can't make this model: {shown(words[-1]) if words else 'it does not say why'}"
+        )
+
+
+def _with_transformers(python: str | None) -> Path:
+    """A Python that has torch and transformers. Raises MemplanError."""
+    wanted = (
+        [python] if python is not None else [sys.executable, *filter(shutil.which, ("python", "python3"))]
+    )
+    for name in wanted:
+        place = interpreter(name)
+        if subprocess.run([place, "-c", _PROBE], check=False, capture_output=True).returncode == 0:
+            return place
+    raise MemplanError(
+        "a checkpoint is made with transformers and torch: name a Python that has them with --python, such "
+        "as the one that runs your training"
+    )
