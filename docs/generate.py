@@ -1,5 +1,5 @@
-"""Writes the docs that are made from code and results: cli.md, claims.md, accuracy.md, kernels.md, the table
-in recipe.md and the two schemas.
+"""Writes the docs that are made from code and results: cli.md, claims.md, accuracy.md, kernels.md,
+dry-run.md, the table in recipe.md and the two schemas.
 
 Run it after a change of options or of the plan's records; tests/test_docs.py fails while they are behind.
 """
@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import accuracy
 import claims
+import dry_runs
 import kernels_page
 
 from memplan.asked.recipe import Recipe, recipe_options
@@ -78,6 +79,7 @@ PAGES = {
     "accuracy.md": accuracy.page,
     "cli.md": command_line,
     "claims.md": claims.page,
+    "dry-run.md": dry_runs.page,
     "kernels.md": kernels_page.page,
     "measurement.schema.json": measurement_schema,
     "plan.schema.json": plan_schema,

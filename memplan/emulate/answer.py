@@ -13,6 +13,7 @@ from memplan.device.fit import MARGIN_PER_CENT, Verdict
 from memplan.errors import MemplanError
 
 SCHEMA_VERSION = 1
+_CUDNN_FROM = (9, 0)  # the capability from which PyTorch prefers cuDNN's attention (sdp_utils.cpp)
 _OUT_OF_MEMORY = ("OutOfMemoryError",)  # names of the exceptions that end a program which ran out
 
 
@@ -158,6 +159,11 @@ def answer(
             f"cached memory was given back {retries} times so that requests could be met, which costs time"
             if retries
             else f"it leaves less than {MARGIN_PER_CENT} % of what it reserves"
+        )
+    if gpu.capability is not None and gpu.capability >= _CUDNN_FROM:
+        notes.append(
+            "where this card would take cuDNN's attention, which can't be emulated, flash attention ran "
+            "in its place"
         )
     if len(users) > 1:
         notes.append(f"{len(users)} processes used the card; this is of the one that took the most")

@@ -11,7 +11,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from memplan.emulate.launch import HOOK
+from memplan.asked.gpus import find_gpu
+from memplan.emulate import launch
 from memplan.emulate.program import interpreter
 from memplan.errors import MemplanError, reason, shown
 
@@ -19,7 +20,7 @@ _PROBE = """
 from importlib.util import find_spec
 raise SystemExit(not (find_spec("torch") and find_spec("transformers")))
 """
-_MAKER = HOOK / "make_checkpoint.py"
+_MAKER = launch.HOOK / "make_checkpoint.py"
 
 
 def stub(config: dict[str, Any], folder: Path, python: str | None) -> Path:
@@ -44,25 +45,28 @@ def stub(config: dict[str, Any], folder: Path, python: str | None) -> Path:
 
 
 def _make(python: Path, config: Path, folder: Path) -> None:
-    quiet = {
-        **os.environ,
-        "TRANSFORMERS_VERBOSITY": "error",
-        "PYTHONWARNINGS": "ignore",
-        "HF_HUB_OFFLINE": "1",
-    }
-    done = subprocess.run(
-        [python, str(_MAKER), str(config), str(folder)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, **quiet},
-        stdin=subprocess.DEVNULL,
-    )
+    quiet = {"TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"}
+    done = _ask(python, config, folder, {**os.environ, **quiet})
+    if done.returncode and "cannot open shared object file" in done.stderr:
+        # PyTorch's CUDA build without NVIDIA's packages: it is imported on a card that is not there
+        card = launch.environment(find_gpu("a100"), [str(python)])
+        done = _ask(python, config, folder, {**card, **quiet})
     if done.returncode:
         words = done.stderr.strip().splitlines()
         raise MemplanError(
             f"transformers can't make this model: {shown(words[-1]) if words else 'it does not say why'}"
         )
+
+
+def _ask(python: Path, config: Path, folder: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [python, str(_MAKER), str(config), str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=env,
+        stdin=subprocess.DEVNULL,
+    )
 
 
 def _with_transformers(python: str | None) -> Path:

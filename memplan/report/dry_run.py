@@ -42,11 +42,12 @@ def show_dry_run(answer: DryRun, console: Console) -> None:
         rows: list[list[Cell]] = [[Text(cell, QUIET) for cell in ("GiB", "tensors", "made in", "by")]]
         rows += [[gib(one.bytes), str(one.count), one.phase, _made_by(one)] for one in peak.largest[:_SHOWN]]
         table(console, rows, ">><<", gives_way=3)
-    note(
-        console,
-        f"Needed is what PyTorch's allocator reserved, and {gib(answer.context_bytes)} GiB for the process "
-        "beside it (assumed).",
-    )
+    if answer.needed_bytes is not None:
+        note(
+            console,
+            f"Needed is what PyTorch's allocator reserved, and {gib(answer.context_bytes)} GiB for the "
+            "process beside it (assumed).",
+        )
     for sentence in answer.notes:
         note(console, f"Note: {sentence}.")
 

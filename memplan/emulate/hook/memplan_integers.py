@@ -1,9 +1,9 @@
 """Integers are real, floats are imagined: on a card that computes nothing, whole numbers and truth values are
 worked out on the host, in the card's memory, which is the host's.
 
-So masks, labels, positions, counters and flags have the values that they have on a GPU, and shapes that depend
-on them come out right. Floats are zero wherever somebody asks: a comparison, a number read back. Where a
-router chooses among zeros, tokens are spread evenly.
+So masks, labels, positions, counters and flags have the values that they have on a GPU, and shapes that
+depend on them come out right. Floats are zero wherever somebody asks: a comparison, a number read back.
+Where a router chooses among zeros, tokens are spread evenly.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _CHOICES = ("topk", "sort", "argsort")  # of a router: indices of the largest
 
 
 def mode(torch: Any) -> Any:
-    """A dispatch mode that does so; to be entered once, by the thread that trains (backward's have it too)."""
+    """A dispatch mode that does so; the thread that trains enters it once, and backward has it, too."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     card = ctypes.CDLL(os.path.join(os.environ["MEMPLAN_CARD_LIBRARIES"], "libmemplan_card.so"))
@@ -36,7 +36,7 @@ def mode(torch: Any) -> Any:
         """Whether its values are worked out."""
         if tensor.dtype not in whole:
             return False
-        return tensor.numel() <= (_MOST if tensor.dtype not in (torch.uint8, torch.int8) else _BYTES)
+        return bool(tensor.numel() <= (_BYTES if tensor.dtype in (torch.uint8, torch.int8) else _MOST))
 
     def twin(tensor: Any) -> Any:
         """The same memory, as the host sees it; of floats as many zeros."""
@@ -85,7 +85,7 @@ def mode(torch: Any) -> Any:
                 twin(indices).copy_(turns.view(indices.shape))
         return True
 
-    class Integers(TorchDispatchMode):  # type: ignore[misc,valid-type]
+    class Integers(TorchDispatchMode):  # type: ignore[misc]
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
             given = [*tensors(args), *tensors(list(kwargs.values()))]

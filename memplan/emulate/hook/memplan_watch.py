@@ -233,7 +233,7 @@ def _short(file: str) -> str:
     for folder in _LIBRARIES:
         if file.startswith(folder):
             return file[len(folder) :]
-    return file
+    return os.path.relpath(file) if file else file
 
 
 def _versions() -> dict[str, str]:
@@ -253,5 +253,6 @@ def start(torch: Any) -> None:
     import memplan_integers
 
     if torch.cuda.is_available():
+        torch.backends.cuda.enable_cudnn_sdp(False)  # which Hopper takes first, and nobody can emulate
         memplan_integers.mode(torch).__enter__()
     Watch(os.environ["MEMPLAN_WATCH"], int(os.environ["MEMPLAN_WATCH_STEPS"])).imported(torch)

@@ -1,0 +1,76 @@
+"""What has to be true of values on the card that is not there, for `memplan dry-run` to run:
+
+    memplan dry-run --steps 1 --gpu 4090 -- python benchmarks/dry_gpu/values.py
+
+Whole numbers and truth values are those of the host; floats are zero. It ends with an optimizer step, so
+that there is an answer; an assertion that fails ends it before.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+card = torch.device("cuda")
+ids = torch.tensor([[1, 2, 3, 0, 0], [4, 5, 0, 0, 0]])
+labels = torch.where(ids == 0, -100, ids)
+
+
+def same(on_host: torch.Tensor, on_card: torch.Tensor) -> None:
+    assert on_card.is_cuda
+    assert on_card.dtype == on_host.dtype
+    assert on_card.tolist() == on_host.tolist(), (on_card.tolist(), on_host.tolist())
+
+
+# elementwise, reductions, factories, views, in place
+for compute in (
+    lambda it: it * 3 - 1,
+    lambda it: it != 0,
+    lambda it: (it != 0).sum(),
+    lambda it: (it != 0).long().cumsum(-1) - 1,
+    lambda it: it.argmax(-1),
+    lambda it: it[:, 1:].clamp(min=1).max(),
+    lambda it: torch.arange(7, device=it.device) % 3,
+    lambda it: it.clone().masked_fill_(it == 0, -100),
+    lambda it: torch.cat([it, it.flip(0)], 1),
+    lambda it: torch.nn.functional.pad(it, (2, 0), value=9),
+    lambda it: (it == 0).all() | (it > 100).any(),
+    lambda it: it.gather(1, (it == 0).long()),
+):
+    same(compute(ids), compute(ids.to(card)))  # type: ignore[no-untyped-call]
+
+# shapes that depend on values
+mask, on_card = labels != -100, labels.to(card) != -100
+for choose in (
+    lambda it, chosen: chosen.nonzero(),
+    lambda it, chosen: it[chosen],
+    lambda it, chosen: it.masked_select(chosen),
+    lambda it, chosen: it.unique(),
+    lambda it, chosen: torch.unique_consecutive(it),
+    lambda it, chosen: torch.repeat_interleave(chosen.sum(-1)),
+    lambda it, chosen: torch.bincount(it.flatten(), minlength=8),
+):
+    same(choose(ids, mask), choose(ids.to(card), on_card))  # type: ignore[no-untyped-call]
+hidden = torch.randn(2, 5, 8, device=card, requires_grad=True)
+assert hidden[on_card].shape == (5, 8)
+hidden.new_zeros(2, 5).masked_scatter(on_card, hidden[on_card].sum(-1)).sum().backward()
+assert hidden.grad is not None and hidden.grad.shape == hidden.shape
+assert bool(on_card[0, 0]) and not bool(on_card[0, 4])
+assert int(on_card.sum()) == 5
+
+# floats are zero wherever somebody asks, whatever lay in that memory before
+stale = torch.full((1000,), -1, device=card)
+del stale
+loss = torch.randn(1000, device=card).mean()
+assert loss.item() == 0.0 and loss.cpu().item() == 0.0
+assert bool(torch.isfinite(loss)) and not bool(torch.isnan(loss))
+assert torch.randn(3, 4, device=card).cpu().count_nonzero() == 0
+
+# a router spreads tokens evenly
+chosen = torch.topk(torch.randn(6, 4, device=card), 2, dim=-1).indices
+assert torch.bincount(chosen.flatten(), minlength=4).tolist() == [3, 3, 3, 3]
+
+model = nn.Linear(8, 8, device=card)
+optimizer = torch.optim.AdamW(model.parameters())
+model(torch.randn(2, 8, device=card)).sum().backward()
+optimizer.step()

@@ -1,0 +1,127 @@
+"""Dry runs of trainers' own commands, unmodified: does each go through, in what time, and what does it need?
+
+    python benchmarks/trainers/run.py                  every case of cases.json; writes data/dry_runs.json
+    python benchmarks/trainers/run.py NAME ...         some of them; writes nothing
+
+Needs the environment of benchmarks/dry_gpu/README.md. Checkpoints are made by memplan stub, data sets here.
+Exit status 1 if a case does not go through.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+RESULTS = ROOT / "data" / "dry_runs.json"
+ROWS = 64  # of a data set
+QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
+
+
+def cases() -> list[dict[str, Any]]:
+    """What cases.json lists."""
+    listed: list[dict[str, Any]] = json.loads((HERE / "cases.json").read_text(encoding="utf-8"))["cases"]
+    return listed
+
+
+def said(who: str, word: str, times: int) -> dict[str, str]:
+    return {"role": who, "content": " ".join([word] * times)}
+
+
+def chats() -> Iterator[dict[str, Any]]:
+    for row in range(ROWS):
+        yield {"messages": [said("user", "word", 50 + 10 * row), said("assistant", "answer", 50 + 8 * row)]}
+
+
+def preferences() -> Iterator[dict[str, Any]]:
+    for row in range(ROWS):
+        yield {
+            "prompt": [said("user", "word", 50 + 7 * row)],
+            "chosen": [said("assistant", "good", 50 + 5 * row)],
+            "rejected": [said("assistant", "bad", 50 + 3 * row)],
+        }
+
+
+def prompts() -> Iterator[dict[str, Any]]:
+    for row in range(ROWS):
+        yield {"prompt": [said("user", "word", 50 + row)]}
+
+
+def data(folder: Path) -> dict[str, str]:
+    """Data sets in files of lines, by the name that stands for their folder."""
+    found = {}
+    for name, rows in (("CHAT", chats()), ("PREFERENCES", preferences()), ("PROMPTS", prompts())):
+        place = folder / name.lower()
+        place.mkdir()
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (place / "train.jsonl").write_text(text, encoding="utf-8")
+        found[name] = str(place)
+    return found
+
+
+def dry_run(case: dict[str, Any], folder: Path, sets: dict[str, str]) -> dict[str, Any]:
+    """A case's row: memplan's answer, or the sentence that it ends with."""
+    memplan = [sys.executable, "-m", "memplan"]
+    model, out = folder / case["model"], folder / "out"
+    out.mkdir(exist_ok=True)
+    if not model.exists():
+        subprocess.run([*memplan, "stub", case["model"], str(model)], check=True, capture_output=True)
+    places = {**sets, "MODEL": str(model), "OUT": str(out), "PLAIN": str(ROOT / "benchmarks" / "plain")}
+    program, *arguments = shlex.split(case["command"].format(**places))
+    command = [str(Path(sys.executable).with_name(program)), *arguments]
+    began = time.monotonic()
+    done = subprocess.run(
+        [*memplan, "dry-run", "--json", "--gpu", case["gpu"], "--", *command],
+        cwd=folder,
+        env={**os.environ, **QUIET, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    row = {**case, "seconds": round(time.monotonic() - began, 1)}
+    if done.returncode == 2 or not done.stdout:
+        return {**row, "why": done.stderr.strip().splitlines()[-1], "said": done.stderr[-3000:]}
+    answer = json.loads(done.stdout)
+    kept = ("memplan_version", "gpu", "needed_bytes", "verdict", "loaded", "steps", "libraries", "notes")
+    return {**row, "why": None, **{name: answer[name] for name in kept}}
+
+
+def main() -> int:
+    """The exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="cases (default: all, which are written)")
+    asked = parser.parse_args()
+    chosen = [case for case in cases() if not asked.names or case["name"] in asked.names]
+    if len(chosen) < len(asked.names):
+        parser.error(f"cases.json has only {', '.join(case['name'] for case in cases())}")
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="trainers-") as place:
+        sets = data(Path(place))
+        for case in chosen:
+            row = dry_run(case, Path(place), sets)
+            told = row.pop("said", "")
+            rows.append(row)
+            needed = row.get("needed_bytes")
+            words = row["why"] or f"{row['verdict']}, {needed:,} bytes" if needed else row.get("verdict")
+            print(f"{case['name']:24} {row['seconds']:6.1f} s  {words}", flush=True)
+            if row["why"]:
+                print(told, file=sys.stderr)
+    failed = sum(row["why"] is not None for row in rows)
+    print(f"{len(rows)} dry-run, {failed} did not go through")
+    if not asked.names:
+        RESULTS.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

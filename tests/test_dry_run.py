@@ -1,0 +1,310 @@
+"""``memplan dry-run`` without PyTorch's CUDA build: what it reads, judges, says and refuses. `.ci/run` tries
+the rest in an environment that has the build."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Outcome
+
+from memplan.asked.gpus import find_gpu
+from memplan.emulate import elf
+from memplan.emulate.answer import DryRun, Seen, answer, read
+from memplan.emulate.launch import Watching, environment, run
+from memplan.emulate.program import interpreter
+from memplan.errors import MemplanError
+from memplan.report.dry_run import show_dry_run
+
+GIB, MIB = 1 << 30, 1 << 20
+CARD = find_gpu("a6000")
+CONTEXT = 640 * MIB
+LINE = {
+    "file": "transformers/models/llama/modeling_llama.py",
+    "line": 147,
+    "function": "forward",
+    "own": "train.py:23",
+}
+Memplan = Callable[..., Outcome]
+
+
+def seen(**told: Any) -> Seen:
+    """What a process of a program that trains writes, unless told otherwise."""
+    counters = {"allocated": 20 * GIB, "reserved": 30 * GIB, "resting": 10 * GIB, "retries": 0}
+    held = {**LINE, "phase": "forward", "bytes": 9 * GIB, "count": 32}
+    peak = {
+        **LINE,
+        "step": 2,
+        "phase": "forward",
+        "module": "model.layers.3",
+        "asked": GIB,
+        "largest": [held],
+    }
+    usual = {
+        "used": True,
+        "loaded": counters,
+        "steps": [{**counters, "ended": 10 + number} for number in range(3)],
+        "ran_out": None,
+        "error": None,
+        "versions": {"torch": "2.13.0"},
+        "device": "dry NVIDIA RTX A6000",
+        "peak": peak,
+    }
+    return Seen.model_validate({**usual, **told})
+
+
+def step(**told: int) -> dict[str, int]:
+    return {"allocated": GIB, "reserved": GIB, "resting": GIB, "retries": 0, "ended": 1, **told}
+
+
+RAN_OUT = {
+    **LINE, "step": 1, "phase": "backward", "module": "", "asked": GIB, "free": MIB, "allocated": 46 * GIB,
+    "reserved": 46 * GIB,
+}  # fmt: skip
+
+
+def judged(*found: Seen, status: int | None = 0, steps: int = 3) -> DryRun:
+    return answer(["python", "train.py"], CARD, found, status, context=CONTEXT, asked=steps, version="0")
+
+
+@pytest.mark.parametrize(
+    ("told", "status", "verdict"),
+    [
+        ({}, 0, "fits"),
+        ({"steps": [step(reserved=CARD.visible_bytes - CONTEXT)] * 3}, 0, "tight"),
+        ({"steps": [step(retries=2)] * 3}, 0, "tight"),
+        ({"steps": [], "ran_out": RAN_OUT, "error": "OutOfMemoryError"}, 1, "does not fit"),
+        # it ran out, gave something up and went on
+        ({"ran_out": RAN_OUT}, 0, "fits"),
+    ],
+)
+def test_verdicts(told: dict[str, Any], status: int, verdict: str) -> None:
+    found = judged(seen(**told), status=status)
+    assert found.verdict == verdict
+    assert (found.needed_bytes is None) == (verdict == "does not fit")
+    assert (found.ran_out is not None) == (verdict == "does not fit")
+
+
+def test_what_is_needed_is_reserved_at_most_and_the_process() -> None:
+    assert judged(seen()).needed_bytes == 30 * GIB + CONTEXT
+    loading = {"allocated": GIB, "reserved": 35 * GIB, "resting": GIB, "retries": 0}
+    assert judged(seen(loaded=loading)).needed_bytes == 35 * GIB + CONTEXT
+
+
+def test_the_process_that_takes_the_most_decides() -> None:
+    launcher = seen(steps=[], loaded=None, peak=None)
+    small, large = seen(steps=[step()] * 3), seen(steps=[step(reserved=40 * GIB)] * 3)
+    assert judged(launcher, small).notes == ()
+    found = judged(launcher, small, large)
+    assert found.steps[0].reserved == 40 * GIB
+    assert "2 processes used the card" in found.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("found", "status", "sentence"),
+    [
+        ([], 0, "never used the card"),
+        ([seen(used=False, steps=[])], 3, r"failed by itself \(exit status 3\) before it used the card"),
+        (
+            [seen(steps=[], error="ValueError")],
+            1,
+            r"failed by itself \(exit status 1, ValueError\) before its first",
+        ),
+        ([seen(steps=[step()], error="ValueError")], 1, "after one optimizer step"),
+        ([seen(steps=[])], 0, "took no optimizer step before it ended"),
+        ([seen(steps=[])], None, "in the time it was given: give it more with --timeout"),
+    ],
+)
+def test_programs_that_say_nothing_of_training(found: list[Seen], status: int | None, sentence: str) -> None:
+    with pytest.raises(MemplanError, match=sentence):
+        judged(*found, status=status)
+
+
+def test_a_program_that_ends_early_is_judged_by_what_it_did() -> None:
+    assert judged(seen(steps=[step()])).notes == (
+        "the program ended after one optimizer step, of the 3 that were asked for",
+    )
+
+
+def test_cudnn_s_attention_is_told_of() -> None:
+    found = answer([], find_gpu("h100"), [seen()], 0, context=CONTEXT, asked=3, version="0")
+    assert "cuDNN's attention" in found.notes[0]
+
+
+def test_the_answer_on_the_terminal(golden: Callable[[str, str], None]) -> None:
+    from test_report import printed
+
+    fits = printed(lambda console: show_dry_run(judged(seen()), console))
+    ended = judged(seen(steps=[], ran_out=RAN_OUT, error="OutOfMemoryError"), status=1)
+    golden("dry_run.txt", fits + "\n" + printed(lambda console: show_dry_run(ended, console)))
+
+
+def test_growth_is_told() -> None:
+    from test_report import printed
+
+    leaking = seen(steps=[step(resting=number * GIB) for number in (1, 2, 3)])
+    assert "grows by 1.00 GiB a step" in printed(lambda console: show_dry_run(judged(leaking), console))
+    assert "grows" not in printed(lambda console: show_dry_run(judged(seen()), console))
+
+
+def test_a_file_that_nobody_wrote_so_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "1.json").write_text(seen().model_dump_json())
+    assert read(tmp_path) == [seen()]
+    (tmp_path / "2.json").write_text('{"used": true}')
+    with pytest.raises(MemplanError, match="can't be read"):
+        read(tmp_path)
+
+
+# -- programs --------------------------------------------------------------------------------------------
+
+
+def script(folder: Path, first: str) -> str:
+    path = folder / "train"
+    path.write_text(f"{first}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_the_python_of_a_program(tmp_path: Path) -> None:
+    assert interpreter(sys.executable) == Path(sys.executable)
+    assert interpreter(script(tmp_path, f"#!{sys.executable} -s")) == Path(sys.executable)
+    assert interpreter(script(tmp_path, "#!/usr/bin/env python3")).name == "python3"
+
+
+@pytest.mark.parametrize(
+    ("first", "sentence"),
+    [("#!/bin/sh", "can't be told from its first line"), ("\x7fELF", "is no Python program")],
+)
+def test_what_is_no_python_program(tmp_path: Path, first: str, sentence: str) -> None:
+    with pytest.raises(MemplanError, match=sentence):
+        interpreter(script(tmp_path, first))
+
+
+def test_a_cpu_build_is_refused_with_what_to_do(memplan: Memplan) -> None:
+    pytest.importorskip("torch")
+    outcome = memplan("dry-run", "--gpu", "a6000", "--", sys.executable, "train.py")
+    assert outcome.status == 2
+    assert "is a CPU build: install PyTorch's CUDA build in its environment" in outcome.err
+    assert outcome.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--gpu", "a6000", "--", "nonesuch"], "there is no program 'nonesuch'"),
+        (["--gpu", "mi300x", "--", "python", "x.py"], "can't be emulated yet"),
+        (["--gpu", "a6000"], "COMMAND"),
+        (["--gpu", "a6000", "--steps", "0", "--", "python"], "--steps takes a whole number above 0"),
+    ],
+)
+def test_bad_questions(memplan: Memplan, arguments: list[str], sentence: str) -> None:
+    outcome = memplan("dry-run", *arguments)
+    assert outcome.status == 2
+    assert sentence in outcome.err
+
+
+def test_options_after_the_program_are_its_own(memplan: Memplan) -> None:
+    outcome = memplan("dry-run", "--gpu", "a6000", "--", "nonesuch", "--gpu", "h100", "--json")
+    assert "no program 'nonesuch'" in outcome.err
+
+
+def test_a_program_and_what_it_started_are_gone(tmp_path: Path) -> None:
+    """One that hangs, with a child that would, too."""
+    child = f"import time, pathlib; time.sleep(1.5); pathlib.Path({str(tmp_path / 'late')!r}).touch()"
+    code = (
+        f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
+    )
+    assert run([sys.executable, "-c", code], {}, timeout=0.8) is None
+    import time
+
+    time.sleep(1.5)
+    assert not (tmp_path / "late").exists()
+
+
+def test_what_a_program_prints_is_no_part_of_the_answer(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run([sys.executable, "-c", "print('loss 0.0'); raise SystemExit(3)"], {}) == 3
+    out, err = capfd.readouterr()
+    assert (out, err) == ("", "loss 0.0\n")
+
+
+def test_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from memplan.emulate import build, launch
+
+    monkeypatch.setattr(launch.program, "find", lambda command: command)
+    monkeypatch.setattr(build, "libraries", lambda program: Path("/libraries"))
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/mine")
+    found = environment(CARD, ["python"], taken=5, watching=Watching(tmp_path, 3))
+    assert found["LD_LIBRARY_PATH"] == "/libraries:/mine"
+    assert found["MEMPLAN_CARD"].startswith(f"{CARD.visible_bytes}:5:8:6:84:")
+    assert found["MEMPLAN_WATCH"] == str(tmp_path)
+    assert "MEMPLAN_WATCH" not in environment(CARD, ["python"])
+
+
+# -- shared objects --------------------------------------------------------------------------------------
+
+
+def test_what_a_shared_object_asks() -> None:
+    import _ctypes
+
+    asked = elf.asked(Path(_ctypes.__file__))
+    assert "libc.so.6" in asked.needed
+    assert any(version.startswith("GLIBC_") for version in asked.versions.values())
+    assert any("PyErr_SetString" in symbols for symbols in asked.symbols.values())
+
+
+def test_a_file_that_is_no_shared_object(tmp_path: Path) -> None:
+    (tmp_path / "x.so").write_bytes(b"MZ" * 100)
+    with pytest.raises(ValueError, match="no 64-bit shared object"):
+        elf.asked(tmp_path / "x.so")
+
+
+# -- checkpoints -----------------------------------------------------------------------------------------
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 128,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 320,
+    "max_position_embeddings": 128, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+}  # fmt: skip
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(CONFIG))
+    return path
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_holes_is_loaded_as_any_other(memplan: Memplan, config: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    outcome = memplan("stub", config, tmp_path / "made", "--layers", "1")
+    assert (outcome.status, outcome.err) == (0, "")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "made")
+    assert model.config.num_hidden_layers == 1
+    assert not any(parameter.any() for parameter in model.parameters())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "made")
+    assert len(tokenizer("w1 w2 unknown")["input_ids"]) == 3
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "made"}
+
+
+def test_a_folder_with_something_in_it_is_left_alone(memplan: Memplan, config: Path, tmp_path: Path) -> None:
+    outcome = memplan("stub", config, tmp_path)
+    assert outcome.status == 2
+    assert "is no empty folder" in outcome.err
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_nothing_is_left_of_a_checkpoint_that_can_t_be_made(
+    memplan: Memplan, config: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("transformers")
+    config.write_text(json.dumps({**CONFIG, "model_type": "nonesuch"}))
+    outcome = memplan("stub", config, tmp_path / "made", "--python", sys.executable)
+    assert outcome.status == 2
+    assert "transformers can't make this model" in outcome.err
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
