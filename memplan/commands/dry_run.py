@@ -14,9 +14,9 @@ STEPS, SECONDS = 3, 900.0
 
 EXAMPLES = """\
 PyTorch's CUDA build runs as it is, allocator and all; NVIDIA's driver and
-libraries are replaced by ones that hand out memory and compute nothing. So what
-the program allocates is real, and what it computes is not: losses are 0. The
-program ends after its third optimizer step. What it prints goes to standard error.
+libraries are replaced by ones that hand out memory and compute nothing. What
+the program allocates is real, what it computes is not: losses are 0. It
+ends after its third optimizer step, and prints to standard error.
 
 exit status: 0 if it fits (tight counts as fits), 1 if it does not, 2 for a bad
 question or a program that fails by itself
@@ -31,7 +31,7 @@ def parser() -> Parser:
     """The arguments that ``memplan dry-run`` takes."""
     result = Parser(
         "dry-run",
-        "Runs a training program, unmodified, on a card that is not there, and says what it takes.",
+        "Runs a training program as it is on a card that is not there.",
         "--gpu NAME [options] -- COMMAND ...",
         EXAMPLES,
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from memplan.commands.arguments import Parser, add_model
+from memplan.asked.fields import MAX_LAYERS
+from memplan.commands.arguments import Parser, UsageError, add_json, add_model, whole
 
 EXAMPLES = """\
 config.json as published, safetensors of the right shapes in shards, made of
@@ -24,7 +25,7 @@ def parser() -> Parser:
     add_model(result)
     result.add_argument("folder", metavar="FOLDER", help="where it is made; not there yet, or empty")
     result.add_argument(
-        "--layers", type=int, metavar="N", default=None, help="only so many layers (default: all)"
+        "--layers", type=whole, metavar="N", default=None, help="only so many layers (default: all)"
     )
     result.add_argument(
         "--python",
@@ -32,6 +33,7 @@ def parser() -> Parser:
         default=None,
         help="one that has torch and transformers (default: memplan's own, or python)",
     )
+    add_json(result)
     return result
 
 
@@ -39,12 +41,20 @@ def run(arguments: argparse.Namespace) -> int:
     """Make it; 0."""
     from memplan.emulate.stub import stub
     from memplan.importers.resolve import resolve_config
-    from memplan.streams import say
 
     found = resolve_config(arguments.model)
     config = found.config
     if arguments.layers is not None:
+        if not 0 < arguments.layers <= MAX_LAYERS:
+            raise UsageError(f"--layers takes a whole number from 1 to {MAX_LAYERS}")
         config = {**config, "num_hidden_layers": arguments.layers}
     folder = stub(config, Path(arguments.folder), arguments.python)
-    say(f"{folder}: {found.name}, a checkpoint of zeros that takes no disk\n")
+    if arguments.json:
+        from memplan.report.machine import print_json
+
+        print_json({"model": found.name, "hub_id": found.hub_id, "folder": str(folder)})
+    else:
+        from memplan.streams import say
+
+        say(f"{folder}: {found.name}, a checkpoint of zeros that takes no disk\n")
     return 0
