@@ -30,5 +30,7 @@ def _row(row: dict[str, Any]) -> str:
     needed = "–" if row["needed_bytes"] is None else f"{row['needed_bytes'] / GIB:.2f} GiB"
     last = f"{row['steps'][-1]['allocated'] / GIB:.2f} GiB" if row["steps"] else "–"
     card = row["gpu"].removeprefix("NVIDIA ").removeprefix("GeForce ")
+    if row.get("count", 1) > 1:
+        card = f"{row['count']} × {card}"
     cells = (row["what"], row["model"], card, row["verdict"], needed, last, f"{row['seconds']:.0f}")
     return f"| {' | '.join(cells)} |\n"

@@ -27,9 +27,10 @@ def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
     library = tmp_path / "card.so"
     source = ROOT / "memplan" / "emulate" / "card" / "card.c"
     subprocess.run(["gcc", "-shared", "-fPIC", "-Wall", "-Werror", source, "-o", library], check=True)
-    monkeypatch.setenv("MEMPLAN_CARD", f"{80 * GIB}:0:9:0:132:232448:{DRY}H100")
+    monkeypatch.setenv("MEMPLAN_CARD", f"2:{80 * GIB}:0:9:0:132:232448:{DRY}H100")
     loaded = ctypes.CDLL(str(library))
-    loaded.card_take.argtypes = loaded.card_give.argtypes = [ctypes.c_size_t]
+    loaded.card_take.argtypes = loaded.card_give.argtypes = [ctypes.c_size_t, ctypes.c_int]
+    loaded.card_of.argtypes = [ctypes.c_void_p]
     loaded.card_used.restype = ctypes.c_size_t
     loaded.card_addresses.argtypes, loaded.card_addresses.restype = [ctypes.c_size_t], ctypes.c_void_p
     loaded.card_map.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -39,11 +40,11 @@ def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
 
 
 def test_it_hands_out_what_it_has_and_no_more(card: ctypes.CDLL) -> None:
-    assert card.card_take(79 * GIB) == 0
-    assert card.card_take(2 * GIB) == 1
+    assert card.card_take(79 * GIB, 0) == 0
+    assert card.card_take(2 * GIB, 0) == 1
     assert card.card_used() == 79 * GIB
-    card.card_give(79 * GIB)
-    assert card.card_take(80 * GIB) == 0
+    card.card_give(79 * GIB, 0)
+    assert card.card_take(80 * GIB, 0) == 0
 
 
 @pytest.mark.parametrize("way", ["up", "down"])
@@ -54,6 +55,19 @@ def test_addresses_go_one_way(card: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
     steps = [second - first, third - second]
     assert steps == ([2 << 20, 4 << 20] if way == "up" else [-(4 << 20), -(2 << 20)])
     assert card.card_has(first) and card.card_has(third)
+
+
+def test_cards_have_memory_and_addresses_of_their_own(card: ctypes.CDLL) -> None:
+    assert card.card_take(79 * GIB, 0) == 0
+    assert card.card_select(1) == 0
+    assert card.card_used() == 0
+    assert card.card_take(79 * GIB, 1) == 0
+    there = card.card_addresses(GIB)
+    assert card.card_select(0) == 0
+    here = card.card_addresses(GIB)
+    assert (card.card_of(there), card.card_of(here)) == (1, 0)
+    assert card.card_select(2) == 1
+    assert card.card_current() == 0
 
 
 def test_its_pages_exist_once_they_are_written(card: ctypes.CDLL) -> None:
@@ -67,9 +81,9 @@ def test_its_pages_exist_once_they_are_written(card: ctypes.CDLL) -> None:
 
 
 def test_a_card_is_described_as_the_table_has_it() -> None:
-    told = description(find_gpu("h200"), taken=MIB)
-    total, taken, major, minor, multiprocessors, shared, name = told.split(":")
-    assert (taken, major, minor, multiprocessors, shared) == (str(MIB), "9", "0", "132", "232448")
+    told = description(find_gpu("h200"), taken=MIB, count=4)
+    count, total, taken, major, minor, multiprocessors, shared, name = told.split(":")
+    assert (count, taken, major, minor, multiprocessors, shared) == ("4", str(MIB), "9", "0", "132", "232448")
     assert name == f"{DRY}NVIDIA H200"
     assert int(total) > 139 * GIB
 

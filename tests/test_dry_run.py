@@ -51,6 +51,7 @@ def seen(**told: Any) -> Seen:
         "ran_out": None,
         "error": None,
         "versions": {"torch": "2.13.0"},
+        "world": 1,
         "device": "dry NVIDIA RTX A6000",
         "peak": peak,
     }
@@ -143,6 +144,15 @@ def test_the_answer_on_the_terminal(golden: Callable[[str, str], None]) -> None:
     golden("dry_run.txt", fits + "\n" + printed(lambda console: show_dry_run(ended, console)))
 
 
+def test_several_cards_are_told_of() -> None:
+    from test_report import printed
+
+    found = answer(["torchrun"], CARD, [seen(world=8)], 0, context=CONTEXT, count=8, asked=3, version="0")
+    text = printed(lambda console: show_dry_run(found, console))
+    assert text.startswith("fits on the 8 × RTX A6000 (emulated): 30.62 of 47.40 GiB needed on each\n")
+    assert "rank 0 of 8 ran and stands for all" in text
+
+
 def test_growth_is_told() -> None:
     from test_report import printed
 
@@ -198,6 +208,7 @@ def test_a_cpu_build_is_refused_with_what_to_do(memplan: Memplan) -> None:
         (["--gpu", "a6000", "--", "nonesuch"], "there is no program 'nonesuch'"),
         (["--gpu", "mi300x", "--", "python", "x.py"], "can't be emulated yet"),
         (["--gpu", "a6000"], "COMMAND"),
+        (["--gpu", "0xa6000", "--", "python", "x.py"], "--gpu takes from 1 to 64 cards, not 0"),
         (["--gpu", "a6000", "--steps", "0", "--", "python"], "--steps takes a whole number above 0"),
     ],
 )
@@ -239,7 +250,7 @@ def test_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     monkeypatch.setenv("LD_LIBRARY_PATH", "/mine")
     found = environment(CARD, ["python"], taken=5, watching=Watching(tmp_path, 3))
     assert found["LD_LIBRARY_PATH"] == "/libraries:/mine"
-    assert found["MEMPLAN_CARD"].startswith(f"{CARD.visible_bytes}:5:8:6:84:")
+    assert found["MEMPLAN_CARD"].startswith(f"1:{CARD.visible_bytes}:5:8:6:84:")
     assert found["MEMPLAN_WATCH"] == str(tmp_path)
     assert "MEMPLAN_WATCH" not in environment(CARD, ["python"])
 

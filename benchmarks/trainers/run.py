@@ -76,7 +76,13 @@ def dry_run(case: dict[str, Any], folder: Path, sets: dict[str, str]) -> dict[st
     out.mkdir(exist_ok=True)
     if not model.exists():
         subprocess.run([*memplan, "stub", case["model"], str(model)], check=True, capture_output=True)
-    places = {**sets, "MODEL": str(model), "OUT": str(out), "PLAIN": str(ROOT / "benchmarks" / "plain")}
+    places = {
+        **sets,
+        "MODEL": str(model),
+        "OUT": str(out),
+        "PLAIN": str(ROOT / "benchmarks" / "plain"),
+        "HERE": str(HERE),
+    }
     program, *arguments = shlex.split(case["command"].format(**places))
     command = [str(Path(sys.executable).with_name(program)), *arguments]
     began = time.monotonic()
@@ -92,7 +98,17 @@ def dry_run(case: dict[str, Any], folder: Path, sets: dict[str, str]) -> dict[st
     if done.returncode == 2 or not done.stdout:
         return {**row, "why": done.stderr.strip().splitlines()[-1], "said": done.stderr[-3000:]}
     answer = json.loads(done.stdout)
-    kept = ("memplan_version", "gpu", "needed_bytes", "verdict", "loaded", "steps", "libraries", "notes")
+    kept = (
+        "memplan_version",
+        "gpu",
+        "count",
+        "needed_bytes",
+        "verdict",
+        "loaded",
+        "steps",
+        "libraries",
+        "notes",
+    )
     return {**row, "why": None, **{name: answer[name] for name in kept}}
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import tempfile
 from pathlib import Path
 
 from memplan.commands.arguments import Parser, UsageError, add_json, positive, whole
+from memplan.emulate.cards import MOST
 
 STATUS_FITS, STATUS_DOES_NOT_FIT = 0, 1
 STEPS, SECONDS = 3, 900.0
@@ -35,7 +37,12 @@ def parser() -> Parser:
         "--gpu NAME [options] -- COMMAND ...",
         EXAMPLES,
     )
-    result.add_argument("--gpu", metavar="NAME", required=True, help="the card, such as a6000 (memplan gpus)")
+    result.add_argument(
+        "--gpu",
+        metavar="NAME",
+        required=True,
+        help="the card, such as a6000 (memplan gpus), or 8xh100 for eight of them",
+    )
     result.add_argument(
         "--steps",
         type=whole,
@@ -79,15 +86,17 @@ def run(arguments: argparse.Namespace) -> int:
 
     if not arguments.steps > 0:
         raise UsageError("--steps takes a whole number above 0")
-    gpu, command = find_gpu(arguments.gpu), list(arguments.command)
+    count, name = _counted(arguments.gpu)
+    gpu, command = find_gpu(name), list(arguments.command)
     if arguments.no_watch:
-        status = launch.run(command, launch.environment(gpu, command), quiet_stdout=False)
+        env = launch.environment(gpu, command, count=count)
+        status = launch.run(command, env, quiet_stdout=False)
         assert status is not None
         return status if status >= 0 else 128 - status
     context = CONTEXT_BYTES[gpu.kind]
     with tempfile.TemporaryDirectory(prefix="memplan-dry-run-") as folder:
         watching = launch.Watching(Path(folder), arguments.steps, arguments.snapshot is not None)
-        env = launch.environment(gpu, command, taken=context, watching=watching)
+        env = launch.environment(gpu, command, count=count, taken=context, watching=watching)
         status = launch.run(command, env, timeout=arguments.timeout)
         found = answer(
             command,
@@ -95,6 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
             read(watching.folder),
             status,
             context=context,
+            count=count,
             asked=arguments.steps,
             version=__version__,
         )
@@ -110,6 +120,16 @@ def run(arguments: argparse.Namespace) -> int:
 
         show_dry_run(found, terminal())
     return STATUS_DOES_NOT_FIT if found.verdict == "does not fit" else STATUS_FITS
+
+
+def _counted(text: str) -> tuple[int, str]:
+    """How many cards of which name: 8xh100."""
+    found = re.fullmatch(r"(\d{1,3})x(.+)", text)
+    if found is None:
+        return 1, text
+    if not 0 < int(found[1]) <= MOST:
+        raise UsageError(f"--gpu takes from 1 to {MOST} cards, not {found[1]}")
+    return int(found[1]), found[2]
 
 
 def _keep(folder: Path, to: Path) -> None:

@@ -89,13 +89,15 @@ class Seen(_Record):
     ran_out: RanOut | None
     error: str | None  # the exception that ended it
     versions: dict[str, str]
+    world: NonNegativeInt  # ranks
     device: str | None
     peak: Peak | None
 
 
 class DryRun(_Record):
     """The answer. Bytes. ``needed_bytes``: what was reserved at most and ``context_bytes``, what a process
-    takes beside it (assumed); None where it ran out before it had all it wanted. ``loaded``: up to the first
+    takes beside it (assumed); None where it ran out before it had all it wanted. All are of one of the
+    ``count`` cards. ``loaded``: up to the first
     forward pass of training."""
 
     schema_version: int = SCHEMA_VERSION
@@ -103,6 +105,7 @@ class DryRun(_Record):
     provenance: Literal["emulated"] = "emulated"
     command: tuple[str, ...]
     gpu: str
+    count: int
     total_bytes: int
     context_bytes: int
     needed_bytes: int | None
@@ -132,6 +135,7 @@ def answer(
     status: int | None,
     *,
     context: int,
+    count: int = 1,
     asked: int,
     version: str,
 ) -> DryRun:
@@ -165,12 +169,18 @@ def answer(
             "where this card would take cuDNN's attention, which can't be emulated, flash attention ran "
             "in its place"
         )
+    if worst.world > 1:
+        notes.append(
+            f"rank 0 of {worst.world} ran and stands for all, which may take more where they differ; NCCL's "
+            "own buffers, which lie beside, are not counted"
+        )
     if len(users) > 1:
         notes.append(f"{len(users)} processes used the card; this is of the one that took the most")
     return DryRun(
         memplan_version=version,
         command=tuple(command),
         gpu=gpu.name,
+        count=count,
         total_bytes=total,
         context_bytes=context,
         needed_bytes=None if ran_out is not None else reserved + context,

@@ -41,14 +41,18 @@ SHARED_KIB = {
 }  # fmt: skip
 
 
-def description(gpu: Gpu, taken: int = 0) -> str:
-    """The card as card/card.c reads it from MEMPLAN_CARD; ``taken``: bytes that are in use before the program
-    allocates any, as a process's context is. Raises MemplanError for a card whose facts are not listed here.
+MOST = 64  # cards that one program sees
+
+
+def description(gpu: Gpu, taken: int = 0, count: int = 1) -> str:
+    """The card as card/card.c reads it from MEMPLAN_CARD, of which there are ``count``; ``taken``: bytes that
+    are in use on each before the program allocates any, as a process's context is. Raises MemplanError for a
+    card whose facts are not listed here.
     """
     if gpu.name not in MULTIPROCESSORS or gpu.capability is None:
         raise MemplanError(
             f"the {gpu.name} can't be emulated yet; one of these can: {', '.join(MULTIPROCESSORS)}"
         )
     shared = SHARED_KIB[gpu.capability] << 10
-    facts = (gpu.visible_bytes, taken, *gpu.capability, MULTIPROCESSORS[gpu.name], shared)
+    facts = (count, gpu.visible_bytes, taken, *gpu.capability, MULTIPROCESSORS[gpu.name], shared)
     return ":".join(map(str, facts)) + f":{DRY}{gpu.name}"

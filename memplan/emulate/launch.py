@@ -29,10 +29,11 @@ class Watching:
 
 
 def environment(
-    gpu: Gpu, command: list[str], *, taken: int = 0, watching: Watching | None = None
+    gpu: Gpu, command: list[str], *, count: int = 1, taken: int = 0, watching: Watching | None = None
 ) -> dict[str, str]:
-    """What a command's environment has to be. Raises MemplanError if it can't be dry-run."""
-    card = description(gpu, taken)
+    """What a command's environment has to be, with ``count`` cards. Raises MemplanError if it can't be
+    dry-run."""
+    card = description(gpu, taken, count)
     libraries = build.libraries(program.find(command))
     found = {
         **os.environ,

@@ -21,10 +21,11 @@ _SHOWN = 8  # lines that hold the most
 
 def show_dry_run(answer: DryRun, console: Console) -> None:
     """Print the answer."""
-    card = short_card(answer.gpu)
+    card = short_card(answer.gpu) if answer.count == 1 else f"{answer.count} × {short_card(answer.gpu)}"
     words = Text.assemble((f"{answer.verdict}", VERDICT_STYLES[answer.verdict]), f" on the {card} (emulated)")
     if answer.needed_bytes is not None:
-        words.append(f": {gib(answer.needed_bytes)} of {gib(answer.total_bytes)} GiB needed")
+        each = " on each" if answer.count > 1 else ""
+        words.append(f": {gib(answer.needed_bytes)} of {gib(answer.total_bytes)} GiB needed{each}")
     console.print(words)
     paragraph(console, [" ".join(answer.command)])
     versions = [f"{name} {version}" for name, version in answer.libraries.items()]

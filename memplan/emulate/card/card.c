@@ -8,23 +8,27 @@
 #include <sys/mman.h>
 
 #define ADDRESSES ((size_t)16 << 40)
+#define CARDS 64
 #define PAGE ((size_t)2 << 20) /* the driver's, for all that a caching allocator asks */
 
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static struct card the_card;
-static char *start, *next; /* the next range begins at next, or ends there where addresses go down */
+static char *start, *next[CARDS]; /* the next range begins at next, or ends there where addresses go down */
+static size_t each; /* of the addresses, so that one tells its card */
 static int down;
-static size_t used;
+static size_t used[CARDS];
+static __thread int current;
 
-/* MEMPLAN_CARD is "bytes:bytes in use:major:minor:multiprocessors:shared memory a block can opt in to:name", as
+/* MEMPLAN_CARD is "cards:bytes:bytes in use:major:minor:multiprocessors:shared memory a block can opt in to:name", as
  * memplan/emulate/cards.py writes it. With MEMPLAN_CARD_ADDRESSES=down the driver puts a range below the last one, not
  * above. */
 static void set_up(void) {
     const char *told = getenv("MEMPLAN_CARD");
     struct card *c = &the_card;
-    if (!told || sscanf(told, "%zu:%zu:%d:%d:%d:%d:%199[^\n]", &c->total, &used, &c->major, &c->minor,
-                        &c->multiprocessors, &c->shared_memory, c->name) != 7) {
+    size_t taken = 0;
+    if (!told || sscanf(told, "%d:%zu:%zu:%d:%d:%d:%d:%199[^\n]", &c->count, &c->total, &taken, &c->major, &c->minor,
+                        &c->multiprocessors, &c->shared_memory, c->name) != 8 || c->count < 1 || c->count > CARDS) {
         fprintf(stderr, "memplan: MEMPLAN_CARD does not describe a card; start programs with memplan dry-run\n");
         exit(2);
     }
@@ -35,7 +39,12 @@ static void set_up(void) {
     }
     const char *way = getenv("MEMPLAN_CARD_ADDRESSES");
     down = way && !strcmp(way, "down");
-    next = (char *)((down ? (size_t)start + ADDRESSES : (size_t)start + PAGE - 1) / PAGE * PAGE);
+    each = ADDRESSES / c->count;
+    for (int i = 0; i < c->count; i++) {
+        size_t first = (size_t)start + i * each;
+        next[i] = (char *)((down ? first + each : first + PAGE - 1) / PAGE * PAGE);
+        used[i] = taken;
+    }
 }
 
 const struct card *card(void) {
@@ -43,23 +52,33 @@ const struct card *card(void) {
     return &the_card;
 }
 
-size_t card_used(void) {
-    card();
-    return used;
+int card_current(void) { return current; }
+
+int card_select(int which) {
+    if (which < 0 || which >= card()->count) return 1;
+    current = which;
+    return 0;
 }
 
-int card_take(size_t bytes) {
+int card_of(const void *at) { return card_has(at) ? (int)(((const char *)at - start) / each) : 0; }
+
+size_t card_used(void) {
+    card();
+    return used[current];
+}
+
+int card_take(size_t bytes, int which) {
     size_t total = card()->total;
     pthread_mutex_lock(&lock);
-    int full = bytes > total - used;
-    if (!full) used += bytes;
+    int full = bytes > total - used[which];
+    if (!full) used[which] += bytes;
     pthread_mutex_unlock(&lock);
     return full;
 }
 
-void card_give(size_t bytes) {
+void card_give(size_t bytes, int which) {
     pthread_mutex_lock(&lock);
-    used -= bytes;
+    used[which] -= bytes;
     pthread_mutex_unlock(&lock);
 }
 
@@ -67,9 +86,9 @@ char *card_addresses(size_t bytes) {
     card();
     size_t whole = (bytes + PAGE - 1) / PAGE * PAGE;
     pthread_mutex_lock(&lock);
-    char *at = NULL;
-    if (down && whole <= (size_t)(next - start)) at = next -= whole;
-    if (!down && whole <= (size_t)(start + ADDRESSES - next)) at = next, next += whole;
+    char *at = NULL, *first = start + current * each, **free = &next[current];
+    if (down && whole <= (size_t)(*free - first)) at = *free -= whole;
+    if (!down && whole <= (size_t)(first + each - *free)) at = *free, *free += whole;
     pthread_mutex_unlock(&lock);
     return at;
 }

@@ -11,13 +11,17 @@
 struct card {
     char name[200];
     size_t total; /* bytes that the driver reports */
+    int count;    /* cards alike */
     int major, minor, multiprocessors, shared_memory;
 };
 
 const struct card *card(void);
-size_t card_used(void);
-int card_take(size_t bytes); /* 0, or 1 if the card has no room */
-void card_give(size_t bytes);
+int card_current(void); /* the thread's card */
+int card_select(int which); /* 0, or 1 if there is none */
+int card_of(const void *at); /* the card that an address is on */
+size_t card_used(void); /* of the thread's card */
+int card_take(size_t bytes, int which); /* 0, or 1 if the card has no room */
+void card_give(size_t bytes, int which);
 char *card_addresses(size_t bytes); /* an aligned range, not yet usable; NULL without room for it */
 int card_map(char *at, size_t bytes, int on);
 int card_has(const void *at);

@@ -17,7 +17,7 @@ CUresult cuGetErrorString(CUresult e, const char **text) {
 }
 CUresult cuInit(unsigned flags) { (void)flags; return CUDA_SUCCESS; }
 CUresult cuDriverGetVersion(int *version) { *version = 13000; return CUDA_SUCCESS; }
-CUresult cuDeviceGetCount(int *count) { *count = 1; return CUDA_SUCCESS; }
+CUresult cuDeviceGetCount(int *count) { *count = card()->count; return CUDA_SUCCESS; }
 CUresult cuDeviceGet(CUdevice *device, int ordinal) { *device = ordinal; return CUDA_SUCCESS; }
 CUresult cuDeviceGetName(char *name, int length, CUdevice device) {
     (void)device;
@@ -37,7 +37,7 @@ CUresult cuMemGetInfo(size_t *free_bytes, size_t *total) {
 }
 
 CUresult cuCtxGetCurrent(CUcontext *context) { *context = (CUcontext)&nothing; return CUDA_SUCCESS; }
-CUresult cuCtxGetDevice(CUdevice *device) { *device = 0; return CUDA_SUCCESS; }
+CUresult cuCtxGetDevice(CUdevice *device) { *device = card_current(); return CUDA_SUCCESS; }
 CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) { (void)device; return cuCtxGetCurrent(context); }
 CUresult cuDevicePrimaryCtxGetState(CUdevice device, unsigned *flags, int *active) {
     (void)device;
@@ -47,7 +47,7 @@ CUresult cuDevicePrimaryCtxGetState(CUdevice device, unsigned *flags, int *activ
 
 /* Expandable segments: an address range is reserved, pages of the card are made and mapped into it. */
 
-struct pages { size_t bytes; int references; };
+struct pages { size_t bytes; int card; };
 
 CUresult cuMemGetAllocationGranularity(size_t *bytes, const CUmemAllocationProp *of, CUmemAllocationGranularity_flags f) {
     (void)of, (void)f;
@@ -62,16 +62,17 @@ CUresult cuMemAddressReserve(CUdeviceptr *at, size_t bytes, size_t alignment, CU
 CUresult cuMemAddressFree(CUdeviceptr at, size_t bytes) { (void)at, (void)bytes; return CUDA_SUCCESS; }
 CUresult cuMemCreate(CUmemGenericAllocationHandle *handle, size_t bytes, const CUmemAllocationProp *of,
                      unsigned long long f) {
-    (void)of, (void)f;
-    if (card_take(bytes)) return CUDA_ERROR_OUT_OF_MEMORY;
+    (void)f;
+    int which = of->location.id;
+    if (card_take(bytes, which)) return CUDA_ERROR_OUT_OF_MEMORY;
     struct pages *pages = malloc(sizeof *pages);
-    *pages = (struct pages){bytes, 1};
+    *pages = (struct pages){bytes, which};
     *handle = (CUmemGenericAllocationHandle)pages;
     return CUDA_SUCCESS;
 }
 CUresult cuMemRelease(CUmemGenericAllocationHandle handle) {
     struct pages *pages = (struct pages *)handle;
-    card_give(pages->bytes);
+    card_give(pages->bytes, pages->card);
     free(pages);
     return CUDA_SUCCESS;
 }

@@ -26,10 +26,10 @@ static size_t slot(const char *at) {
 
 cudaError_t cudaMalloc(void **at, size_t bytes) {
     size_t whole = (bytes + 511) / 512 * 512;
-    if (card_take(whole)) return full();
+    if (card_take(whole, card_current())) return full();
     char *address = card_addresses(whole);
     if (!address || card_map(address, whole, 1)) {
-        card_give(whole);
+        card_give(whole, card_current());
         return full();
     }
     size_t i = slot(address);
@@ -44,7 +44,7 @@ cudaError_t cudaFree(void *at) {
     size_t i = slot(at);
     if (!taken[i].at) return last = cudaErrorInvalidValue;
     card_map(at, taken[i].bytes, 0);
-    card_give(taken[i].bytes);
+    card_give(taken[i].bytes, card_of(at));
     taken[i].bytes = 0; /* the address stays: it is not handed out twice */
     return cudaSuccess;
 }
@@ -71,6 +71,7 @@ cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *of, const voi
     int on_card = card_has(at);
     memset(of, 0, sizeof *of);
     of->type = on_card ? cudaMemoryTypeDevice : cudaMemoryTypeUnregistered;
+    of->device = card_of(at);
     of->devicePointer = on_card ? (void *)at : NULL;
     of->hostPointer = on_card ? NULL : (void *)at;
     return cudaSuccess;
@@ -109,8 +110,9 @@ cudaError_t cudaGetSymbolAddress(void **at, const void *symbol) { *at = (void *)
 
 /* The card. */
 
-cudaError_t cudaGetDeviceCount(int *count) { *count = 1; return cudaSuccess; }
-cudaError_t cudaGetDevice(int *device) { *device = 0; return cudaSuccess; }
+cudaError_t cudaGetDeviceCount(int *count) { *count = card()->count; return cudaSuccess; }
+cudaError_t cudaGetDevice(int *device) { *device = card_current(); return cudaSuccess; }
+cudaError_t cudaSetDevice(int device) { return card_select(device) ? (last = cudaErrorInvalidDevice) : cudaSuccess; }
 cudaError_t cudaDriverGetVersion(int *version) { *version = 13000; return cudaSuccess; }
 cudaError_t cudaRuntimeGetVersion(int *version) { *version = 13000; return cudaSuccess; }
 
@@ -121,8 +123,7 @@ cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attribute, in
 }
 
 cudaError_t cudaDeviceGetPCIBusId(char *id, int length, int device) {
-    (void)device;
-    snprintf(id, length, "0000:00:00.0");
+    snprintf(id, length, "0000:%02x:00.0", device);
     return cudaSuccess;
 }
 

@@ -103,7 +103,22 @@ def mode(torch: Any) -> Any:
             _work_out(func, name, args, kwargs, made)
             return made
 
+    def gathered(func: Any, name: str, args: Any, made: Any) -> bool:
+        """What others would send is what this rank sends (memplan_ranks.py)."""
+        if "c10d" not in func.namespace:
+            return False
+        if "gather" in name and "reduce" not in name:
+            base = name in ("_allgather_base_", "all_gather_into_tensor")
+            sent = [*tensors(args[1] if base and name[0] == "_" else args[0] if base else args[1])]
+            places = [made] if name == "all_gather_into_tensor" else [*tensors(args[0])]
+            for place in places:
+                if sent and place.is_cuda and is_real(place) and sent[0].numel():
+                    twin(place).view(-1, sent[0].numel()).copy_(twin(sent[0]).reshape(1, -1))
+        return True
+
     def _work_out(func: Any, name: str, args: Any, kwargs: dict[str, Any], made: Any) -> None:
+        if gathered(func, name, args, made):
+            return
         returns = func._schema.returns
         results = list(tensors(made))
         if name in ("_to_copy", "copy_") and len(results) == 1 and not results[0].is_cuda:

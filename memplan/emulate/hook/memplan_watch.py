@@ -149,6 +149,7 @@ class Watch:
             "ran_out": self.ran_out,
             "error": self.error,
             "versions": _versions(),
+            "world": int(os.environ.get("WORLD_SIZE") or 1),
             "device": torch.cuda.get_device_name() if used else None,
             "peak": self._peak() if used else None,
         }
@@ -251,7 +252,9 @@ def _versions() -> dict[str, str]:
 def start(torch: Any) -> None:
     """Watch this process, and work out its whole numbers."""
     import memplan_integers
+    import memplan_ranks
 
+    memplan_ranks.prepare(torch)
     if torch.cuda.is_available():
         torch.backends.cuda.enable_cudnn_sdp(False)  # which Hopper takes first, and nobody can emulate
         memplan_integers.mode(torch).__enter__()

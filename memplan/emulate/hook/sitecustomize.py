@@ -61,5 +61,8 @@ def _next_one() -> None:
 
 
 if "MEMPLAN_CARD_LIBRARIES" in os.environ:
+    import memplan_ranks
+
+    memplan_ranks.leave()
     sys.meta_path.insert(0, _WhenImported())
 _next_one()
