@@ -4,6 +4,7 @@
 
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -60,17 +61,65 @@ cudaError_t cudaMallocManaged(void **at, size_t bytes, unsigned flags) {
     return posix_memalign(at, 4096, bytes) ? full() : cudaSuccess;
 }
 
-cudaError_t cudaHostAlloc(void **at, size_t bytes, unsigned flags) {
-    (void)flags;
-    return posix_memalign(at, 4096, bytes) ? full() : cudaSuccess;
+/* Pinned memory of the host: programs ask whether it is. */
+
+#define PINNED 65536
+static struct { char *at; size_t bytes; } pinned[PINNED];
+static int pinned_count;
+static pthread_mutex_t pinning = PTHREAD_MUTEX_INITIALIZER;
+
+static void pin(void *at, size_t bytes) {
+    pthread_mutex_lock(&pinning);
+    int i = 0;
+    while (i < pinned_count && pinned[i].bytes) i++;
+    if (i < PINNED) {
+        pinned[i].at = at, pinned[i].bytes = bytes ? bytes : 1;
+        if (i == pinned_count) pinned_count++;
+    }
+    pthread_mutex_unlock(&pinning);
 }
 
-cudaError_t cudaFreeHost(void *at) { free(at); return cudaSuccess; }
+static void unpin(const void *at) {
+    pthread_mutex_lock(&pinning);
+    for (int i = 0; i < pinned_count; i++)
+        if (pinned[i].at == at) pinned[i].bytes = 0;
+    pthread_mutex_unlock(&pinning);
+}
+
+static int is_pinned(const char *at) {
+    int found = 0;
+    pthread_mutex_lock(&pinning);
+    for (int i = 0; i < pinned_count && !found; i++)
+        found = at >= pinned[i].at && at < pinned[i].at + pinned[i].bytes;
+    pthread_mutex_unlock(&pinning);
+    return found;
+}
+
+cudaError_t cudaHostAlloc(void **at, size_t bytes, unsigned flags) {
+    (void)flags;
+    if (posix_memalign(at, 4096, bytes)) return full();
+    pin(*at, bytes);
+    return cudaSuccess;
+}
+
+cudaError_t cudaFreeHost(void *at) {
+    unpin(at);
+    free(at);
+    return cudaSuccess;
+}
+
+cudaError_t cudaHostRegister(void *at, size_t bytes, unsigned flags) {
+    (void)flags;
+    pin(at, bytes);
+    return cudaSuccess;
+}
+
+cudaError_t cudaHostUnregister(void *at) { unpin(at); return cudaSuccess; }
 
 cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *of, const void *at) {
     int on_card = card_has(at);
     memset(of, 0, sizeof *of);
-    of->type = on_card ? cudaMemoryTypeDevice : cudaMemoryTypeUnregistered;
+    of->type = on_card ? cudaMemoryTypeDevice : is_pinned(at) ? cudaMemoryTypeHost : cudaMemoryTypeUnregistered;
     of->device = card_of(at);
     of->devicePointer = on_card ? (void *)at : NULL;
     of->hostPointer = on_card ? NULL : (void *)at;

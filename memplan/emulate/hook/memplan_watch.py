@@ -82,7 +82,7 @@ class Watch:
         if not self.stack:
             if self.loaded is None and module.training and self.torch.is_grad_enabled():
                 self.loaded, self.began = self._stats(), time.time_ns() // 1000
-                self.torch.cuda.reset_peak_memory_stats()
+                self._reset()
             if id(module) not in self.names:
                 self.names.update({id(part): name for name, part in module.named_modules()})
         self.stack.append(self.names.get(id(module), type(module).__name__))
@@ -106,16 +106,24 @@ class Watch:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(0)
-        self.torch.cuda.reset_peak_memory_stats()
+        self._reset()
 
     def _stats(self) -> dict[str, int]:
-        stats = self.torch.cuda.memory_stats()
+        """Of the card that has reserved the most."""
+        cards = range(self.torch.cuda.device_count())
+        stats = max(
+            map(self.torch.cuda.memory_stats, cards), key=lambda it: it.get("reserved_bytes.all.peak", 0)
+        )
         return {
             "allocated": stats.get("allocated_bytes.all.peak", 0),
             "reserved": stats.get("reserved_bytes.all.peak", 0),
             "resting": stats.get("allocated_bytes.all.current", 0),
             "retries": stats.get("num_alloc_retries", 0),
         }
+
+    def _reset(self) -> None:
+        for card in range(self.torch.cuda.device_count()):
+            self.torch.cuda.reset_peak_memory_stats(card)
 
     def _out_of_memory(self, _device: int, asked: int, total: int, free: int) -> None:
         """The allocator calls this before it raises."""
@@ -161,7 +169,8 @@ class Watch:
 
     def _peak(self) -> dict[str, Any] | None:
         """The highest point since training began: when, and whose bytes."""
-        history = self.torch.cuda.memory._snapshot()["device_traces"][0]
+        traces = self.torch.cuda.memory._snapshot()["device_traces"]
+        history = max(traces, key=len)  # of the card on which the most happens
         live: dict[int, Any] = {}
         now = best = 0
         at: Any = None
