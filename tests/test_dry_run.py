@@ -109,6 +109,7 @@ def test_the_process_that_takes_the_most_decides() -> None:
     ("found", "status", "sentence"),
     [
         ([], 0, "never used the card"),
+        ([], None, "did not use the card in the time it was given"),
         ([seen(used=False, steps=[])], 3, r"failed by itself \(exit status 3\) before it used the card"),
         (
             [seen(steps=[], error="ValueError")],
@@ -183,6 +184,15 @@ def test_the_python_of_a_program(tmp_path: Path) -> None:
     assert interpreter(sys.executable) == Path(sys.executable)
     assert interpreter(script(tmp_path, f"#!{sys.executable} -s")) == Path(sys.executable)
     assert interpreter(script(tmp_path, "#!/usr/bin/env python3")).name == "python3"
+
+
+def test_the_program_behind_env() -> None:
+    from memplan.emulate.program import _program
+
+    assert _program(["env", "-u", "X=1", "Y=2", "python", "a=b"]) == "python"
+    assert _program(["torchrun", "x.py"]) == "torchrun"
+    with pytest.raises(MemplanError, match="no program after env"):
+        _program(["env", "X=1"])
 
 
 @pytest.mark.parametrize(

@@ -201,6 +201,8 @@ def _most(seen: Seen) -> tuple[bool, int]:
 def _never_used(status: int | None) -> str:
     if status:
         return f"the program failed by itself (exit status {status}) before it used the card; see above"
+    if status is None:
+        return "the program did not use the card in the time it was given: give it more with --timeout"
     return "the program never used the card: is its model moved to cuda?"
 
 

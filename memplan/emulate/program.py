@@ -44,7 +44,7 @@ def find(command: list[str]) -> Program:
             "a card can be emulated on Linux only: run memplan in a container, for example "
             "docker run -it -v $PWD:/work -w /work python:3.12 bash"
         )
-    python = interpreter(command[0])
+    python = interpreter(_program(command))
     try:
         done = subprocess.run(
             [python, "-c", _PROBE],
@@ -72,6 +72,16 @@ def find(command: list[str]) -> Program:
         found["bitsandbytes"][0] if "bitsandbytes" in found else None,
         tuple(found.get("nvidia", ())),
     )
+
+
+def _program(command: list[str]) -> str:
+    """The program of a command, behind `env` and what that sets. Raises MemplanError."""
+    if Path(command[0]).name != "env":
+        return command[0]
+    words = [word for word in command[1:] if not word.startswith("-") and "=" not in word]
+    if not words:
+        raise MemplanError("there is no program after env")
+    return words[0]
 
 
 def interpreter(name: str) -> Path:
