@@ -34,14 +34,20 @@ Memplan = Callable[..., Outcome]
 
 def seen(**told: Any) -> Seen:
     """What a process of a program that trains writes, unless told otherwise."""
-    counters = {"allocated": 20 * GIB, "reserved": 30 * GIB, "resting": 10 * GIB, "retries": 0}
+    counters = {
+        "allocated_bytes": 20 * GIB,
+        "reserved_bytes": 30 * GIB,
+        "resting_bytes": 10 * GIB,
+        "retries": 0,
+    }
     held = {**LINE, "phase": "forward", "bytes": 9 * GIB, "count": 32}
     peak = {
         **LINE,
         "step": 2,
         "phase": "forward",
         "module": "model.layers.3",
-        "asked": GIB,
+        "asked_bytes": GIB,
+        "held_bytes": 19 * GIB,
         "largest": [held],
     }
     usual = {
@@ -59,12 +65,19 @@ def seen(**told: Any) -> Seen:
 
 
 def step(**told: int) -> dict[str, int]:
-    return {"allocated": GIB, "reserved": GIB, "resting": GIB, "retries": 0, "ended": 1, **told}
+    return {
+        "allocated_bytes": GIB,
+        "reserved_bytes": GIB,
+        "resting_bytes": GIB,
+        "retries": 0,
+        "ended": 1,
+        **told,
+    }
 
 
 RAN_OUT = {
-    **LINE, "step": 1, "phase": "backward", "module": "", "asked": GIB, "free": MIB, "allocated": 46 * GIB,
-    "reserved": 46 * GIB,
+    **LINE, "step": 1, "phase": "backward", "module": "", "asked_bytes": GIB, "free_bytes": MIB,
+    "allocated_bytes": 46 * GIB, "reserved_bytes": 46 * GIB,
 }  # fmt: skip
 
 
@@ -76,7 +89,7 @@ def judged(*found: Seen, status: int | None = 0, steps: int = 3) -> DryRun:
     ("told", "status", "verdict"),
     [
         ({}, 0, "fits"),
-        ({"steps": [step(reserved=CARD.visible_bytes - CONTEXT)] * 3}, 0, "tight"),
+        ({"steps": [step(reserved_bytes=CARD.visible_bytes - CONTEXT)] * 3}, 0, "tight"),
         ({"steps": [step(retries=2)] * 3}, 0, "tight"),
         ({"steps": [], "ran_out": RAN_OUT, "error": "OutOfMemoryError"}, 1, "does not fit"),
         # it ran out, gave something up and went on
@@ -92,17 +105,17 @@ def test_verdicts(told: dict[str, Any], status: int, verdict: str) -> None:
 
 def test_what_is_needed_is_reserved_at_most_and_the_process() -> None:
     assert judged(seen()).needed_bytes == 30 * GIB + CONTEXT
-    loading = {"allocated": GIB, "reserved": 35 * GIB, "resting": GIB, "retries": 0}
+    loading = {"allocated_bytes": GIB, "reserved_bytes": 35 * GIB, "resting_bytes": GIB, "retries": 0}
     assert judged(seen(loaded=loading)).needed_bytes == 35 * GIB + CONTEXT
 
 
 def test_the_process_that_takes_the_most_decides() -> None:
     launcher = seen(steps=[], loaded=None, peak=None)
-    small, large = seen(steps=[step()] * 3), seen(steps=[step(reserved=40 * GIB)] * 3)
-    assert judged(launcher, small).notes == ()
+    small, large = seen(steps=[step()] * 3), seen(steps=[step(reserved_bytes=40 * GIB)] * 3)
+    assert not any("processes" in note for note in judged(launcher, small).notes)
     found = judged(launcher, small, large)
-    assert found.steps[0].reserved == 40 * GIB
-    assert "2 processes used the card" in found.notes[0]
+    assert found.steps[0].reserved_bytes == 40 * GIB
+    assert "2 processes used the card" in found.notes[-1]
 
 
 @pytest.mark.parametrize(
@@ -127,14 +140,19 @@ def test_programs_that_say_nothing_of_training(found: list[Seen], status: int | 
 
 
 def test_a_program_that_ends_early_is_judged_by_what_it_did() -> None:
-    assert judged(seen(steps=[step()])).notes == (
-        "the program ended after one optimizer step, of the 3 that were asked for",
-    )
+    notes = judged(seen(steps=[step()])).notes
+    assert notes[0] == "the program ended after one optimizer step, of the 3 that were asked for"
+    assert notes[1].startswith("it is judged by one optimizer step and what the program did in it")
+
+
+def test_of_one_that_ran_out_the_next_larger_card_is_told() -> None:
+    found = judged(seen(steps=[], ran_out=RAN_OUT, error="OutOfMemoryError"), status=1)
+    assert found.notes[0].startswith("the next larger card is the ")
 
 
 def test_cudnn_s_attention_is_told_of() -> None:
     found = answer([], find_gpu("h100"), [seen()], 0, context=CONTEXT, asked=3, version="0")
-    assert "cuDNN's attention" in found.notes[0]
+    assert "cuDNN's attention" in found.notes[-1]
 
 
 def test_the_answer_on_the_terminal(golden: Callable[[str, str], None]) -> None:
@@ -157,7 +175,7 @@ def test_several_cards_are_told_of() -> None:
 def test_growth_is_told() -> None:
     from test_report import printed
 
-    leaking = seen(steps=[step(resting=number * GIB) for number in (1, 2, 3)])
+    leaking = seen(steps=[step(resting_bytes=number * GIB) for number in (1, 2, 3)])
     assert "grows by 1.00 GiB a step" in printed(lambda console: show_dry_run(judged(leaking), console))
     assert "grows" not in printed(lambda console: show_dry_run(judged(seen()), console))
 
@@ -219,6 +237,8 @@ def test_a_cpu_build_is_refused_with_what_to_do(memplan: Memplan) -> None:
         (["--gpu", "mi300x", "--", "python", "x.py"], "can't be emulated yet"),
         (["--gpu", "a6000"], "COMMAND"),
         (["--gpu", "0xa6000", "--", "python", "x.py"], "--gpu takes from 1 to 64 cards, not 0"),
+        (["--gpu", "a6000", "--gpu", "h100", "--", "python"], "one kind of card: give one --gpu"),
+        (["--gpu", "a6000", "--no-watch", "--json", "--", "python"], "with --no-watch nothing is watched"),
         (["--gpu", "a6000", "--steps", "0", "--", "python"], "--steps takes a whole number above 0"),
     ],
 )

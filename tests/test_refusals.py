@@ -147,6 +147,10 @@ def test_what_a_mode_does_not_have_is_refused(mode: str, option: dict[str, Any])
 
     with pytest.raises(MemplanError, match="belongs to"):
         Recipe(mode=mode, **option)
-    # what a plan's JSON says of a recipe is one
+    # what a plan's JSON says of a recipe is one, of an older memplan with fewer options too
+    older = {
+        name: value for name, value in Recipe(mode="full").resolved() if name not in ("use_cache", "kernels")
+    }
+    assert Recipe.model_validate(older) == Recipe(mode="full").resolved()
     for recipe in (Recipe(mode="full").resolved(), Recipe(mode="lora", r=16).resolved()):
         assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe

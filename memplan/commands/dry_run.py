@@ -7,6 +7,7 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from memplan.commands.arguments import Parser, UsageError, add_json, positive, whole
 from memplan.emulate.cards import MOST
@@ -29,6 +30,15 @@ examples:
 """
 
 
+class _Once(argparse.Action):
+    """An option that is given once."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+        if getattr(namespace, self.dest, None) is not None:
+            raise UsageError(f"a dry run is on one kind of card: give one {option}")
+        setattr(namespace, self.dest, values)
+
+
 def parser() -> Parser:
     """The arguments that ``memplan dry-run`` takes."""
     result = Parser(
@@ -39,6 +49,7 @@ def parser() -> Parser:
     )
     result.add_argument(
         "--gpu",
+        action=_Once,
         metavar="NAME",
         required=True,
         help="the card, such as a6000 (memplan gpus), or 8xh100 for eight of them",
@@ -47,7 +58,7 @@ def parser() -> Parser:
         "--steps",
         type=whole,
         metavar="N",
-        default=STEPS,
+        default=None,
         help=f"end after N optimizer steps (default: {STEPS})",
     )
     result.add_argument(
@@ -84,8 +95,11 @@ def run(arguments: argparse.Namespace) -> int:
     from memplan.emulate import launch
     from memplan.emulate.answer import answer, read
 
-    if not arguments.steps > 0:
+    steps = STEPS if arguments.steps is None else arguments.steps
+    if not steps > 0:
         raise UsageError("--steps takes a whole number above 0")
+    if arguments.no_watch and (arguments.steps, arguments.snapshot, arguments.json) != (None, None, False):
+        raise UsageError("with --no-watch nothing is watched: leave out --steps, --snapshot and --json")
     count, name = _counted(arguments.gpu)
     gpu, command = find_gpu(name), list(arguments.command)
     if arguments.no_watch:
@@ -95,7 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
         return status if status >= 0 else 128 - status
     context = CONTEXT_BYTES[gpu.kind]
     with tempfile.TemporaryDirectory(prefix="memplan-dry-run-") as folder:
-        watching = launch.Watching(Path(folder), arguments.steps, arguments.snapshot is not None)
+        watching = launch.Watching(Path(folder), steps, arguments.snapshot is not None)
         env = launch.environment(gpu, command, count=count, taken=context, watching=watching)
         status = launch.run(command, env, timeout=arguments.timeout)
         found = answer(
@@ -105,7 +119,7 @@ def run(arguments: argparse.Namespace) -> int:
             status,
             context=context,
             count=count,
-            asked=arguments.steps,
+            asked=steps,
             version=__version__,
         )
         if arguments.snapshot is not None:

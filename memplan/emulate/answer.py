@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
-from memplan.asked.gpus import Gpu
+from memplan.asked.gpus import Gpu, load_gpus
 from memplan.device.fit import MARGIN_PER_CENT, Verdict
+from memplan.emulate.cards import MULTIPROCESSORS
 from memplan.errors import MemplanError
 
 SCHEMA_VERSION = 1
@@ -22,13 +23,13 @@ class _Record(BaseModel):
 
 
 class Counters(_Record):
-    """Bytes of PyTorch's allocator: ``allocated`` and ``reserved`` at most since the last such record,
-    ``resting`` at its end; ``retries``: how often cached memory was given back so that a request could be
-    met, since the program began (``num_alloc_retries``)."""
+    """PyTorch's allocator: allocated and reserved at most since the last such record, resting at its end;
+    ``retries``: how often cached memory was given back so that a request could be met, since the program
+    began (``num_alloc_retries``)."""
 
-    allocated: NonNegativeInt
-    reserved: NonNegativeInt
-    resting: NonNegativeInt
+    allocated_bytes: NonNegativeInt
+    reserved_bytes: NonNegativeInt
+    resting_bytes: NonNegativeInt
     retries: NonNegativeInt
 
 
@@ -58,26 +59,28 @@ class Held(Line):
 
 class Peak(Line):
     """The highest point of allocated bytes since training began: in which step and phase, in which module,
-    at which line, which asked for ``asked`` bytes; and the lines that hold the most there."""
+    at which line, which asked for ``asked_bytes``; and the lines that hold the most of the ``held_bytes``
+    there. Of a run that ran out it is the moment when it did."""
 
     step: int
     phase: str
     module: str
-    asked: NonNegativeInt
+    asked_bytes: NonNegativeInt
+    held_bytes: NonNegativeInt
     largest: tuple[Held, ...]
 
 
 class RanOut(Line):
-    """Where the allocator had no more. ``step``: 0 while loading. Bytes: ``asked`` for, ``free`` on the card,
-    ``allocated`` and ``reserved`` then."""
+    """Where the allocator had no more. ``step``: 0 while loading. Bytes: asked for, free on the card,
+    allocated and reserved then."""
 
     step: int
     phase: str
     module: str
-    asked: NonNegativeInt
-    free: NonNegativeInt
-    allocated: NonNegativeInt
-    reserved: NonNegativeInt
+    asked_bytes: NonNegativeInt
+    free_bytes: NonNegativeInt
+    allocated_bytes: NonNegativeInt
+    reserved_bytes: NonNegativeInt
 
 
 class Seen(_Record):
@@ -150,7 +153,7 @@ def answer(
     notes: list[str] = []
     if ran_out is None:
         _check(worst, status, asked, notes)
-    reserved = max((one.reserved for one in (worst.loaded, *worst.steps) if one is not None), default=0)
+    reserved = max((one.reserved_bytes for one in (worst.loaded, *worst.steps) if one is not None), default=0)
     total = gpu.visible_bytes
     room = total - context
     retries = max((step.retries for step in worst.steps), default=0)
@@ -163,6 +166,19 @@ def answer(
             f"cached memory was given back {retries} times so that requests could be met, which costs time"
             if retries
             else f"it leaves less than {MARGIN_PER_CENT} % of what it reserves"
+        )
+    if ran_out is not None:
+        larger = [card for card in _emulated() if card.visible_bytes > total]
+        if larger:
+            notes.append(
+                f"the next larger card is the {larger[0].name}: ask again with --gpu for what it would take"
+            )
+    else:
+        done = len(worst.steps)
+        them = "it" if done == 1 else "them"
+        notes.append(
+            f"it is judged by {_number(done)} and what the program did in {them}: longer rows later "
+            "on, an evaluation or a checkpoint may take more (--steps)"
         )
     if gpu.capability is not None and gpu.capability >= _CUDNN_FROM:
         notes.append(
@@ -195,7 +211,7 @@ def answer(
 
 
 def _most(seen: Seen) -> tuple[bool, int]:
-    return seen.ran_out is not None, max((step.reserved for step in seen.steps), default=0)
+    return seen.ran_out is not None, max((step.reserved_bytes for step in seen.steps), default=0)
 
 
 def _never_used(status: int | None) -> str:
@@ -228,10 +244,20 @@ def _check(seen: Seen, status: int | None, asked: int, notes: list[str]) -> None
     notes.append(f"the program ended {_since(done)}, of the {asked} that were asked for")
 
 
+def _emulated() -> list[Gpu]:
+    """The cards that can be, the smallest first."""
+    found = [gpu for gpu in load_gpus() if gpu.name in MULTIPROCESSORS]
+    return sorted(found, key=lambda gpu: gpu.visible_bytes)
+
+
+def _number(steps: int) -> str:
+    return "one optimizer step" if steps == 1 else f"{steps} optimizer steps"
+
+
 def _since(steps: int) -> str:
     if not steps:
         return "before its first optimizer step"
-    return "after one optimizer step" if steps == 1 else f"after {steps} optimizer steps"
+    return f"after {_number(steps)}"
 
 
 def schema() -> dict[str, Any]:

@@ -36,9 +36,11 @@ class Watch:
         self.began = 0  # when training did
         self.steps: list[dict[str, int]] = []
         self.ran_out: dict[str, Any] | None = None
+        self.ran_out_at = 0
         self.error: str | None = None
         self.names: dict[int, str] = {}  # of modules, by id
         self.stack: list[str] = []
+        self.phase = "forward"
         self.marks: list[tuple[int, str, str]] = []  # from when on which phase and module
         self.over = False
 
@@ -85,13 +87,15 @@ class Watch:
                 self._reset()
             if id(module) not in self.names:
                 self.names.update({id(part): name for name, part in module.named_modules()})
+            self.phase = "forward" if self.torch.is_grad_enabled() else "evaluation"
         self.stack.append(self.names.get(id(module), type(module).__name__))
-        self._mark("forward", self.stack[-1])
+        self._mark(self.phase, self.stack[-1])
 
     def _left(self, module: Any, _inputs: Any, _result: Any) -> None:
         if self.stack:
             self.stack.pop()
-            self._mark("forward" if self.stack else "backward", self.stack[-1] if self.stack else "")
+            after = "between steps" if self.phase == "evaluation" else "backward"
+            self._mark(self.phase if self.stack else after, self.stack[-1] if self.stack else "")
 
     def _updating(self, *_: Any) -> None:
         self._mark("update")
@@ -115,9 +119,9 @@ class Watch:
             map(self.torch.cuda.memory_stats, cards), key=lambda it: it.get("reserved_bytes.all.peak", 0)
         )
         return {
-            "allocated": stats.get("allocated_bytes.all.peak", 0),
-            "reserved": stats.get("reserved_bytes.all.peak", 0),
-            "resting": stats.get("allocated_bytes.all.current", 0),
+            "allocated_bytes": stats.get("allocated_bytes.all.peak", 0),
+            "reserved_bytes": stats.get("reserved_bytes.all.peak", 0),
+            "resting_bytes": stats.get("allocated_bytes.all.current", 0),
             "retries": stats.get("num_alloc_retries", 0),
         }
 
@@ -127,15 +131,16 @@ class Watch:
 
     def _out_of_memory(self, _device: int, asked: int, total: int, free: int) -> None:
         """The allocator calls this before it raises."""
+        self.ran_out_at = time.time_ns() // 1000
         frames = [(f.filename, f.lineno or 0, f.name) for f in reversed(traceback.extract_stack())]
         stats = self.torch.cuda.memory_stats()
         self.ran_out = {
-            "asked": asked,
-            "free": free,
-            "allocated": stats["allocated_bytes.all.current"],
-            "reserved": stats["reserved_bytes.all.current"],
+            "asked_bytes": asked,
+            "free_bytes": free,
+            "allocated_bytes": stats["allocated_bytes.all.current"],
+            "reserved_bytes": stats["reserved_bytes.all.current"],
             "step": len(self.steps) + 1 if self.loaded else 0,
-            "phase": self.marks[-1][1] if self.marks else "loading",
+            "phase": self.marks[-1][1] if self.loaded and self.marks else "loading",
             "module": self.marks[-1][2] if self.marks else "",
             **_line([frame for frame in frames if not frame[0].startswith("<")]),
         }
@@ -168,9 +173,12 @@ class Watch:
         os.replace(f"{self.out}.part", self.out)
 
     def _peak(self) -> dict[str, Any] | None:
-        """The highest point since training began: when, and whose bytes."""
+        """The highest point since training began, or the one where it ran out: when, and whose bytes."""
         traces = self.torch.cuda.memory._snapshot()["device_traces"]
         history = max(traces, key=len)  # of the card on which the most happens
+        ended = self.ran_out is not None and self.error == "OutOfMemoryError"
+        if ended:
+            history = [event for event in history if event["time_us"] <= self.ran_out_at]
         live: dict[int, Any] = {}
         now = best = 0
         at: Any = None
@@ -178,7 +186,7 @@ class Watch:
             if event["action"] == "alloc":
                 live[event["addr"]] = event
                 now += event["size"]
-                if now > best and event["time_us"] >= self.began:
+                if ended or (now > best and event["time_us"] >= self.began):
                     best, at = now, event
             elif event["action"] == "free_completed":
                 gone = live.pop(event["addr"], None)
@@ -201,12 +209,13 @@ class Watch:
             lines[key] = line
             groups.setdefault(key, []).append(event["size"])
         largest = sorted(groups.items(), key=lambda item: -sum(item[1]))
-        phase, module = self._when(at["time_us"])
+        phase, module = self._when(at["time_us"]) if self.loaded else ("loading", "")
         return {
+            "held_bytes": sum(map(sum, groups.values())),
             "step": 1 + sum(step["ended"] < at["time_us"] for step in self.steps),
             "phase": phase,
             "module": module,
-            "asked": at["size"],
+            "asked_bytes": at["size"],
             **_line(_frames(at)),
             "largest": [
                 {**lines[key], "bytes": sum(sizes), "count": len(sizes)} for key, sizes in largest[:_LARGEST]
@@ -231,7 +240,7 @@ def _line(frames: list[tuple[str, int, str]]) -> dict[str, Any]:
         "file": _short(file),
         "line": line,
         "function": function,
-        "own": f"{os.path.relpath(own[0])}:{own[1]}" if own is not None else "",
+        "own": f"{_short(own[0])}:{own[1]}" if own is not None else "",
     }
 
 
@@ -243,7 +252,8 @@ def _short(file: str) -> str:
     for folder in _LIBRARIES:
         if file.startswith(folder):
             return file[len(folder) :]
-    return os.path.relpath(file) if file else file
+    near = os.path.relpath(file) if file else file
+    return file if near.startswith(os.pardir) else near
 
 
 def _versions() -> dict[str, str]:
