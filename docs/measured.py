@@ -38,7 +38,7 @@ def on_gpus() -> bool:
 
 
 def summary() -> str:
-    """What was measured on GPUs in two sentences, which other pages have word for word."""
+    """What was measured on GPUs in three sentences, which other pages have word for word."""
     on_cards = [(run, found) for run, found in _pairs() if run.device.kind == "cuda"]
     peaks = [found.allocated for run, found in on_cards if run.outcome.kind == "trained"]
     ran_out = [
@@ -52,12 +52,14 @@ def summary() -> str:
             [run.libraries["torch"] for run, _ in on_cards],
         )
     )
-    worst = max(abs(peak.percent or 0) for peak in peaks)
-    equal = sum(peak.error == 0 for peak in peaks)
+    held = [found.reserved for run, found in on_cards if run.outcome.kind == "trained"]
+    worst, farthest = (max(abs(it.percent or 0) for it in figures) for figures in (peaks, held))
+    equal, same = (sum(it.error == 0 for it in figures) for figures in (peaks, held))
     return (
         f"{len(on_cards)} runs were measured on an {names} ({days}, torch {versions}). Of {len(peaks)} that "
         f"trained, {equal} have the predicted peak of allocated bytes to the byte and the worst is "
-        f"{worst:.3f} % off; {sum(ran_out)} of {len(ran_out)} that ran out of memory were predicted to."
+        f"{worst:.3f} % off; of the reserved bytes {same} are equal and the worst are {farthest:.1f} % off. "
+        f"{sum(ran_out)} of {len(ran_out)} that ran out of memory were predicted to."
     )
 
 
