@@ -28,7 +28,7 @@ def page() -> str:
 
 def _row(row: dict[str, Any]) -> str:
     needed = "–" if row["needed_bytes"] is None else f"{row['needed_bytes'] / GIB:.2f} GiB"
-    last = f"{row['steps'][-1]['allocated'] / GIB:.2f} GiB" if row["steps"] else "–"
+    last = f"{row['steps'][-1]['allocated_bytes'] / GIB:.2f} GiB" if row["steps"] else "–"
     card = row["gpu"].removeprefix("NVIDIA ").removeprefix("GeForce ")
     if row.get("count", 1) > 1:
         card = f"{row['count']} × {card}"
