@@ -8,6 +8,8 @@ that there is an answer; an assertion that fails ends it before.
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import nn
 
@@ -57,6 +59,25 @@ hidden.new_zeros(2, 5).masked_scatter(on_card, hidden[on_card].sum(-1)).sum().ba
 assert hidden.grad is not None and hidden.grad.shape == hidden.shape
 assert bool(on_card[0, 0]) and not bool(on_card[0, 4])
 assert int(on_card.sum()) == 5
+
+# read back as it lies, and in a thread
+assert ids.to(card)[:, 1:].cpu().tolist() == ids[:, 1:].tolist()
+assert (labels.to(card)[:, ::2] != -100).cpu().tolist() == (labels[:, ::2] != -100).tolist()
+assert torch.equal(ids.to(card), ids.to(card))
+seen: list[int] = []
+thread = threading.Thread(target=lambda: seen.append(int((ids.to(card) * 2).sum())))
+thread.start()
+thread.join()
+assert seen == [int(ids.sum()) * 2]
+
+# nothing of it changes what autograd takes: a gradient is added up in place
+torch.cuda.reset_peak_memory_stats()
+before = torch.cuda.memory_allocated()
+x = torch.randn(2048, 2048, device=card, requires_grad=True)
+y = x * 1
+(y[:, 1:].sum() + y[:, :-1].sum()).backward()
+assert torch.cuda.max_memory_allocated() - before <= 4 * x.nbytes + (1 << 20)
+del x, y
 
 # floats are zero wherever somebody asks, whatever lay in that memory before
 stale = torch.full((1000,), -1, device=card)

@@ -11,6 +11,7 @@ from typing import Any
 
 from memplan.commands.arguments import Parser, UsageError, add_json, positive, whole
 from memplan.emulate.cards import MOST
+from memplan.errors import shown
 
 STATUS_FITS, STATUS_DOES_NOT_FIT = 0, 1
 STEPS, SECONDS = 3, 900.0
@@ -107,6 +108,8 @@ def run(arguments: argparse.Namespace) -> int:
         status = launch.run(command, env, quiet_stdout=False)
         assert status is not None
         return status if status >= 0 else 128 - status
+    if arguments.snapshot is not None and not Path(arguments.snapshot).absolute().parent.is_dir():
+        raise UsageError(f"there is no folder for the snapshot {shown(arguments.snapshot)}")
     context = CONTEXT_BYTES[gpu.kind]
     with tempfile.TemporaryDirectory(prefix="memplan-dry-run-") as folder:
         watching = launch.Watching(Path(folder), steps, arguments.snapshot is not None)

@@ -15,7 +15,7 @@ from memplan.errors import MemplanError
 
 SCHEMA_VERSION = 1
 _CUDNN_FROM = (9, 0)  # the capability from which PyTorch prefers cuDNN's attention (sdp_utils.cpp)
-_OUT_OF_MEMORY = ("OutOfMemoryError",)  # names of the exceptions that end a program which ran out
+_NEVER = 64  # times a card: no program asks for so much, but one that was told nonsense
 
 
 class _Record(BaseModel):
@@ -149,8 +149,17 @@ def answer(
     if not users:
         raise MemplanError(_never_used(status))
     worst = max(users, key=_most)
-    ran_out = worst.ran_out if status and worst.error in _OUT_OF_MEMORY else None
+    at = worst.ran_out
+    # whatever it made of the exception: it ran out, and no step came after
+    ran_out = at if at is not None and status and max(at.step, 1) > len(worst.steps) else None
     notes: list[str] = []
+    if at is not None and at.asked_bytes > _NEVER * gpu.visible_bytes:
+        raise MemplanError(
+            f"at {at.own or at.file or 'a place without Python'} the program asks a library of NVIDIA's that "
+            "can't be emulated how much it needs, so nothing can be said"
+        )
+    if at is not None and ran_out is None:
+        notes.append(f"it ran out of memory in step {at.step}, gave something up and went on")
     if ran_out is None:
         _check(worst, status, asked, notes)
     reserved = max((one.reserved_bytes for one in (worst.loaded, *worst.steps) if one is not None), default=0)

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import zipfile
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +29,9 @@ SOURCES = Path(__file__).resolve().parent / "card"
 WRITTEN = {"cudart": "runtime.c", "cuda": "driver.c"}
 LIBRARY = re.compile(r"lib(cu\w+|nccl|nvrtc|nvshmem|nvidia)[\w-]*\.so")
 DRIVER, MANAGEMENT = "libcuda.so.1", "libnvidia-ml.so.1"
+# what a library's other functions return: success, but where sizes would be read back that nobody has set:
+# "not supported" as cusolver_common.h, cusparse.h and cufft.h have it
+REFUSED = {"cusolver": 9, "cusparse": 10, "cufft": 16}
 CARD = "libmemplan_card.so"
 ORDER = "order"  # the file that lists them as they have to be loaded
 CUDA = 13  # the release whose structures card/ fills in
@@ -57,11 +61,15 @@ def libraries(program: Program) -> Path:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="making-", dir=folder.parent) as made:
-            build(Path(made), objects, _headers(program), _compiler())
-            shutil.rmtree(folder, ignore_errors=True)
-            shutil.copytree(made, folder.with_suffix(".part"), dirs_exist_ok=True)
-        folder.with_suffix(".part").replace(folder)
+        made = Path(tempfile.mkdtemp(prefix="making-", dir=folder.parent))
+        try:
+            build(made, objects, _headers(program), _compiler())
+            with suppress(OSError):  # another dry run was first
+                made.replace(folder)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+        if not (folder / ORDER).is_file():
+            raise FileNotFoundError(2, "it is there, but not whole: remove it", str(folder))
     except OSError as error:
         raise MemplanError(
             f"the card's libraries can't be written to {shown(str(folder))}: {reason(error)}"
@@ -92,7 +100,9 @@ def build(out: Path, objects: list[Path], headers: Path, compiler: list[str]) ->
         source = SOURCES / WRITTEN.get(stem, "libraries.c")
         rest, script = out / f"{stem}.c", out / f"{stem}.map"
         absent = sorted(library.symbols - names.defined(source))
-        rest.write_text("".join(f"int {name}(void) {{ return 0; }}\n" for name in absent))
+        rest.write_text(
+            "".join(f"int {name}(void) {{ return {REFUSED.get(stem, 0)}; }}\n" for name in absent)
+        )
         options = [f"-D{stem.upper()}", f"-Wl,-soname,{file}"]
         if library.version is not None:
             script.write_text(f"{library.version} {{ global: *; }};\n")

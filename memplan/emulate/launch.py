@@ -56,6 +56,8 @@ def run(
     """The program's exit status, None if it was ended after ``timeout`` seconds. What it prints goes to
     standard error unless ``quiet_stdout`` is off. It and all that it started are gone afterwards, whatever
     happens."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _asked_to_end)
     with subprocess.Popen(
         command, env=env, start_new_session=True, stdout=sys.stderr if quiet_stdout else None
     ) as process:
@@ -65,6 +67,10 @@ def run(
             return None
         finally:
             _end(process)
+
+
+def _asked_to_end(number: int, _frame: object) -> None:
+    raise SystemExit(128 + number)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -13,7 +13,9 @@ from pathlib import Path
 from memplan.errors import MemplanError, shown
 
 _PROBE = """
-import importlib.util, json, sys
+import sys
+sys.path = [place for place in sys.path if place]  # not the modules of the folder that it is asked in
+import importlib.util, json
 found = {}
 for name in ("torch", "bitsandbytes", "nvidia"):
     spec = importlib.util.find_spec(name)
@@ -45,6 +47,7 @@ def find(command: list[str]) -> Program:
             "docker run -it -v $PWD:/work -w /work python:3.12 bash"
         )
     python = interpreter(_program(command))
+    _check_flags(command)
     try:
         done = subprocess.run(
             [python, "-c", _PROBE],
@@ -82,6 +85,26 @@ def _program(command: list[str]) -> str:
     if not words:
         raise MemplanError("there is no program after env")
     return words[0]
+
+
+def _check_flags(command: list[str]) -> None:
+    """Raise MemplanError for flags with which Python does not let itself be watched."""
+    words = command[command.index(_program(command)) + 1 :]
+    place = shutil.which(_program(command))
+    if place is not None:
+        with Path(place).open("rb") as file:
+            first = file.readline(4096)
+        if first.startswith(b"#!"):
+            words = first.decode(errors="replace").split()[1:]
+        elif not Path(place).name.startswith("python"):
+            return
+    for word in words:
+        if not word.startswith("-") or word in ("-m", "-c", "-"):
+            return
+        if not word.startswith("--") and set(word[1:]) & set("EIS"):
+            raise MemplanError(
+                f"Python can't be watched with {word}, which leaves out what watches: leave it out"
+            )
 
 
 def interpreter(name: str) -> Path:

@@ -15,7 +15,7 @@ from example_measurements import example
 from example_tapes import example_tape
 from small_specs import config
 
-from memplan.commands import COMMANDS
+from memplan.commands import COMMANDS, module_of
 from memplan.tape.file import save
 
 from .command import command
@@ -65,13 +65,13 @@ ODD = tuple(text for text in TEXTS if not {"\0", "\ud800", "/"} & {*text} or tex
 @cache
 def actions(command: str) -> list[Action]:
     """The arguments of a command, without those that run torch or say themselves that they take long."""
-    parser = import_module(f"memplan.commands.{command}").parser()
+    parser = import_module(module_of(command)).parser()
     return [action for action in parser._actions if action.dest not in ("trace", "exact")]
 
 
 def make(random: Random) -> dict[str, Any]:
     """A command line, the terminal's width and its encoding."""
-    command = random.choice(COMMANDS)
+    command = random.choice([name for name in COMMANDS if name not in ("dry-run", "stub")])  # run programs
     argv = [command]
     share = random.choice((0.02, 0.1, 0.2))
     for action in actions(command):
@@ -111,6 +111,8 @@ def check(value: dict[str, Any]) -> None:
     argv = value["argv"]
     if not argv or _trains(argv):
         return
+    if argv[0] == "report" and (len(argv) == 1 or argv[1].startswith("-")):
+        return  # of all that the repository has measured, which takes its time
     _prepare()
     os.environ["COLUMNS"] = value["columns"]
     status, out = command(*argv, encoding=value["encoding"])

@@ -4,68 +4,106 @@ worked out on the host, in the card's memory, which is the host's.
 So masks, labels, positions, counters and flags have the values that they have on a GPU, and shapes that
 depend on them come out right. Floats are zero wherever somebody asks: a comparison, a number read back.
 Where a router chooses among zeros, tokens are spread evenly.
+
+It stands at the functions that Python calls, above autograd: a dispatch mode below it would make PyTorch take
+every tensor for a subclass's, and add gradients up out of place, which takes memory.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
 _MOST = 1 << 22  # elements that are worked out: labels and masks, not packed weights, nor a mask of S × S
 _BYTES = 1 << 16  # of them where they are of one byte, as packed weights are
 # Their results are as long as values say, by ways of their own: made on the host, and brought to the card.
-_FROM_VALUES = (
-    "_unique", "_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive", "repeat_interleave",
-    "bincount",
-)  # fmt: skip
+_FROM_VALUES = ("unique", "unique_consecutive", "bincount")
 _CHOICES = ("topk", "sort", "argsort")  # of a router: indices of the largest
+# What gives Python a value, and no tensor.
+_READ = (
+    "item", "tolist", "numpy", "equal", "is_nonzero", "allclose", "__bool__", "__int__", "__float__",
+    "__index__", "__contains__", "__complex__",
+)  # fmt: skip
+# Attributes, and memory that nobody has written.
+_LEFT = (
+    "__get__", "__set__", "empty", "empty_like", "new_empty", "empty_strided", "data_ptr", "requires_grad_",
+    "backward", "size", "stride", "dim", "numel", "__len__", "__repr__", "__format__", "register_hook",
+    "untyped_storage", "is_floating_point", "element_size", "detach", "detach_", "storage_offset",
+)  # fmt: skip
 
 
-def mode(torch: Any) -> Any:
-    """A dispatch mode that does so; the thread that trains enters it once, and backward has it, too."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
+def start(torch: Any) -> None:
+    """Work them out from now on, in this thread (backward's have it, too) and in those that it starts."""
     card = ctypes.CDLL(os.path.join(os.environ["MEMPLAN_CARD_LIBRARIES"], "libmemplan_card.so"))
     card.card_values_are_real()
-    whole = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+    mode = _mode(torch)
+    mode().__enter__()
+    run = threading.Thread.run
+
+    def running(thread: threading.Thread) -> None:
+        with mode():
+            run(thread)
+
+    setattr(threading.Thread, "run", running)  # noqa: B010  # a method of somebody else's class
+
+
+def repeat(torch: Any, sent: Any, place: Any) -> None:
+    """Whole numbers that other ranks would send are those that this one sends (memplan_ranks.py)."""
+    is_real, twin, _ = _memory(torch)
+    if place.is_cuda and is_real(place) and sent.numel():
+        twin(place).view(-1, sent.numel()).copy_(twin(sent).reshape(1, -1))
+
+
+def _memory(torch: Any) -> tuple[Callable[[Any], bool], Callable[[Any], Any], Callable[[Any], Any]]:
+    """Which tensors are worked out; the same memory as the host sees it; the same of whatever holds some."""
+    whole = {torch.bool, torch.int16, torch.int32, torch.int64, torch.uint8, torch.int8}
+    whole |= {getattr(torch, name) for name in ("uint16", "uint32", "uint64") if hasattr(torch, name)}
     tensor_of = torch.Tensor
 
     def is_real(tensor: Any) -> bool:
-        """Whether its values are worked out."""
-        if tensor.dtype not in whole:
+        if tensor.dtype not in whole or tensor.layout is not torch.strided:
             return False
         return bool(tensor.numel() <= (_BYTES if tensor.dtype in (torch.uint8, torch.int8) else _MOST))
 
     def twin(tensor: Any) -> Any:
-        """The same memory, as the host sees it; of floats as many zeros."""
-        if not tensor.is_cuda:
+        if not tensor.is_cuda or tensor.layout is not torch.strided:
             return tensor
-        if tensor.is_floating_point() or tensor.is_complex():
+        if tensor.is_floating_point() or tensor.is_complex():  # as many zeros
             return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
         if tensor.numel() == 0:
             return torch.empty(tensor.shape, dtype=tensor.dtype)
         reach = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
         memory = (ctypes.c_char * (reach * tensor.element_size())).from_address(tensor.data_ptr())
-        return torch.frombuffer(memory, dtype=tensor.dtype, count=reach).as_strided(
-            tensor.shape, tensor.stride()
-        )
+        flat = torch.frombuffer(memory, dtype=tensor.dtype, count=reach)
+        return flat.as_strided(tensor.shape, tensor.stride())
 
     def on_host(value: Any) -> Any:
         if isinstance(value, tensor_of):
             return twin(value)
         if isinstance(value, (list, tuple)):
-            return type(value)(map(on_host, value))
-        if isinstance(value, torch.device):
+            many = [on_host(one) for one in value]
+            return many if isinstance(value, list) else tuple(many)
+        if isinstance(value, torch.device) or (isinstance(value, str) and value.startswith("cuda")):
             return torch.device("cpu")
         return value
 
+    return is_real, twin, on_host
+
+
+def _mode(torch: Any) -> Any:
+    from torch.overrides import TorchFunctionMode
+
+    is_real, twin, on_host = _memory(torch)
+    tensor_of, wrapped = torch.Tensor, torch._C._functorch.is_functorch_wrapped_tensor
+
     def call(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-        told = {
-            name: on_host(value) for name, value in kwargs.items() if name not in ("pin_memory", "generator")
-        }
-        return func(*on_host(args), **told)
+        left = ("pin_memory", "generator", "non_blocking")
+        told = {name: on_host(value) for name, value in kwargs.items() if name not in left}
+        with torch.no_grad():
+            return func(*on_host(args), **told)
 
     def tensors(value: Any) -> Iterable[Any]:
         if isinstance(value, tensor_of):
@@ -74,75 +112,78 @@ def mode(torch: Any) -> Any:
             for one in value:
                 yield from tensors(one)
 
-    def spread(name: str, args: Any, made: Any) -> bool:
+    def spread(name: str, args: Any, results: list[Any]) -> bool:
         """A choice among imagined numbers: the columns in turn, one row after the other."""
         if name not in _CHOICES or not args[0].is_floating_point():
             return False
-        for indices in tensors(made):
+        for indices in results:
             if indices.dtype is torch.int64 and indices.dim() and is_real(indices):
                 columns = args[0].shape[-1] if args[0].dim() else 1
                 turns = torch.arange(indices.numel()).remainder_(max(columns, 1))
                 twin(indices).copy_(turns.view(indices.shape))
         return True
 
-    class Integers(TorchDispatchMode):  # type: ignore[misc]
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    class Integers(TorchFunctionMode):  # type: ignore[misc]
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
-            given = [*tensors(args), *tensors(list(kwargs.values()))]
-            device = kwargs.get("device")
-            if not any(one.is_cuda for one in given) and (device is None or "cuda" not in str(device)):
+            name = getattr(func, "__name__", "")
+            if name in _LEFT:
                 return func(*args, **kwargs)
-            name = func.overloadpacket.__name__
-            if name == "_local_scalar_dense" and (args[0].is_floating_point() or args[0].is_complex()):
-                return 0.0
-            if name in _FROM_VALUES and all(not one.is_floating_point() for one in given):
+            given = [*tensors(args), *tensors(list(kwargs.values()))]
+            if not any(one.is_cuda for one in given) and "cuda" not in str(kwargs.get("device", "")):
+                made = func(*args, **kwargs)
+                if name in ("to", "cuda") and isinstance(made, tensor_of) and made.is_cuda and is_real(made):
+                    twin(made).copy_(args[0])  # as large as it may be
+                return made
+            if any(wrapped(one) or one.layout is not torch.strided for one in given):
+                return func(*args, **kwargs)  # vmap's, sparse ones: no memory of their own to be read
+            if name in _READ:
+                return call(func, args, kwargs)
+            if name in _FROM_VALUES and not any(one.is_floating_point() for one in given):
                 place = next(one.device for one in given if one.is_cuda)
                 made = call(func, args, kwargs)
                 return made.to(place) if isinstance(made, tensor_of) else tuple(one.to(place) for one in made)
+            if name == "one_hot" and kwargs.get("num_classes", args[1] if len(args) > 1 else -1) == -1:
+                args, kwargs = args[:1], {**kwargs, "num_classes": int(twin(args[0]).max()) + 1}
+            if name == "repeat_interleave" and kwargs.get("output_size") is None:
+                repeats = kwargs.get("repeats", args[1] if len(args) > 1 else args[0])
+                if isinstance(repeats, tensor_of) and repeats.is_cuda and repeats.dim():
+                    kwargs = {**kwargs, "output_size": int(twin(repeats).sum())}
             made = func(*args, **kwargs)
-            _work_out(func, name, args, kwargs, made)
+            work_out(func, name, args, kwargs, made, given)
             return made
 
-    def gathered(func: Any, name: str, args: Any, made: Any) -> bool:
-        """What others would send is what this rank sends (memplan_ranks.py)."""
-        if "c10d" not in func.namespace:
-            return False
-        if "gather" in name and "reduce" not in name:
-            base = name in ("_allgather_base_", "all_gather_into_tensor")
-            sent = [*tensors(args[1] if base and name[0] == "_" else args[0] if base else args[1])]
-            places = [made] if name == "all_gather_into_tensor" else [*tensors(args[0])]
-            for place in places:
-                if sent and place.is_cuda and is_real(place) and sent[0].numel():
-                    twin(place).view(-1, sent[0].numel()).copy_(twin(sent[0]).reshape(1, -1))
-        return True
-
-    def _work_out(func: Any, name: str, args: Any, kwargs: dict[str, Any], made: Any) -> None:
-        if gathered(func, name, args, made):
-            return
-        returns = func._schema.returns
+    def work_out(
+        func: Any, name: str, args: Any, kwargs: dict[str, Any], made: Any, given: list[Any]
+    ) -> None:
         results = list(tensors(made))
-        if name in ("_to_copy", "copy_") and len(results) == 1 and not results[0].is_cuda:
-            source = args[0] if name == "_to_copy" else args[1]
-            if source.is_cuda and (source.is_floating_point() or source.is_complex()):
-                results[0].zero_()  # what nobody computed is read back as zero
-                return
-        if not any(one.is_cuda and is_real(one) for one in results):
+        if len(results) == 1 and not results[0].is_cuda:  # read back to the host
+            source = next((one for one in given if one.is_cuda), None)
+            if source is not None and source.numel() == results[0].numel() and name in ("cpu", "to", "copy_"):
+                results[0].detach().copy_(twin(source).reshape(results[0].shape))
             return
-        alias = returns[0].alias_info if returns else None
-        if (alias is not None and not alias.is_write) or name.startswith("empty") or name == "new_empty":
-            return  # a view, or memory that nobody has written
-        if spread(name, args, made):
+        inside = "out" in kwargs or made is None or any(made is one for one in given)
+        places = [one for one in given if one.is_cuda and is_real(one)] if inside else results
+        if not any(one.is_cuda and is_real(one) for one in places):
             return
+        if spread(name, args, results):
+            return
+        known = {one.untyped_storage().data_ptr() for one in given if one.is_cuda}
+        fresh = [one for one in results if one.is_cuda and one.untyped_storage().data_ptr() not in known]
+        if not inside and not fresh:
+            return  # views
         try:
-            if alias is not None:  # in place: the twins are written
+            if inside:  # in place: the twins are written
+                if made is not None and not is_real(results[0]):
+                    return
                 call(func, args, kwargs)
                 return
             for one, value in zip(results, tensors(call(func, args, kwargs)), strict=True):
                 if one.is_cuda and is_real(one):
                     twin(one).copy_(value)
-        except (RuntimeError, NotImplementedError, TypeError, ValueError):  # the host can't: they are zero
-            for one in results:
-                if alias is None and one.is_cuda and is_real(one):
+        except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError):  # the host can't: zero
+            for one in fresh if not inside else ():
+                if is_real(one):
                     twin(one).zero_()
 
-    return Integers()
+    return Integers

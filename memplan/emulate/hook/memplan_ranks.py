@@ -52,3 +52,24 @@ def prepare(torch: Any) -> None:
         setattr(c10d, name, function)
         setattr(dist, name, function)
     dist.monitored_barrier = c10d.monitored_barrier = barrier
+    for name in ("all_gather", "all_gather_into_tensor", "_all_gather_base"):
+        if hasattr(c10d, name):
+            told = _repeating(torch, getattr(c10d, name))
+            setattr(c10d, name, told)
+            setattr(dist, name, told)
+
+
+def _repeating(torch: Any, gather: Any) -> Any:
+    """A gather of whole numbers that brings this rank's from all."""
+    from functools import wraps
+
+    from memplan_integers import repeat
+
+    @wraps(gather)
+    def gathering(places: Any, sent: Any, *args: Any, **kwargs: Any) -> Any:
+        work = gather(places, sent, *args, **kwargs)
+        for place in places if isinstance(places, list) else [places]:
+            repeat(torch, sent, place)
+        return work
+
+    return gathering

@@ -39,6 +39,8 @@ class Watch:
         self.ran_out_at = 0
         self.error: str | None = None
         self.names: dict[int, str] = {}  # of modules, by id
+        self.optimizers: dict[int, int] = {}  # those that were made, and their steps
+        self.lead, self.depth = 0, 0
         self.stack: list[str] = []
         self.phase = "forward"
         self.marks: list[tuple[int, str, str]] = []  # from when on which phase and module
@@ -54,6 +56,13 @@ class Watch:
         from torch.nn.modules import module
         from torch.optim import optimizer
 
+        make = optimizer.Optimizer.__init__
+
+        def making(made: Any, *args: Any, **kwargs: Any) -> None:
+            make(made, *args, **kwargs)
+            self._made(made)
+
+        optimizer.Optimizer.__init__ = making
         optimizer.register_optimizer_step_pre_hook(self._updating)
         optimizer.register_optimizer_step_post_hook(self._updated)
         module.register_module_forward_pre_hook(self._entered)
@@ -97,15 +106,28 @@ class Watch:
             after = "between steps" if self.phase == "evaluation" else "backward"
             self._mark(self.phase if self.stack else after, self.stack[-1] if self.stack else "")
 
-    def _updating(self, *_: Any) -> None:
+    def _made(self, optimizer: Any) -> None:
+        self.optimizers.setdefault(id(optimizer), 0)
+
+    def _updating(self, optimizer: Any, *_: Any) -> None:
+        self.depth += 1
         self._mark("update")
 
-    def _updated(self, *_: Any) -> None:
-        if os.getpid() != self.owner or not self.torch.cuda.is_initialized():
+    def _updated(self, optimizer: Any, *_: Any) -> None:
+        """A step of an optimizer; of several, rows are those of the one that stepped first, and the program
+        ends when each has made as many as were asked for, or one ten times as many."""
+        self.depth = max(self.depth - 1, 0)
+        if self.depth or os.getpid() != self.owner or not self.torch.cuda.is_initialized():
+            return  # one that wraps another: the outer one counts
+        self.optimizers[id(optimizer)] = self.optimizers.get(id(optimizer), 0) + 1
+        self.lead = self.lead or id(optimizer)
+        done = min(self.optimizers.values()) >= self.asked
+        done = done or max(self.optimizers.values()) >= 10 * self.asked
+        self._mark("between steps")
+        if self.lead != id(optimizer) and not done:
             return
         self.steps.append({**self._stats(), "ended": time.time_ns() // 1000})
-        self._mark("between steps")
-        if len(self.steps) >= self.asked:
+        if done:
             self._write()
             sys.stdout.flush()
             sys.stderr.flush()
@@ -176,7 +198,7 @@ class Watch:
         """The highest point since training began, or the one where it ran out: when, and whose bytes."""
         traces = self.torch.cuda.memory._snapshot()["device_traces"]
         history = max(traces, key=len)  # of the card on which the most happens
-        ended = self.ran_out is not None and self.error == "OutOfMemoryError"
+        ended = self.ran_out is not None and max(self.ran_out["step"], 1) > len(self.steps)
         if ended:
             history = [event for event in history if event["time_us"] <= self.ran_out_at]
         live: dict[int, Any] = {}
@@ -276,5 +298,7 @@ def start(torch: Any) -> None:
     memplan_ranks.prepare(torch)
     if torch.cuda.is_available():
         torch.backends.cuda.enable_cudnn_sdp(False)  # which Hopper takes first, and nobody can emulate
-        memplan_integers.mode(torch).__enter__()
+        torch.backends.cudnn.enabled = False  # convolutions have ways without it
+        torch.distributions.Distribution.set_default_validate_args(False)  # no scale is above zero
+        memplan_integers.start(torch)
     Watch(os.environ["MEMPLAN_WATCH"], int(os.environ["MEMPLAN_WATCH_STEPS"])).imported(torch)
