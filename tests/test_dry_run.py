@@ -16,7 +16,7 @@ from memplan.asked.gpus import find_gpu
 from memplan.emulate import elf
 from memplan.emulate.answer import DryRun, Seen, answer, read
 from memplan.emulate.launch import Watching, environment, run
-from memplan.emulate.program import interpreter
+from memplan.emulate.program import find, interpreter
 from memplan.errors import MemplanError
 from memplan.report.dry_run import show_dry_run
 
@@ -211,6 +211,20 @@ def test_the_program_behind_env() -> None:
     assert _program(["torchrun", "x.py"]) == "torchrun"
     with pytest.raises(MemplanError, match="no program after env"):
         _program(["env", "X=1"])
+
+
+@pytest.mark.parametrize("first", [f"#!{sys.executable} -E", "#!/usr/bin/env -S python3 -I"])
+def test_a_python_that_can_t_be_watched(tmp_path: Path, first: str) -> None:
+    with pytest.raises(MemplanError, match=r"can't be watched with -[EI]"):
+        find([script(tmp_path, first)])
+    with pytest.raises(MemplanError, match="can't be watched with -sE"):
+        find([sys.executable, "-sE", "train.py"])
+
+
+def test_what_is_env_s_own_is_no_flag_of_python_s(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    with pytest.raises(MemplanError, match="is a CPU build"):
+        find([script(tmp_path, f"#!/usr/bin/env -S {sys.executable} -u")])
 
 
 @pytest.mark.parametrize(

@@ -48,23 +48,22 @@ def checkpoint_of(case: dict[str, Any], folder: Path) -> Path:
 def emulated(case: dict[str, Any], folder: Path, gpu: str) -> dict[str, Any]:
     """What a case's script wrote: bytes by step, the device, versions. Raises RuntimeError with the script's
     last words if it failed."""
-    layers = [str(case["layers"])] if "layers" in case else []
+    layers = ["--layers", str(case["layers"])] if "layers" in case else []
     checkpoint = checkpoint_of(case, folder)
     out = folder / f"{case['name']}.json"
     settings = {"PYTORCH_ALLOC_CONF": case["recipe"].get("alloc_conf", "")}
     if not checkpoint.exists():
-        _on_the_card(gpu, {}, "checkpoint.py", case["model"], str(checkpoint), *layers)
+        _memplan({}, "stub", case["model"], str(checkpoint), *layers)
     asked = [str(checkpoint), "--out", str(out), *case["run"].split()]
-    _on_the_card(gpu, settings, f"{case['script']}.py", *asked)
+    script = [sys.executable, str(HERE / f"{case['script']}.py"), *asked]
+    _memplan(settings, "dry-run", "--no-watch", "--gpu", gpu, "--", *script)
     found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
     return found
 
 
-def _on_the_card(gpu: str, settings: dict[str, str], script: str, *arguments: str) -> None:
-    card = [sys.executable, "-m", "memplan", "dry-run", "--no-watch", "--gpu", gpu]
-    command = [*card, "--", sys.executable, str(HERE / script), *arguments]
+def _memplan(settings: dict[str, str], *arguments: str) -> None:
     done = subprocess.run(
-        command,
+        [sys.executable, "-m", "memplan", *arguments],
         cwd=ROOT,
         env={**os.environ, **QUIET, **settings},
         capture_output=True,
@@ -72,7 +71,7 @@ def _on_the_card(gpu: str, settings: dict[str, str], script: str, *arguments: st
         check=False,
     )
     if done.returncode:
-        raise RuntimeError(f"{script} {' '.join(arguments)}: {done.stderr.strip()[-800:]}")
+        raise RuntimeError(f"{' '.join(arguments)}: {done.stderr.strip()[-800:]}")
 
 
 def row(case: dict[str, Any], checkpoint: Path, found: dict[str, Any]) -> dict[str, Any]:

@@ -142,11 +142,7 @@ def add_gpus(parser: Parser, *, required: bool = False) -> None:
 def add_recipe(parser: Parser, *, mode: bool = True) -> None:
     """The options that make a Recipe, as its fields tell them. Each one's destination is a field's name."""
     groups: dict[str, argparse._ActionsContainer] = {"": parser}
-    options = recipe_options()
-    for name in sorted(
-        options, key=lambda name: (_GROUPS.index(options[name].group), not options[name].first)
-    ):
-        option = options[name]
+    for name, option in sorted(recipe_options().items(), key=_place):
         if option.group not in groups:
             groups[option.group] = parser.add_argument_group(option.group)
         if name != "mode" or mode:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
@@ -100,8 +100,7 @@ class Seen(_Record):
 class DryRun(_Record):
     """The answer. Bytes. ``needed_bytes``: what was reserved at most and ``context_bytes``, what a process
     takes beside it (assumed); None where it ran out before it had all it wanted. All are of one of the
-    ``count`` cards. ``loaded``: up to the first
-    forward pass of training."""
+    ``count`` cards. ``loaded``: up to the first forward pass of training."""
 
     schema_version: int = SCHEMA_VERSION
     memplan_version: str
@@ -161,7 +160,7 @@ def answer(
     if at is not None and ran_out is None:
         notes.append(f"it ran out of memory in step {at.step}, gave something up and went on")
     if ran_out is None:
-        _check(worst, status, asked, notes)
+        notes += _early(worst, status, asked)
     reserved = max((one.reserved_bytes for one in (worst.loaded, *worst.steps) if one is not None), default=0)
     total = gpu.visible_bytes
     room = total - context
@@ -231,26 +230,25 @@ def _never_used(status: int | None) -> str:
     return "the program never used the card: is its model moved to cuda?"
 
 
-def _check(seen: Seen, status: int | None, asked: int, notes: list[str]) -> None:
-    """Raise MemplanError if it can't be judged; note if it ended early."""
+def _early(seen: Seen, status: int | None, asked: int) -> list[str]:
+    """A note if it ended early. Raises MemplanError if it can't be judged."""
     done = len(seen.steps)
     if done >= asked:
-        return
+        return []
     if status:
         what = f", {seen.error}" if seen.error else ""
         raise MemplanError(
             f"the program failed by itself (exit status {status}{what}) {_since(done)}: see above"
         )
-    if not done:
+    if done:
+        return [f"the program ended {_since(done)}, of the {asked} that were asked for"]
+    if status is None:
         raise MemplanError(
-            "the program took no optimizer step "
-            + (
-                "in the time it was given: give it more with --timeout"
-                if status is None
-                else "before it ended, so nothing can be said of training"
-            )
+            "the program took no optimizer step in the time it was given: give it more with --timeout"
         )
-    notes.append(f"the program ended {_since(done)}, of the {asked} that were asked for")
+    raise MemplanError(
+        "the program took no optimizer step before it ended, so nothing can be said of training"
+    )
 
 
 def _emulated() -> list[Gpu]:
@@ -267,8 +265,3 @@ def _since(steps: int) -> str:
     if not steps:
         return "before its first optimizer step"
     return f"after {_number(steps)}"
-
-
-def schema() -> dict[str, Any]:
-    """Of what ``memplan dry-run --json`` prints."""
-    return DryRun.model_json_schema(mode="serialization")

@@ -1,7 +1,7 @@
 """Compile the libraries of a card that is not there, for the PyTorch and bitsandbytes of a program.
 
 Each of NVIDIA's libraries that their shared objects need is made under its own name, with every symbol that
-they ask of it: the few that matter are written out in ``card/``, the rest return success.
+they ask of it: the few that matter are written out in ``card/``, the rest do nothing.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from pathlib import Path
 from memplan.asked.gpus import Gpu
 from memplan.emulate import build, program
 from memplan.emulate.cards import description
+from memplan.ending import in_order
 
 HOOK = Path(__file__).resolve().parent / "hook"
 _GRACE = 5.0  # seconds that a program has to end once it is asked to
@@ -56,21 +57,17 @@ def run(
     """The program's exit status, None if it was ended after ``timeout`` seconds. What it prints goes to
     standard error unless ``quiet_stdout`` is off. It and all that it started are gone afterwards, whatever
     happens."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _asked_to_end)
-    with subprocess.Popen(
-        command, env=env, start_new_session=True, stdout=sys.stderr if quiet_stdout else None
-    ) as process:
+    stdout = sys.stderr if quiet_stdout else None
+    with (
+        in_order(),
+        subprocess.Popen(command, env=env, start_new_session=True, stdout=stdout) as process,
+    ):
         try:
             return process.wait(timeout)
         except subprocess.TimeoutExpired:
             return None
         finally:
             _end(process)
-
-
-def _asked_to_end(number: int, _frame: object) -> None:
-    raise SystemExit(128 + number)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

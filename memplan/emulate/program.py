@@ -21,7 +21,7 @@ for name in ("torch", "bitsandbytes", "nvidia"):
     spec = importlib.util.find_spec(name)
     if spec is not None and spec.submodule_search_locations:
         found[name] = list(spec.submodule_search_locations)
-print(json.dumps({"version": sys.version_info[:2], "executable": sys.executable, "found": found}))
+print(json.dumps(found))
 """
 _INSTALL = "install PyTorch's CUDA build in its environment (pip install torch, on Linux)"
 
@@ -31,7 +31,6 @@ class Program:
     """``torch``, ``bitsandbytes``: folders of the packages; ``cuda``: what that PyTorch is built for, as
     (major, minor); ``nvidia``: folders of NVIDIA's packages, if any are there."""
 
-    python: Path
     torch: Path
     torch_version: str
     cuda: tuple[int, int]
@@ -46,8 +45,9 @@ def find(command: list[str]) -> Program:
             "a card can be emulated on Linux only: run memplan in a container, for example "
             "docker run -it -v $PWD:/work -w /work python:3.12 bash"
         )
-    python = interpreter(_program(command))
-    _check_flags(command)
+    name = _program(command)
+    python = interpreter(name)
+    _check_flags(_first_line(name)[1:] or command[command.index(name) + 1 :])
     try:
         done = subprocess.run(
             [python, "-c", _PROBE],
@@ -60,7 +60,7 @@ def find(command: list[str]) -> Program:
         told = json.loads(done.stdout.splitlines()[-1])
     except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
         raise MemplanError(f"{shown(str(python))} does not run as a Python: {_last_words(error)}") from error
-    found = {name: [Path(place) for place in places] for name, places in told["found"].items()}
+    found = {name: [Path(place) for place in places] for name, places in told.items()}
     if "torch" not in found:
         raise MemplanError(f"{shown(str(python))} has no PyTorch: {_INSTALL}")
     torch = found["torch"][0]
@@ -68,7 +68,6 @@ def find(command: list[str]) -> Program:
     if cuda is None:
         raise MemplanError(f"the PyTorch of {shown(str(python))}, {version}, is a CPU build: {_INSTALL}")
     return Program(
-        python,
         torch,
         version,
         cuda,
@@ -87,17 +86,9 @@ def _program(command: list[str]) -> str:
     return words[0]
 
 
-def _check_flags(command: list[str]) -> None:
-    """Raise MemplanError for flags with which Python does not let itself be watched."""
-    words = command[command.index(_program(command)) + 1 :]
-    place = shutil.which(_program(command))
-    if place is not None:
-        with Path(place).open("rb") as file:
-            first = file.readline(4096)
-        if first.startswith(b"#!"):
-            words = first.decode(errors="replace").split()[1:]
-        elif not Path(place).name.startswith("python"):
-            return
+def _check_flags(words: list[str]) -> None:
+    """Raise MemplanError for flags, among the words after Python's name, with which it does not let itself be
+    watched."""
     for word in words:
         if not word.startswith("-") or word in ("-m", "-c", "-"):
             return
@@ -112,21 +103,30 @@ def interpreter(name: str) -> Path:
     place = shutil.which(name)
     if place is None:
         raise MemplanError(f"there is no program {shown(name)}")
-    with open(place, "rb") as file:  # noqa: PTH123  # a path of the system's
-        first = file.readline(4096)
-    if not first.startswith(b"#!"):
+    words = _first_line(name)
+    if not words:
         if re.fullmatch(r"python[\d.]*", Path(place).resolve().name) or re.match(r"python", Path(place).name):
             return Path(place)
         raise MemplanError(f"{shown(name)} is no Python program: start it as python -m …, or python FILE")
-    words = first[2:].decode(errors="replace").split()
-    if words and Path(words[0]).name == "env":
-        words = [word for word in words[1:] if not word.startswith("-")]
-    found = shutil.which(words[0]) if words else None
+    found = shutil.which(words[0])
     if found is None or not Path(found).name.startswith("python"):
         raise MemplanError(
             f"which Python {shown(name)} runs with can't be told from its first line: start it as python -m …"
         )
     return Path(found)
+
+
+def _first_line(name: str) -> list[str]:
+    """What a script's first line starts it with, behind `env` and its options; nothing if it is no script."""
+    place = shutil.which(name)
+    assert place is not None
+    with Path(place).open("rb") as file:
+        first = file.readline(4096)
+    words = first[2:].decode(errors="replace").split() if first.startswith(b"#!") else []
+    if words and Path(words[0]).name == "env":
+        behind = next((at for at, word in enumerate(words) if at and not word.startswith("-")), 0)
+        return words[behind:]
+    return words
 
 
 def _built_for(torch: Path) -> tuple[str, tuple[int, int] | None]:

@@ -376,15 +376,12 @@ class _Pricer:
 def _changed(recipe: Recipe, idea: _Idea, pricer: _Pricer) -> Recipe | None:
     """The recipe (as asked, not resolved) after a change; None where it does not apply, or can't be had of
     the model or on the card."""
-    from memplan.planning.cards import able
-
     fields = idea.apply(pricer.resolved(recipe))
     if fields is None:
         return None
     try:
         changed = Recipe(**{**recipe.model_dump(), **fields})
         pricer.resolved(changed)
-        able(changed, [pricer.gpu.name])
     except MemplanError:
         return None
     return changed

@@ -12,10 +12,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from memplan.ending import in_order
 from memplan.errors import MemplanError
 from memplan.verify.child import ALLOCATOR_SETTINGS, SIGN, STATUS_REFUSED
 from memplan.verify.job import Job
@@ -57,7 +58,7 @@ def run_job(job: Job, *, tell: Tell | None = None, seconds: float | None = None)
     Raises Refused, RunDied, TimeIsUp; on any exception, KeyboardInterrupt too, the child is gone, and so
     it is when this process is told to end (SIGTERM, SIGHUP).
     """
-    with _ending_in_order(), working_folder() as folder:
+    with in_order(), working_folder() as folder:
         result = folder / "result.json"
         with (folder / "stderr").open("w+b") as complaints:
             child = subprocess.Popen(
@@ -84,29 +85,6 @@ def run_job(job: Job, *, tell: Tell | None = None, seconds: float | None = None)
                 complaints.seek(0)
                 raise RunDied(_obituary(status, complaints.read().decode(errors="replace")))
             return read(result)
-
-
-@contextlib.contextmanager
-def _ending_in_order() -> Iterator[None]:
-    """SIGTERM, as from ``timeout``, and SIGHUP, as from a terminal that is closed, unwind what runs, where
-    they would drop it. A signal that is ignored (``nohup``) stays so."""
-    if threading.current_thread() is not threading.main_thread():  # only there may signals be handled
-        yield
-        return
-
-    def end(number: int, _frame: Any) -> None:
-        raise SystemExit(128 + number)
-
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {number: signal.getsignal(number) for number in numbers}
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, end)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _environment(job: Job) -> dict[str, str]:

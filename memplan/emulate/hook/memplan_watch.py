@@ -2,8 +2,7 @@
 program when enough have been seen. It stands alone, for the program's environment need not have memplan.
 
 What it saw goes, as JSON, to a file of the folder that MEMPLAN_WATCH names, which memplan/emulate/answer.py
-reads.
-Lines are of the program itself where one is on the stack, else of the library nearest to it.
+reads. Lines are of the program itself where one is on the stack, else of the library nearest to it.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import threading
 import time
 import traceback
 from bisect import bisect_right
+from collections.abc import Iterator
 from typing import Any
 
 _HISTORY = 50_000_000  # entries of the allocator's history; a 70B's step has 60,000
@@ -60,7 +60,7 @@ class Watch:
 
         def making(made: Any, *args: Any, **kwargs: Any) -> None:
             make(made, *args, **kwargs)
-            self._made(made)
+            self.optimizers.setdefault(id(made), 0)
 
         optimizer.Optimizer.__init__ = making
         optimizer.register_optimizer_step_pre_hook(self._updating)
@@ -105,9 +105,6 @@ class Watch:
             self.stack.pop()
             after = "between steps" if self.phase == "evaluation" else "backward"
             self._mark(self.phase if self.stack else after, self.stack[-1] if self.stack else "")
-
-    def _made(self, optimizer: Any) -> None:
-        self.optimizers.setdefault(id(optimizer), 0)
 
     def _updating(self, optimizer: Any, *_: Any) -> None:
         self.depth += 1
@@ -201,28 +198,13 @@ class Watch:
         ended = self.ran_out is not None and max(self.ran_out["step"], 1) > len(self.steps)
         if ended:
             history = [event for event in history if event["time_us"] <= self.ran_out_at]
-        live: dict[int, Any] = {}
-        now = best = 0
-        at: Any = None
-        for event in history:
-            if event["action"] == "alloc":
-                live[event["addr"]] = event
-                now += event["size"]
-                if ended or (now > best and event["time_us"] >= self.began):
-                    best, at = now, event
-            elif event["action"] == "free_completed":
-                gone = live.pop(event["addr"], None)
-                now -= gone["size"] if gone else 0
+        best, at = 0, None
+        for event, now, _ in _played(history):
+            if event["action"] == "alloc" and (ended or (now > best and event["time_us"] >= self.began)):
+                best, at = now, event
         if at is None:
             return None
-        held: dict[int, Any] = {}
-        for event in history:
-            if event["action"] == "alloc":
-                held[event["addr"]] = event
-            elif event["action"] == "free_completed":
-                held.pop(event["addr"], None)
-            if event is at:
-                break
+        held = next(live for event, _, live in _played(history) if event is at)
         groups: dict[tuple[str, ...], list[int]] = {}
         lines: dict[tuple[str, ...], dict[str, Any]] = {}
         for event in held.values():
@@ -247,6 +229,20 @@ class Watch:
     def _when(self, time_us: int) -> tuple[str, str]:
         at = bisect_right(self.marks, time_us, key=lambda mark: mark[0])
         return self.marks[at - 1][1:] if at else ("loading", "")
+
+
+def _played(history: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], int, dict[int, Any]]]:
+    """Each event, the bytes that are there after it, and what holds them, by address."""
+    live: dict[int, Any] = {}
+    now = 0
+    for event in history:
+        if event["action"] == "alloc":
+            live[event["addr"]] = event
+            now += event["size"]
+        elif event["action"] == "free_completed":
+            gone = live.pop(event["addr"], None)
+            now -= gone["size"] if gone else 0
+        yield event, now, live
 
 
 def _frames(event: dict[str, Any]) -> list[tuple[str, int, str]]:
