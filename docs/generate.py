@@ -1,5 +1,5 @@
 """Writes the docs that are made from code and results: cli.md, claims.md, accuracy.md, kernels.md,
-dry-run.md, the table in recipe.md and the two schemas.
+dry-run.md, the table in recipe.md and the three schemas.
 
 Run it after a change of options or of the plan's records; tests/test_docs.py fails while they are behind.
 """
@@ -24,6 +24,7 @@ from memplan.asked.recipe import Recipe, recipe_options
 from memplan.cli import HELP
 from memplan.commands import COMMANDS, module_of
 from memplan.commands.arguments import Parser
+from memplan.emulate.answer import DryRun
 from memplan.planning.plan import Plan
 from memplan.verify.measurement import Measurement
 
@@ -70,6 +71,11 @@ def plan_schema() -> str:
     return json.dumps(Plan.model_json_schema(mode="serialization"), indent=2) + "\n"
 
 
+def dry_run_schema() -> str:
+    """docs/dry-run.schema.json: what `memplan dry-run --json` prints."""
+    return json.dumps(DryRun.model_json_schema(mode="serialization"), indent=2) + "\n"
+
+
 def measurement_schema() -> str:
     """docs/measurement.schema.json: a file of data/measurements."""
     return json.dumps(Measurement.model_json_schema(mode="serialization"), indent=2) + "\n"
@@ -81,6 +87,7 @@ PAGES = {
     "claims.md": claims.page,
     "dry-run.md": dry_runs.page,
     "kernels.md": kernels_page.page,
+    "dry-run.schema.json": dry_run_schema,
     "measurement.schema.json": measurement_schema,
     "plan.schema.json": plan_schema,
     "recipe.md": recipe,

@@ -32,14 +32,21 @@ LINE = {
 Memplan = Callable[..., Outcome]
 
 
-def seen(**told: Any) -> Seen:
+COUNTERS = {
+    "allocated_bytes": 20 * GIB,
+    "reserved_bytes": 30 * GIB,
+    "resting_bytes": 10 * GIB,
+    "retries": 0,
+}
+
+
+def stretch(kind: str, ended: int = 1, **told: int) -> dict[str, Any]:
+    return {**COUNTERS, "kind": kind, "ended": ended, **told}
+
+
+def seen(steps: list[dict[str, Any]] | None = None, **told: Any) -> Seen:
     """What a process of a program that trains writes, unless told otherwise."""
-    counters = {
-        "allocated_bytes": 20 * GIB,
-        "reserved_bytes": 30 * GIB,
-        "resting_bytes": 10 * GIB,
-        "retries": 0,
-    }
+    steps = [stretch("step", 10 + number) for number in range(3)] if steps is None else steps
     held = {**LINE, "phase": "forward", "bytes": 9 * GIB, "count": 32}
     peak = {
         **LINE,
@@ -52,27 +59,21 @@ def seen(**told: Any) -> Seen:
     }
     usual = {
         "used": True,
-        "loaded": counters,
-        "steps": [{**counters, "ended": 10 + number} for number in range(3)],
+        "stretches": [stretch("loading"), *steps],
         "ran_out": None,
         "error": None,
         "versions": {"torch": "2.13.0"},
         "world": 1,
         "device": "dry NVIDIA RTX A6000",
         "peak": peak,
+        "host": {"tensor_bytes": 0, "pinned_bytes": 0},
     }
     return Seen.model_validate({**usual, **told})
 
 
-def step(**told: int) -> dict[str, int]:
-    return {
-        "allocated_bytes": GIB,
-        "reserved_bytes": GIB,
-        "resting_bytes": GIB,
-        "retries": 0,
-        "ended": 1,
-        **told,
-    }
+def step(**told: int) -> dict[str, Any]:
+    small = {"allocated_bytes": GIB, "reserved_bytes": GIB, "resting_bytes": GIB}
+    return stretch("step", **{**small, **told})
 
 
 RAN_OUT = {
@@ -81,8 +82,9 @@ RAN_OUT = {
 }  # fmt: skip
 
 
-def judged(*found: Seen, status: int | None = 0, steps: int = 3) -> DryRun:
-    return answer(["python", "train.py"], CARD, found, status, context=CONTEXT, asked=steps, version="0")
+def judged(*found: Seen, status: int | None = 0, steps: int = 3, wanted: Any = ()) -> DryRun:
+    command = ["python", "train.py"]
+    return answer(command, CARD, found, status, context=CONTEXT, asked=steps, wanted=wanted, version="0")
 
 
 @pytest.mark.parametrize(
@@ -105,12 +107,13 @@ def test_verdicts(told: dict[str, Any], status: int, verdict: str) -> None:
 
 def test_what_is_needed_is_reserved_at_most_and_the_process() -> None:
     assert judged(seen()).needed_bytes == 30 * GIB + CONTEXT
-    loading = {"allocated_bytes": GIB, "reserved_bytes": 35 * GIB, "resting_bytes": GIB, "retries": 0}
-    assert judged(seen(loaded=loading)).needed_bytes == 35 * GIB + CONTEXT
+    for kind in ("loading", "evaluation", "saving", "afterwards"):
+        more = [stretch(kind, reserved_bytes=35 * GIB), step()]
+        assert judged(seen(stretches=more), steps=1).needed_bytes == 35 * GIB + CONTEXT
 
 
 def test_the_process_that_takes_the_most_decides() -> None:
-    launcher = seen(steps=[], loaded=None, peak=None)
+    launcher = seen(stretches=[], peak=None)
     small, large = seen(steps=[step()] * 3), seen(steps=[step(reserved_bytes=40 * GIB)] * 3)
     assert not any("processes" in note for note in judged(launcher, small).notes)
     found = judged(launcher, small, large)
@@ -178,6 +181,92 @@ def test_growth_is_told() -> None:
     leaking = seen(steps=[step(resting_bytes=number * GIB) for number in (1, 2, 3)])
     assert "grows by 1.00 GiB a step" in printed(lambda console: show_dry_run(judged(leaking), console))
     assert "grows" not in printed(lambda console: show_dry_run(judged(seen()), console))
+
+
+def test_evaluation_and_saving_have_rows_and_are_missed() -> None:
+    from test_report import printed
+
+    more = [step(), stretch("evaluation"), stretch("saving", allocated_bytes=GIB), stretch("evaluation")]
+    found = judged(seen(stretches=more), steps=1, wanted=("evaluation", "saving"))
+    assert found.evaluation is not None and found.evaluation.allocated_bytes == 20 * GIB
+    assert "may take more (--steps)" in found.notes[-1]
+    text = printed(lambda console: show_dry_run(found, console))
+    assert "  evaluation      20.00     30.00    10.00\n  saving           1.00" in text
+    missed = judged(seen(steps=[step()]), steps=1, wanted=("evaluation",))
+    assert missed.notes[0] == "no evaluation came, which was asked for"
+    assert "an evaluation or a checkpoint may take more (--steps, --eval, --save)" in missed.notes[1]
+
+
+def test_what_the_host_holds_is_told_where_it_is_much() -> None:
+    from test_report import printed
+
+    offloads = seen(host={"tensor_bytes": 30 * GIB, "pinned_bytes": 16 * GIB})
+    assert "The host holds 30.00 GiB of tensors" in printed(lambda it: show_dry_run(judged(offloads), it))
+    assert "The host" not in printed(lambda it: show_dry_run(judged(seen()), it))
+
+
+# -- the last step as a tape -------------------------------------------------------------------------------
+
+STEP: dict[str, Any] = {
+    "before": [[1, 1024, "base_model.model.model.layers.0.mlp", "weight", "weights"], [2, 512, "", "", ""]],
+    "events": [
+        [3, 2048, "forward", "base_model.model.model.layers.0.mlp", "forward (mlp.py:7)"],
+        [4, 512, "forward", "model.layers.0.mlp", "forward (mlp.py:8)"],
+        [4, 0, "forward", "model.layers.0.mlp", ""],
+        [5, 4096, "forward past the head", "lm_head", "forward (head.py:1)"],
+        [5, 0, "backward", "", ""],
+        [6, 1024, "recomputation", "model.layers.0.mlp", "forward (mlp.py:7)"],
+        [7, 1024, "backward", "model.layers.0.mlp", "autograd"],
+        [6, 0, "backward", "model.layers.0.mlp", ""],
+        [3, 0, "backward", "model.layers.0.mlp", ""],
+        [8, 512, "update", "", "step (adamw.py:3)"],
+        [8, 0, "update", "", ""],
+    ],
+    "gradients": [7],
+}
+
+
+def test_a_step_becomes_a_tape(tmp_path: Path) -> None:
+    from memplan.emulate.taped import read_step
+    from memplan.tape import Category, Phase, replay
+
+    assert read_step(tmp_path) is None
+    (tmp_path / "1.json.step").write_text(json.dumps({}))
+    assert read_step(tmp_path) is None
+    (tmp_path / "2.json.step").write_text(json.dumps(STEP))
+    tape = read_step(tmp_path)
+    assert tape is not None and tape.provenance == "emulated"
+    assert [category.value for category in tape.categories] == [
+        "weights", "temporaries", "activations", "temporaries", "logits_and_loss", "activations", "gradients",
+        "temporaries",
+    ]  # fmt: skip
+    assert tape.modules[0] == tape.modules[2] == "model.layers.0.mlp"
+    peak = replay(tape)
+    assert (peak.allocated_bytes, peak.phase, peak.operation) == (7680, Phase.FORWARD, "forward (head.py:1)")
+    assert peak.by_category[Category.WEIGHTS] == 1024
+    assert [segment.layer for segment in tape.segments] == [None, 0, None, None, 0, None]
+
+
+def test_a_step_that_nobody_wrote_so_is_refused(tmp_path: Path) -> None:
+    from memplan.emulate.taped import read_step
+
+    (tmp_path / "1.json.step").write_text(json.dumps({**STEP, "events": [[1, -5, "forward", "", ""]]}))
+    with pytest.raises(MemplanError, match="of its last step can't be read"):
+        read_step(tmp_path)
+
+
+def test_the_page_of_a_dry_run(tmp_path: Path) -> None:
+    from memplan.emulate.taped import read_step
+    from memplan.report.dry_run_page import page
+
+    (tmp_path / "1.json.step").write_text(json.dumps(STEP))
+    tape = read_step(tmp_path)
+    assert tape is not None
+    found = answer(["python", "<x>.py"], CARD, [seen()], 0, context=CONTEXT, asked=3, version="0")
+    text = page(found, tape)
+    assert "fits on the RTX A6000 (emulated): 30.62 of 47.40 GiB needed" in text
+    assert "python &lt;x&gt;.py" in text and "<x>" not in text
+    assert '"phases":[["forward",0,4]' in text
 
 
 def test_a_file_that_nobody_wrote_so_is_refused(tmp_path: Path) -> None:
@@ -269,15 +358,16 @@ def test_options_after_the_program_are_its_own(memplan: Memplan) -> None:
 
 def test_a_program_and_what_it_started_are_gone(tmp_path: Path) -> None:
     """One that hangs, with a child that would, too."""
-    child = f"import time, pathlib; time.sleep(1.5); pathlib.Path({str(tmp_path / 'late')!r}).touch()"
     code = (
-        f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
+        "import pathlib, subprocess, sys, time; "
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
+        f"pathlib.Path({str(tmp_path / 'child')!r}).write_text(str(child.pid)); time.sleep(60)"
     )
-    assert run([sys.executable, "-c", code], {}, timeout=0.8) is None
-    import time
-
-    time.sleep(1.5)
-    assert not (tmp_path / "late").exists()
+    assert run([sys.executable, "-c", code], {}, timeout=3) is None
+    child = Path("/proc", (tmp_path / "child").read_text(), "stat")
+    assert (
+        not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z"
+    )  # nobody has buried it
 
 
 def test_what_a_program_prints_is_no_part_of_the_answer(capfd: pytest.CaptureFixture[str]) -> None:
@@ -295,7 +385,8 @@ def test_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     found = environment(CARD, ["python"], taken=5, watching=Watching(tmp_path, 3))
     assert found["LD_LIBRARY_PATH"] == "/libraries:/mine"
     assert found["MEMPLAN_CARD"].startswith(f"1:{CARD.visible_bytes}:5:8:6:84:")
-    assert found["MEMPLAN_WATCH"] == str(tmp_path)
+    told = json.loads(found["MEMPLAN_WATCH"])
+    assert (told["folder"], told["steps"], told["wanted"], told["routing"]) == (str(tmp_path), 3, [], "even")
     assert "MEMPLAN_WATCH" not in environment(CARD, ["python"])
 
 

@@ -20,7 +20,7 @@ with warnings.catch_warnings():
 from memplan.asked.recipe import Recipe
 from memplan.cuda.card import Card
 from memplan.tape import Category, Part, Phase, Tape, replay
-from memplan.trace.categories import categorise
+from memplan.tape.categories import categorise
 from memplan.trace.layers import Segments
 from memplan.trace.recorder import Recorder
 from memplan.verify import record_cuda

@@ -7,11 +7,15 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from memplan.commands.arguments import Parser, UsageError, add_json, positive, whole
 from memplan.emulate.cards import MOST
 from memplan.errors import shown
+
+if TYPE_CHECKING:
+    from memplan.emulate.answer import DryRun, Kind
+    from memplan.tape import Tape
 
 STATUS_FITS, STATUS_DOES_NOT_FIT = 0, 1
 STEPS, SECONDS = 3, 900.0
@@ -63,6 +67,21 @@ def parser() -> Parser:
         help=f"end after N optimizer steps (default: {STEPS})",
     )
     result.add_argument(
+        "--eval",
+        action="store_true",
+        default=False,
+        help="see an evaluation, too (the Trainer makes its own after step N)",
+    )
+    result.add_argument(
+        "--save", action="store_true", default=False, help="see a checkpoint being written, too"
+    )
+    result.add_argument(
+        "--routing",
+        choices=("even", "skewed"),
+        default="even",
+        help="tokens of a mixture of experts: even among them (default), or all to the same few",
+    )
+    result.add_argument(
         "--timeout",
         type=positive,
         metavar="S",
@@ -74,6 +93,15 @@ def parser() -> Parser:
         metavar="FILE",
         default=None,
         help="write PyTorch's own memory snapshot (pytorch.org/memory_viz)",
+    )
+    result.add_argument(
+        "--tape",
+        metavar="FILE",
+        default=None,
+        help="write the last step, allocation by allocation, for memplan diff",
+    )
+    result.add_argument(
+        "--html", metavar="FILE", default=None, help="write a page with the last step's timeline"
     )
     result.add_argument(
         "--no-watch",
@@ -95,12 +123,20 @@ def run(arguments: argparse.Namespace) -> int:
     from memplan.device.fit import CONTEXT_BYTES
     from memplan.emulate import launch
     from memplan.emulate.answer import answer, read
+    from memplan.emulate.taped import read_step
 
     steps = STEPS if arguments.steps is None else arguments.steps
     if not steps > 0:
         raise UsageError("--steps takes a whole number above 0")
-    if arguments.no_watch and (arguments.steps, arguments.snapshot, arguments.json) != (None, None, False):
-        raise UsageError("with --no-watch nothing is watched: leave out --steps, --snapshot and --json")
+    wanted: tuple[Kind, ...] = (
+        *(("evaluation",) if arguments.eval else ()),
+        *(("saving",) if arguments.save else ()),
+    )
+    files = {name: getattr(arguments, name) for name in ("snapshot", "tape", "html")}
+    if arguments.no_watch and (
+        wanted or any(files.values()) or arguments.json or arguments.steps is not None
+    ):
+        raise UsageError("with --no-watch nothing is watched: leave out what asks for an answer")
     count, name = _counted(arguments.gpu)
     gpu, command = find_gpu(name), list(arguments.command)
     if arguments.no_watch:
@@ -108,11 +144,19 @@ def run(arguments: argparse.Namespace) -> int:
         status = launch.run(command, env, quiet_stdout=False)
         assert status is not None
         return status if status >= 0 else 128 - status
-    if arguments.snapshot is not None and not Path(arguments.snapshot).absolute().parent.is_dir():
-        raise UsageError(f"there is no folder for the snapshot {shown(arguments.snapshot)}")
+    for name, file in files.items():
+        if file is not None and not Path(file).absolute().parent.is_dir():
+            raise UsageError(f"there is no folder for --{name} {shown(file)}")
     context = CONTEXT_BYTES[gpu.kind]
     with tempfile.TemporaryDirectory(prefix="memplan-dry-run-") as folder:
-        watching = launch.Watching(Path(folder), steps, arguments.snapshot is not None)
+        watching = launch.Watching(
+            Path(folder),
+            steps,
+            wanted,
+            snapshot=arguments.snapshot is not None,
+            tape=arguments.tape is not None or arguments.html is not None,
+            routing=arguments.routing,
+        )
         env = launch.environment(gpu, command, count=count, taken=context, watching=watching)
         status = launch.run(command, env, timeout=arguments.timeout)
         found = answer(
@@ -123,10 +167,14 @@ def run(arguments: argparse.Namespace) -> int:
             context=context,
             count=count,
             asked=steps,
+            wanted=wanted,
             version=__version__,
         )
+        tape = read_step(watching.folder) if watching.tape else None
         if arguments.snapshot is not None:
             _keep(watching.folder, Path(arguments.snapshot))
+    if watching.tape:
+        _write(found, tape, arguments.tape, arguments.html)
     if arguments.json:
         from memplan.report.machine import print_json
 
@@ -147,6 +195,22 @@ def _counted(text: str) -> tuple[int, str]:
     if not 0 < int(found[1]) <= MOST:
         raise UsageError(f"--gpu takes from 1 to {MOST} cards, not {found[1]}")
     return int(found[1]), found[2]
+
+
+def _write(found: DryRun, tape: Tape | None, to: str | None, html: str | None) -> None:
+    """The files that are made of the last step. Raises MemplanError."""
+    from memplan.files import write_whole
+    from memplan.report.dry_run_page import page
+    from memplan.streams import remark
+    from memplan.tape.file import TapeInfo, save
+
+    if tape is None:
+        remark("no step was finished, so there is none for --tape or --html")
+        return
+    if to is not None:
+        save(tape, to, TapeInfo(memplan_version=found.memplan_version, libraries=found.libraries))
+    if html is not None:
+        write_whole(html, page(found, tape).encode(), "the page")
 
 
 def _keep(folder: Path, to: Path) -> None:

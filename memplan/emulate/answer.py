@@ -33,10 +33,24 @@ class Counters(_Record):
     retries: NonNegativeInt
 
 
-class Step(Counters):
-    """An optimizer step, and when it ``ended`` in microseconds since 1970."""
+Kind = Literal["loading", "step", "evaluation", "saving", "afterwards"]
 
+
+class Stretch(Counters):
+    """A part of the run, and when it ``ended`` in microseconds since 1970. *loading* is all up to the first
+    forward pass of training, a *step* all up to the end of an optimizer's; what comes *afterwards* had no
+    step any more."""
+
+    kind: Kind
     ended: NonNegativeInt
+
+
+class Host(_Record):
+    """Of one process, at most after a step: ``tensor_bytes`` of tensors that rest on the host, and
+    ``pinned_bytes`` that PyTorch's allocator of pinned memory has, which rounds up to powers of two."""
+
+    tensor_bytes: NonNegativeInt
+    pinned_bytes: NonNegativeInt
 
 
 class Line(_Record):
@@ -87,20 +101,33 @@ class Seen(_Record):
     """What one process of the program wrote of itself (hook/memplan_watch.py)."""
 
     used: bool  # the card
-    loaded: Counters | None
-    steps: tuple[Step, ...]
+    stretches: tuple[Stretch, ...]
     ran_out: RanOut | None
     error: str | None  # the exception that ended it
     versions: dict[str, str]
     world: NonNegativeInt  # ranks
     device: str | None
     peak: Peak | None
+    host: Host
+
+    def of(self, kind: Kind) -> tuple[Stretch, ...]:
+        """The stretches of a kind, in order."""
+        return tuple(one for one in self.stretches if one.kind == kind)
+
+    def most(self, kind: Kind) -> Counters | None:
+        """The highest of each counter in all stretches of a kind."""
+        found = self.of(kind)
+        if not found:
+            return None
+        return Counters(**{name: max(getattr(one, name) for one in found) for name in Counters.model_fields})
 
 
 class DryRun(_Record):
-    """The answer. Bytes. ``needed_bytes``: what was reserved at most and ``context_bytes``, what a process
-    takes beside it (assumed); None where it ran out before it had all it wanted. All are of one of the
-    ``count`` cards. ``loaded``: up to the first forward pass of training."""
+    """The answer. Bytes. ``needed_bytes``: ``reserved_bytes``, what was reserved at most, and
+    ``context_bytes``, what a process takes beside it (assumed); None where it ran out before it had all it
+    wanted. ``allocated_bytes``: at most, in the steps. All are of one of the ``count`` cards. ``loaded``: up
+    to the first forward pass of training; ``evaluation``, ``saving`` and ``afterwards``: None where the
+    program did none."""
 
     schema_version: int = SCHEMA_VERSION
     memplan_version: str
@@ -110,10 +137,17 @@ class DryRun(_Record):
     count: int
     total_bytes: int
     context_bytes: int
+    allocated_bytes: int | None
+    reserved_bytes: int | None
     needed_bytes: int | None
+    headroom_bytes: int | None
     verdict: Verdict
     loaded: Counters | None
-    steps: tuple[Step, ...]
+    steps: tuple[Counters, ...]
+    evaluation: Counters | None
+    saving: Counters | None
+    afterwards: Counters | None
+    host: Host
     peak: Peak | None
     ran_out: RanOut | None
     libraries: dict[str, str]
@@ -139,18 +173,21 @@ def answer(
     context: int,
     count: int = 1,
     asked: int,
+    wanted: Sequence[Kind] = (),
     version: str,
 ) -> DryRun:
     """The answer of the process that took the most. ``status``: the program's exit status, None if it was
-    ended; ``context``: bytes that were taken from the beginning; ``asked``: optimizer steps; ``version``:
-    memplan's. Raises MemplanError if the program says nothing of a training step."""
-    users = [one for one in seen if one.steps or one.ran_out] or [one for one in seen if one.used]
+    ended; ``context``: bytes that were taken from the beginning; ``asked``: optimizer steps, ``wanted``:
+    what else had to be seen; ``version``: memplan's. Raises MemplanError if the program says nothing of a
+    training step."""
+    users = [one for one in seen if one.of("step") or one.ran_out] or [one for one in seen if one.used]
     if not users:
         raise MemplanError(_never_used(status))
     worst = max(users, key=_most)
     at = worst.ran_out
     # whatever it made of the exception: it ran out, and no step came after
-    ran_out = at if at is not None and status and max(at.step, 1) > len(worst.steps) else None
+    steps = worst.of("step")
+    ran_out = at if at is not None and status and max(at.step, 1) > len(steps) else None
     notes: list[str] = []
     if at is not None and at.asked_bytes > _NEVER * gpu.visible_bytes:
         raise MemplanError(
@@ -161,10 +198,15 @@ def answer(
         notes.append(f"it ran out of memory in step {at.step}, gave something up and went on")
     if ran_out is None:
         notes += _early(worst, status, asked)
-    reserved = max((one.reserved_bytes for one in (worst.loaded, *worst.steps) if one is not None), default=0)
+        notes += [
+            f"no {kind} came, which was asked for"
+            for kind in wanted
+            if not any(one.of(kind) for one in users)
+        ]
+    reserved = max((one.reserved_bytes for one in worst.stretches), default=0)
     total = gpu.visible_bytes
     room = total - context
-    retries = max((step.retries for step in worst.steps), default=0)
+    retries = max((step.retries for step in steps), default=0)
     verdict: Verdict = "fits"
     if ran_out is not None:
         verdict = "does not fit"
@@ -182,11 +224,13 @@ def answer(
                 f"the next larger card is the {larger[0].name}: ask again with --gpu for what it would take"
             )
     else:
-        done = len(worst.steps)
-        them = "it" if done == 1 else "them"
+        them = "it" if len(steps) == 1 else "them"
+        unseen = {} if worst.of("evaluation") else {"an evaluation": "--eval"}
+        unseen |= {} if worst.of("saving") else {"a checkpoint": "--save"}
+        more = ("longer rows later on", *unseen)
         notes.append(
-            f"it is judged by {_number(done)} and what the program did in {them}: longer rows later "
-            "on, an evaluation or a checkpoint may take more (--steps)"
+            f"it is judged by {_number(len(steps))} and what the program did in {them}: "
+            f"{_either(more)} may take more ({', '.join(('--steps', *unseen.values()))})"
         )
     if gpu.capability is not None and gpu.capability >= _CUDNN_FROM:
         notes.append(
@@ -207,10 +251,19 @@ def answer(
         count=count,
         total_bytes=total,
         context_bytes=context,
+        allocated_bytes=None
+        if ran_out is not None
+        else max((one.allocated_bytes for one in steps), default=0),
+        reserved_bytes=None if ran_out is not None else reserved,
         needed_bytes=None if ran_out is not None else reserved + context,
+        headroom_bytes=None if ran_out is not None else room - reserved,
         verdict=verdict,
-        loaded=worst.loaded,
-        steps=worst.steps,
+        loaded=worst.most("loading"),
+        steps=tuple(Counters(**one.model_dump(include=set(Counters.model_fields))) for one in steps),
+        evaluation=worst.most("evaluation"),
+        saving=worst.most("saving"),
+        afterwards=worst.most("afterwards"),
+        host=worst.host,
         peak=worst.peak,
         ran_out=ran_out,
         libraries=worst.versions,
@@ -219,7 +272,7 @@ def answer(
 
 
 def _most(seen: Seen) -> tuple[bool, int]:
-    return seen.ran_out is not None, max((step.reserved_bytes for step in seen.steps), default=0)
+    return seen.ran_out is not None, max((one.reserved_bytes for one in seen.stretches), default=0)
 
 
 def _never_used(status: int | None) -> str:
@@ -232,7 +285,7 @@ def _never_used(status: int | None) -> str:
 
 def _early(seen: Seen, status: int | None, asked: int) -> list[str]:
     """A note if it ended early. Raises MemplanError if it can't be judged."""
-    done = len(seen.steps)
+    done = len(seen.of("step"))
     if done >= asked:
         return []
     if status:
@@ -255,6 +308,10 @@ def _emulated() -> list[Gpu]:
     """The cards that can be, the smallest first."""
     found = [gpu for gpu in load_gpus() if gpu.name in MULTIPROCESSORS]
     return sorted(found, key=lambda gpu: gpu.visible_bytes)
+
+
+def _either(words: Sequence[str]) -> str:
+    return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 def _number(steps: int) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from memplan.asked.gpus import Gpu
@@ -21,12 +22,17 @@ _GRACE = 5.0  # seconds that a program has to end once it is asked to
 
 @dataclass(frozen=True)
 class Watching:
-    """What the program's processes write of themselves: to which folder, after how many optimizer steps, and
-    whether a snapshot for PyTorch's viewer too."""
+    """What the program's processes write of themselves: to which ``folder``, after how many optimizer
+    ``steps`` and which ``wanted`` stretches ("evaluation", "saving"); whether with a ``snapshot`` for
+    PyTorch's viewer, and with each allocation of the last step for a ``tape``. ``routing`` of a mixture of
+    experts: tokens "even" among them or "skewed"."""
 
     folder: Path
     steps: int
+    wanted: tuple[str, ...] = ()
     snapshot: bool = False
+    tape: bool = False
+    routing: str = "even"
 
 
 def environment(
@@ -45,9 +51,7 @@ def environment(
         "TRITON_LIBCUDA_PATH": str(libraries),
     }
     if watching is not None:
-        found["MEMPLAN_WATCH"] = str(watching.folder)
-        found["MEMPLAN_WATCH_STEPS"] = str(watching.steps)
-        found["MEMPLAN_WATCH_SNAPSHOT"] = "1" if watching.snapshot else ""
+        found["MEMPLAN_WATCH"] = json.dumps({**asdict(watching), "folder": str(watching.folder)})
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rich.text import Text
@@ -14,47 +15,79 @@ from memplan.units import gib
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from memplan.emulate.answer import Counters, DryRun, Held, Line, Peak, RanOut
+    from memplan.emulate.answer import DryRun, Held, Line, Peak, RanOut
 
 _SHOWN = 8  # lines that hold the most
+_WORTH = 64 << 20  # bytes on the host: what is less is nobody's offloading
 
 
 def show_dry_run(answer: DryRun, console: Console) -> None:
     """Print the answer."""
-    card = short_card(answer.gpu) if answer.count == 1 else f"{answer.count} × {short_card(answer.gpu)}"
-    words = Text.assemble((f"{answer.verdict}", VERDICT_STYLES[answer.verdict]), f" on the {card} (emulated)")
-    if answer.needed_bytes is not None:
-        each = " on each" if answer.count > 1 else ""
-        words.append(f": {gib(answer.needed_bytes)} of {gib(answer.total_bytes)} GiB needed{each}")
-    console.print(words)
+    verdict, _, rest = headline(answer).partition(" on the ")
+    console.print(Text.assemble((verdict, VERDICT_STYLES[answer.verdict]), f" on the {rest}"))
     note(console, " ".join(answer.command))
     versions = [f"{name} {version}" for name, version in answer.libraries.items()]
     paragraph(console, versions, "emulated with ", QUIET)
     console.print()
-    _show_steps(answer, console)
+    head: list[Cell] = [Text(cell, QUIET) for cell in ("GiB", "allocated", "reserved", "resting")]
+    table(console, [head, *map(list, rows(answer))], "<>>>")
     if answer.ran_out is not None:
         _show_ran_out(answer.ran_out, console)
     if answer.peak is not None:
         _show_peak(answer.peak, console, ended=answer.ran_out is not None)
-    if answer.needed_bytes is not None:
-        note(
-            console,
-            f"Needed is what PyTorch's allocator reserved, and {gib(answer.context_bytes)} GiB for the "
-            "process beside it (assumed).",
-        )
-    for sentence in answer.notes:
-        note(console, f"Note: {sentence}.")
+    for sentence in sentences(answer):
+        note(console, sentence)
 
 
-def _show_steps(answer: DryRun, console: Console) -> None:
-    rows: list[list[Cell]] = [[Text(cell, QUIET) for cell in ("GiB", "allocated", "reserved", "resting")]]
-    if answer.loaded is not None:
-        rows.append(["loading", *_sizes(answer.loaded)])
-    rows += [[f"step {number}", *_sizes(step)] for number, step in enumerate(answer.steps, 1)]
-    table(console, rows, "<>>>")
+def headline(answer: DryRun) -> str:
+    """The verdict, on what, and what is needed of it."""
+    card = short_card(answer.gpu) if answer.count == 1 else f"{answer.count} × {short_card(answer.gpu)}"
+    words = f"{answer.verdict} on the {card} (emulated)"
+    if answer.needed_bytes is None:
+        return words
+    each = " on each" if answer.count > 1 else ""
+    return f"{words}: {gib(answer.needed_bytes)} of {gib(answer.total_bytes)} GiB needed{each}"
+
+
+def rows(answer: DryRun) -> Iterator[tuple[str, str, str, str]]:
+    """Each stretch of the run: allocated and reserved at most, and what rests after it, in GiB."""
+    steps = {f"step {number}": step for number, step in enumerate(answer.steps, 1)}
+    others = {"evaluation": answer.evaluation, "saving": answer.saving, "afterwards": answer.afterwards}
+    for name, found in {"loading": answer.loaded, **steps, **others}.items():
+        if found is not None:
+            sizes = (found.allocated_bytes, found.reserved_bytes, found.resting_bytes)
+            yield (name, *map(gib, sizes))  # type: ignore[misc]  # there are three
+
+
+def where(peak: Peak) -> str:
+    """The step, phase and module of the peak."""
+    return f"step {peak.step}, {peak.phase}" + (f" of {peak.module}" if peak.module else "")
+
+
+def made_by(one: Held) -> str:
+    """The line that made tensors, or who did where no Python ran."""
+    if not one.file:
+        return "autograd" if one.phase in ("backward", "recomputation") else "PyTorch"
+    return f"{one.file}:{one.line}"
+
+
+def sentences(answer: DryRun) -> Iterator[str]:
+    """What has to be said beside the numbers."""
     resting = [step.resting_bytes for step in answer.steps]
     if len(resting) > 2 and resting[-1] > resting[-2] > resting[-3]:
-        note(console, f"What rests grows by {gib(resting[-1] - resting[-2])} GiB a step: is something kept?")
+        yield f"What rests grows by {gib(resting[-1] - resting[-2])} GiB a step: is something kept?"
+    if answer.host.tensor_bytes > _WORTH:
+        yield (
+            f"The host holds {gib(answer.host.tensor_bytes)} GiB of tensors for each process after a step; "
+            f"PyTorch's pinned memory, which rounds up, takes {gib(answer.host.pinned_bytes)} GiB."
+        )
+    if answer.needed_bytes is not None:
+        yield (
+            f"Needed is what PyTorch's allocator reserved, and {gib(answer.context_bytes)} GiB for the "
+            "process beside it (assumed)."
+        )
+    for sentence in answer.notes:
+        yield f"Note: {sentence}."
 
 
 def _show_peak(peak: Peak, console: Console, *, ended: bool) -> None:
@@ -62,20 +95,15 @@ def _show_peak(peak: Peak, console: Console, *, ended: bool) -> None:
     if ended:
         heading(console, "Held there", f"{gib(peak.held_bytes)} GiB")
     else:
-        where = f"step {peak.step}, {peak.phase}" + (f" of {peak.module}" if peak.module else "")
-        heading(console, "Peak", where)
+        heading(console, "Peak", where(peak))
         note(console, f"  {_place(peak)}, for {gib(peak.asked_bytes)} GiB more")
-    rows: list[list[Cell]] = [[Text(cell, QUIET) for cell in ("GiB", "tensors", "made in", "by")]]
+    lines: list[list[Cell]] = [[Text(cell, QUIET) for cell in ("GiB", "tensors", "made in", "by")]]
     shown = peak.largest[:_SHOWN]
-    rows += [[gib(one.bytes), str(one.count), one.phase, _made_by(one)] for one in shown]
+    lines += [[gib(one.bytes), str(one.count), one.phase, made_by(one)] for one in shown]
     rest = peak.held_bytes - sum(one.bytes for one in shown)
     if rest > 0:
-        rows.append([gib(rest), "", "", "everything else"])
-    table(console, rows, ">><<", gives_way=3)
-
-
-def _sizes(counters: Counters) -> list[Cell]:
-    return [gib(counters.allocated_bytes), gib(counters.reserved_bytes), gib(counters.resting_bytes)]
+        lines.append([gib(rest), "", "", "everything else"])
+    table(console, lines, ">><<", gives_way=3)
 
 
 def _show_ran_out(at: RanOut, console: Console) -> None:
@@ -97,9 +125,3 @@ def _place(line: Line) -> str:
     if line.own and not line.own.endswith(f"{line.file}:{line.line}"):
         return f"at {line.own}, by {near}"
     return f"at {near}"
-
-
-def _made_by(one: Held) -> str:
-    if not one.file:
-        return "autograd" if one.phase == "backward" else "PyTorch"
-    return f"{one.file}:{one.line}"

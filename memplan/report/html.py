@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,30 +59,35 @@ def escape(words: str) -> str:
 
 def page(plan: Plan, tape: Tape, given: Collection[str] = ()) -> str:
     """The page. ``tape`` is the plan's, unfolded; ``given`` are the recipe's fields that were asked for."""
-    sections = [
+    sections = (
         _peak(plan),
-        _timeline(plan, tape),
+        timeline(tape, micro_steps(plan.recipe, tape.provenance)),
         _fits(plan),
         *map(_advice, plan.advice),
         _resident(tape),
-    ]
-    chart = _chart(tape)
+    )
+    title = f"{plan.model.name}: {gib(plan.peak.allocated_bytes)} GiB"
+    return document(title, _head(plan, given), sections, tape, plan.memplan_version)
+
+
+def document(title: str, head: str, sections: Iterable[str], tape: Tape, version: str) -> str:
+    """A page around ``sections``, one of which is the timeline of the unfolded ``tape``."""
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{_POLICY}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(plan.model.name)}: {gib(plan.peak.allocated_bytes)} GiB</title>
+<title>{escape(title)}</title>
 <style>
 {_asset("uplot/uPlot.min.css")}
 {_asset("page.css")}</style>
 </head>
 <body>
-{_head(plan, given)}
+{head}
 {"".join(sections)}
-<footer class="quiet small">memplan {escape(plan.memplan_version)}. Chart: uPlot.</footer>
-<script type="application/json" id="data">{_json(chart)}</script>
+<footer class="quiet small">memplan {escape(version)}. Chart: uPlot.</footer>
+<script type="application/json" id="data">{_json(_chart(tape))}</script>
 <script>
 /*
 {_asset("uplot/LICENSE")}
@@ -176,14 +181,15 @@ def _head(plan: Plan, given: Collection[str]) -> str:
 <h1>{escape(model.name)}</h1>
 <p class="quiet">{hub_id}{escape(model.architecture)} · {count(total)} parameters, {count(trainable)} of them
 trainable ({ratio(trainable, total)})</p>
-{_paragraph(model.note, "quiet small")}
+{paragraph(model.note, "quiet small")}
 <p>Asked: {escape(", ".join(asked))}</p>
 <p class="quiet small">Defaults: {escape(", ".join(default))}</p>
 </header>
 """
 
 
-def _paragraph(text: str | None, style: str) -> str:
+def paragraph(text: str | None, style: str) -> str:
+    """A paragraph, if there is anything to say."""
     return f'<p class="{style}">{escape(text)}</p>' if text else ""
 
 
@@ -192,7 +198,7 @@ def _peak(plan: Plan) -> str:
     whole = peak.allocated_bytes
     libraries = ", ".join(f"{name} {version}" for name, version in plan.libraries.items())
     rows = [
-        _row(
+        row(
             f'<span class="swatch" style="background:var(--{field})"></span>{label}',
             f"{gib(size)} GiB",
             share(size, whole),
@@ -201,15 +207,15 @@ def _peak(plan: Plan) -> str:
         if (size := getattr(peak.by_category, field))
     ]
     if rest := rests(plan):
-        rows.append(_row(f'<span class="swatch"></span>{RESTS}', f"{gib(rest)} GiB", share(rest, whole)))
+        rows.append(row(f'<span class="swatch"></span>{RESTS}', f"{gib(rest)} GiB", share(rest, whole)))
     four = [
-        _row(SUMMARY[field], f"{gib(size)} GiB", share(size, whole)) for field, size in known(plan).items()
+        row(SUMMARY[field], f"{gib(size)} GiB", share(size, whole)) for field, size in known(plan).items()
     ]
     return f"""<section>
 <h2>Peak</h2>
 <div class="peak"><strong>{gib(whole)} GiB</strong>
 <span>allocated ({escape(plan.provenance)}), in {escape(moment(peak))}</span></div>
-{_paragraph(libraries and f"{plan.provenance} with {libraries}", "quiet small")}
+{paragraph(libraries and f"{plan.provenance} with {libraries}", "quiet small")}
 {_bar(plan)}
 <div class="tables">
 <table>{"".join(rows)}</table>
@@ -232,7 +238,8 @@ def _bar(plan: Plan) -> str:
     return f'<div class="bar" role="img" aria-label="The peak by category">{spans}</div>'
 
 
-def _timeline(plan: Plan, tape: Tape) -> str:
+def timeline(tape: Tape, remark: str = "") -> str:
+    """The chart of a step, and what is alive at the moment that one points at."""
     events = len(tape.events) - step_start(tape)
     each = -(-events // COLUMNS)
     thinned = f", of which the chart shows the lowest and the highest of each {each:,}" if each > 1 else ""
@@ -250,7 +257,7 @@ which is always there</label></div>
 </div>
 <p class="quiet small">Point at the chart, or use the arrow keys; drag to zoom, double-click to see all again.
 {events:,} allocations and releases{thinned}. Tensors that differ only in their layer are counted together.
-{micro_steps(plan.recipe, tape.provenance)}</p>
+{remark}</p>
 </section>
 """
 
@@ -323,5 +330,6 @@ def _mib(nbytes: int) -> str:
     return f"{nbytes / 2**20:,.1f} MiB"
 
 
-def _row(name: str, *numbers: str) -> str:
+def row(name: str, *numbers: str) -> str:
+    """A row of a table; ``name`` is HTML already."""
     return f"<tr><td>{name}</td>" + "".join(f'<td class="number">{n}</td>' for n in numbers) + "</tr>"

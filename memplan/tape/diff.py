@@ -8,7 +8,6 @@ but no difference in names alone makes tapes unequal.
 
 from __future__ import annotations
 
-import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import SequenceMatcher
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict
 
 from memplan.tape import Category, Phase, Tape, replay
+from memplan.tape.modules import kind_of
 
 _PIECE = 1000  # allocations that difflib, which takes quadratic time, is given at once
 _MOST_LAYERS = 2000  # runs of layers, which difflib is given at once
@@ -165,14 +165,6 @@ def diff(a: Tape, b: Tape) -> Diff:
 
 
 # -- tapes as lists --------------------------------------------------------------------------------------
-
-_IN_LAYER = re.compile(r"^.*?(?:^|\.)(?:layers|h|blocks|block)\.\d+(?:\.|$)")
-_WRAPPERS = re.compile(r"(?:\.(?:base_layer|lora_\w+|default))+$")
-
-
-def kind_of(module: str) -> str:
-    """A module's name inside its layer, the wrappers that PEFT puts around it left out."""
-    return _WRAPPERS.sub("", _IN_LAYER.sub("", module))
 
 
 def _allocations(tape: Tape) -> Iterator[_Allocation]:

@@ -23,8 +23,8 @@ from memplan.asked.recipe import Mode, Recipe
 from memplan.cuda.card import Card
 from memplan.errors import MemplanError, TraceError
 from memplan.tape import Phase, Tape
+from memplan.tape.categories import categorise
 from memplan.trace import existing, losses, standins
-from memplan.trace.categories import categorise
 from memplan.trace.layers import Segments
 from memplan.trace.modules import as_built, build, count, fake_modules
 from memplan.trace.optimizers import make_optimizer, warm_up

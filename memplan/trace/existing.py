@@ -10,7 +10,7 @@ from torch import nn
 
 from memplan.cuda.card import Card
 from memplan.tape import Category, Part, Phase, Tape
-from memplan.trace.follower import plain_name
+from memplan.tape.modules import plain_name
 from memplan.trace.optimizers import on_card
 
 

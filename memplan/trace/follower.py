@@ -9,28 +9,17 @@ import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import _StopRecomputationError
 
 from memplan.cuda.card import Card
 from memplan.tape import Part, Phase, Tape
+from memplan.tape.categories import Moment
+from memplan.tape.modules import plain_name
 
 _NO_NODE = 1 << 62
-
-
-def plain_name(name: str) -> str:
-    """A module's name without PEFT's wrappers around the model."""
-    return "" if name in ("base_model", "base_model.model") else name.removeprefix("base_model.model.")
-
-
-class Moment(NamedTuple):
-    """When something happened. ``after_head``: at or past the output layer, or in its backward."""
-
-    phase: Phase
-    recomputing: bool
-    after_head: bool
 
 
 class Follower:

@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-import re
-
 from memplan.tape import Phase
+from memplan.tape.modules import layer_of
 from memplan.trace.follower import Follower
-
-_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)(?:\.|$)")
-
-
-def layer_of(module: str) -> int | None:
-    """The decoder layer that a module's name lies in."""
-    found = _LAYER.search(module)
-    return int(found[1]) if found else None
 
 
 class Segments:

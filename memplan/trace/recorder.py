@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from memplan.cuda.card import Card
 from memplan.errors import TraceError
 from memplan.tape import Category, Phase, Tape
-from memplan.trace.follower import Follower, Moment
+from memplan.tape.categories import Moment
+from memplan.trace.follower import Follower
 
 StandIn = Callable[..., Any]
 

@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from memplan.cuda.card import Card
 from memplan.tape import Part, Phase, Tape
+from memplan.tape.categories import categorise
 from memplan.trace import existing, standins
-from memplan.trace.categories import categorise
 from memplan.trace.layers import Segments
 from memplan.trace.recorder import Recorder
 

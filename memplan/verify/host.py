@@ -21,8 +21,8 @@ from torch import nn
 from memplan.asked.recipe import Recipe
 from memplan.cuda.card import Card
 from memplan.tape import Tape, replay
+from memplan.tape.categories import categorise
 from memplan.trace import existing, standins
-from memplan.trace.categories import categorise
 from memplan.trace.layers import Segments
 from memplan.trace.recorder import Recorder, StandIn
 from memplan.trace.step import train_step

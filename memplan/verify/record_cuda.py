@@ -25,9 +25,10 @@ from torch import nn
 from memplan.asked.recipe import Recipe
 from memplan.cuda.card import Card
 from memplan.tape import Category, Part, Phase, Tape
+from memplan.tape.categories import Lived, Moment, categorise
+from memplan.tape.modules import plain_name
 from memplan.trace import existing
-from memplan.trace.categories import categorise
-from memplan.trace.follower import Follower, Moment, plain_name
+from memplan.trace.follower import Follower
 from memplan.trace.layers import Segments
 from memplan.trace.step import train_step
 from memplan.verify import driver
@@ -334,7 +335,7 @@ def tape_of(
     """The step's tape from what was there, the allocator's history and the marks; and a remark if the history
     does not have as many events as were counted."""
     tape = Tape(provenance="measured")
-    recorder = _Written(tape)
+    recorder = Lived(tape)
     live: dict[int, int] = {}
     tape.begin(Phase.SETUP, "before", part=Part.RESTING)
     for block in before:
@@ -378,15 +379,6 @@ def tape_of(
     if counted != len(events):
         remark = f"the history has {len(events)} events and {counted} were counted: phases may be shifted"
     return tape, remark
-
-
-class _Written:
-    """What :func:`~memplan.trace.categories.categorise` asks a recorder for."""
-
-    def __init__(self, tape: Tape) -> None:
-        self.tape = tape
-        self.births: list[Moment] = []
-        self.deaths: dict[int, Moment] = {}
 
 
 def _operation(event: dict[str, Any]) -> str:

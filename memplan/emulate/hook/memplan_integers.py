@@ -3,7 +3,7 @@ worked out on the host, in the card's memory, which is the host's.
 
 So masks, labels, positions, counters and flags have the values that they have on a GPU, and shapes that
 depend on them come out right. Floats are zero wherever somebody asks: a comparison, a number read back.
-Where a router chooses among zeros, tokens are spread evenly.
+Where a router chooses among zeros, tokens are spread evenly, or as unevenly as they can be.
 
 It stands at the functions that Python calls, above autograd: a dispatch mode below it would make PyTorch take
 every tensor for a subclass's, and add gradients up out of place, which takes memory.
@@ -35,11 +35,12 @@ _LEFT = (
 )  # fmt: skip
 
 
-def start(torch: Any) -> None:
-    """Work them out from now on, in this thread (backward's have it, too) and in those that it starts."""
+def start(torch: Any, *, skewed: bool = False) -> None:
+    """Work them out from now on, in this thread (backward's have it, too) and in those that it starts.
+    ``skewed``: routers send every token to the first of their choices."""
     card = ctypes.CDLL(os.path.join(os.environ["MEMPLAN_CARD_LIBRARIES"], "libmemplan_card.so"))
     card.card_values_are_real()
-    mode = _mode(torch)
+    mode = _mode(torch, skewed)
     mode().__enter__()
     run = threading.Thread.run
 
@@ -93,7 +94,7 @@ def _memory(torch: Any) -> tuple[Callable[[Any], bool], Callable[[Any], Any], Ca
     return is_real, twin, on_host
 
 
-def _mode(torch: Any) -> Any:
+def _mode(torch: Any, skewed: bool) -> Any:
     from torch.overrides import TorchFunctionMode
 
     is_real, twin, on_host = _memory(torch)
@@ -113,13 +114,15 @@ def _mode(torch: Any) -> Any:
                 yield from tensors(one)
 
     def spread(name: str, args: Any, results: list[Any]) -> bool:
-        """A choice among imagined numbers: the columns in turn, one row after the other."""
+        """A choice among imagined numbers: the columns in turn, one row after the other, or the first ones
+        in each row."""
         if name not in _CHOICES or not args[0].is_floating_point():
             return False
         for indices in results:
             if indices.dtype is torch.int64 and indices.dim() and is_real(indices):
                 columns = args[0].shape[-1] if args[0].dim() else 1
-                turns = torch.arange(indices.numel()).remainder_(max(columns, 1))
+                chosen = indices.shape[-1] if skewed else columns
+                turns = torch.arange(indices.numel()).remainder_(max(chosen, 1))
                 twin(indices).copy_(turns.view(indices.shape))
         return True
 

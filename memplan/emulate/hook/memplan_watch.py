@@ -2,51 +2,64 @@
 program when enough have been seen. It stands alone, for the program's environment need not have memplan.
 
 What it saw goes, as JSON, to a file of the folder that MEMPLAN_WATCH names, which memplan/emulate/answer.py
-reads. Lines are of the program itself where one is on the stack, else of the library nearest to it.
+reads.
 """
 
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import sys
-import sysconfig
 import threading
 import time
 import traceback
+import weakref
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable
+from contextlib import suppress
+from functools import wraps
 from typing import Any
 
+import memplan_history
+
 _HISTORY = 50_000_000  # entries of the allocator's history; a 70B's step has 60,000
-_LARGEST = 12  # lines that are told
-_LIBRARIES = tuple(
-    os.path.join(path, "") for path in {sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib")}
-)
+_HEADS = ("lm_head", "embed_out", "score")  # what modules that end a model are called
+_GIB = 1 << 30
 
 
 class Watch:
-    """One process of the program. Bytes; times in microseconds, of the clock of the allocator's history."""
+    """One process of the program. A run is cut into stretches: *loading*, up to the first forward pass of
+    training; each *step*, up to the end of the optimizer's; between them *evaluation* and *saving*; and what
+    comes *afterwards*. Bytes; times in microseconds, of the clock of the allocator's history."""
 
-    def __init__(self, folder: str, steps: int) -> None:
-        self.out, self.asked, self.owner = os.path.join(folder, f"{os.getpid()}.json"), steps, os.getpid()
+    def __init__(self, told: dict[str, Any]) -> None:
+        self.out, self.owner = os.path.join(told["folder"], f"{os.getpid()}.json"), os.getpid()
+        self.asked: int = told["steps"]
+        self.wanted: set[str] = set(told["wanted"])  # stretches that have to be seen
+        self.snapshot, self.tape = told["snapshot"], told["tape"]
         self.torch: Any = None
-        self.loaded: dict[str, int] | None = None
+        self.stretches: list[dict[str, Any]] = []
+        self.now = "loading"  # or "between": after a step, with nothing told yet of what comes
+        self.highest: dict[str, int] = {}  # of this stretch, before the program put the peaks back itself
         self.began = 0  # when training did
-        self.steps: list[dict[str, int]] = []
         self.ran_out: dict[str, Any] | None = None
         self.ran_out_at = 0
         self.error: str | None = None
+        self.host = {"tensor_bytes": 0, "pinned_bytes": 0}
         self.names: dict[int, str] = {}  # of modules, by id
+        self.trained: list[weakref.ref[Any]] = []
         self.optimizers: dict[int, int] = {}  # those that were made, and their steps
+        self.made: list[weakref.ref[Any]] = []
         self.lead, self.depth = 0, 0
         self.stack: list[str] = []
-        self.phase = "forward"
+        self.head = False  # whether the forward has come to what ends the model
         self.marks: list[tuple[int, str, str]] = []  # from when on which phase and module
+        self.gradients: set[int] = set()  # where they lay when the optimizer began
         self.over = False
 
-    # -- where the program is --------------------------------------------------------------------------------
+    # -- what it hooks into ----------------------------------------------------------------------------------
 
     def imported(self, torch: Any) -> None:
         """PyTorch is there: from here on it is watched, and the allocator once the card is used."""
@@ -61,54 +74,103 @@ class Watch:
         def making(made: Any, *args: Any, **kwargs: Any) -> None:
             make(made, *args, **kwargs)
             self.optimizers.setdefault(id(made), 0)
+            self.made.append(weakref.ref(made))
 
         optimizer.Optimizer.__init__ = making
         optimizer.register_optimizer_step_pre_hook(self._updating)
         optimizer.register_optimizer_step_post_hook(self._updated)
         module.register_module_forward_pre_hook(self._entered)
         module.register_module_forward_hook(self._left, always_call=True)
+        self._before(module.Module, "state_dict", self._saving)
+        self._before(torch, "save", self._saving)
+        self._before(torch._C, "_cuda_resetPeakMemoryStats", self._put_back)
+        self._before(torch._C, "_accelerator_resetPeakStats", self._put_back)
         torch.cuda._lazy_call(self._first_use)
         atexit.register(self._ended)
-        before = sys.excepthook
+        excepthook = sys.excepthook
 
         def failed(kind: type[BaseException], error: BaseException, trace: Any) -> None:
             self.error = kind.__name__
-            before(kind, error, trace)
+            excepthook(kind, error, trace)
 
         sys.excepthook = failed
 
+    @staticmethod
+    def _before(owner: Any, name: str, tell: Callable[[], None]) -> None:
+        """Be told before a function runs."""
+        function = getattr(owner, name, None)
+        if function is None:
+            return
+
+        @wraps(function)
+        def told(*args: Any, **kwargs: Any) -> Any:
+            tell()
+            return function(*args, **kwargs)
+
+        setattr(owner, name, told)
+
     def _first_use(self) -> None:
-        torch = self.torch
-        torch.cuda.memory._record_memory_history(
-            "all", context="alloc", stacks="python", max_entries=_HISTORY
-        )
-        torch._C._cuda_attach_out_of_memory_observer(self._out_of_memory)
+        memory = self.torch.cuda.memory
+        memory._record_memory_history("all", context="alloc", stacks="python", max_entries=_HISTORY)
+        memory._record_memory_history = lambda *_, **__: None  # it is being recorded
+        self.torch._C._cuda_attach_out_of_memory_observer(self._out_of_memory)
+
+    # -- where the program is --------------------------------------------------------------------------------
 
     def _mark(self, phase: str, module: str = "") -> None:
         self.marks.append((time.time_ns() // 1000, phase, module))
 
     def _entered(self, module: Any, _inputs: Any) -> None:
         if threading.current_thread() is not threading.main_thread() and not self.stack:
-            return  # recomputed in backward's thread, inside a layer whose name is looked up below
+            self._mark("recomputation", self.names.get(id(module), ""))  # in backward's thread
+            return
         if not self.stack:
-            if self.loaded is None and module.training and self.torch.is_grad_enabled():
-                self.loaded, self.began = self._stats(), time.time_ns() // 1000
-                self._reset()
-            if id(module) not in self.names:
-                self.names.update({id(part): name for name, part in module.named_modules()})
-            self.phase = "forward" if self.torch.is_grad_enabled() else "evaluation"
+            self._begins(module)
         self.stack.append(self.names.get(id(module), type(module).__name__))
-        self._mark(self.phase, self.stack[-1])
+        self.head = self.head or self.stack[-1].endswith(_HEADS)
+        self._mark(self._phase(), self.stack[-1])
 
-    def _left(self, module: Any, _inputs: Any, _result: Any) -> None:
-        if self.stack:
-            self.stack.pop()
-            after = "between steps" if self.phase == "evaluation" else "backward"
-            self._mark(self.phase if self.stack else after, self.stack[-1] if self.stack else "")
+    def _begins(self, module: Any) -> None:
+        """A forward pass of a whole model."""
+        self.head = False
+        gradients = self.torch.is_grad_enabled()
+        if module.training and gradients:
+            self.began = self.began or time.time_ns() // 1000
+            self._turn("step")
+        elif not gradients and not module.training and self.now != "step" and not _generating():
+            if self.now == "loading" or id(module) in self.names:
+                self._turn("evaluation")
+        if id(module) not in self.names:
+            self.names.update({id(part): name for name, part in module.named_modules()})
+            self.trained.append(weakref.ref(module))
+
+    def _phase(self) -> str:
+        if self.torch.is_grad_enabled():
+            return "forward past the head" if self.head else "forward"
+        return "evaluation" if self.now == "evaluation" else "forward without gradients"
+
+    def _left(self, module: Any, _inputs: Any, result: Any) -> None:
+        if threading.current_thread() is not threading.main_thread() and not self.stack:
+            self._follow(self.names.get(id(module), ""), result)
+        elif self.stack:
+            name = self.stack.pop()
+            self._follow(name, result)
+            after = "backward" if self.torch.is_grad_enabled() else "between steps"
+            self._mark(self._phase() if self.stack else after, self.stack[-1] if self.stack else "")
+
+    def _follow(self, name: str, result: Any) -> None:
+        """Tell when the backward of what a module made begins."""
+        made = next((one for one in _tensors(result) if one.grad_fn is not None), None)
+        if made is not None:
+            made.grad_fn.register_prehook(lambda _gradients: self._mark("backward", name))
 
     def _updating(self, optimizer: Any, *_: Any) -> None:
         self.depth += 1
         self._mark("update")
+        if self.tape and self.depth == 1:
+            lists = (group["params"] for group in optimizer.param_groups)
+            grads = (one.grad for params in lists for one in params if one.grad is not None)
+            self.gradients = {one.untyped_storage().data_ptr() for one in grads if one.is_cuda}
 
     def _updated(self, optimizer: Any, *_: Any) -> None:
         """A step of an optimizer; of several, rows are those of the one that stepped first, and the program
@@ -118,35 +180,108 @@ class Watch:
             return  # one that wraps another: the outer one counts
         self.optimizers[id(optimizer)] = self.optimizers.get(id(optimizer), 0) + 1
         self.lead = self.lead or id(optimizer)
-        done = min(self.optimizers.values()) >= self.asked
-        done = done or max(self.optimizers.values()) >= 10 * self.asked
         self._mark("between steps")
-        if self.lead != id(optimizer) and not done:
+        if self.lead == id(optimizer):
+            self._count_host()
+            self.now = "step"
+            self._turn("between")
+        if self._stepped():
+            if not self.wanted:
+                self._end()
+            self._ask()
+
+    def _stepped(self) -> bool:
+        """Whether there were as many steps as were asked for."""
+        done = self.optimizers.values()
+        return min(done, default=0) >= self.asked or max(done, default=0) >= 10 * self.asked
+
+    def _saving(self) -> None:
+        if self.now in ("between", "evaluation") and not self.stack and os.getpid() == self.owner:
+            self._turn("saving")
+            self._mark("saving")
+
+    def _turn(self, to: str) -> None:
+        """Go over to another stretch; what lies between two of them belongs to the second."""
+        if to == self.now:
             return
-        self.steps.append({**self._stats(), "ended": time.time_ns() // 1000})
-        if done:
-            self._write()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(0)
-        self._reset()
+        if self.now != "between":
+            self._close()
+        self.now = to
+        if self._stepped() and not self.wanted - {one["kind"] for one in self.stretches}:
+            self._end()
+
+    def _close(self) -> None:
+        found = self._stats()
+        self.stretches.append({"kind": self.now, **found, "ended": time.time_ns() // 1000})
+        self.highest = {}
+        for card in range(self.torch.cuda.device_count()):
+            self.torch.cuda.reset_peak_memory_stats(card)
+        steps = sum(one["kind"] == "step" for one in self.stretches)
+        what = f"step {steps} of {self.asked}" if self.now == "step" else self.now
+        sizes = " and ".join(
+            f"{found[f'{name}_bytes'] / _GIB:.2f} GiB {name}" for name in ("allocated", "reserved")
+        )
+        if found["reserved_bytes"]:
+            print(f"memplan: {what}: {sizes}", file=sys.__stderr__, flush=True)
+
+    def _ask(self) -> None:
+        """Have transformers' Trainer evaluate and save after this step, if it is to do so at all."""
+        module = sys.modules.get("transformers.trainer_callback")
+        flow = getattr(module, "DefaultFlowCallback", None)
+        if flow is None or hasattr(flow, "of_memplan"):
+            return
+        on_step_end = flow.on_step_end
+        setattr(flow, "of_memplan", True)  # noqa: B010  # a class of somebody else's
+
+        def asking(callback: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+            control = on_step_end(callback, args, state, control, **kwargs) or control
+            seen = {one["kind"] for one in self.stretches}
+            for wanted, strategy, what in (
+                ("evaluation", args.eval_strategy, "should_evaluate"),
+                ("saving", args.save_strategy, "should_save"),
+            ):
+                if wanted in self.wanted - seen and strategy != "no":
+                    setattr(control, what, True)
+            return control
+
+        flow.on_step_end = asking
+
+    # -- what it saw -----------------------------------------------------------------------------------------
 
     def _stats(self) -> dict[str, int]:
-        """Of the card that has reserved the most."""
+        """Of the card that has reserved the most, in this stretch."""
         cards = range(self.torch.cuda.device_count())
         stats = max(
             map(self.torch.cuda.memory_stats, cards), key=lambda it: it.get("reserved_bytes.all.peak", 0)
         )
+        high = self.highest
         return {
-            "allocated_bytes": stats.get("allocated_bytes.all.peak", 0),
-            "reserved_bytes": stats.get("reserved_bytes.all.peak", 0),
+            "allocated_bytes": max(stats.get("allocated_bytes.all.peak", 0), high.get("allocated_bytes", 0)),
+            "reserved_bytes": max(stats.get("reserved_bytes.all.peak", 0), high.get("reserved_bytes", 0)),
             "resting_bytes": stats.get("allocated_bytes.all.current", 0),
             "retries": stats.get("num_alloc_retries", 0),
         }
 
-    def _reset(self) -> None:
-        for card in range(self.torch.cuda.device_count()):
-            self.torch.cuda.reset_peak_memory_stats(card)
+    def _put_back(self) -> None:
+        """The program puts the peaks back."""
+        if self.torch.cuda.is_initialized():
+            self.highest = self._stats()
+
+    def _count_host(self) -> None:
+        """Tensors that rest on the host after a step."""
+        tensor, places = self.torch.Tensor, {}
+        for one in gc.get_objects():
+            if not issubclass(type(one), tensor):
+                continue
+            with suppress(Exception):  # one that has no memory of its own
+                if one.device.type == "cpu":
+                    storage = one.untyped_storage()
+                    places[storage.data_ptr()] = storage.nbytes()
+        there: dict[str, int] = getattr(self.torch.cuda, "host_memory_stats", dict)()
+        self.host = {
+            "tensor_bytes": max(self.host["tensor_bytes"], sum(places.values())),
+            "pinned_bytes": there.get("allocated_bytes.peak", 0),
+        }
 
     def _out_of_memory(self, _device: int, asked: int, total: int, free: int) -> None:
         """The allocator calls this before it raises."""
@@ -158,17 +293,35 @@ class Watch:
             "free_bytes": free,
             "allocated_bytes": stats["allocated_bytes.all.current"],
             "reserved_bytes": stats["reserved_bytes.all.current"],
-            "step": len(self.steps) + 1 if self.loaded else 0,
-            "phase": self.marks[-1][1] if self.loaded and self.marks else "loading",
+            "step": self._step_at(self.ran_out_at) if self.now != "loading" else 0,
+            "phase": _plain(self.marks[-1][1]) if self.now != "loading" and self.marks else "loading",
             "module": self.marks[-1][2] if self.marks else "",
-            **_line([frame for frame in frames if not frame[0].startswith("<")]),
+            **memplan_history.line([frame for frame in frames if not frame[0].startswith("<")]),
         }
+
+    def _step_at(self, time_us: int) -> int:
+        """The number of a step that has not ended then."""
+        return 1 + len([one for one in self.stretches if one["kind"] == "step" and one["ended"] < time_us])
+
+    def _when(self, time_us: int) -> tuple[str, str]:
+        at = bisect_right(self.marks, time_us, key=lambda mark: mark[0])
+        return self.marks[at - 1][1:] if at else ("loading", "")
 
     def _ended(self) -> None:
         if os.getpid() == self.owner and not self.over:
+            if self.torch.cuda.is_initialized():
+                if self.now == "between" or (self.now == "step" and self.error is None):
+                    self.now = "afterwards"
+                if self.now != "step":  # which it did not finish
+                    self._close()
             self._write()
 
-    # -- what it saw -----------------------------------------------------------------------------------------
+    def _end(self) -> None:
+        """End the program: enough was seen."""
+        self._write()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
     def _write(self) -> None:
         self.over = True
@@ -176,102 +329,80 @@ class Watch:
         used = torch.cuda.is_initialized()
         found: dict[str, Any] = {
             "used": used,
-            "loaded": self.loaded or (self._stats() if used else None),
-            "steps": self.steps,
+            "stretches": self.stretches,
             "ran_out": self.ran_out,
             "error": self.error,
             "versions": _versions(),
             "world": int(os.environ.get("WORLD_SIZE") or 1),
             "device": torch.cuda.get_device_name() if used else None,
             "peak": self._peak() if used else None,
+            "host": self.host,
         }
-        if used and os.environ.get("MEMPLAN_WATCH_SNAPSHOT"):
+        if used and self.snapshot:
             torch.cuda.memory._dump_snapshot(f"{self.out}.pickle")
+        if used and self.tape:
+            with open(f"{self.out}.step", "w", encoding="utf-8") as file:
+                json.dump(self._last_step(), file)
         with open(f"{self.out}.part", "w", encoding="utf-8") as file:
             json.dump(found, file)
         os.replace(f"{self.out}.part", self.out)
 
     def _peak(self) -> dict[str, Any] | None:
-        """The highest point since training began, or the one where it ran out: when, and whose bytes."""
-        traces = self.torch.cuda.memory._snapshot()["device_traces"]
-        history = max(traces, key=len)  # of the card on which the most happens
-        ended = self.ran_out is not None and max(self.ran_out["step"], 1) > len(self.steps)
-        if ended:
-            history = [event for event in history if event["time_us"] <= self.ran_out_at]
-        best, at = 0, None
-        for event, now, _ in _played(history):
-            if event["action"] == "alloc" and (ended or (now > best and event["time_us"] >= self.began)):
-                best, at = now, event
-        if at is None:
-            return None
-        held = next(live for event, _, live in _played(history) if event is at)
-        groups: dict[tuple[str, ...], list[int]] = {}
-        lines: dict[tuple[str, ...], dict[str, Any]] = {}
-        for event in held.values():
-            line = {**_line(_frames(event)), "phase": self._when(event["time_us"])[0]}
-            key = tuple(map(str, line.values()))
-            lines[key] = line
-            groups.setdefault(key, []).append(event["size"])
-        largest = sorted(groups.items(), key=lambda item: -sum(item[1]))
-        phase, module = self._when(at["time_us"]) if self.loaded else ("loading", "")
-        return {
-            "held_bytes": sum(map(sum, groups.values())),
-            "step": 1 + sum(step["ended"] < at["time_us"] for step in self.steps),
-            "phase": phase,
-            "module": module,
-            "asked_bytes": at["size"],
-            **_line(_frames(at)),
-            "largest": [
-                {**lines[key], "bytes": sum(sizes), "count": len(sizes)} for key, sizes in largest[:_LARGEST]
-            ],
-        }
+        steps = sum(one["kind"] == "step" for one in self.stretches)
+        ended = self.ran_out is not None and max(self.ran_out["step"], 1) > steps
+        found = memplan_history.peak(
+            memplan_history.of_all(self.torch),
+            self.began,
+            self.ran_out_at if ended else None,
+            lambda time_us: (_plain(self._when(time_us)[0]), self._when(time_us)[1]),
+        )
+        if found is not None:
+            at = found.pop("time_us")
+            found["step"] = self._step_at(at)
+            if not self.began or at < self.began:
+                found |= {"phase": "loading", "module": ""}
+        return found
 
-    def _when(self, time_us: int) -> tuple[str, str]:
-        at = bisect_right(self.marks, time_us, key=lambda mark: mark[0])
-        return self.marks[at - 1][1:] if at else ("loading", "")
+    def _last_step(self) -> dict[str, Any]:
+        """Each allocation of the last step, from its first forward pass on."""
+        ends = [at for at, one in enumerate(self.stretches) if one["kind"] == "step"]
+        if not ends:
+            return {}
+        last = self.stretches[ends[-1] - 1]["ended"] if ends[-1] else 0
+        forward = (at for at, phase, _ in self.marks if at > last and phase.startswith("forward"))
+        models = [model for model in (ref() for ref in self.trained) if model is not None]
+        optimizers = [one for one in (ref() for ref in self.made) if one is not None]
+        return memplan_history.step(
+            memplan_history.of_all(self.torch),
+            next(forward, last),
+            self.stretches[ends[-1]]["ended"],
+            self._when,
+            memplan_history.known(models, optimizers),
+            self.gradients,
+        )
 
 
-def _played(history: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], int, dict[int, Any]]]:
-    """Each event, the bytes that are there after it, and what holds them, by address."""
-    live: dict[int, Any] = {}
-    now = 0
-    for event in history:
-        if event["action"] == "alloc":
-            live[event["addr"]] = event
-            now += event["size"]
-        elif event["action"] == "free_completed":
-            gone = live.pop(event["addr"], None)
-            now -= gone["size"] if gone else 0
-        yield event, now, live
+def _generating() -> bool:
+    """Whether a program's `generate` runs a model, which is no evaluation."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "generate":
+            return True
+        frame = frame.f_back
+    return False
 
 
-def _frames(event: dict[str, Any]) -> list[tuple[str, int, str]]:
-    return [(frame["filename"], frame["line"], frame["name"]) for frame in event.get("frames", ())]
+def _plain(phase: str) -> str:
+    return phase.removesuffix(" past the head")
 
 
-def _line(frames: list[tuple[str, int, str]]) -> dict[str, Any]:
-    """Of frames, the innermost first: the program's own line, and the library's that is nearest to it."""
-    frames = [frame for frame in frames if not frame[0].startswith(os.path.dirname(__file__))]
-    own = next((frame for frame in frames if not frame[0].startswith(_LIBRARIES)), None)
-    file, line, function = next((frame for frame in frames if not _of_torch(frame[0])), ("", 0, ""))
-    return {
-        "file": _short(file),
-        "line": line,
-        "function": function,
-        "own": f"{_short(own[0])}:{own[1]}" if own is not None else "",
-    }
-
-
-def _of_torch(file: str) -> bool:
-    return f"{os.sep}torch{os.sep}" in file or file.startswith("<")
-
-
-def _short(file: str) -> str:
-    for folder in _LIBRARIES:
-        if file.startswith(folder):
-            return file[len(folder) :]
-    near = os.path.relpath(file) if file else file
-    return file if near.startswith(os.pardir) else near
+def _tensors(value: Any) -> list[Any]:
+    """The tensors of a module's result."""
+    if hasattr(value, "grad_fn"):
+        return [value]
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    return [one for part in value for one in _tensors(part)] if isinstance(value, (list, tuple)) else []
 
 
 def _versions() -> dict[str, str]:
@@ -292,9 +423,10 @@ def start(torch: Any) -> None:
     import memplan_ranks
 
     memplan_ranks.prepare(torch)
+    told = json.loads(os.environ["MEMPLAN_WATCH"])
     if torch.cuda.is_available():
         torch.backends.cuda.enable_cudnn_sdp(False)  # which Hopper takes first, and nobody can emulate
         torch.backends.cudnn.enabled = False  # convolutions have ways without it
         torch.distributions.Distribution.set_default_validate_args(False)  # no scale is above zero
-        memplan_integers.start(torch)
-    Watch(os.environ["MEMPLAN_WATCH"], int(os.environ["MEMPLAN_WATCH_STEPS"])).imported(torch)
+        memplan_integers.start(torch, skewed=told["routing"] == "skewed")
+    Watch(told).imported(torch)

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 from memplan.tape import Category, Phase, Tape
-from memplan.trace.follower import Moment
+
+
+class Moment(NamedTuple):
+    """When something happened. ``after_head``: at or past the output layer, or in its backward."""
+
+    phase: Phase
+    recomputing: bool
+    after_head: bool
 
 
 class Lives(Protocol):
@@ -14,6 +22,15 @@ class Lives(Protocol):
     tape: Tape
     births: list[Moment]
     deaths: dict[int, Moment]
+
+
+@dataclass
+class Lived:
+    """:class:`Lives`, as one reads a tape off a history."""
+
+    tape: Tape
+    births: list[Moment] = field(default_factory=list)
+    deaths: dict[int, Moment] = field(default_factory=dict)
 
 
 def categorise(recorder: Lives) -> None:
