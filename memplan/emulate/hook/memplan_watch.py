@@ -17,6 +17,7 @@ import time
 import traceback
 from bisect import bisect_right
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 _HISTORY = 50_000_000  # entries of the allocator's history; a 70B's step has 60,000
@@ -111,11 +112,26 @@ class Watch:
         self._mark("update")
 
     def _updated(self, optimizer: Any, *_: Any) -> None:
-        """A step of an optimizer; of several, rows are those of the one that stepped first, and the program
-        ends when each has made as many as were asked for, or one ten times as many."""
+        """An optimizer has stepped."""
         self.depth = max(self.depth - 1, 0)
-        if self.depth or os.getpid() != self.owner or not self.torch.cuda.is_initialized():
-            return  # one that wraps another: the outer one counts
+        if not self.depth:  # of one that wraps another the outer one counts
+            self.stepped(optimizer)
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """What steps here is part of something larger, which is told of with ``stepped``, or of no step."""
+        self.depth += 1
+        self._mark("update" if self.loaded else "loading")
+        try:
+            yield
+        finally:
+            self.depth -= 1
+
+    def stepped(self, optimizer: Any) -> None:
+        """A step is over; of several optimizers, rows are those of the one that stepped first, and the program
+        ends when each has made as many as were asked for, or one ten times as many."""
+        if os.getpid() != self.owner or not self.torch.cuda.is_initialized():
+            return
         self.optimizers[id(optimizer)] = self.optimizers.get(id(optimizer), 0) + 1
         self.lead = self.lead or id(optimizer)
         done = min(self.optimizers.values()) >= self.asked
@@ -288,8 +304,12 @@ def _versions() -> dict[str, str]:
 
 def start(torch: Any) -> None:
     """Watch this process, and work out its whole numbers."""
+    from functools import partial
+
+    import memplan_deepspeed
     import memplan_integers
     import memplan_ranks
+    from memplan_imports import when_imported
 
     memplan_ranks.prepare(torch)
     if torch.cuda.is_available():
@@ -297,4 +317,6 @@ def start(torch: Any) -> None:
         torch.backends.cudnn.enabled = False  # convolutions have ways without it
         torch.distributions.Distribution.set_default_validate_args(False)  # no scale is above zero
         memplan_integers.start(torch)
-    Watch(os.environ["MEMPLAN_WATCH"], int(os.environ["MEMPLAN_WATCH_STEPS"])).imported(torch)
+    watch = Watch(os.environ["MEMPLAN_WATCH"], int(os.environ["MEMPLAN_WATCH_STEPS"]))
+    watch.imported(torch)
+    when_imported("deepspeed.runtime.engine", partial(memplan_deepspeed.prepare, watch))
