@@ -87,7 +87,12 @@ def generator() -> ModuleType:
 @pytest.mark.parametrize(
     "page",
     [
-        "cli.md", "claims.md", "dry-run.md", "recipe.md", "plan.schema.json", "measurement.schema.json",
+        "cli.md",
+        "claims.md",
+        "dry-run.md",
+        "recipe.md",
+        "plan.schema.json",
+        "measurement.schema.json",
         "dry-run.schema.json",
     ],  # fmt: skip
 )

@@ -1,5 +1,7 @@
 /* What PyTorch reads back from NVIDIA's libraries on the way of a training step: handles, versions, one way to
  * multiply. Everything else of them is a function that returns success (build.py). */
+#define _GNU_SOURCE
+#include <dlfcn.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -53,8 +55,73 @@ int nvrtcGetProgramLog(void *program, char *to) { (void)program; *to = 0; return
 int nvrtcGetLoweredName(void *program, const char *name, const char **lowered) { (void)program; *lowered = name; return 0; }
 #endif
 
-#ifdef NCCL
+#ifdef NCCL /* communicators are there at once, and know their place; what they move nobody moves. nccl.h, 2.28 */
+struct communicator { int ranks, rank; };
+
+static int communicator(struct communicator **c, int ranks, int rank) {
+    *c = calloc(1, sizeof **c);
+    (*c)->ranks = ranks, (*c)->rank = rank;
+    return 0;
+}
+
 int ncclGetVersion(int *version) { *version = 22809; return 0; }
+int ncclGetUniqueId(void *id) { memset(id, 0, 128); return 0; }
+const char *ncclGetErrorString(int e) { (void)e; return "no error"; }
+const char *ncclGetLastError(void *c) { (void)c; return ""; }
+int ncclCommGetAsyncError(void *c, int *e) { (void)c; *e = 0; return 0; }
+int ncclCommCount(struct communicator *c, int *ranks) { *ranks = c->ranks; return 0; }
+int ncclCommUserRank(struct communicator *c, int *rank) { *rank = c->rank; return 0; }
+int ncclCommInitRankScalable(struct communicator **c, int ranks, int rank, int ids, void *id, void *config) {
+    (void)ids, (void)id, (void)config;
+    return communicator(c, ranks, rank);
+}
+typedef struct { char of[128]; } unique_id; /* passed by value */
+int ncclCommInitRankConfig(struct communicator **c, int ranks, unique_id id, int rank, void *config) {
+    (void)id, (void)config;
+    return communicator(c, ranks, rank);
+}
+int ncclCommInitRank(struct communicator **c, int ranks, unique_id id, int rank) {
+    return ncclCommInitRankConfig(c, ranks, id, rank, NULL);
+}
+int ncclCommInitAll(struct communicator **c, int ranks, const int *cards) {
+    (void)cards;
+    for (int rank = 0; rank < ranks; rank++) communicator(&c[rank], ranks, rank);
+    return 0;
+}
+/* How many others have the same colour is not told: as many as there are, of whom this one keeps its place. */
+int ncclCommSplit(struct communicator *from, int color, int key, struct communicator **c, void *config) {
+    (void)config;
+    *c = NULL;
+    return color < 0 ? 0 : communicator(c, from->ranks, key);
+}
+int ncclCommShrink(struct communicator *from, int *without, int count, struct communicator **c, void *config, int flags) {
+    (void)without, (void)config, (void)flags;
+    return communicator(c, from->ranks - count, 0);
+}
+int ncclCommDestroy(void *c) { free(c); return 0; }
+int ncclCommAbort(void *c) { free(c); return 0; }
+int ncclCommRegister(void *c, void *at, size_t bytes, void **handle) {
+    (void)c, (void)at, (void)bytes;
+    *handle = c;
+    return 0;
+}
+int ncclCommWindowRegister(void *c, void *at, size_t bytes, void **window, int flags) {
+    (void)flags;
+    return ncclCommRegister(c, at, bytes, window);
+}
+int ncclRedOpCreatePreMulSum(int *op, void *scalar, int type, int where, void *c) {
+    (void)scalar, (void)type, (void)where, (void)c;
+    *op = 5; /* the first that is not built in */
+    return 0;
+}
+int ncclMemAlloc(void **at, size_t bytes) { /* of the card, as cudaMalloc hands it out */
+    int (*allocate)(void **, size_t) = dlsym(RTLD_DEFAULT, "cudaMalloc");
+    return allocate && !allocate(at, bytes) ? 0 : 1;
+}
+int ncclMemFree(void *at) {
+    int (*release)(void *) = dlsym(RTLD_DEFAULT, "cudaFree");
+    return release && !release(at) ? 0 : 1;
+}
 #endif
 
 #ifdef NVIDIA /* management: what PyTorch looks up by name before it maps expandable segments */

@@ -51,11 +51,12 @@ def start(torch: Any, *, skewed: bool = False) -> None:
     setattr(threading.Thread, "run", running)  # noqa: B010  # a method of somebody else's class
 
 
-def repeat(torch: Any, sent: Any, place: Any) -> None:
-    """Whole numbers that other ranks would send are those that this one sends (memplan_ranks.py)."""
+def values(torch: Any, tensor: Any) -> Any:
+    """A tensor's values, to be read and written on the host; None if they are imagined."""
     is_real, twin, _ = _memory(torch)
-    if place.is_cuda and is_real(place) and sent.numel():
-        twin(place).view(-1, sent.numel()).copy_(twin(sent).reshape(1, -1))
+    if not tensor.is_cuda:
+        return tensor
+    return twin(tensor) if is_real(tensor) else None
 
 
 def _memory(torch: Any) -> tuple[Callable[[Any], bool], Callable[[Any], Any], Callable[[Any], Any]]:

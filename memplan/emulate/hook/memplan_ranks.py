@@ -1,13 +1,34 @@
 """One rank stands for all: launchers start as many processes as they are told, and all but rank 0 end soon.
 
-Rank 0 has the real process group of a world of that size, over NCCL's functions that do nothing. What others
-would have sent is what it sent itself: objects here, whole numbers in memplan_integers.py.
+Rank 0 has the real process group of a world of that size, over NCCL's functions that do nothing, and over
+PyTorch's own FakeProcessGroup in place of Gloo's, which would wait for the others. What they would have sent is
+what it sent itself: objects and tensors of the host here, whole numbers on the card with memplan_integers.py.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable
 from typing import Any
+
+# What a function brings from all ranks, by the names of its arguments: to where, and of what.
+_ALL = {
+    "all_gather": ("tensor_list", "tensor"),
+    "all_gather_into_tensor": ("output_tensor", "input_tensor"),
+    "all_gather_single": ("output_tensor", "input_tensor"),
+    "gather": ("gather_list", "tensor"),
+}
+_PARTS = {  # and of that, the part which is this rank's
+    "scatter": ("tensor", "scatter_list"),
+    "all_to_all": ("output_tensor_list", "input_tensor_list"),
+    "all_to_all_single": ("output", "input"),
+    "reduce_scatter": ("output", "input_list"),
+    "reduce_scatter_tensor": ("output", "input"),
+    "reduce_scatter_single": ("output", "input"),
+}
+_IN_PLACE = {"all_reduce": "tensor", "reduce": "tensor", "all_reduce_coalesced": "tensors"}
+# Since PyTorch 2.13 these call newer ones.
+_OLDER = {"all_gather_into_tensor": "all_gather_single", "reduce_scatter_tensor": "reduce_scatter_single"}
 
 
 def alone() -> bool:
@@ -22,11 +43,30 @@ def leave() -> None:
 
 
 def prepare(torch: Any) -> None:
-    """Objects come from this rank."""
+    """Nobody is waited for, and what comes from other ranks comes from this one."""
     dist = torch.distributed
     if not alone() or not dist.is_available():
         return
     c10d = dist.distributed_c10d
+
+    def put(name: str, value: Any) -> None:
+        for module in (c10d, dist):
+            if hasattr(module, name):
+                setattr(module, name, value)
+
+    for function in (*_objects(), *_waits()):
+        put(function.__name__, function)
+    put("TCPStore", _store(dist.TCPStore))
+    dist.rendezvous.__globals__["TCPStore"] = dist.TCPStore
+    if c10d.is_gloo_available():
+        put("ProcessGroupGloo", _on_host(c10d.ProcessGroupGloo))
+    for name in (*_ALL, *_PARTS, *_IN_PLACE):
+        if hasattr(c10d, name) and not hasattr(c10d, _OLDER.get(name, "")):
+            put(name, _repeating(torch, name, getattr(c10d, name)))
+
+
+def _objects() -> Iterable[Callable[..., None]]:
+    """Objects come from this rank."""
 
     def all_gather_object(object_list: list[Any], obj: Any, group: Any = None) -> None:
         object_list[:] = [obj] * len(object_list)
@@ -44,32 +84,107 @@ def prepare(torch: Any) -> None:
         if scatter_object_input_list:
             scatter_object_output_list[0] = scatter_object_input_list[0]
 
-    def barrier(*_: Any, **__: Any) -> None:
-        """Everybody is there."""
-
-    for function in (all_gather_object, gather_object, broadcast_object_list, scatter_object_list, barrier):
-        name = function.__name__
-        setattr(c10d, name, function)
-        setattr(dist, name, function)
-    dist.monitored_barrier = c10d.monitored_barrier = barrier
-    for name in ("all_gather", "all_gather_into_tensor", "_all_gather_base"):
-        if hasattr(c10d, name):
-            told = _repeating(torch, getattr(c10d, name))
-            setattr(c10d, name, told)
-            setattr(dist, name, told)
+    return all_gather_object, gather_object, broadcast_object_list, scatter_object_list
 
 
-def _repeating(torch: Any, gather: Any) -> Any:
-    """A gather of whole numbers that brings this rank's from all."""
+def _waits() -> Iterable[Callable[..., Any]]:
+    """Everybody is there."""
+
+    def barrier(*_: Any, **__: Any) -> None: ...
+    def monitored_barrier(*_: Any, **__: Any) -> None: ...
+    def _store_based_barrier(*_: Any, **__: Any) -> None: ...
+
+    def _create_process_group_wrapper(wrapped_pg: Any, *_: Any, **__: Any) -> Any:
+        return wrapped_pg  # not compared with what others send
+
+    return barrier, monitored_barrier, _store_based_barrier, _create_process_group_wrapper
+
+
+def _store(real: Any) -> Any:
+    class TCPStore(real):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            args = args[:5]  # behind them: whether the others are waited for
+            super().__init__(*args, **{**kwargs, "wait_for_workers": False})
+
+    return TCPStore
+
+
+def _on_host(real: Any) -> Any:
+    """What Gloo's group is made and known by, and is none: its own connects to the others when it is made."""
+    from torch._C._distributed_c10d import FakeProcessGroup
+
+    class Known(type):
+        def __instancecheck__(cls, group: Any) -> bool:
+            return isinstance(group, (real, FakeProcessGroup))
+
+        def __getattr__(cls, name: str) -> Any:
+            return getattr(real, name)
+
+    class ProcessGroupGloo(metaclass=Known):
+        def __new__(cls, _store: Any, rank: int, size: int, *_: Any, **__: Any) -> Any:
+            return FakeProcessGroup._create_internal(rank, size)
+
+    FakeProcessGroup._set_sequence_number_for_group = lambda _: None
+    return ProcessGroupGloo
+
+
+def _repeating(torch: Any, name: str, function: Any) -> Any:
+    """The function, with what it brings where all ranks send what this one does."""
     from functools import wraps
+    from inspect import signature
 
-    from memplan_integers import repeat
+    from memplan_integers import values
 
-    @wraps(gather)
-    def gathering(places: Any, sent: Any, *args: Any, **kwargs: Any) -> Any:
-        work = gather(places, sent, *args, **kwargs)
-        for place in places if isinstance(places, list) else [places]:
-            repeat(torch, sent, place)
-        return work
+    told = signature(function)
 
-    return gathering
+    @wraps(function)
+    def repeating(*args: Any, **kwargs: Any) -> Any:
+        done = function(*args, **kwargs)
+        bound = told.bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        group = given.get("group")
+        rank, ranks = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+        if rank < 0:
+            return done
+        if name in _IN_PLACE:
+            pairs = [(tensor, tensor) for tensor in _many(given[_IN_PLACE[name]])]
+        else:
+            to, of = (given[argument] for argument in (*_ALL.get(name, ()), *_PARTS.get(name, ())))
+            if to is None or of is None:  # another rank has them
+                return done
+            if name in _PARTS:
+                sizes = given.get("input_split_sizes")
+                of = of[rank] if isinstance(of, list) else _parts(of, sizes, ranks)[rank]
+            pairs = [(place, of) for place in _many(to)]
+        for place, sent in pairs:
+            _put(torch, values(torch, place), values(torch, sent), given.get("op"), ranks)
+        return done
+
+    return repeating
+
+
+def _many(given: Any) -> list[Any]:
+    return given if isinstance(given, list) else [given]
+
+
+def _parts(tensor: Any, sizes: list[int] | None, ranks: int) -> Any:
+    return tensor.split(sizes) if sizes else tensor.chunk(ranks)
+
+
+def _put(torch: Any, place: Any, sent: Any, op: Any, ranks: int) -> None:
+    """What ``ranks`` send alike, reduced or as often as there is room. None: nobody knows what is there."""
+    if place is None or sent is None or not sent.numel() or place.numel() % sent.numel():
+        return
+    kinds = torch.distributed.ReduceOp
+    with torch.no_grad():
+        if op == kinds.SUM and sent.dtype is not torch.bool:
+            sent = sent * ranks
+        elif op == kinds.PRODUCT:
+            sent = sent**ranks
+        elif op == kinds.BXOR:
+            sent = sent * (ranks % 2)
+        if place.shape == sent.shape:
+            place.copy_(sent)
+        else:
+            place.view(-1, sent.numel()).copy_(sent.reshape(1, -1))

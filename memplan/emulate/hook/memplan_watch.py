@@ -17,9 +17,9 @@ import time
 import traceback
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable
-from contextlib import suppress
-from functools import wraps
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial, wraps
 from typing import Any
 
 import memplan_history
@@ -173,11 +173,26 @@ class Watch:
             self.gradients = {one.untyped_storage().data_ptr() for one in grads if one.is_cuda}
 
     def _updated(self, optimizer: Any, *_: Any) -> None:
-        """A step of an optimizer; of several, rows are those of the one that stepped first, and the program
-        ends when each has made as many as were asked for, or one ten times as many."""
+        """An optimizer has stepped."""
         self.depth = max(self.depth - 1, 0)
-        if self.depth or os.getpid() != self.owner or not self.torch.cuda.is_initialized():
-            return  # one that wraps another: the outer one counts
+        if not self.depth:  # of one that wraps another the outer one counts
+            self.stepped(optimizer)
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """What steps here is part of something larger, which is told of with ``stepped``, or of no step."""
+        self.depth += 1
+        self._mark("loading" if self.now == "loading" else "update")
+        try:
+            yield
+        finally:
+            self.depth -= 1
+
+    def stepped(self, optimizer: Any) -> None:
+        """A step is over; of several optimizers, rows are those of the one that stepped first, and the program
+        ends when each has made as many as were asked for, or one ten times as many."""
+        if os.getpid() != self.owner or not self.torch.cuda.is_initialized():
+            return
         self.optimizers[id(optimizer)] = self.optimizers.get(id(optimizer), 0) + 1
         self.lead = self.lead or id(optimizer)
         self._mark("between steps")
@@ -185,12 +200,12 @@ class Watch:
             self._count_host()
             self.now = "step"
             self._turn("between")
-        if self._stepped():
+        if self._enough():
             if not self.wanted:
                 self._end()
             self._ask()
 
-    def _stepped(self) -> bool:
+    def _enough(self) -> bool:
         """Whether there were as many steps as were asked for."""
         done = self.optimizers.values()
         return min(done, default=0) >= self.asked or max(done, default=0) >= 10 * self.asked
@@ -207,7 +222,7 @@ class Watch:
         if self.now != "between":
             self._close()
         self.now = to
-        if self._stepped() and not self.wanted - {one["kind"] for one in self.stretches}:
+        if self._enough() and not self.wanted - {one["kind"] for one in self.stretches}:
             self._end()
 
     def _close(self) -> None:
@@ -419,8 +434,10 @@ def _versions() -> dict[str, str]:
 
 def start(torch: Any) -> None:
     """Watch this process, and work out its whole numbers."""
+    import memplan_deepspeed
     import memplan_integers
     import memplan_ranks
+    from memplan_imports import when_imported
 
     memplan_ranks.prepare(torch)
     told = json.loads(os.environ["MEMPLAN_WATCH"])
@@ -429,4 +446,6 @@ def start(torch: Any) -> None:
         torch.backends.cudnn.enabled = False  # convolutions have ways without it
         torch.distributions.Distribution.set_default_validate_args(False)  # no scale is above zero
         memplan_integers.start(torch, skewed=told["routing"] == "skewed")
-    Watch(told).imported(torch)
+    watch = Watch(told)
+    watch.imported(torch)
+    when_imported("deepspeed.runtime.engine", partial(memplan_deepspeed.prepare, watch))

@@ -2,7 +2,6 @@
 asks for NVIDIA's, so that they are taken, and memplan_watch.py is told when PyTorch has been imported."""
 
 import ctypes
-import importlib.abc
 import importlib.machinery
 import importlib.util
 import os
@@ -12,38 +11,18 @@ from typing import Any
 _HERE = os.path.dirname(os.path.abspath(__file__))
 
 
-class _WhenImported(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds torch as it would be found anyway, and says when it is there."""
+def _before_torch() -> None:
+    libraries = os.environ["MEMPLAN_CARD_LIBRARIES"]
+    with open(os.path.join(libraries, "order"), encoding="utf-8") as file:
+        for library in file.read().split():
+            ctypes.CDLL(os.path.join(libraries, library), mode=ctypes.RTLD_GLOBAL)
 
-    asking = False
 
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != "torch" or self.asking:
-            return None
-        self.asking = True  # who only asks where torch is has not imported it yet
-        try:
-            spec = importlib.util.find_spec(name)
-        finally:
-            self.asking = False
-        if spec is not None and spec.loader is not None:
-            self.loader, spec.loader = spec.loader, self
-        return spec
+def _after_torch(torch: Any) -> None:
+    if "MEMPLAN_WATCH" in os.environ:
+        import memplan_watch
 
-    def create_module(self, spec: Any) -> Any:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: Any) -> None:
-        sys.meta_path.remove(self)
-        module.__spec__.loader = module.__loader__ = self.loader
-        libraries = os.environ["MEMPLAN_CARD_LIBRARIES"]
-        with open(os.path.join(libraries, "order"), encoding="utf-8") as file:
-            for library in file.read().split():
-                ctypes.CDLL(os.path.join(libraries, library), mode=ctypes.RTLD_GLOBAL)
-        self.loader.exec_module(module)
-        if "MEMPLAN_WATCH" in os.environ:
-            import memplan_watch
-
-            memplan_watch.start(module)
+        memplan_watch.start(torch)
 
 
 def _next_one() -> None:
@@ -62,7 +41,8 @@ def _next_one() -> None:
 
 if "MEMPLAN_CARD_LIBRARIES" in os.environ:
     import memplan_ranks
+    from memplan_imports import when_imported
 
     memplan_ranks.leave()
-    sys.meta_path.insert(0, _WhenImported())
+    when_imported("torch", _after_torch, before=_before_torch)
 _next_one()
