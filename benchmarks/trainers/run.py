@@ -3,8 +3,9 @@
     python benchmarks/trainers/run.py                  every case of cases.json; writes data/dry_runs.json
     python benchmarks/trainers/run.py NAME ...         some of them; writes nothing
 
-Needs the environment of benchmarks/dry_gpu/README.md. Checkpoints are made by memplan stub, data sets here.
-Exit status 1 if a case does not go through.
+Needs the environment of benchmarks/dry_gpu/README.md. A case that names an environment runs in that one, made
+once under --environments: that of dry_gpu, and then `pip install` of each line of environments/NAME.txt.
+Checkpoints are made by memplan stub, data sets here. Exit status 1 if a case does not go through.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RESULTS = ROOT / "data" / "dry_runs.json"
 ROWS = 64  # of a data set
+PYPI = {"PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": ""}  # where alone PyTorch's CUDA build is
 QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
 
 
@@ -69,13 +71,30 @@ def data(folder: Path) -> dict[str, str]:
     return found
 
 
-def dry_run(case: dict[str, Any], folder: Path, sets: dict[str, str]) -> dict[str, Any]:
-    """A case's row: memplan's answer, or the sentence that it ends with."""
+def environment(name: str, folder: Path) -> Path:
+    """The Python of an environment, which is made if it is not there yet. Raises CalledProcessError."""
+    place = folder.absolute() / name
+    python, made = place / "bin" / "python", place / "made"
+    if not made.exists():
+        print(f"making {place}", flush=True)
+        subprocess.run([str(ROOT / "benchmarks" / "dry_gpu" / "install.sh"), str(place)], check=True)
+        lines = (HERE / "environments" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+        for line in lines:
+            if words := shlex.split(line, comments=True):
+                pip = [str(python), "-m", "pip", "install", "--quiet", *words]
+                subprocess.run(pip, check=True, env={**os.environ, **PYPI}, stdin=subprocess.DEVNULL)
+        made.touch()
+    return python
+
+
+def dry_run(case: dict[str, Any], folder: Path, sets: dict[str, str], python: Path) -> dict[str, Any]:
+    """A case's row: memplan's answer, or the sentence that it ends with. ``python``: of its environment."""
     memplan = [sys.executable, "-m", "memplan"]
-    model, out = folder / case["model"], folder / "out"
+    model, out = folder / case.get("environment", "usual") / case["model"], folder / "out"
     out.mkdir(exist_ok=True)
     if not model.exists():
-        subprocess.run([*memplan, "stub", case["model"], str(model)], check=True, capture_output=True)
+        stub = [*memplan, "stub", case["model"], str(model), "--python", str(python)]
+        subprocess.run(stub, check=True, capture_output=True)
     places = {
         **sets,
         "MODEL": str(model),
@@ -83,13 +102,13 @@ def dry_run(case: dict[str, Any], folder: Path, sets: dict[str, str]) -> dict[st
         "PLAIN": str(ROOT / "benchmarks" / "plain"),
         "HERE": str(HERE),
     }
-    program, *arguments = shlex.split(case["command"].format(**places))
-    command = [str(Path(sys.executable).with_name(program)), *arguments]
+    command = shlex.split(case["command"].format(**places))
+    path = os.pathsep.join((str(python.parent), os.environ["PATH"]))
     began = time.monotonic()
     done = subprocess.run(
         [*memplan, "dry-run", "--json", "--gpu", case["gpu"], "--", *command],
         cwd=folder,
-        env={**os.environ, **QUIET, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, **QUIET, "PYTHONPATH": str(ROOT), "PATH": path},
         capture_output=True,
         text=True,
         check=False,
@@ -116,15 +135,23 @@ def main() -> int:
     """The exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="cases (default: all, which are written)")
+    parser.add_argument(
+        "--environments", type=Path, metavar="FOLDER", help="where those lie that cases name, and are made"
+    )
     asked = parser.parse_args()
     chosen = [case for case in cases() if not asked.names or case["name"] in asked.names]
     if len(chosen) < len(asked.names):
         parser.error(f"cases.json has only {', '.join(case['name'] for case in cases())}")
+    pythons = {"": Path(sys.executable)}
+    for name in sorted({case["environment"] for case in chosen if "environment" in case}):
+        if asked.environments is None:
+            parser.error(f"the environment {name} is needed: say with --environments FOLDER where it lies")
+        pythons[name] = environment(name, asked.environments)
     rows = []
     with tempfile.TemporaryDirectory(prefix="trainers-") as place:
         sets = data(Path(place))
         for case in chosen:
-            row = dry_run(case, Path(place), sets)
+            row = dry_run(case, Path(place), sets, pythons[case.get("environment", "")])
             told = row.pop("said", "")
             rows.append(row)
             needed = row.get("needed_bytes")
