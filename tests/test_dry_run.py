@@ -356,6 +356,8 @@ def test_experts_are_as_published_and_not_as_loaded(memplan: Memplan, config: Pa
     config.write_text(json.dumps(few))
     assert memplan("stub", config, tmp_path / "qwen").status == 0
     assert header(tmp_path / "qwen")["model.layers.0.mlp.experts.3.up_proj.weight"]["shape"] == [64, 64]
+    assert memplan("stub", config, tmp_path / "merged", "--merged").status == 0
+    assert header(tmp_path / "merged")["model.layers.0.mlp.experts.down_proj"]["shape"] == [4, 64, 64]
     few = {
         **CONFIG, "num_local_experts": 4, "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss",
         "quantization_config": {"quant_method": "mxfp4"},

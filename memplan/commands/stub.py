@@ -29,6 +29,11 @@ def parser() -> Parser:
         "--layers", type=whole, metavar="N", default=None, help="only so many layers (default: all)"
     )
     result.add_argument(
+        "--merged",
+        action="store_true",
+        help="experts as transformers holds them, not one by one: loaded on the host, they take none of it",
+    )
+    result.add_argument(
         "--python",
         metavar="PYTHON",
         default=None,
@@ -54,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             config = {**config, "num_hidden_layers": arguments.layers}
     folder = Path(arguments.folder)
-    if lacking := stub(config, folder, arguments.python):
+    if lacking := stub(config, folder, arguments.python, arguments.merged):
         from memplan.streams import remark
 
         remark(lacking)

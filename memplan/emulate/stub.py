@@ -23,11 +23,11 @@ raise SystemExit(not (find_spec("torch") and find_spec("transformers")))
 _MAKER = launch.HOOK / "make_checkpoint.py"
 
 
-def stub(config: dict[str, Any], folder: Path, python: str | None) -> str:
+def stub(config: dict[str, Any], folder: Path, python: str | None, merged: bool = False) -> str:
     """Make the checkpoint of a configuration in ``folder``, which must not be there or be empty. ``python``:
     of an environment with transformers (default: memplan's own, else the one that is called ``python``).
-    Returns what could not be made beside its weights, in a sentence, or nothing. Raises MemplanError; nothing
-    is left behind then."""
+    ``merged``: experts as transformers holds them, not as they are published. Returns what could not be made
+    beside its weights, in a sentence, or nothing. Raises MemplanError; nothing is left behind then."""
     how = (config.get("quantization_config") or {}).get("quant_method", "mxfp4")
     if how != "mxfp4":
         raise MemplanError(
@@ -42,7 +42,7 @@ def stub(config: dict[str, Any], folder: Path, python: str | None) -> str:
             given, made = Path(place, "config.json"), Path(place, "made")
             given.write_text(json.dumps(config), encoding="utf-8")
             made.mkdir()
-            lacking = _make(_with_transformers(python), given, made)
+            lacking = _make(_with_transformers(python), given, made, *(["merged"] if merged else []))
             if folder.exists():
                 folder.rmdir()
             made.replace(folder)
@@ -51,13 +51,13 @@ def stub(config: dict[str, Any], folder: Path, python: str | None) -> str:
     return lacking
 
 
-def _make(python: Path, config: Path, folder: Path) -> str:
+def _make(python: Path, config: Path, folder: Path, *how: str) -> str:
     quiet = {"TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"}
-    done = _ask(python, config, folder, {**os.environ, **quiet})
+    done = _ask({**os.environ, **quiet}, python, _MAKER, config, folder, *how)
     if done.returncode and "cannot open shared object file" in done.stderr:
         # PyTorch's CUDA build without NVIDIA's packages: it is imported on a card that is not there
         card = launch.environment(find_gpu("a100"), [str(python)])
-        done = _ask(python, config, folder, {**card, **quiet})
+        done = _ask({**card, **quiet}, python, _MAKER, config, folder, *how)
     if done.returncode:
         words = done.stderr.strip().splitlines()
         raise MemplanError(
@@ -66,9 +66,9 @@ def _make(python: Path, config: Path, folder: Path) -> str:
     return done.stdout.strip()
 
 
-def _ask(python: Path, config: Path, folder: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+def _ask(env: dict[str, str], *command: Path | str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [python, str(_MAKER), str(config), str(folder)],
+        command,
         capture_output=True,
         text=True,
         check=False,

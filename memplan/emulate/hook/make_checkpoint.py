@@ -1,7 +1,8 @@
-"""Makes a checkpoint that takes no disk: python make_checkpoint.py CONFIG FOLDER, in an environment with
-transformers. Safetensors are made of holes, in shards and under the names that a published model's have; a
-tokenizer, and a processor where the model takes pictures. It stands alone, for that environment need not have
-memplan. What can't be made beside the weights is said on standard output.
+"""Makes a checkpoint that takes no disk: python make_checkpoint.py CONFIG FOLDER [merged], in an environment
+with transformers. Safetensors are made of holes, in shards and under the names that a published model's have,
+or with experts merged as transformers holds them; a tokenizer, and a processor where the model sees.
+It stands alone, for that environment need not have memplan. What can't be made beside the weights is said on
+standard output.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ CHAT = (
 Tensors = dict[str, tuple[str, list[int]]]  # safetensors' name of the type, and the shape
 
 
-def make(config: dict[str, Any], folder: Path) -> None:
+def make(config: dict[str, Any], folder: Path, merged: bool) -> None:
     """Write config.json, model-*.safetensors and their index, a tokenizer and a processor."""
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    _holes(folder, _tensors(config, folder))
+    _holes(folder, _tensors(config, folder, merged))
     _tokenizer(folder, {})
     try:
         _processor(folder)
@@ -47,8 +48,8 @@ def make(config: dict[str, Any], folder: Path) -> None:
         sys.stdout.write(f"made without a processor, which transformers can't make: {said}\n")
 
 
-def _tensors(config: dict[str, Any], folder: Path) -> Tensors:
-    """What the checkpoint of a published model holds."""
+def _tensors(config: dict[str, Any], folder: Path, merged: bool) -> Tensors:
+    """What the checkpoint holds."""
     import torch
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -67,7 +68,7 @@ def _tensors(config: dict[str, Any], folder: Path) -> Tensors:
         state.pop(name, None)
     found = {
         name: (STORED[str(tensor.dtype).removeprefix("torch.")], list(tensor.shape))
-        for name, tensor in _as_published(model, state).items()
+        for name, tensor in (state if merged else _as_published(model, state)).items()
     }
     return _quantized(found, config.get("quantization_config"))
 
@@ -180,4 +181,4 @@ def _processor(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    make(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[2]))
+    make(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[2]), "merged" in sys.argv)
