@@ -31,6 +31,7 @@ def parser() -> Parser:
     result.add_argument(
         "--merged",
         action="store_true",
+        default=False,
         help="experts as transformers holds them, not one by one: loaded on the host, they take none of it",
     )
     result.add_argument(
