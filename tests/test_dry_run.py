@@ -438,6 +438,69 @@ def test_a_checkpoint_of_holes_is_loaded_as_any_other(memplan: Memplan, config: 
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "made"}
 
 
+@pytest.mark.slow
+def test_experts_are_as_published_and_not_as_loaded(memplan: Memplan, config: Path, tmp_path: Path) -> None:
+    """One by one in Qwen3's files, and in MXFP4's blocks and scales in gpt-oss': 32 numbers in 16 bytes."""
+    pytest.importorskip("transformers", minversion="5.0")
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    few = {**CONFIG, **experts, "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}
+    config.write_text(json.dumps(few))
+    assert memplan("stub", config, tmp_path / "qwen").status == 0
+    assert header(tmp_path / "qwen")["model.layers.0.mlp.experts.3.up_proj.weight"]["shape"] == [64, 64]
+    assert memplan("stub", config, tmp_path / "merged", "--merged").status == 0
+    assert header(tmp_path / "merged")["model.layers.0.mlp.experts.down_proj"]["shape"] == [4, 64, 64]
+    few = {
+        **CONFIG, "num_local_experts": 4, "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss",
+        "quantization_config": {"quant_method": "mxfp4"},
+    }  # fmt: skip
+    config.write_text(json.dumps(few))
+    assert memplan("stub", config, tmp_path / "oss").status == 0
+    found = header(tmp_path / "oss")
+    assert found["model.layers.1.mlp.experts.gate_up_proj_blocks"]["shape"] == [4, 256, 2, 16]
+    assert found["model.layers.1.mlp.experts.down_proj_scales"]["shape"] == [4, 64, 4]
+    assert found["model.layers.1.mlp.experts.down_proj_scales"]["dtype"] == "U8"
+    assert found["model.layers.1.mlp.experts.down_proj_bias"]["dtype"] == "BF16"
+
+
+def header(folder: Path) -> Any:
+    """What a checkpoint's one file says of its tensors."""
+    with (folder / "model.safetensors").open("rb") as file:
+        return json.loads(file.read(int.from_bytes(file.read(8), "little")))
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_takes_pictures(memplan: Memplan, config: Path, tmp_path: Path) -> None:
+    """Its processor puts as many tokens for a picture as the model has patches of it."""
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    pytest.importorskip("torchvision")
+    image = pytest.importorskip("PIL.Image")
+    sees = {
+        "depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "out_hidden_size": 64,
+        "deepstack_visual_indexes": [0], "num_position_embeddings": 64, "model_type": "qwen3_vl",
+    }  # fmt: skip
+    few = {
+        "architectures": ["Qwen3VLForConditionalGeneration"], "model_type": "qwen3_vl", "image_token_id": 310,
+        "text_config": {**CONFIG, "model_type": "qwen3_vl_text"}, "vision_config": sees,
+    }  # fmt: skip
+    config.write_text(json.dumps(few))
+    outcome = memplan("stub", config, tmp_path / "made", "--layers", "1")
+    assert (outcome.status, outcome.err) == (0, "")
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "made")
+    said = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "w1"}]}]
+    text = processor.apply_chat_template(said)
+    ids = processor(text=[text], images=[image.new("RGB", (320, 160))], return_tensors="pt")["input_ids"]
+    assert int((ids == 310).sum()) == (320 // 32) * (160 // 32)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "made")
+    assert model.config.text_config.num_hidden_layers == 1
+
+
+def test_other_quantized_checkpoints_are_refused(memplan: Memplan, config: Path, tmp_path: Path) -> None:
+    config.write_text(json.dumps({**CONFIG, "quantization_config": {"quant_method": "bitsandbytes"}}))
+    outcome = memplan("stub", config, tmp_path / "made")
+    assert outcome.status == 2
+    assert "checkpoints quantized by 'bitsandbytes' can't be made" in outcome.err
+
+
 def test_a_folder_with_something_in_it_is_left_alone(memplan: Memplan, config: Path, tmp_path: Path) -> None:
     outcome = memplan("stub", config, tmp_path)
     assert outcome.status == 2

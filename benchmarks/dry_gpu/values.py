@@ -12,6 +12,7 @@ import threading
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 card = torch.device("cuda")
 ids = torch.tensor([[1, 2, 3, 0, 0], [4, 5, 0, 0, 0]])
@@ -69,6 +70,29 @@ thread = threading.Thread(target=lambda: seen.append(int((ids.to(card) * 2).sum(
 thread.start()
 thread.join()
 assert seen == [int(ids.sum()) * 2]
+
+# in what backward recomputes, by itself or asked for gradients
+ends = torch.tensor([0, 2, 5]).to(card)
+
+
+def of_parts(x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    parts: list[torch.Tensor] = [part.sum() for part in x.split(ends.diff().tolist())]
+    return torch.stack(parts).sum()
+
+
+def forwarded(x: torch.Tensor, reentrant: bool) -> torch.Tensor:
+    """Its sum; what lies in free memory is none of the numbers that it took."""
+    made = checkpoint(of_parts, x, ends, use_reentrant=reentrant)
+    others = [torch.full((2,), 9, device=card) for _ in range(64)]
+    del others
+    return made
+
+
+for reentrant in (False, True):
+    x = torch.randn(5, 8, device=card, requires_grad=True)
+    forwarded(x, reentrant).backward()
+    assert x.grad is not None and x.grad.shape == x.shape
+torch.autograd.grad(forwarded(x, False), x)
 
 # nothing of it changes what autograd takes: a gradient is added up in place
 torch.cuda.reset_peak_memory_stats()

@@ -90,10 +90,13 @@ def environment(name: str, folder: Path) -> Path:
 def dry_run(case: dict[str, Any], folder: Path, sets: dict[str, str], python: Path) -> dict[str, Any]:
     """A case's row: memplan's answer, or the sentence that it ends with. ``python``: of its environment."""
     memplan = [sys.executable, "-m", "memplan"]
-    model, out = folder / case.get("environment", "usual") / case["model"], folder / "out"
+    model = folder / "-".join([case.get("environment", "usual"), case["model"], *case.get("stub", [])])
+    out = folder / "out"
     out.mkdir(exist_ok=True)
     if not model.exists():
-        stub = [*memplan, "stub", case["model"], str(model), "--python", str(python)]
+        given = HERE / "configs" / f"{case['model']}.json"  # of one that memplan's own list has not
+        named = str(given) if given.exists() else case["model"]
+        stub = [*memplan, "stub", named, str(model), "--python", str(python), *case.get("stub", [])]
         subprocess.run(stub, check=True, capture_output=True)
     places = {
         **sets,

@@ -10,8 +10,9 @@ from memplan.commands.arguments import Parser, UsageError, add_json, add_model, 
 
 EXAMPLES = """\
 config.json as published, safetensors of the right shapes in shards, made of
-holes: 141 GB of a 70B take some KB. A tokenizer of a few words is made, too.
-Programs load it as any other checkpoint; its weights are zeros.
+holes: 141 GB of a 70B take some KB. A tokenizer of a few words is made, too,
+and a processor for a model that takes pictures. Programs load it as any other
+checkpoint; its weights are zeros.
 
 examples:
   memplan stub llama-70b ./llama-70b
@@ -26,6 +27,12 @@ def parser() -> Parser:
     result.add_argument("folder", metavar="FOLDER", help="where it is made; not there yet, or empty")
     result.add_argument(
         "--layers", type=whole, metavar="N", default=None, help="only so many layers (default: all)"
+    )
+    result.add_argument(
+        "--merged",
+        action="store_true",
+        default=False,
+        help="experts as transformers holds them, not one by one: loaded on the host, they take none of it",
     )
     result.add_argument(
         "--python",
@@ -47,8 +54,16 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.layers is not None:
         if not 0 < arguments.layers <= MAX_LAYERS:
             raise UsageError(f"--layers takes a whole number from 1 to {MAX_LAYERS}")
-        config = {**config, "num_hidden_layers": arguments.layers}
-    folder = stub(config, Path(arguments.folder), arguments.python)
+        text = config.get("text_config")  # of one that sees, too
+        if isinstance(text, dict):
+            config = {**config, "text_config": {**text, "num_hidden_layers": arguments.layers}}
+        else:
+            config = {**config, "num_hidden_layers": arguments.layers}
+    folder = Path(arguments.folder)
+    if lacking := stub(config, folder, arguments.python, arguments.merged):
+        from memplan.streams import remark
+
+        remark(lacking)
     if arguments.json:
         from memplan.report.machine import print_json
 

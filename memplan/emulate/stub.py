@@ -23,10 +23,17 @@ raise SystemExit(not (find_spec("torch") and find_spec("transformers")))
 _MAKER = launch.HOOK / "make_checkpoint.py"
 
 
-def stub(config: dict[str, Any], folder: Path, python: str | None) -> Path:
+def stub(config: dict[str, Any], folder: Path, python: str | None, merged: bool = False) -> str:
     """Make the checkpoint of a configuration in ``folder``, which must not be there or be empty. ``python``:
     of an environment with transformers (default: memplan's own, else the one that is called ``python``).
-    Raises MemplanError; nothing is left behind then."""
+    ``merged``: experts as transformers holds them, not as they are published. Returns what could not be made
+    beside its weights, in a sentence, or nothing. Raises MemplanError; nothing is left behind then."""
+    how = (config.get("quantization_config") or {}).get("quant_method", "mxfp4")
+    if how != "mxfp4":
+        raise MemplanError(
+            f"checkpoints quantized by {shown(how)} can't be made: leave quantization_config out of "
+            "config.json, and have the weights quantized when they are loaded"
+        )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise MemplanError(f"{shown(str(folder))} is there already and is no empty folder")
     try:
@@ -35,32 +42,33 @@ def stub(config: dict[str, Any], folder: Path, python: str | None) -> Path:
             given, made = Path(place, "config.json"), Path(place, "made")
             given.write_text(json.dumps(config), encoding="utf-8")
             made.mkdir()
-            _make(_with_transformers(python), given, made)
+            lacking = _make(_with_transformers(python), given, made, *(["merged"] if merged else []))
             if folder.exists():
                 folder.rmdir()
             made.replace(folder)
     except OSError as error:
         raise MemplanError(f"{shown(str(folder))} can't be made: {reason(error)}") from error
-    return folder
+    return lacking
 
 
-def _make(python: Path, config: Path, folder: Path) -> None:
+def _make(python: Path, config: Path, folder: Path, *how: str) -> str:
     quiet = {"TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"}
-    done = _ask(python, config, folder, {**os.environ, **quiet})
+    done = _ask({**os.environ, **quiet}, python, _MAKER, config, folder, *how)
     if done.returncode and "cannot open shared object file" in done.stderr:
         # PyTorch's CUDA build without NVIDIA's packages: it is imported on a card that is not there
         card = launch.environment(find_gpu("a100"), [str(python)])
-        done = _ask(python, config, folder, {**card, **quiet})
+        done = _ask({**card, **quiet}, python, _MAKER, config, folder, *how)
     if done.returncode:
         words = done.stderr.strip().splitlines()
         raise MemplanError(
             f"transformers can't make this model: {shown(words[-1]) if words else 'it does not say why'}"
         )
+    return done.stdout.strip()
 
 
-def _ask(python: Path, config: Path, folder: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+def _ask(env: dict[str, str], *command: Path | str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [python, str(_MAKER), str(config), str(folder)],
+        command,
         capture_output=True,
         text=True,
         check=False,

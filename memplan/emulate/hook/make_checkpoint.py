@@ -1,6 +1,8 @@
-"""Makes a checkpoint that takes no disk: python make_checkpoint.py CONFIG FOLDER, in an environment with
-transformers. Safetensors are made of holes, in shards as a real model's; a tokenizer is made where the folder
-has none. It stands alone, for that environment need not have memplan.
+"""Makes a checkpoint that takes no disk: python make_checkpoint.py CONFIG FOLDER [merged], in an environment
+with transformers. Safetensors are made of holes, in shards and under the names that a published model's have,
+or with experts merged as transformers holds them; a tokenizer, and a processor where the model sees.
+It stands alone, for that environment need not have memplan. What can't be made beside the weights is said on
+standard output.
 """
 
 from __future__ import annotations
@@ -12,59 +14,118 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4}
-STORED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+STORED = {
+    "bfloat16": "BF16", "float16": "F16", "float32": "F32", "uint8": "U8", "int64": "I64", "int32": "I32",
+    "bool": "BOOL",
+}  # fmt: skip
+ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "U8": 1, "I64": 8, "I32": 4, "BOOL": 1}
 SHARD = 5 * 10**9  # bytes, as transformers' save_pretrained cuts them (max_shard_size)
 WORDS = 256  # of the tokenizer
+PROCESSING = ("preprocessor_config.json", "video_preprocessor_config.json")
+# one message after the other; pictures and films, which stand among the parts of a message, as their tokens
 CHAT = (
-    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + ' ' }}{% endfor %}"
-    "{{ eos_token }}"
+    "{%% for message in messages %%}{{ message['role'] + ': ' }}"
+    "{%% if message['content'] is string %%}{{ message['content'] }}{%% else %%}"
+    "{%% for part in message['content'] %%}"
+    "{%% if part['type'] == 'text' %%}{{ part['text'] }}"
+    "{%% elif part['type'] == 'image' %%}%(image)s{%% elif part['type'] == 'video' %%}%(video)s{%% endif %%}"
+    "{%% endfor %%}{%% endif %%}{{ ' ' }}{%% endfor %%}{{ eos_token }}"
 )
+Tensors = dict[str, tuple[str, list[int]]]  # safetensors' name of the type, and the shape
 
 
-def make(config: dict[str, Any], folder: Path) -> None:
-    """Write config.json, model-*.safetensors and their index, and a tokenizer."""
+def make(config: dict[str, Any], folder: Path, merged: bool) -> None:
+    """Write config.json, model-*.safetensors and their index, a tokenizer and a processor."""
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    _holes(folder, _tensors(config, folder, merged))
+    _tokenizer(folder, {})
+    try:
+        _processor(folder)
+    except Exception as error:  # whatever a model's own processor raises: weights are there all the same
+        for name in PROCESSING:
+            (folder / name).unlink(missing_ok=True)
+        said = " ".join(str(error).split())
+        sys.stdout.write(f"made without a processor, which transformers can't make: {said}\n")
+
+
+def _tensors(config: dict[str, Any], folder: Path, merged: bool) -> Tensors:
+    """What the checkpoint holds."""
     import torch
+    import transformers
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    told = config.get("dtype") or config.get("torch_dtype") or config.get("text_config", {}).get("dtype")
+    dtype = getattr(torch, str(told or "bfloat16"))
+    read = AutoConfig.from_pretrained(folder)
+    named = getattr(transformers, (config.get("architectures") or [""])[0], None)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    tied = model.all_tied_weights_keys  # of which a checkpoint has one
-    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
-    dtype = config.get("dtype", config.get("torch_dtype", "bfloat16"))
-    _holes(folder, shapes, STORED.get(str(dtype), "BF16"))
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        _tokenizer(folder)
+        if named is None:
+            model = AutoModelForCausalLM.from_config(read, dtype=dtype)
+        else:
+            model = named._from_config(read, dtype=dtype)
+    state = model.state_dict()
+    for name in model.all_tied_weights_keys:  # of which a checkpoint has one
+        state.pop(name, None)
+    found = {
+        name: (STORED[str(tensor.dtype).removeprefix("torch.")], list(tensor.shape))
+        for name, tensor in (state if merged else _as_published(model, state)).items()
+    }
+    return _quantized(found, config.get("quantization_config"))
 
 
-def _holes(folder: Path, shapes: dict[str, list[int]], dtype: str) -> None:
+def _as_published(model: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """Transformers loads experts, for one, into tensors other than those that are published."""
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # before 5.0 it did not
+        return state
+    return dict(revert_weight_conversion(model, state))
+
+
+def _quantized(tensors: Tensors, how: dict[str, Any] | None) -> Tensors:
+    """The same as its file has them if it is published in MXFP4, the one way that stub.py lets through."""
+    if how is None:
+        return tensors
+    found: Tensors = {}
+    for name, (dtype, shape) in tensors.items():
+        if (
+            len(shape) == 3
+        ):  # experts, which alone are: 32 numbers in 16 bytes and one scale, along what goes in
+            expert, inward, outward = shape
+            found[f"{name}_blocks"] = ("U8", [expert, outward, inward // 32, 16])
+            found[f"{name}_scales"] = ("U8", [expert, outward, inward // 32])
+        else:
+            found[name] = (dtype, shape)
+    return found
+
+
+def _holes(folder: Path, tensors: Tensors) -> None:
     """Safetensors whose data nobody wrote: zeros that the file system does not store."""
-    shards: list[dict[str, list[int]]] = [{}]
+    shards: list[Tensors] = [{}]
     size = total = 0
-    for name, shape in shapes.items():
+    for name, (dtype, shape) in tensors.items():
         nbytes = prod(shape) * ITEMSIZE[dtype]
         if size + nbytes > SHARD and shards[-1]:
             shards.append({})
             size = 0
-        shards[-1][name] = shape
+        shards[-1][name] = dtype, shape
         size, total = size + nbytes, total + nbytes
     if len(shards) == 1:
-        _shard(folder / "model.safetensors", shards[0], dtype)
+        _shard(folder / "model.safetensors", shards[0])
         return
     where: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        _shard(folder / file, shard, dtype)
+        _shard(folder / file, shard)
         where |= dict.fromkeys(shard, file)
     index = {"metadata": {"total_size": total}, "weight_map": where}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
-def _shard(path: Path, shapes: dict[str, list[int]], dtype: str) -> None:
+def _shard(path: Path, tensors: Tensors) -> None:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, shape in shapes.items():
+    for name, (dtype, shape) in tensors.items():
         start, end = end, end + prod(shape) * ITEMSIZE[dtype]
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
@@ -74,18 +135,50 @@ def _shard(path: Path, shapes: dict[str, list[int]], dtype: str) -> None:
         file.truncate(8 + len(text) + end)
 
 
-def _tokenizer(folder: Path) -> None:
-    """One that takes each word for a token, and knows few."""
+def _tokenizer(folder: Path, marks: dict[str, int], image: str = "", video: str = "") -> None:
+    """One that takes each word for a token, and knows few. ``marks``: tokens of a model's own, with their
+    numbers."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {f"w{number}": number for number in range(WORDS)} | {"<eos>": WORDS}
+    words = {f"w{number}": number for number in range(WORDS)} | {"<eos>": WORDS} | marks
     plain = Tokenizer(models.WordLevel(words, unk_token="w0"))
     plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    plain.add_special_tokens(list(marks))
     made = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<eos>", pad_token="<eos>")
-    made.chat_template = CHAT
+    made.chat_template = CHAT % {"image": image, "video": video}
     made.save_pretrained(folder)
 
 
+def _processor(folder: Path) -> None:
+    """That of a model which takes pictures, as transformers finds it by config.json: with the patches that
+    the model has; what is not told there is as its class has it."""
+    from transformers import AutoConfig, AutoProcessor
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+    config = AutoConfig.from_pretrained(folder)
+    if type(config) not in PROCESSOR_MAPPING:
+        return
+    sees = getattr(config, "vision_config", None)
+    told = {"patch_size": "patch_size", "temporal_patch_size": "temporal_patch_size",
+            "spatial_merge_size": "merge_size"}  # fmt: skip
+    facts = {there: getattr(sees, here) for here, there in told.items() if hasattr(sees, here)}
+    if isinstance(size := getattr(sees, "image_size", None), int):
+        facts["size"] = facts["crop_size"] = {"height": size, "width": size}
+    for name in PROCESSING:
+        (folder / name).write_text(json.dumps(facts) + "\n", encoding="utf-8")
+    blank = AutoProcessor.from_pretrained(folder)
+    marks: dict[str, int] = {}
+    for name in ("image", "video", "vision_start", "vision_end", "boi", "eoi"):
+        token, number = getattr(blank, f"{name}_token", None), getattr(config, f"{name}_token_id", None)
+        number = getattr(config, f"{name}_token_index", None) if number is None else number
+        if isinstance(token, str):
+            marks[token] = number if number is not None else WORDS + 1 + len(marks)
+    start, end = (getattr(blank, f"vision_{name}_token", "") for name in ("start", "end"))
+    image, video = (start + getattr(blank, f"{name}_token", "") + end for name in ("image", "video"))
+    _tokenizer(folder, marks, image, video)
+    AutoProcessor.from_pretrained(folder).save_pretrained(folder)
+
+
 if __name__ == "__main__":
-    make(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[2]))
+    make(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[2]), "merged" in sys.argv)

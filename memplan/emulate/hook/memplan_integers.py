@@ -36,7 +36,7 @@ _LEFT = (
 
 
 def start(torch: Any, *, skewed: bool = False) -> None:
-    """Work them out from now on, in this thread (backward's have it, too) and in those that it starts.
+    """Work them out from now on, in this thread, in those that it starts, and in backward's.
     ``skewed``: routers send every token to the first of their choices."""
     card = ctypes.CDLL(os.path.join(os.environ["MEMPLAN_CARD_LIBRARIES"], "libmemplan_card.so"))
     card.card_values_are_real()
@@ -49,6 +49,17 @@ def start(torch: Any, *, skewed: bool = False) -> None:
             run(thread)
 
     setattr(threading.Thread, "run", running)  # noqa: B010  # a method of somebody else's class
+    engine = torch.autograd._engine_run_backward
+
+    def backward(*args: Any, **kwargs: Any) -> Any:
+        """Tensor.backward and autograd.grad are functions that a mode stands at, so it is off inside of them,
+        and would be for what is recomputed there."""
+        if any(isinstance(one, mode) for one in torch.overrides._get_current_function_mode_stack()):
+            return engine(*args, **kwargs)
+        with mode():
+            return engine(*args, **kwargs)
+
+    torch.autograd._engine_run_backward = backward
 
 
 def values(torch: Any, tensor: Any) -> Any:
@@ -166,6 +177,8 @@ def _mode(torch: Any, skewed: bool) -> Any:
             if source is not None and source.numel() == results[0].numel() and name in ("cpu", "to", "copy_"):
                 results[0].detach().copy_(twin(source).reshape(results[0].shape))
             return
+        if name == "__setitem__" and not is_real(args[0]):
+            return  # floats, at places that whole numbers say
         inside = "out" in kwargs or made is None or any(made is one for one in given)
         places = [one for one in given if one.is_cuda and is_real(one)] if inside else results
         if not any(one.is_cuda and is_real(one) for one in places):

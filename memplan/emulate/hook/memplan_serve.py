@@ -1,0 +1,131 @@
+"""Weights that take no disk: a model of the Hub whose weights are not on this machine is served as a checkpoint
+of holes, which `memplan stub` makes at the first question for it. Nothing large is downloaded.
+
+It stands at huggingface_hub's doors, so transformers, PEFT, diffusers and others find it alike. What is in the
+Hub's cache with its weights is taken from there; datasets are none of its business.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from fnmatch import fnmatch
+from functools import wraps
+from typing import Any
+
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
+# HfApi's questions that need a network; where it can't be had, programs go on without an answer
+_ASKED = ("list_repo_tree", "list_repo_files", "model_info", "repo_info", "file_exists")
+
+
+class Shelf:
+    """Checkpoints that were made, in ``folder``; ``maker``: memplan's Python, with the environment it had."""
+
+    def __init__(self, folder: str, maker: list[str], environment: dict[str, str]) -> None:
+        self.folder, self.maker, self.environment = folder, maker, environment
+        self.places: dict[str, str | None] = {}  # of each model; None: it is not served
+        self.cached: Callable[..., Any] | None = None  # huggingface_hub's own look into its cache
+
+    def place(self, repo_id: Any, repo_type: Any, cache: Any = None) -> str | None:
+        """The folder of a model that is served, made if need be."""
+        if repo_type not in (None, "model") or not isinstance(repo_id, str) or os.path.isdir(repo_id):
+            return None
+        if repo_id not in self.places:
+            self.places[repo_id] = None  # what asks for it while it is made, and if it can't be
+            if not self._has_weights(repo_id, cache):
+                self.places[repo_id] = self._make(repo_id)
+        return self.places[repo_id]
+
+    def _has_weights(self, repo_id: str, cache: Any) -> bool:
+        assert self.cached is not None
+        names = ("config.json", "adapter_config.json", "model_index.json", "preprocessor_config.json")
+        for name in names:
+            found = self.cached(repo_id, name, cache_dir=cache)
+            if isinstance(found, str):
+                files = (file for _, _, files in os.walk(os.path.dirname(found)) for file in files)
+                return any(fnmatch(file, pattern) for file in files for pattern in _WEIGHTS)
+        return False
+
+    def _make(self, repo_id: str) -> str | None:
+        place = os.path.join(self.folder, repo_id.replace("/", "--"))
+        done = subprocess.run(
+            [*self.maker, "stub", repo_id, place, "--python", sys.executable],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+        if done.returncode:
+            words = done.stderr.strip().splitlines()[-1:] or ["it can't be made"]
+            print(f"memplan: no checkpoint is served for {repo_id}: {words[0]}", file=sys.__stderr__)
+            return None
+        print(f"memplan: {repo_id} is served as a checkpoint that takes no disk", file=sys.__stderr__)
+        return place
+
+    def prepare_files(self, module: Any) -> None:
+        """huggingface_hub.file_download."""
+        self.cached, download = module.try_to_load_from_cache, module.hf_hub_download
+        look = module.try_to_load_from_cache
+
+        @wraps(download)
+        def downloading(repo_id: str, filename: str, **told: Any) -> Any:
+            place = self.place(repo_id, told.get("repo_type"), told.get("cache_dir"))
+            if place is None:
+                return download(repo_id, filename, **told)
+            file = os.path.join(place, told.get("subfolder") or "", filename)
+            if os.path.isfile(file):
+                return file
+            from huggingface_hub.errors import LocalEntryNotFoundError
+
+            raise LocalEntryNotFoundError(f"{repo_id} has no {filename}, as memplan serves it")
+
+        @wraps(look)
+        def looking(repo_id: str, filename: str, *args: Any, **told: Any) -> Any:
+            place = self.places.get(repo_id)
+            if place is None:
+                return look(repo_id, filename, *args, **told)
+            file = os.path.join(place, filename)
+            return file if os.path.isfile(file) else module._CACHED_NO_EXIST
+
+        module.hf_hub_download, module.try_to_load_from_cache = downloading, looking
+
+    def prepare_snapshots(self, module: Any) -> None:
+        """huggingface_hub._snapshot_download."""
+        take = module.snapshot_download
+
+        @wraps(take)
+        def taking(repo_id: str, **told: Any) -> Any:
+            place = self.place(repo_id, told.get("repo_type"), told.get("cache_dir"))
+            return take(repo_id, **told) if place is None else place
+
+        module.snapshot_download = taking
+
+    def prepare_api(self, module: Any) -> None:
+        """huggingface_hub.hf_api."""
+        for name in _ASKED:
+            if hasattr(module.HfApi, name):
+                setattr(module.HfApi, name, self._silent(getattr(module.HfApi, name)))
+
+    def _silent(self, ask: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(ask)
+        def asking(api: Any, repo_id: Any = None, *args: Any, **told: Any) -> Any:
+            if self.places.get(repo_id) is not None:
+                from huggingface_hub.errors import OfflineModeIsEnabled
+
+                raise OfflineModeIsEnabled(f"{repo_id} is served by memplan")
+            return ask(api, repo_id, *args, **told)
+
+        return asking
+
+
+def start(told: dict[str, Any]) -> None:
+    """Serve from now on. ``told``: the folder, and memplan's Python with its environment."""
+    from memplan_imports import when_imported
+
+    shelf = Shelf(os.path.join(told["folder"], "checkpoints"), told["maker"], told["environment"])
+    when_imported("huggingface_hub.file_download", shelf.prepare_files)
+    when_imported("huggingface_hub._snapshot_download", shelf.prepare_snapshots)
+    when_imported("huggingface_hub.hf_api", shelf.prepare_api)
