@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from memplan.asked.fields import MAX_LAYERS
 from memplan.commands.arguments import Parser, UsageError, add_json, add_model, whole
@@ -47,29 +48,36 @@ def parser() -> Parser:
 def run(arguments: argparse.Namespace) -> int:
     """Make it; 0."""
     from memplan.emulate.stub import stub
-    from memplan.importers.resolve import resolve_config
+    from memplan.importers.resolve import hub_id_of, resolve_config
+    from memplan.streams import remark
 
-    found = resolve_config(arguments.model)
-    config = found.config
-    if arguments.layers is not None:
-        if not 0 < arguments.layers <= MAX_LAYERS:
-            raise UsageError(f"--layers takes a whole number from 1 to {MAX_LAYERS}")
-        text = config.get("text_config")  # of one that sees, too
-        if isinstance(text, dict):
-            config = {**config, "text_config": {**text, "num_hidden_layers": arguments.layers}}
-        else:
-            config = {**config, "num_hidden_layers": arguments.layers}
-    folder = Path(arguments.folder)
-    if lacking := stub(config, folder, arguments.python, arguments.merged):
-        from memplan.streams import remark
+    layers, folder = arguments.layers, Path(arguments.folder)
+    if layers is not None and not 0 < layers <= MAX_LAYERS:
+        raise UsageError(f"--layers takes a whole number from 1 to {MAX_LAYERS}")
+    hub_id = hub_id_of(arguments.model)
 
+    def config() -> dict[str, Any]:
+        return _cut(resolve_config(arguments.model).config, layers)
+
+    as_published = hub_id if layers is None and not arguments.merged else None
+    if lacking := stub(config, folder, arguments.python, hub_id=as_published, merged=arguments.merged):
         remark(lacking)
     if arguments.json:
         from memplan.report.machine import print_json
 
-        print_json({"model": found.name, "hub_id": found.hub_id, "folder": str(folder)})
+        print_json({"model": arguments.model, "hub_id": hub_id, "folder": str(folder)})
     else:
         from memplan.streams import say
 
-        say(f"{folder}: {found.name}, a checkpoint of zeros that takes no disk\n")
+        say(f"{folder}: {arguments.model}, a checkpoint of zeros that takes no disk\n")
     return 0
+
+
+def _cut(config: dict[str, Any], layers: int | None) -> dict[str, Any]:
+    """The configuration with so many layers."""
+    if layers is None:
+        return config
+    text = config.get("text_config")  # of one that sees, too
+    if isinstance(text, dict):
+        return {**config, "text_config": {**text, "num_hidden_layers": layers}}
+    return {**config, "num_hidden_layers": layers}

@@ -51,7 +51,8 @@ def environment(
         "TRITON_LIBCUDA_PATH": str(libraries),
     }
     if watching is not None:
-        found["MEMPLAN_WATCH"] = json.dumps({**asdict(watching), "folder": str(watching.folder)})
+        told = {**asdict(watching), "folder": str(watching.folder), "memplan": sys.executable}
+        found["MEMPLAN_WATCH"] = json.dumps(told)
     return found
 
 

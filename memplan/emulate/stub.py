@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,35 +21,54 @@ _PROBE = """
 from importlib.util import find_spec
 raise SystemExit(not (find_spec("torch") and find_spec("transformers")))
 """
+_FROM_HUB = launch.HOOK / "from_hub.py"
 _MAKER = launch.HOOK / "make_checkpoint.py"
 
 
-def stub(config: dict[str, Any], folder: Path, python: str | None, merged: bool = False) -> str:
-    """Make the checkpoint of a configuration in ``folder``, which must not be there or be empty. ``python``:
-    of an environment with transformers (default: memplan's own, else the one that is called ``python``).
-    ``merged``: experts as transformers holds them, not as they are published. Returns what could not be made
-    beside its weights, in a sentence, or nothing. Raises MemplanError; nothing is left behind then."""
-    how = (config.get("quantization_config") or {}).get("quant_method", "mxfp4")
-    if how != "mxfp4":
-        raise MemplanError(
-            f"checkpoints quantized by {shown(how)} can't be made: leave quantization_config out of "
-            "config.json, and have the weights quantized when they are loaded"
-        )
+def stub(
+    config: Callable[[], dict[str, Any]],
+    folder: Path,
+    python: str | None,
+    *,
+    hub_id: str | None = None,
+    merged: bool = False,
+) -> str:
+    """Make a checkpoint in ``folder``, which must not be there or be empty: what the Hub has under ``hub_id``,
+    of which no weights are fetched, or what ``config`` gives where the Hub can't be asked. ``python``: of an environment with transformers (default: memplan's own, else the one that is called
+    ``python``). ``merged``: experts as transformers holds them, not as they are published.
+
+    Returns what could not be made beside its weights, in a sentence, or nothing. Raises MemplanError; nothing
+    is left behind then.
+    """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise MemplanError(f"{shown(str(folder))} is there already and is no empty folder")
+    program = _with_transformers(python)
+    lacking = ""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".memplan-stub-", dir=folder.parent) as place:
             given, made = Path(place, "config.json"), Path(place, "made")
-            given.write_text(json.dumps(config), encoding="utf-8")
             made.mkdir()
-            lacking = _make(_with_transformers(python), given, made, *(["merged"] if merged else []))
+            if hub_id is None or _ask(dict(os.environ), program, _FROM_HUB, hub_id, made).returncode:
+                wanted = config()
+                _check_makeable(wanted)
+                given.write_text(json.dumps(wanted), encoding="utf-8")
+                lacking = _make(program, given, made, *(["merged"] if merged else []))
             if folder.exists():
                 folder.rmdir()
             made.replace(folder)
     except OSError as error:
         raise MemplanError(f"{shown(str(folder))} can't be made: {reason(error)}") from error
     return lacking
+
+
+def _check_makeable(config: dict[str, Any]) -> None:
+    how = (config.get("quantization_config") or {}).get("quant_method", "mxfp4")
+    if how != "mxfp4":
+        raise MemplanError(
+            f"checkpoints quantized by {shown(how)} can't be made: leave quantization_config out of "
+            "config.json, and have the weights quantized when they are loaded"
+        )
 
 
 def _make(python: Path, config: Path, folder: Path, *how: str) -> str:

@@ -160,6 +160,14 @@ def _find(model: str | Path) -> ResolvedConfig:
     return _from_hub(text)
 
 
+def hub_id_of(model: str) -> str | None:
+    """The Hub's name of a model, if that is what it is called by."""
+    is_name = (
+        _HUB_ID.fullmatch(model) and not _looks_like_a_path(model) and _kind(_expanded(model)) == "nothing"
+    )
+    return model if is_name else None
+
+
 def read_from(model: str) -> Path | None:
     """The file that a name of a model is the path of, if it is one."""
     path = _expanded(model)

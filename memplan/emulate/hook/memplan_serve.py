@@ -1,8 +1,8 @@
-"""Weights that take no disk: a model of the Hub whose weights are not on this machine is served as a checkpoint
-of holes, which `memplan stub` makes at the first question for it. Nothing large is downloaded.
+"""Weights that take no disk: a model of the Hub whose weights are not on this machine is served as a
+checkpoint of holes, which `memplan stub` makes at the first question for it. Nothing large is downloaded.
 
-It stands at huggingface_hub's doors, so transformers, PEFT, diffusers and others find it alike. What is in the
-Hub's cache with its weights is taken from there; datasets are none of its business.
+It stands at huggingface_hub's doors, so transformers, PEFT, diffusers and others find it alike. What is in
+the Hub's cache with its weights is taken from there; datasets are none of its business.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _ASKED = ("list_repo_tree", "list_repo_files", "model_info", "repo_info", "file_
 
 
 class Shelf:
-    """Checkpoints that were made, in ``folder``; ``maker``: memplan's Python, with the environment it had."""
+    """Checkpoints that were made, in ``folder``, by memplan in its own Python."""
 
-    def __init__(self, folder: str, maker: list[str], environment: dict[str, str]) -> None:
-        self.folder, self.maker, self.environment = folder, maker, environment
+    def __init__(self, folder: str, memplan: str) -> None:
+        self.folder, self.memplan = folder, memplan
         self.places: dict[str, str | None] = {}  # of each model; None: it is not served
         self.cached: Callable[..., Any] | None = None  # huggingface_hub's own look into its cache
 
@@ -51,8 +51,8 @@ class Shelf:
     def _make(self, repo_id: str) -> str | None:
         place = os.path.join(self.folder, repo_id.replace("/", "--"))
         done = subprocess.run(
-            [*self.maker, "stub", repo_id, place, "--python", sys.executable],
-            env=self.environment,
+            [self.memplan, "-m", "memplan", "stub", repo_id, place, "--python", sys.executable],
+            env=_as_before(),
             capture_output=True,
             text=True,
             check=False,
@@ -78,9 +78,9 @@ class Shelf:
             file = os.path.join(place, told.get("subfolder") or "", filename)
             if os.path.isfile(file):
                 return file
-            from huggingface_hub.errors import LocalEntryNotFoundError
+            from huggingface_hub.errors import EntryNotFoundError
 
-            raise LocalEntryNotFoundError(f"{repo_id} has no {filename}, as memplan serves it")
+            raise EntryNotFoundError(f"{repo_id} has no {filename}, as memplan serves it")
 
         @wraps(look)
         def looking(repo_id: str, filename: str, *args: Any, **told: Any) -> Any:
@@ -121,11 +121,22 @@ class Shelf:
         return asking
 
 
-def start(told: dict[str, Any]) -> None:
-    """Serve from now on. ``told``: the folder, and memplan's Python with its environment."""
+def _as_before() -> dict[str, str]:
+    """The environment without what memplan/emulate/launch.py put into it."""
+    found = {name: value for name, value in os.environ.items() if not name.startswith("MEMPLAN_")}
+    found.pop("TRITON_LIBCUDA_PATH", None)
+    for name in ("LD_LIBRARY_PATH", "PYTHONPATH"):
+        rest = found.pop(name, "").split(os.pathsep)[1:]
+        if rest:
+            found[name] = os.pathsep.join(rest)
+    return found
+
+
+def start(folder: str, memplan: str) -> None:
+    """Serve from now on, from ``folder``. ``memplan``: its Python."""
     from memplan_imports import when_imported
 
-    shelf = Shelf(os.path.join(told["folder"], "checkpoints"), told["maker"], told["environment"])
+    shelf = Shelf(os.path.join(folder, "checkpoints"), memplan)
     when_imported("huggingface_hub.file_download", shelf.prepare_files)
     when_imported("huggingface_hub._snapshot_download", shelf.prepare_snapshots)
     when_imported("huggingface_hub.hf_api", shelf.prepare_api)

@@ -437,10 +437,12 @@ def start(torch: Any) -> None:
     import memplan_deepspeed
     import memplan_integers
     import memplan_ranks
+    import memplan_serve
     from memplan_imports import when_imported
 
     memplan_ranks.prepare(torch)
     told = json.loads(os.environ["MEMPLAN_WATCH"])
+    memplan_serve.start(told["folder"], told["memplan"])
     if torch.cuda.is_available():
         torch.backends.cuda.enable_cudnn_sdp(False)  # which Hopper takes first, and nobody can emulate
         torch.backends.cudnn.enabled = False  # convolutions have ways without it
