@@ -63,6 +63,7 @@ def seen(steps: list[dict[str, Any]] | None = None, **told: Any) -> Seen:
         "ran_out": None,
         "error": None,
         "versions": {"torch": "2.13.0"},
+        "rank": 0,
         "world": 1,
         "device": "dry NVIDIA RTX A6000",
         "peak": peak,
@@ -173,6 +174,12 @@ def test_several_cards_are_told_of() -> None:
     text = printed(lambda console: show_dry_run(found, console))
     assert text.startswith("fits on the 8 × RTX A6000 (emulated): 30.62 of 47.40 GiB needed on each\n")
     assert "rank 0 of 8 ran and stands for all" in text
+    assert "by rank" not in text
+    both = [seen(world=8), seen(world=8, rank=7, steps=[step()])]
+    found = answer(["torchrun"], CARD, both, 0, context=CONTEXT, count=8, asked=1, version="0")
+    text = printed(lambda console: show_dry_run(found, console))
+    assert "by rank, in GiB: 0: 20.00 and 30.00; 7: 1.00 and 1.00." in text.replace("\n", " ")
+    assert "ranks 0, 7 of 8 ran and stand for all" in text.replace("\n", " ")
 
 
 def test_growth_is_told() -> None:
@@ -342,6 +349,7 @@ def test_a_cpu_build_is_refused_with_what_to_do(memplan: Memplan) -> None:
         (["--gpu", "0xa6000", "--", "python", "x.py"], "--gpu takes from 1 to 64 cards, not 0"),
         (["--gpu", "a6000", "--gpu", "h100", "--", "python"], "one kind of card: give one --gpu"),
         (["--gpu", "a6000", "--no-watch", "--json", "--", "python"], "with --no-watch nothing is watched"),
+        (["--gpu", "a6000", "--ranks", "0-7", "--", "python"], "takes numbers of ranks, such as 0,7, or all"),
         (["--gpu", "a6000", "--steps", "0", "--", "python"], "--steps takes a whole number above 0"),
     ],
 )

@@ -76,6 +76,13 @@ def parser() -> Parser:
         "--save", action="store_true", default=False, help="see a checkpoint being written, too"
     )
     result.add_argument(
+        "--ranks",
+        type=_ranks,
+        metavar="R,…",
+        default=(0,),
+        help="the ranks that run, such as 0,7, or all (default: 0, which stands for all)",
+    )
+    result.add_argument(
         "--routing",
         choices=("even", "skewed"),
         default="even",
@@ -156,6 +163,7 @@ def run(arguments: argparse.Namespace) -> int:
             snapshot=arguments.snapshot is not None,
             tape=arguments.tape is not None or arguments.html is not None,
             routing=arguments.routing,
+            ranks=arguments.ranks,
         )
         env = launch.environment(gpu, command, count=count, taken=context, watching=watching)
         status = launch.run(command, env, timeout=arguments.timeout)
@@ -185,6 +193,15 @@ def run(arguments: argparse.Namespace) -> int:
 
         show_dry_run(found, terminal())
     return STATUS_DOES_NOT_FIT if found.verdict == "does not fit" else STATUS_FITS
+
+
+def _ranks(text: str) -> tuple[int, ...]:
+    """Ranks; none stands for all."""
+    if text == "all":
+        return ()
+    if not re.fullmatch(r"\d{1,4}(,\d{1,4})*", text):
+        raise argparse.ArgumentTypeError(f"takes numbers of ranks, such as 0,7, or all, not {shown(text)}")
+    return tuple(sorted({0, *map(int, text.split(","))}))  # what others are given comes from rank 0
 
 
 def _counted(text: str) -> tuple[int, str]:

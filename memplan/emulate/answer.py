@@ -45,6 +45,14 @@ class Stretch(Counters):
     ended: NonNegativeInt
 
 
+class Rank(_Record):
+    """What one of the ranks that ran took in its steps, at most."""
+
+    rank: NonNegativeInt
+    allocated_bytes: NonNegativeInt
+    reserved_bytes: NonNegativeInt
+
+
 class Host(_Record):
     """Of one process, at most after a step: ``tensor_bytes`` of tensors that rest on the host, and
     ``pinned_bytes`` that PyTorch's allocator of pinned memory has, which rounds up to powers of two."""
@@ -105,6 +113,7 @@ class Seen(_Record):
     ran_out: RanOut | None
     error: str | None  # the exception that ended it
     versions: dict[str, str]
+    rank: NonNegativeInt
     world: NonNegativeInt  # ranks
     device: str | None
     peak: Peak | None
@@ -125,7 +134,8 @@ class Seen(_Record):
 class DryRun(_Record):
     """The answer. Bytes. ``needed_bytes``: ``reserved_bytes``, what was reserved at most, and
     ``context_bytes``, what a process takes beside it (assumed); None where it ran out before it had all it
-    wanted. ``allocated_bytes``: at most, in the steps. All are of one of the ``count`` cards. ``loaded``: up
+    wanted. ``allocated_bytes``: at most, in the steps. All are of one of the ``count`` cards, that of the rank
+    which took the most; ``ranks``: all that ran, of ``world``. ``loaded``: up
     to the first forward pass of training; ``evaluation``, ``saving`` and ``afterwards``: None where the
     program did none."""
 
@@ -147,6 +157,8 @@ class DryRun(_Record):
     evaluation: Counters | None
     saving: Counters | None
     afterwards: Counters | None
+    world: int
+    ranks: tuple[Rank, ...]
     host: Host
     peak: Peak | None
     ran_out: RanOut | None
@@ -239,10 +251,10 @@ def answer(
         )
     if worst.world > 1:
         notes.append(
-            f"rank 0 of {worst.world} ran and stands for all, which may take more where they differ; NCCL's "
-            "own buffers, which lie beside, are not counted"
+            f"{_who(users)} of {worst.world} ran{_for_others(users)}; NCCL's own buffers, which lie beside, "
+            "are not counted"
         )
-    if len(users) > 1:
+    elif len(users) > 1:
         notes.append(f"{len(users)} processes used the card; this is of the one that took the most")
     return DryRun(
         memplan_version=version,
@@ -263,6 +275,8 @@ def answer(
         evaluation=worst.most("evaluation"),
         saving=worst.most("saving"),
         afterwards=worst.most("afterwards"),
+        world=worst.world,
+        ranks=tuple(sorted(map(_rank, users), key=lambda one: one.rank)),
         host=worst.host,
         peak=worst.peak,
         ran_out=ran_out,
@@ -273,6 +287,25 @@ def answer(
 
 def _most(seen: Seen) -> tuple[bool, int]:
     return seen.ran_out is not None, max((one.reserved_bytes for one in seen.stretches), default=0)
+
+
+def _rank(seen: Seen) -> Rank:
+    steps = seen.most("step")
+    allocated, reserved = (steps.allocated_bytes, steps.reserved_bytes) if steps is not None else (0, 0)
+    return Rank(rank=seen.rank, allocated_bytes=allocated, reserved_bytes=reserved)
+
+
+def _who(users: Sequence[Seen]) -> str:
+    numbers = sorted({one.rank for one in users})
+    return f"rank {numbers[0]}" if len(numbers) == 1 else f"ranks {', '.join(map(str, numbers))}"
+
+
+def _for_others(users: Sequence[Seen]) -> str:
+    count = len({one.rank for one in users})
+    if count == users[0].world:
+        return ""
+    stands = "stands" if count == 1 else "stand"
+    return f" and {stands} for all, which may take more where they differ (--ranks)"
 
 
 def _never_used(status: int | None) -> str:

@@ -25,7 +25,7 @@ class Watching:
     """What the program's processes write of themselves: to which ``folder``, after how many optimizer
     ``steps`` and which ``wanted`` stretches ("evaluation", "saving"); whether with a ``snapshot`` for
     PyTorch's viewer, and with each allocation of the last step for a ``tape``. ``routing`` of a mixture of
-    experts: tokens "even" among them or "skewed"."""
+    experts: tokens "even" among them or "skewed". ``ranks``: those that run; none: all."""
 
     folder: Path
     steps: int
@@ -33,6 +33,7 @@ class Watching:
     snapshot: bool = False
     tape: bool = False
     routing: str = "even"
+    ranks: tuple[int, ...] = (0,)
 
 
 def environment(

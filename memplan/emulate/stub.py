@@ -33,8 +33,9 @@ def stub(
     hub_id: str | None = None,
     merged: bool = False,
 ) -> str:
-    """Make a checkpoint in ``folder``, which must not be there or be empty: what the Hub has under ``hub_id``,
-    of which no weights are fetched, or what ``config`` gives where the Hub can't be asked. ``python``: of an environment with transformers (default: memplan's own, else the one that is called
+    """Make a checkpoint in ``folder``, which must not be there or be empty: what the Hub has under
+    ``hub_id``, of which no weights are fetched, or what ``config`` gives where the Hub can't be asked.
+    ``python``: of an environment with transformers (default: memplan's own, else the one that is called
     ``python``). ``merged``: experts as transformers holds them, not as they are published.
 
     Returns what could not be made beside its weights, in a sentence, or nothing. Raises MemplanError; nothing

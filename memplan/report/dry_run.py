@@ -71,8 +71,17 @@ def made_by(one: Held) -> str:
     return f"{one.file}:{one.line}"
 
 
+def _of_ranks(answer: DryRun) -> Iterator[str]:
+    if len({one.rank for one in answer.ranks}) > 1:
+        each = (
+            f"{one.rank}: {gib(one.allocated_bytes)} and {gib(one.reserved_bytes)}" for one in answer.ranks
+        )
+        yield f"Allocated and reserved at most, by rank, in GiB: {'; '.join(each)}."
+
+
 def sentences(answer: DryRun) -> Iterator[str]:
     """What has to be said beside the numbers."""
+    yield from _of_ranks(answer)
     resting = [step.resting_bytes for step in answer.steps]
     if len(resting) > 2 and resting[-1] > resting[-2] > resting[-3]:
         yield f"What rests grows by {gib(resting[-1] - resting[-2])} GiB a step: is something kept?"

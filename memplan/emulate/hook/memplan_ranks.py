@@ -1,16 +1,21 @@
-"""One rank stands for all: launchers start as many processes as they are told, and all but rank 0 end soon.
+"""One rank stands for all: launchers start as many processes as they are told, and all but rank 0, or those that
+were asked for, end soon.
 
-Rank 0 has the real process group of a world of that size, over NCCL's functions that do nothing, and over
+Each has the real process group of a world of that size, over NCCL's functions that do nothing, and over
 PyTorch's own FakeProcessGroup in place of Gloo's, which would wait for the others. What they would have sent is
 what it sent itself: objects and tensors of the host here, whole numbers on the card with memplan_integers.py.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import pickle
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
+_PATIENCE = 600.0  # seconds for another rank that is played
 # What a function brings from all ranks, by the names of its arguments: to where, and of what.
 _ALL = {
     "all_gather": ("tensor_list", "tensor"),
@@ -38,8 +43,13 @@ def alone() -> bool:
 
 def leave() -> None:
     """End this process if it is a rank that is not played; launchers think that it has done its work."""
-    if "MEMPLAN_WATCH" in os.environ and alone() and os.environ["RANK"] != "0":
+    if "MEMPLAN_WATCH" in os.environ and alone() and not _played(int(os.environ["RANK"])):
         os._exit(0)
+
+
+def _played(rank: int) -> bool:
+    asked = json.loads(os.environ["MEMPLAN_WATCH"])["ranks"]
+    return not asked or rank in asked  # none: all of them
 
 
 def prepare(torch: Any) -> None:
@@ -54,7 +64,7 @@ def prepare(torch: Any) -> None:
             if hasattr(module, name):
                 setattr(module, name, value)
 
-    for function in (*_objects(), *_waits()):
+    for function in (*_objects(dist), *_waits()):
         put(function.__name__, function)
     put("TCPStore", _store(dist.TCPStore))
     dist.rendezvous.__globals__["TCPStore"] = dist.TCPStore
@@ -65,8 +75,31 @@ def prepare(torch: Any) -> None:
             put(name, _repeating(torch, name, getattr(c10d, name)))
 
 
-def _objects() -> Iterable[Callable[..., None]]:
-    """Objects come from this rank."""
+def _objects(dist: Any) -> Iterable[Callable[..., None]]:
+    """Objects come from this rank; those that one rank gives to all, from that one if it is played."""
+    turns: dict[tuple[int, ...], int] = {}  # of each group
+
+    def given(mine: Any, group: Any, src: int | None, group_src: int | None) -> Any:
+        """What the source gives in this turn; ``mine`` is what it has here."""
+        members = tuple(dist.get_process_group_ranks(group if group is not None else dist.group.WORLD))
+        turns[members] = turn = turns.get(members, 0) + 1
+        source = members[group_src] if group_src is not None else src or 0
+        folder = json.loads(os.environ["MEMPLAN_WATCH"])["folder"]
+        place = os.path.join(folder, f"given-{'-'.join(map(str, members))}-{source}-{turn}")
+        if source == dist.get_rank():
+            with open(f"{place}.part", "wb") as file:
+                pickle.dump(mine, file)
+            os.replace(f"{place}.part", place)
+            return mine
+        if not _played(source):
+            return mine
+        until = time.monotonic() + _PATIENCE
+        while not os.path.exists(place):
+            if time.monotonic() > until:
+                raise TimeoutError(f"rank {source} gives nothing")
+            time.sleep(0.01)
+        with open(place, "rb") as file:
+            return pickle.load(file)
 
     def all_gather_object(object_list: list[Any], obj: Any, group: Any = None) -> None:
         object_list[:] = [obj] * len(object_list)
@@ -75,14 +108,25 @@ def _objects() -> Iterable[Callable[..., None]]:
         if object_gather_list is not None:
             object_gather_list[:] = [obj] * len(object_gather_list)
 
-    def broadcast_object_list(object_list: list[Any], *_: Any, **__: Any) -> None:
-        """They are what they are."""
+    def broadcast_object_list(
+        object_list: list[Any],
+        src: int | None = None,
+        group: Any = None,
+        device: Any = None,
+        group_src: int | None = None,
+    ) -> None:
+        object_list[:] = given(object_list, group, src, group_src)
 
     def scatter_object_list(
-        scatter_object_output_list: list[Any], scatter_object_input_list: Any = None, *_: Any, **__: Any
+        scatter_object_output_list: list[Any],
+        scatter_object_input_list: Any = None,
+        src: int | None = None,
+        group: Any = None,
+        group_src: int | None = None,
     ) -> None:
-        if scatter_object_input_list:
-            scatter_object_output_list[0] = scatter_object_input_list[0]
+        everything = given(scatter_object_input_list, group, src, group_src)
+        if everything:
+            scatter_object_output_list[0] = everything[dist.get_rank(group)]
 
     return all_gather_object, gather_object, broadcast_object_list, scatter_object_list
 

@@ -237,6 +237,8 @@ class Watch:
             f"{found[f'{name}_bytes'] / _GIB:.2f} GiB {name}" for name in ("allocated", "reserved")
         )
         if found["reserved_bytes"]:
+            rank = os.environ.get("RANK", "0")
+            what = f"rank {rank}, {what}" if rank != "0" else what
             print(f"memplan: {what}: {sizes}", file=sys.__stderr__, flush=True)
 
     def _ask(self) -> None:
@@ -348,6 +350,7 @@ class Watch:
             "ran_out": self.ran_out,
             "error": self.error,
             "versions": _versions(),
+            "rank": int(os.environ.get("RANK") or 0),
             "world": int(os.environ.get("WORLD_SIZE") or 1),
             "device": torch.cuda.get_device_name() if used else None,
             "peak": self._peak() if used else None,
