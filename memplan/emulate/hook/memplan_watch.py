@@ -41,6 +41,7 @@ class Watch:
         self.error: str | None = None
         self.names: dict[int, str] = {}  # of modules, by id
         self.optimizers: dict[int, int] = {}  # those that were made, and their steps
+        self.of: dict[int, set[int]] = {}  # the parameters that they were made for
         self.lead, self.depth = 0, 0
         self.stack: list[str] = []
         self.phase = "forward"
@@ -61,7 +62,14 @@ class Watch:
 
         def making(made: Any, *args: Any, **kwargs: Any) -> None:
             make(made, *args, **kwargs)
+            of = {id(one) for group in made.param_groups for one in group["params"]}
+            for other in [
+                other for other, steps in self.optimizers.items() if not steps and other != id(made)
+            ]:
+                if self.of.get(other) == of:  # another one takes its place, which it never took
+                    del self.optimizers[other]
             self.optimizers.setdefault(id(made), 0)
+            self.of[id(made)] = of
 
         optimizer.Optimizer.__init__ = making
         optimizer.register_optimizer_step_pre_hook(self._updating)
@@ -128,8 +136,8 @@ class Watch:
             self.depth -= 1
 
     def stepped(self, optimizer: Any) -> None:
-        """A step is over; of several optimizers, rows are those of the one that stepped first, and the program
-        ends when each has made as many as were asked for, or one ten times as many."""
+        """A step is over; of several optimizers, rows are those of the one that stepped first, and the
+        program ends when each has made as many as were asked for, or one ten times as many."""
         if os.getpid() != self.owner or not self.torch.cuda.is_initialized():
             return
         self.optimizers[id(optimizer)] = self.optimizers.get(id(optimizer), 0) + 1
