@@ -1,8 +1,8 @@
 """One rank stands for all: launchers start as many processes as they are told, and all but rank 0 end soon.
 
-Rank 0 has the real process group of a world of that size, over NCCL's functions that do nothing, and PyTorch's
-own FakeProcessGroup in place of Gloo's, which would wait for the others. What they would have sent is what it
-sent itself: objects and tensors of the host here, whole numbers on the card with memplan_integers.py.
+Rank 0 has the real process group of a world of that size, over NCCL's functions that do nothing, and
+PyTorch's own FakeProcessGroup in place of Gloo's, which would wait for the others. What they would have sent
+is what it sent itself: objects and the host's tensors, and the card's whole numbers (memplan_integers.py).
 """
 
 from __future__ import annotations
