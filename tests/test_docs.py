@@ -94,7 +94,7 @@ def generator() -> ModuleType:
         "plan.schema.json",
         "measurement.schema.json",
         "dry-run.schema.json",
-    ],  # fmt: skip
+    ],
 )
 def test_generated_pages_are_current(page: str) -> None:
     pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()

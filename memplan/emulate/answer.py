@@ -134,9 +134,9 @@ class Seen(_Record):
 class DryRun(_Record):
     """The answer. Bytes. ``needed_bytes``: ``reserved_bytes``, what was reserved at most, and
     ``context_bytes``, what a process takes beside it (assumed); None where it ran out before it had all it
-    wanted. ``allocated_bytes``: at most, in the steps. All are of one of the ``count`` cards, that of the rank
-    which took the most; ``ranks``: all that ran, of ``world``. ``loaded``: up
-    to the first forward pass of training; ``evaluation``, ``saving`` and ``afterwards``: None where the
+    wanted. ``allocated_bytes``: at most, in the steps. All are of one of the ``count`` cards, that of the
+    rank which took the most; ``ranks``: all that ran, of ``world``. ``loaded``: up to the first forward pass
+    of training; ``evaluation``, ``saving`` and ``afterwards``: None where the
     program did none."""
 
     schema_version: int = SCHEMA_VERSION

@@ -1,5 +1,5 @@
-"""DeepSpeed's engine steps PyTorch's optimizer while it is made, to have its states, and once for each part of
-the parameters in what is one step of training: the engine's steps are what counts.
+"""DeepSpeed's engine steps PyTorch's optimizer while it is made, to have its states, and then once for each
+part of the parameters in what is one step of training: the engine's steps are what counts.
 """
 
 from __future__ import annotations

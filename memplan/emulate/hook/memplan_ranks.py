@@ -1,9 +1,9 @@
-"""One rank stands for all: launchers start as many processes as they are told, and all but rank 0, or those that
-were asked for, end soon.
+"""One rank stands for all: launchers start as many processes as they are told, and all but rank 0, or those
+that were asked for, end soon.
 
-Each has the real process group of a world of that size, over NCCL's functions that do nothing, and over
-PyTorch's own FakeProcessGroup in place of Gloo's, which would wait for the others. What they would have sent is
-what it sent itself: objects and tensors of the host here, whole numbers on the card with memplan_integers.py.
+Each has the real process group of a world of that size, over NCCL's functions that do nothing, and PyTorch's
+own FakeProcessGroup in place of Gloo's, which would wait for the others. What they would have sent is what it
+sent itself: objects and the host's tensors, and the card's whole numbers (memplan_integers.py).
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def _on_host(real: Any) -> Any:
         def __new__(cls, _store: Any, rank: int, size: int, *_: Any, **__: Any) -> Any:
             return FakeProcessGroup._create_internal(rank, size)
 
-    FakeProcessGroup._set_sequence_number_for_group = lambda _: None
+    setattr(FakeProcessGroup, "_set_sequence_number_for_group", lambda _: None)  # noqa: B010
     return ProcessGroupGloo
 
 

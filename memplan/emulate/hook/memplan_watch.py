@@ -52,6 +52,7 @@ class Watch:
         self.trained: list[weakref.ref[Any]] = []
         self.optimizers: dict[int, int] = {}  # those that were made, and their steps
         self.made: list[weakref.ref[Any]] = []
+        self.of: dict[int, set[int]] = {}  # the parameters that they were made for
         self.lead, self.depth = 0, 0
         self.stack: list[str] = []
         self.head = False  # whether the forward has come to what ends the model
@@ -73,8 +74,14 @@ class Watch:
 
         def making(made: Any, *args: Any, **kwargs: Any) -> None:
             make(made, *args, **kwargs)
+            of = {id(one) for group in made.param_groups for one in group["params"]}
+            idle = [one for one, steps in self.optimizers.items() if not steps and one != id(made)]
+            for other in idle:
+                if self.of.get(other) == of:  # another one takes its place, which it never took
+                    del self.optimizers[other]
             self.optimizers.setdefault(id(made), 0)
             self.made.append(weakref.ref(made))
+            self.of[id(made)] = of
 
         optimizer.Optimizer.__init__ = making
         optimizer.register_optimizer_step_pre_hook(self._updating)
@@ -189,8 +196,8 @@ class Watch:
             self.depth -= 1
 
     def stepped(self, optimizer: Any) -> None:
-        """A step is over; of several optimizers, rows are those of the one that stepped first, and the program
-        ends when each has made as many as were asked for, or one ten times as many."""
+        """A step is over; of several optimizers, rows are those of the one that stepped first, and the
+        program ends when each has made as many as were asked for, or one ten times as many."""
         if os.getpid() != self.owner or not self.torch.cuda.is_initialized():
             return
         self.optimizers[id(optimizer)] = self.optimizers.get(id(optimizer), 0) + 1
