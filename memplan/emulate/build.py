@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-import zipfile
 from collections import defaultdict
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,16 +28,19 @@ from memplan.errors import MemplanError, reason, shown
 SOURCES = Path(__file__).resolve().parent / "card"
 # where what matters of a library is written; of all others in libraries.c, under a macro of its name
 WRITTEN = {"cudart": "runtime.c", "cuda": "driver.c"}
-LIBRARY = re.compile(r"lib(cu\w+|nccl|nvrtc|nvshmem|nvidia)[\w-]*\.so")
+LIBRARY = re.compile(r"lib(cu\w+|nccl|nvrtc|nvshmem|nvidia|nvToolsExt|nvJitLink)[\w-]*\.so")
 DRIVER, MANAGEMENT = "libcuda.so.1", "libnvidia-ml.so.1"
 # what a library's other functions return: success, but where sizes would be read back that nobody has set:
 # "not supported" as cusolver_common.h, cusparse.h and cufft.h have it
 REFUSED = {"cusolver": 9, "cusparse": 10, "cufft": 16}
 CARD = "libmemplan_card.so"
 ORDER = "order"  # the file that lists them as they have to be loaded
-CUDA = 13  # the release whose structures card/ fills in
-# what has NVIDIA's headers, where the program's environment has not; any release of CUDA 13 does
-HEADERS = ("nvidia-cuda-runtime==13.0.96", "nvidia-cuda-crt==13.0.88")
+# By CUDA's release, NVIDIA's packages with the headers whose structures card/ fills in; they stay the same within
+# a release. What a C compiler sees of crt/ is macros, the same in both.
+CRT = "nvidia-cuda-crt==13.0.88"
+HEADERS = {12: ("nvidia-cuda-runtime-cu12==12.8.90", CRT), 13: ("nvidia-cuda-runtime==13.0.96", CRT)}
+PARTS = ("major", "minor", "patch")
+NEEDED = ("cuda.h", "cuda_runtime_api.h", "crt/host_defines.h")
 
 
 @dataclass
@@ -50,26 +54,18 @@ class Wanted:
 def libraries(program: Program) -> Path:
     """The folder of the libraries for a program, made if it is not there yet. Raises MemplanError if they
     can't be made."""
-    if program.cuda[0] != CUDA:
+    if program.cuda[0] not in HEADERS:
         raise MemplanError(
-            f"PyTorch {program.torch_version} is built for CUDA {program.cuda[0]}, and emulated is "
-            f"CUDA {CUDA}: install a build for it (pip install torch takes one since 2.11)"
+            f"PyTorch {program.torch_version} is built for CUDA {program.cuda[0]}, and emulated are CUDA "
+            f"{' and '.join(map(str, HEADERS))}: install a build for one of them"
         )
-    objects = _objects(program)
-    folder = _cache() / _key(objects)
+    objects, told = _objects(program), _told(program)
+    folder = _cache() / _key(objects, told)
     if (folder / ORDER).is_file():
         return folder
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix="making-", dir=folder.parent))
-        try:
-            build(made, objects, _headers(program), _compiler())
-            with suppress(OSError):  # another dry run was first
-                made.replace(folder)
-        finally:
-            shutil.rmtree(made, ignore_errors=True)
-        if not (folder / ORDER).is_file():
-            raise FileNotFoundError(2, "it is there, but not whole: remove it", str(folder))
+        with _making(folder) as made:
+            build(made, objects, _headers(program), [*_compiler(), *told])
     except OSError as error:
         raise MemplanError(
             f"the card's libraries can't be written to {shown(str(folder))}: {reason(error)}"
@@ -80,11 +76,27 @@ def libraries(program: Program) -> Path:
     return folder
 
 
-def build(out: Path, objects: list[Path], headers: Path, compiler: list[str]) -> None:
+@contextmanager
+def _making(folder: Path) -> Iterator[Path]:
+    """A folder to write to, which becomes ``folder`` once it is whole. Raises OSError."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix="making-", dir=folder.parent))
+    try:
+        yield made
+        try:
+            made.replace(folder)
+        except OSError:
+            if not folder.is_dir():  # else another dry run was first
+                raise
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def build(out: Path, objects: list[Path], headers: list[Path], compiler: list[str]) -> None:
     """Write the libraries that shared objects need into the folder ``out``. Raises CalledProcessError."""
 
     def compile_(to: str, *arguments: Path | str) -> None:
-        flags = ["-shared", "-fPIC", "-O1", "-w", f"-I{headers}", f"-I{SOURCES}"]
+        flags = ["-shared", "-fPIC", "-O1", "-w", *(f"-I{place}" for place in (SOURCES, *headers))]
         subprocess.run(
             [*compiler, *flags, *map(str, arguments), "-ldl", "-lpthread", "-o", str(out / to)],
             check=True,
@@ -93,16 +105,16 @@ def build(out: Path, objects: list[Path], headers: Path, compiler: list[str]) ->
         )
 
     compile_(CARD, SOURCES / "card.c", f"-Wl,-soname,{CARD}")
-    names = _Names(headers)
-    found = {**wanted(objects), DRIVER: Wanted(symbols=names.driver()), MANAGEMENT: Wanted()}
+    header = next(place / "cuda.h" for place in headers if (place / "cuda.h").is_file())
+    driver = Wanted(symbols=_driver(header.read_text(encoding="utf-8")))
+    found = {**wanted(objects), DRIVER: driver, MANAGEMENT: Wanted()}
     for file, library in found.items():
         stem = _stem(file)
         source = SOURCES / WRITTEN.get(stem, "libraries.c")
         rest, script = out / f"{stem}.c", out / f"{stem}.map"
-        absent = sorted(library.symbols - names.defined(source))
-        rest.write_text(
-            "".join(f"int {name}(void) {{ return {REFUSED.get(stem, 0)}; }}\n" for name in absent)
-        )
+        nothing = f"(void) {{ return {REFUSED.get(stem, 0)}; }}\n"
+        # weak: those that are written out take their place
+        rest.write_text("".join(f"__attribute__((weak)) int {name}{nothing}" for name in sorted(library.symbols)))
         options = [f"-D{stem.upper()}", f"-Wl,-soname,{file}"]
         if library.version is not None:
             script.write_text(f"{library.version} {{ global: *; }};\n")
@@ -131,23 +143,12 @@ def wanted(objects: list[Path]) -> dict[str, Wanted]:
     return found
 
 
-class _Names:
-    """What NVIDIA's headers call the driver's functions: ``cuda.h`` has the newest version of one under its
-    plain name."""
-
-    def __init__(self, headers: Path) -> None:
-        self.text = (headers / "cuda.h").read_text()
-        self.renamed = dict(re.findall(r"#\s*define (cu\w+)\s+(cu\w+_v\d+)\s*$", self.text, re.MULTILINE))
-
-    def driver(self) -> set[str]:
-        """All of the driver's functions, which programs look up by name when they run."""
-        names = re.findall(r"^CUresult CUDAAPI (cu\w+)\(", self.text, re.MULTILINE)
-        return {self.renamed.get(name, name) for name in names}
-
-    def defined(self, source: Path) -> set[str]:
-        """The functions that a C file defines, by the names that they have in its library."""
-        names = re.findall(r"^\w[\w *]*?(\w+)\(", source.read_text(), re.MULTILINE)
-        return {self.renamed.get(name, name) for name in names}
+def _driver(header: str) -> set[str]:
+    """All of the driver's functions, which programs look up by name when they run: ``cuda.h`` has the newest
+    version of one under its plain name."""
+    renamed = dict(re.findall(r"#\s*define (cu\w+)\s+(cu\w+_v\d+)\s*$", header, re.MULTILINE))
+    names = re.findall(r"^CUresult CUDAAPI (cu\w+)\(", header, re.MULTILINE)
+    return {renamed.get(name, name) for name in names}
 
 
 def _stem(file: str) -> str:
@@ -165,12 +166,26 @@ def _objects(program: Program) -> list[Path]:
     return found
 
 
-def _key(objects: list[Path]) -> str:
+def _told(program: Program) -> list[str]:
+    """What the libraries say that they are: CUDA's release, and those of cuDNN and NCCL that PyTorch's package asks
+    for."""
+    major, minor = program.cuda
+    asked = {"cudnn": (9, 26, 0), "nccl": (2, 30, 7)}  # PyTorch 2.15's, where there is no such package
+    for metadata in program.torch.parent.glob("torch-*.dist-info/METADATA"):
+        text = metadata.read_text(encoding="utf-8", errors="replace")
+        for name in asked:
+            if found := re.search(rf"^Requires-Dist: nvidia-{name}-cu\d+==(\d+)\.(\d+)\.(\d+)", text, re.MULTILINE):
+                asked[name] = (int(found[1]), int(found[2]), int(found[3]))
+    parts = {f"{name}_{part}": number for name in asked for part, number in zip(PARTS, asked[name], strict=True)}
+    return [f"-DRELEASE={major * 1000 + minor * 10}", *(f"-D{name.upper()}={parts[name]}" for name in parts)]
+
+
+def _key(objects: list[Path], told: list[str]) -> str:
     """Of all that the libraries are made from."""
-    digest = hashlib.sha256()
-    for source in sorted(SOURCES.iterdir()):
+    digest = hashlib.sha256(f"{told} {platform.machine()}".encode())
+    for source in (*sorted(SOURCES.iterdir()), Path(__file__), Path(elf.__file__)):
         digest.update(source.read_bytes())
-    for path in (*objects, Path(__file__)):
+    for path in objects:
         there = path.stat()
         digest.update(f"{path}:{there.st_size}:{there.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]
@@ -191,25 +206,51 @@ def _compiler() -> list[str]:
     raise MemplanError("the card's libraries need a C compiler: install gcc, or pip install ziglang")
 
 
-def _headers(program: Program) -> Path:
-    """The folder with NVIDIA's headers: of the program's environment, else fetched once. Raises MemplanError,
-    CalledProcessError."""
-    fetched = _cache() / "headers"
-    places = [place / f"cu{CUDA}" / "include" for place in (*program.nvidia, fetched / "nvidia")]
-    for place in places:
-        if (place / "cuda_runtime_api.h").is_file() and (place / "crt").is_dir():
-            return place
-    fetched.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(fetched), *HEADERS]
+def _headers(program: Program) -> list[Path]:
+    """The folders with NVIDIA's headers: of the program's environment, else fetched once. Raises MemplanError,
+    OSError."""
+    release = program.cuda[0]
+    fetched = _cache() / f"headers-{release}"
+    there = _includes(program.nvidia, release)
+    if there:
+        return there
+    if not fetched.is_dir():
+        with _making(fetched) as made:
+            _fetch(HEADERS[release], made)
+    return _includes((fetched / "nvidia",), release)
+
+
+def _includes(packages: Iterable[Path], release: int) -> list[Path]:
+    """The folders of NVIDIA's packages that have a release's headers, none if one is missing."""
+    places = [place for package in packages for place in sorted(package.glob("*/include"))]
+    of_release = [place for place in places if _release(place / "cuda.h") in (None, release)]
+    found = [place for place in of_release if any((place / name).is_file() for name in NEEDED)]
+    return found if all(any((place / name).is_file() for place in found) for name in NEEDED) else []
+
+
+def _release(header: Path) -> int | None:
+    """CUDA's release as cuda.h has it, None where there is none."""
     try:
-        subprocess.run(command, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    except subprocess.CalledProcessError as error:
-        raise MemplanError(
-            "NVIDIA's headers can't be fetched from PyPI, and the program's environment has none: "
-            f"pip install {' '.join(HEADERS)} there"
-        ) from error
-    for wheel in fetched.glob("*.whl"):
-        with zipfile.ZipFile(wheel) as packed:
-            packed.extractall(fetched)
-        wheel.unlink()
-    return places[-1]
+        version = re.search(r"^#define CUDA_VERSION (\d+)", header.read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:
+        return None
+    return int(version[1]) // 1000 if version else None
+
+
+def _fetch(packages: tuple[str, ...], to: Path) -> None:
+    """Unpack packages from PyPI. Raises MemplanError."""
+    tools = ([sys.executable, "-m", "pip"], ["uv", "pip"])
+    for tool in tools:
+        with suppress(OSError, subprocess.CalledProcessError):
+            subprocess.run(
+                [*tool, "install", "-q", "--no-deps", "--target", str(to), *packages],
+                check=True,
+                capture_output=True,
+                text=True,
+                stdin=subprocess.DEVNULL,
+            )
+            return
+    raise MemplanError(
+        "NVIDIA's headers can't be fetched from PyPI, and the program's environment has none: "
+        f"pip install {' '.join(packages)} there"
+    )

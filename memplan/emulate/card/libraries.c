@@ -33,13 +33,17 @@ int cublasLtMatmulAlgoGetHeuristic(void *handle, void *operation, void *a, void 
 #endif
 
 #ifdef CUDNN
-size_t cudnnGetVersion(void) { return 91900; }
-size_t cudnnGetCudartVersion(void) { return 13000; }
+size_t cudnnGetVersion(void) { return CUDNN_MAJOR * (CUDNN_MAJOR < 9 ? 1000 : 10000) + CUDNN_MINOR * 100 + CUDNN_PATCH; }
+int cudnnGetProperty(int which, int *value) { /* libraryPropertyType of library_types.h */
+    *value = which == 0 ? CUDNN_MAJOR : which == 1 ? CUDNN_MINOR : CUDNN_PATCH;
+    return 0;
+}
+size_t cudnnGetCudartVersion(void) { return RELEASE; }
 int cudnnCreate(void **handle) { return some(handle); }
 #endif
 
 #ifdef NVRTC /* kernels that PyTorch compiles when they are first used */
-int nvrtcVersion(int *major, int *minor) { *major = 13, *minor = 0; return 0; }
+int nvrtcVersion(int *major, int *minor) { *major = RELEASE / 1000, *minor = RELEASE % 1000 / 10; return 0; }
 int nvrtcCreateProgram(void **program, const char *text, const char *name, int n, const char **headers, const char **names) {
     (void)text, (void)name, (void)n, (void)headers, (void)names;
     return some(program);
@@ -54,7 +58,7 @@ int nvrtcGetLoweredName(void *program, const char *name, const char **lowered) {
 #endif
 
 #ifdef NCCL
-int ncclGetVersion(int *version) { *version = 22809; return 0; }
+int ncclGetVersion(int *version) { *version = NCCL_MAJOR * 10000 + NCCL_MINOR * 100 + NCCL_PATCH; return 0; }
 #endif
 
 #ifdef NVIDIA /* management: what PyTorch looks up by name before it maps expandable segments */
@@ -63,6 +67,6 @@ int nvmlDeviceGetHandleByPciBusId_v2(const char *id, void **device) { (void)id; 
 int nvmlDeviceGetNvLinkRemoteDeviceType(void *device, unsigned link, int *type) { (void)device, (void)link, (void)type; return 3; }
 int nvmlDeviceGetNvLinkRemotePciInfo_v2(void *device, unsigned link, void *info) { (void)device, (void)link, (void)info; return 3; }
 int nvmlDeviceGetComputeRunningProcesses(void *device, unsigned *count, void *infos) { (void)device, (void)infos; *count = 0; return 0; }
-int nvmlSystemGetCudaDriverVersion_v2(int *version) { *version = 13000; return 0; }
+int nvmlSystemGetCudaDriverVersion_v2(int *version) { *version = RELEASE; return 0; }
 int nvmlDeviceGetGpuFabricInfoV(void *device, void *info) { (void)device, (void)info; return 0; } /* state 0: none */
 #endif
