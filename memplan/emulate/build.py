@@ -28,6 +28,8 @@ from memplan.errors import MemplanError, reason, shown
 SOURCES = Path(__file__).resolve().parent / "card"
 # where what matters of a library is written; of all others in libraries.c, under a macro of its name
 WRITTEN = {"cudart": "runtime.c", "cuda": "driver.c"}
+# whose functions are there whether or not PyTorch asks for them: other extensions do, or look them up by name
+DECLARED = {"cudart": "cuda_runtime_api.h", "cuda": "cuda.h"}
 LIBRARY = re.compile(r"lib(cu\w+|nccl|nvrtc|nvshmem|nvidia|nvToolsExt|nvJitLink)[\w-]*\.so")
 DRIVER, MANAGEMENT = "libcuda.so.1", "libnvidia-ml.so.1"
 # what a library's other functions return: success, but where sizes would be read back that nobody has set:
@@ -35,11 +37,10 @@ DRIVER, MANAGEMENT = "libcuda.so.1", "libnvidia-ml.so.1"
 REFUSED = {"cusolver": 9, "cusparse": 10, "cufft": 16}
 CARD = "libmemplan_card.so"
 ORDER = "order"  # the file that lists them as they have to be loaded
-# By CUDA's release, NVIDIA's packages with the headers whose structures card/ fills in; they stay the same within
-# a release. What a C compiler sees of crt/ is macros, the same in both.
+# By CUDA's release, NVIDIA's packages with the headers whose structures card/ fills in, which stay the same
+# within it. What a C compiler sees of crt/ is macros, the same in both.
 CRT = "nvidia-cuda-crt==13.0.88"
 HEADERS = {12: ("nvidia-cuda-runtime-cu12==12.8.90", CRT), 13: ("nvidia-cuda-runtime==13.0.96", CRT)}
-PARTS = ("major", "minor", "patch")
 NEEDED = ("cuda.h", "cuda_runtime_api.h", "crt/host_defines.h")
 
 
@@ -105,16 +106,19 @@ def build(out: Path, objects: list[Path], headers: list[Path], compiler: list[st
         )
 
     compile_(CARD, SOURCES / "card.c", f"-Wl,-soname,{CARD}")
-    header = next(place / "cuda.h" for place in headers if (place / "cuda.h").is_file())
-    driver = Wanted(symbols=_driver(header.read_text(encoding="utf-8")))
-    found = {**wanted(objects), DRIVER: driver, MANAGEMENT: Wanted()}
+    found = {**wanted(objects), DRIVER: Wanted(), MANAGEMENT: Wanted()}
+    for file, library in found.items():
+        if (name := DECLARED.get(_stem(file))) is not None:
+            header = next(path for place in headers if (path := place / name).is_file())
+            library.symbols |= declared(header.read_text(encoding="utf-8"))
     for file, library in found.items():
         stem = _stem(file)
         source = SOURCES / WRITTEN.get(stem, "libraries.c")
         rest, script = out / f"{stem}.c", out / f"{stem}.map"
-        nothing = f"(void) {{ return {REFUSED.get(stem, 0)}; }}\n"
+        nothing = f"(void) {{ return {REFUSED.get(stem, 0)}; }}"
         # weak: those that are written out take their place
-        rest.write_text("".join(f"__attribute__((weak)) int {name}{nothing}" for name in sorted(library.symbols)))
+        lines = [f"__attribute__((weak)) int {name}{nothing}\n" for name in sorted(library.symbols)]
+        rest.write_text("".join(lines))
         options = [f"-D{stem.upper()}", f"-Wl,-soname,{file}"]
         if library.version is not None:
             script.write_text(f"{library.version} {{ global: *; }};\n")
@@ -143,11 +147,11 @@ def wanted(objects: list[Path]) -> dict[str, Wanted]:
     return found
 
 
-def _driver(header: str) -> set[str]:
-    """All of the driver's functions, which programs look up by name when they run: ``cuda.h`` has the newest
-    version of one under its plain name."""
+def declared(header: str) -> set[str]:
+    """The functions of one of NVIDIA's headers, by the names that they have in its library: some have the
+    newest version under a plain name."""
     renamed = dict(re.findall(r"#\s*define (cu\w+)\s+(cu\w+_v\d+)\s*$", header, re.MULTILINE))
-    names = re.findall(r"^CUresult CUDAAPI (cu\w+)\(", header, re.MULTILINE)
+    names = re.findall(r"\b(?:CUDAAPI|CUDARTAPI|CUDARTAPI_CDECL)\s+(\w+)\s*\(", header)
     return {renamed.get(name, name) for name in names}
 
 
@@ -160,24 +164,27 @@ def _stem(file: str) -> str:
 def _objects(program: Program) -> list[Path]:
     found = sorted((program.torch / "lib").glob("*.so"))
     if program.bitsandbytes is not None:
-        found += sorted(
-            program.bitsandbytes.glob(f"libbitsandbytes_cuda{program.cuda[0]}{program.cuda[1]}.so")
-        )
+        found += sorted(program.bitsandbytes.glob(f"libbitsandbytes_cuda{program.cuda[0]}?.so"))
     return found
 
 
 def _told(program: Program) -> list[str]:
-    """What the libraries say that they are: CUDA's release, and those of cuDNN and NCCL that PyTorch's package asks
-    for."""
+    """What the libraries say that they are, as the compiler is told: CUDA's release, and the versions of
+    cuDNN and NCCL that PyTorch's package asks for."""
     major, minor = program.cuda
-    asked = {"cudnn": (9, 26, 0), "nccl": (2, 30, 7)}  # PyTorch 2.15's, where there is no such package
+    versions = {"cudnn": ("9", "26", "0"), "nccl": ("2", "30", "7")}  # 2.15's, where a package names none
     for metadata in program.torch.parent.glob("torch-*.dist-info/METADATA"):
         text = metadata.read_text(encoding="utf-8", errors="replace")
-        for name in asked:
-            if found := re.search(rf"^Requires-Dist: nvidia-{name}-cu\d+==(\d+)\.(\d+)\.(\d+)", text, re.MULTILINE):
-                asked[name] = (int(found[1]), int(found[2]), int(found[3]))
-    parts = {f"{name}_{part}": number for name in asked for part, number in zip(PARTS, asked[name], strict=True)}
-    return [f"-DRELEASE={major * 1000 + minor * 10}", *(f"-D{name.upper()}={parts[name]}" for name in parts)]
+        asked = re.findall(
+            r"^Requires-Dist: nvidia-(cudnn|nccl)-cu\d+==(\d+)\.(\d+)\.(\d+)", text, re.MULTILINE
+        )
+        versions.update({name: tuple(numbers) for name, *numbers in asked})
+    told = {"RELEASE": str(major * 1000 + minor * 10)}
+    for name, numbers in versions.items():
+        told.update(
+            zip((f"{name}_{part}".upper() for part in ("major", "minor", "patch")), numbers, strict=True)
+        )
+    return [f"-D{name}={number}" for name, number in told.items()]
 
 
 def _key(objects: list[Path], told: list[str]) -> str:
@@ -207,8 +214,8 @@ def _compiler() -> list[str]:
 
 
 def _headers(program: Program) -> list[Path]:
-    """The folders with NVIDIA's headers: of the program's environment, else fetched once. Raises MemplanError,
-    OSError."""
+    """The folders with NVIDIA's headers: of the program's environment, else fetched once. Raises
+    MemplanError, OSError."""
     release = program.cuda[0]
     fetched = _cache() / f"headers-{release}"
     there = _includes(program.nvidia, release)

@@ -118,7 +118,12 @@ CUresult cuPointerGetAttribute(void *value, CUpointer_attribute attribute, CUdev
 CUresult cuGetProcAddress(const char *name, void **function, int version, cuuint64_t flags,
                           CUdriverProcAddressQueryResult *found) {
     (void)version, (void)flags;
+    char newer[128];
     *function = dlsym(RTLD_DEFAULT, name);
+    for (int i = 2; !*function && i < 5; i++) { /* some are there under the name of their newest version alone */
+        snprintf(newer, sizeof newer, "%s_v%d", name, i);
+        *function = dlsym(RTLD_DEFAULT, newer);
+    }
     if (!*function) *function = (void *)nothing;
     if (found) *found = CU_GET_PROC_ADDRESS_SUCCESS;
     return CUDA_SUCCESS;

@@ -16,6 +16,7 @@ int cublasGetPointerMode_v2(void *handle, int *mode) { (void)handle; *mode = 0; 
 #ifdef CUBLASLT
 /* Descriptors are made for each product, and nobody reads them: one does for all. */
 static int one(void **handle) { static char descriptor[4096]; *handle = descriptor; return 0; }
+size_t cublasLtGetVersion(void) { return RELEASE / 1000 * 10000 + RELEASE % 1000 * 10; } /* no older than CUDA */
 int cublasLtCreate(void **handle) { return some(handle); }
 int cublasLtMatmulDescCreate(void **d, int compute, int scale) { (void)compute, (void)scale; return one(d); }
 int cublasLtMatrixLayoutCreate(void **l, int type, uint64_t rows, uint64_t columns, int64_t ld) {

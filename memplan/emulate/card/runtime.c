@@ -384,14 +384,12 @@ const char *cudaGetErrorString(cudaError_t e) {
     return e == cudaSuccess ? "no error" : e == cudaErrorMemoryAllocation ? "out of memory" : "an error";
 }
 
-static int nothing(void) { return 0; }
-
 cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void **function, unsigned version,
                                              unsigned long long flags, enum cudaDriverEntryPointQueryResult *found) {
-    (void)version, (void)flags;
-    void *driver = dlopen("libcuda.so.1", RTLD_LAZY);
-    *function = driver ? dlsym(driver, name) : NULL;
-    if (!*function) *function = (void *)nothing;
+    void *driver = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_GLOBAL);
+    int (*look_up)(const char *, void **, int, unsigned long long, int *) = driver ? dlsym(driver, "cuGetProcAddress_v2") : NULL;
+    if (!look_up) return last = cudaErrorInitializationError;
+    look_up(name, function, version, flags, NULL);
     if (found) *found = cudaDriverEntryPointSuccess;
     return cudaSuccess;
 }
