@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -41,7 +41,6 @@ ORDER = "order"  # the file that lists them as they have to be loaded
 # within it. What a C compiler sees of crt/ is macros, the same in both.
 CRT = "nvidia-cuda-crt==13.0.88"
 HEADERS = {12: ("nvidia-cuda-runtime-cu12==12.8.90", CRT), 13: ("nvidia-cuda-runtime==13.0.96", CRT)}
-NEEDED = ("cuda.h", "cuda_runtime_api.h", "crt/host_defines.h")
 
 
 @dataclass
@@ -124,6 +123,7 @@ def build(out: Path, objects: list[Path], headers: list[Path], compiler: list[st
             script.write_text(f"{library.version} {{ global: *; }};\n")
             options.append(f"-Wl,--version-script={script}")
         compile_(file, source, rest, *options, out / CARD, "-Wl,-rpath,$ORIGIN")
+        (out / f"{file.partition('.so')[0]}.so").symlink_to(file)  # as some ask for it
     (out / ORDER).write_text("\n".join([CARD, *found]) + "\n")
 
 
@@ -214,25 +214,26 @@ def _compiler() -> list[str]:
 
 
 def _headers(program: Program) -> list[Path]:
-    """The folders with NVIDIA's headers: of the program's environment, else fetched once. Raises
-    MemplanError, OSError."""
+    """The folders with NVIDIA's headers: of the program's environment, where Triton has some, else fetched
+    once. Raises MemplanError, OSError."""
     release = program.cuda[0]
+    triton = program.torch.parent / "triton" / "backends" / "nvidia" / "include"
+    there = [place for package in program.nvidia for place in sorted(package.glob("*/include"))]
+    if found := _usable([*there, triton], release):
+        return found
     fetched = _cache() / f"headers-{release}"
-    there = _includes(program.nvidia, release)
-    if there:
-        return there
     if not fetched.is_dir():
         with _making(fetched) as made:
             _fetch(HEADERS[release], made)
-    return _includes((fetched / "nvidia",), release)
+    return _usable(sorted(fetched.glob("nvidia/*/include")), release)
 
 
-def _includes(packages: Iterable[Path], release: int) -> list[Path]:
-    """The folders of NVIDIA's packages that have a release's headers, none if one is missing."""
-    places = [place for package in packages for place in sorted(package.glob("*/include"))]
-    of_release = [place for place in places if _release(place / "cuda.h") in (None, release)]
-    found = [place for place in of_release if any((place / name).is_file() for name in NEEDED)]
-    return found if all(any((place / name).is_file() for place in found) for name in NEEDED) else []
+def _usable(places: list[Path], release: int) -> list[Path]:
+    """A folder with a release's headers and one with crt/, if both are there."""
+    of_release = [place for place in places if _release(place / "cuda.h") == release]
+    main = next((place for place in of_release if (place / "cuda_runtime_api.h").is_file()), None)
+    crt = next((place for place in places if (place / "crt" / "host_defines.h").is_file()), None)
+    return [main, crt] if main and crt else []
 
 
 def _release(header: Path) -> int | None:
