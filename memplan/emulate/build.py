@@ -10,6 +10,7 @@ import hashlib
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -204,13 +205,15 @@ def _cache() -> Path:
 
 
 def _compiler() -> list[str]:
-    """A C compiler: the system's, else the one of the package ziglang. Raises MemplanError."""
-    for name in filter(None, (os.environ.get("CC"), "cc", "gcc", "clang")):
-        if shutil.which(name):
-            return [name]
+    """A C compiler: the system's, else Zig's, as the package ziglang has it. Raises MemplanError."""
+    for command in (shlex.split(os.environ.get("CC", "")), ["cc"], ["gcc"], ["clang"], ["zig", "cc"]):
+        if command and shutil.which(command[0]):
+            return command
     if find_spec("ziglang") is not None:
         return [sys.executable, "-m", "ziglang", "cc"]
-    raise MemplanError("the card's libraries need a C compiler: install gcc, or pip install ziglang")
+    raise MemplanError(
+        "the card's libraries need a C compiler: install gcc, or pip install ziglang beside memplan"
+    )
 
 
 def _headers(program: Program) -> list[Path]:
