@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from memplan.errors import MemplanError, shown
 
@@ -16,13 +20,26 @@ _PROBE = """
 import sys
 sys.path = [place for place in sys.path if place]  # not the modules of the folder that it is asked in
 import importlib.util, json
-found = {}
+found = {"executable": sys.executable}
 for name in ("torch", "bitsandbytes", "nvidia"):
     spec = importlib.util.find_spec(name)
     if spec is not None and spec.submodule_search_locations:
         found[name] = list(spec.submodule_search_locations)
 print(json.dumps(found))
 """
+# A sitecustomize of the Pythons behind a launcher, which may be one itself and build packages with others:
+# each tells the same, and the first that has PyTorch ends before its program begins.
+_TELL = f"""
+import contextlib, os, sys
+if not {{*map(os.path.realpath, sys.orig_argv[1:2])}} & {{os.environ["MEMPLAN_LAUNCHER"]}}:
+    with open(os.environ["MEMPLAN_TOLD"], "w") as file, contextlib.redirect_stdout(file):
+        exec({_PROBE!r})
+    if "torch" in found:
+        os._exit(0)
+"""
+# What starts programs in an environment that it knows: tried with the first two, which pass on what is set.
+LAUNCHERS = ("uv", "poetry")
+UNKNOWN = ("conda", "mamba", "micromamba", "pdm", "pipenv", "hatch", "pixi", "rye")
 _INSTALL = "install PyTorch's CUDA build in its environment (pip install torch, on Linux)"
 
 
@@ -46,6 +63,26 @@ def find(command: list[str]) -> Program:
             "docker run -it -v $PWD:/work -w /work python:3.12 bash"
         )
     name = _program(command)
+    told = _behind(command, name) if _is_launcher(name) else _asked(command, name)
+    python = told.pop("executable")
+    found = {name: [Path(place) for place in places] for name, places in told.items()}
+    if "torch" not in found:
+        raise MemplanError(f"{shown(python)} has no PyTorch: {_INSTALL}")
+    torch = found["torch"][0]
+    version, cuda = _built_for(torch)
+    if cuda is None:
+        raise MemplanError(f"the PyTorch of {shown(python)}, {version}, is a CPU build: {_INSTALL}")
+    return Program(
+        torch,
+        version,
+        cuda,
+        found["bitsandbytes"][0] if "bitsandbytes" in found else None,
+        tuple(found.get("nvidia", ())),
+    )
+
+
+def _asked(command: list[str], name: str) -> dict[str, Any]:
+    """What the Python of a program tells. Raises MemplanError."""
     python = interpreter(name)
     _check_flags(_first_line(name)[1:] or command[command.index(name) + 1 :])
     try:
@@ -57,23 +94,50 @@ def find(command: list[str]) -> Program:
             timeout=60,
             stdin=subprocess.DEVNULL,
         )
-        told = json.loads(done.stdout.splitlines()[-1])
+        told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
         raise MemplanError(f"{shown(str(python))} does not run as a Python: {_last_words(error)}") from error
-    found = {name: [Path(place) for place in places] for name, places in told.items()}
-    if "torch" not in found:
-        raise MemplanError(f"{shown(str(python))} has no PyTorch: {_INSTALL}")
-    torch = found["torch"][0]
-    version, cuda = _built_for(torch)
-    if cuda is None:
-        raise MemplanError(f"the PyTorch of {shown(str(python))}, {version}, is a CPU build: {_INSTALL}")
-    return Program(
-        torch,
-        version,
-        cuda,
-        found["bitsandbytes"][0] if "bitsandbytes" in found else None,
-        tuple(found.get("nvidia", ())),
-    )
+    return {**told, "executable": str(python)}
+
+
+def _is_launcher(name: str) -> bool:
+    """Whether a program starts another, in an environment that only it knows: ``uv run``, or a shim of
+    pyenv's. Raises MemplanError for one that nobody has tried."""
+    if Path(name).name in UNKNOWN:
+        raise MemplanError(
+            f"what {shown(name)} starts can't be told: activate its environment, and give memplan the "
+            "command that it would start"
+        )
+    place = shutil.which(name)
+    return Path(name).name in LAUNCHERS or (place is not None and Path(place).parent.name == "shims")
+
+
+def _behind(command: list[str], name: str) -> dict[str, Any]:
+    """What the Python that a launcher starts tells: the command is begun, and ends before the program does
+    anything. Raises MemplanError."""
+    place = shutil.which(name)
+    if place is None:
+        raise MemplanError(f"there is no program {shown(name)}")
+    words = command[command.index(name) :]
+    for at, word in enumerate(words):
+        if _is_python(word):
+            _check_flags(words[at + 1 :])
+    with tempfile.TemporaryDirectory(prefix="memplan-program-") as folder:
+        Path(folder, "sitecustomize.py").write_text(_TELL, encoding="utf-8")
+        file = Path(folder, "told")
+        env = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH")))),
+            "MEMPLAN_TOLD": str(file),
+            "MEMPLAN_LAUNCHER": os.path.realpath(place),
+        }
+        # what it prints while it makes the environment is the user's to see
+        subprocess.run(command, env=env, check=False, stdin=subprocess.DEVNULL, stdout=sys.stderr)
+        try:
+            told: dict[str, Any] = json.loads(file.read_text(encoding="utf-8").splitlines()[-1])
+        except (OSError, ValueError, IndexError) as error:
+            raise MemplanError(f"{shown(name)} starts no Python: see above") from error
+    return told
 
 
 def _program(command: list[str]) -> str:
@@ -103,10 +167,10 @@ def interpreter(name: str) -> Path:
     place = shutil.which(name)
     if place is None:
         raise MemplanError(f"there is no program {shown(name)}")
+    if _is_python(place) or _is_python(str(Path(place).resolve())):
+        return Path(place)
     words = _first_line(name)
     if not words:
-        if re.fullmatch(r"python[\d.]*", Path(place).resolve().name) or re.match(r"python", Path(place).name):
-            return Path(place)
         raise MemplanError(f"{shown(name)} is no Python program: start it as python -m …, or python FILE")
     found = shutil.which(words[0])
     if found is None or not Path(found).name.startswith("python"):
@@ -116,12 +180,22 @@ def interpreter(name: str) -> Path:
     return Path(found)
 
 
+def _is_python(word: str) -> bool:
+    return re.fullmatch(r"python[\d.]*t?", Path(word).name) is not None
+
+
 def _first_line(name: str) -> list[str]:
-    """What a script's first line starts it with, behind `env` and its options; nothing if it is no script."""
+    """What a script's first line starts it with, behind `env` and its options, or, where that was too long
+    for a first line, the second; nothing if it is no script."""
     place = shutil.which(name)
     assert place is not None
     with Path(place).open("rb") as file:
-        first = file.readline(4096)
+        first, second = file.readline(4096), file.readline(4096).decode(errors="replace")
+    # as pip, uv and distlib write it; uv's may be relative to the script
+    if first.startswith(b"#!/bin/sh") and (found := re.match(r"""'''exec' (.+) "\$0" "\$@"\s*$""", second)):
+        relative = re.sub(r"""^"\$\(dirname [^/]*\)"/""", "", found[1])
+        folder = "" if relative == found[1] else Path(place).resolve().parent
+        return [str(Path(folder, *shlex.split(relative)))]
     words = first[2:].decode(errors="replace").split() if first.startswith(b"#!") else []
     if words and Path(words[0]).name == "env":
         behind = next((at for at, word in enumerate(words) if at and not word.startswith("-")), 0)

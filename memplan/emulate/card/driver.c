@@ -1,5 +1,5 @@
 /* libcuda of the card that is not there: what PyTorch's allocator (expandable segments), Triton and memplan ask.
- * Signatures: NVIDIA's cuda.h, 13.0. */
+ * Signatures: NVIDIA's cuda.h, 12.8 and 13.0. */
 #define _GNU_SOURCE
 #include "card.h"
 
@@ -16,7 +16,7 @@ CUresult cuGetErrorString(CUresult e, const char **text) {
     return CUDA_SUCCESS;
 }
 CUresult cuInit(unsigned flags) { (void)flags; return CUDA_SUCCESS; }
-CUresult cuDriverGetVersion(int *version) { *version = 13000; return CUDA_SUCCESS; }
+CUresult cuDriverGetVersion(int *version) { *version = RELEASE; return CUDA_SUCCESS; }
 CUresult cuDeviceGetCount(int *count) { *count = card()->count; return CUDA_SUCCESS; }
 CUresult cuDeviceGet(CUdevice *device, int ordinal) { *device = ordinal; return CUDA_SUCCESS; }
 CUresult cuDeviceGetName(char *name, int length, CUdevice device) {
@@ -118,7 +118,12 @@ CUresult cuPointerGetAttribute(void *value, CUpointer_attribute attribute, CUdev
 CUresult cuGetProcAddress(const char *name, void **function, int version, cuuint64_t flags,
                           CUdriverProcAddressQueryResult *found) {
     (void)version, (void)flags;
+    char newer[128];
     *function = dlsym(RTLD_DEFAULT, name);
+    for (int i = 2; !*function && i < 5; i++) { /* some are there under the name of their newest version alone */
+        snprintf(newer, sizeof newer, "%s_v%d", name, i);
+        *function = dlsym(RTLD_DEFAULT, newer);
+    }
     if (!*function) *function = (void *)nothing;
     if (found) *found = CU_GET_PROC_ADDRESS_SUCCESS;
     return CUDA_SUCCESS;

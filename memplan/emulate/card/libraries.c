@@ -18,6 +18,7 @@ int cublasGetPointerMode_v2(void *handle, int *mode) { (void)handle; *mode = 0; 
 #ifdef CUBLASLT
 /* Descriptors are made for each product, and nobody reads them: one does for all. */
 static int one(void **handle) { static char descriptor[4096]; *handle = descriptor; return 0; }
+size_t cublasLtGetVersion(void) { return RELEASE / 1000 * 10000 + RELEASE % 1000 * 10; } /* no older than CUDA */
 int cublasLtCreate(void **handle) { return some(handle); }
 int cublasLtMatmulDescCreate(void **d, int compute, int scale) { (void)compute, (void)scale; return one(d); }
 int cublasLtMatrixLayoutCreate(void **l, int type, uint64_t rows, uint64_t columns, int64_t ld) {
@@ -35,13 +36,17 @@ int cublasLtMatmulAlgoGetHeuristic(void *handle, void *operation, void *a, void 
 #endif
 
 #ifdef CUDNN
-size_t cudnnGetVersion(void) { return 91900; }
-size_t cudnnGetCudartVersion(void) { return 13000; }
+size_t cudnnGetVersion(void) { return CUDNN_MAJOR * (CUDNN_MAJOR < 9 ? 1000 : 10000) + CUDNN_MINOR * 100 + CUDNN_PATCH; }
+int cudnnGetProperty(int which, int *value) { /* libraryPropertyType of library_types.h */
+    *value = which == 0 ? CUDNN_MAJOR : which == 1 ? CUDNN_MINOR : CUDNN_PATCH;
+    return 0;
+}
+size_t cudnnGetCudartVersion(void) { return RELEASE; }
 int cudnnCreate(void **handle) { return some(handle); }
 #endif
 
 #ifdef NVRTC /* kernels that PyTorch compiles when they are first used */
-int nvrtcVersion(int *major, int *minor) { *major = 13, *minor = 0; return 0; }
+int nvrtcVersion(int *major, int *minor) { *major = RELEASE / 1000, *minor = RELEASE % 1000 / 10; return 0; }
 int nvrtcCreateProgram(void **program, const char *text, const char *name, int n, const char **headers, const char **names) {
     (void)text, (void)name, (void)n, (void)headers, (void)names;
     return some(program);
@@ -64,7 +69,7 @@ static int communicator(struct communicator **c, int ranks, int rank) {
     return 0;
 }
 
-int ncclGetVersion(int *version) { *version = 22809; return 0; }
+int ncclGetVersion(int *version) { *version = NCCL_MAJOR * 10000 + NCCL_MINOR * 100 + NCCL_PATCH; return 0; }
 int ncclGetUniqueId(void *id) { memset(id, 0, 128); return 0; }
 const char *ncclGetErrorString(int e) { (void)e; return "no error"; }
 const char *ncclGetLastError(void *c) { (void)c; return ""; }
@@ -130,6 +135,6 @@ int nvmlDeviceGetHandleByPciBusId_v2(const char *id, void **device) { (void)id; 
 int nvmlDeviceGetNvLinkRemoteDeviceType(void *device, unsigned link, int *type) { (void)device, (void)link, (void)type; return 3; }
 int nvmlDeviceGetNvLinkRemotePciInfo_v2(void *device, unsigned link, void *info) { (void)device, (void)link, (void)info; return 3; }
 int nvmlDeviceGetComputeRunningProcesses(void *device, unsigned *count, void *infos) { (void)device, (void)infos; *count = 0; return 0; }
-int nvmlSystemGetCudaDriverVersion_v2(int *version) { *version = 13000; return 0; }
+int nvmlSystemGetCudaDriverVersion_v2(int *version) { *version = RELEASE; return 0; }
 int nvmlDeviceGetGpuFabricInfoV(void *device, void *info) { (void)device, (void)info; return 0; } /* state 0: none */
 #endif

@@ -1,4 +1,4 @@
-/* libcudart of the card that is not there. Signatures: NVIDIA's cuda_runtime_api.h, 13.0. */
+/* libcudart of the card that is not there. Signatures: NVIDIA's cuda_runtime_api.h, 12.8 and 13.0. */
 #define _GNU_SOURCE
 #include "card.h"
 
@@ -162,8 +162,8 @@ cudaError_t cudaGetSymbolAddress(void **at, const void *symbol) { *at = (void *)
 cudaError_t cudaGetDeviceCount(int *count) { *count = card()->count; return cudaSuccess; }
 cudaError_t cudaGetDevice(int *device) { *device = card_current(); return cudaSuccess; }
 cudaError_t cudaSetDevice(int device) { return card_select(device) ? (last = cudaErrorInvalidDevice) : cudaSuccess; }
-cudaError_t cudaDriverGetVersion(int *version) { *version = 13000; return cudaSuccess; }
-cudaError_t cudaRuntimeGetVersion(int *version) { *version = 13000; return cudaSuccess; }
+cudaError_t cudaDriverGetVersion(int *version) { *version = RELEASE; return cudaSuccess; }
+cudaError_t cudaRuntimeGetVersion(int *version) { *version = RELEASE; return cudaSuccess; }
 
 cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attribute, int device) {
     (void)device;
@@ -234,9 +234,12 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t s, enum cudaStreamCaptureStatus *
     return cudaSuccess;
 }
 cudaError_t cudaStreamGetCaptureInfo(cudaStream_t s, enum cudaStreamCaptureStatus *status, unsigned long long *id,
-                                     cudaGraph_t *graph, const cudaGraphNode_t **on, const cudaGraphEdgeData **edges,
+                                     cudaGraph_t *graph, const cudaGraphNode_t **on,
+#if CUDART_VERSION >= 13000
+                                     const cudaGraphEdgeData **edges,
+#endif
                                      size_t *count) {
-    (void)graph, (void)on, (void)edges;
+    (void)graph, (void)on;
     if (id) *id = 0;
     if (count) *count = 0;
     return cudaStreamIsCapturing(s, status);
@@ -312,7 +315,7 @@ static size_t kernel_slot(const void *function) {
 void __cudaRegisterFunction(void **binary, const char *function, char *device, const char *name, int threads, void *a,
                             void *b, void *c, void *d, int *e) {
     (void)binary, (void)device, (void)threads, (void)a, (void)b, (void)c, (void)d, (void)e;
-    if (!strstr(name, "6reduce") || !strstr(name, "DeviceReduce")) return;
+    if (!strstr(name, "18DeviceReduceKernel") && !strstr(name, "28DeviceReduceSingleTileKernel")) return;
     size_t i = kernel_slot(function);
     kernels[i].function = function;
     kernels[i].name = name;
@@ -344,7 +347,8 @@ static void launched(const void *function, void **arguments) {
     /* DeviceReduceKernel(in, partial sums, number, ...), then DeviceReduceSingleTileKernel(in, out, number, ...) */
     if (strstr(name, "NonZeroOp")) {
         size_t number = *(unsigned long long *)arguments[2], bytes = element(name);
-        const char *at = *(const char **)arguments[0]; /* the iterator begins with its pointer */
+        /* thrust's iterator begins with its pointer, cub's own, as CUDA 12 has it, with its function, which is empty */
+        const char *at = ((const char **)arguments[0])[strstr(name, "22TransformInputIterator") != NULL];
         count = card_values_real() && bytes && card_has(at) ? nonzero(at, number, bytes) : (int)number;
     }
     if (count >= 0 && strstr(name, "DeviceReduceSingleTileKernel")) {
@@ -380,14 +384,18 @@ const char *cudaGetErrorString(cudaError_t e) {
     return e == cudaSuccess ? "no error" : e == cudaErrorMemoryAllocation ? "out of memory" : "an error";
 }
 
-static int nothing(void) { return 0; }
-
 cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void **function, unsigned version,
                                              unsigned long long flags, enum cudaDriverEntryPointQueryResult *found) {
-    (void)version, (void)flags;
-    void *driver = dlopen("libcuda.so.1", RTLD_LAZY);
-    *function = driver ? dlsym(driver, name) : NULL;
-    if (!*function) *function = (void *)nothing;
+    void *driver = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_GLOBAL);
+    int (*look_up)(const char *, void **, int, unsigned long long, int *) = driver ? dlsym(driver, "cuGetProcAddress_v2") : NULL;
+    if (!look_up) return last = cudaErrorInitializationError;
+    look_up(name, function, version, flags, NULL);
     if (found) *found = cudaDriverEntryPointSuccess;
     return cudaSuccess;
 }
+#if CUDART_VERSION < 13000
+cudaError_t cudaGetDriverEntryPoint(const char *name, void **function, unsigned long long flags,
+                                    enum cudaDriverEntryPointQueryResult *found) {
+    return cudaGetDriverEntryPointByVersion(name, function, RELEASE, flags, found);
+}
+#endif

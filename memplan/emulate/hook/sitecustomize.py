@@ -1,5 +1,6 @@
 """Python imports this when a program that is dry-run starts: the card's libraries are loaded before anybody
-asks for NVIDIA's, so that they are taken, and memplan_watch.py is told when PyTorch has been imported."""
+asks for NVIDIA's, so that they are taken, also where somebody asks by path, as PyTorch does; and
+memplan_watch.py is told when PyTorch has been imported."""
 
 import ctypes
 import importlib.machinery
@@ -12,10 +13,8 @@ _HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def _before_torch() -> None:
-    libraries = os.environ["MEMPLAN_CARD_LIBRARIES"]
-    with open(os.path.join(libraries, "order"), encoding="utf-8") as file:
-        for library in file.read().split():
-            ctypes.CDLL(os.path.join(libraries, library), mode=ctypes.RTLD_GLOBAL)
+    for library in _ours():
+        ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
 
 
 def _after_torch(torch: Any) -> None:
@@ -23,6 +22,32 @@ def _after_torch(torch: Any) -> None:
         import memplan_watch
 
         memplan_watch.start(torch)
+
+
+def _ours() -> list[str]:
+    """The card's libraries, as they have to be loaded, the card itself first."""
+    folder = os.environ["MEMPLAN_CARD_LIBRARIES"]
+    with open(os.path.join(folder, "order"), encoding="utf-8") as file:
+        return [os.path.join(folder, library) for library in file.read().split()]
+
+
+def _instead() -> None:
+    """Whoever loads one of NVIDIA's libraries by its path gets the card's, or, of those that PyTorch does not
+    link to, the card itself, which has none of their functions."""
+    ours = _ours()
+    load = ctypes.CDLL.__init__
+
+    def loading(made: Any, name: Any, *args: Any, **kwargs: Any) -> None:
+        asked = os.fsdecode(name) if name is not None else ""
+        file = os.path.basename(asked)
+        same = [one for one in ours if f"{file}.".startswith(f"{os.path.basename(one)}.")]
+        if same:
+            name = same[0]
+        elif f"{os.sep}nvidia{os.sep}" in asked and ".so" in file:
+            name = ours[0]
+        load(made, name, *args, **kwargs)
+
+    setattr(ctypes.CDLL, "__init__", loading)  # noqa: B010  # a method of somebody else's class
 
 
 def _next_one() -> None:
@@ -44,5 +69,6 @@ if "MEMPLAN_CARD_LIBRARIES" in os.environ:
     from memplan_imports import when_imported
 
     memplan_ranks.leave()
+    _instead()
     when_imported("torch", _after_torch, before=_before_torch)
 _next_one()
