@@ -16,6 +16,8 @@ from conftest import Outcome
 from fake_hub import hub
 
 from memplan.emulate.launch import HOOK
+from memplan.emulate.rows import length, write_rows
+from memplan.errors import MemplanError
 
 NAME = "somebody/small"
 HEADER = {
@@ -81,6 +83,41 @@ def test_a_hub_that_does_not_know_it_leaves_the_registry(
         )
     assert (outcome.status, outcome.err) == (0, "")
     assert "model.embed_tokens.weight" in header(tmp_path / "made" / "model.safetensors")
+
+
+# -- rows ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "least", "most", "mean"),
+    [("2048", 2048, 2048, 2048), ("100-300", 100, 300, 200), ("lognormal:600,400,4096", 30, 4096, 600)],
+)
+def test_rows_have_the_lengths_that_were_asked_for(
+    tmp_path: Path, text: str, least: int, most: int, mean: int
+) -> None:
+    (tmp_path / "config.json").write_text('{"vocab_size": 320}')
+    file = write_rows(tmp_path / "rows", 400, length(text), tmp_path)
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    found = [len(row["input_ids"]) for row in rows]
+    assert len(rows) == 400 and least <= min(found) and max(found) <= most
+    assert abs(sum(found) / 400 - mean) < mean / 10
+    assert all(row["labels"] == row["input_ids"] and set(row["attention_mask"]) == {1} for row in rows)
+    assert min(min(row["input_ids"]) for row in rows) > 0 and max(max(row["input_ids"]) for row in rows) < 320
+    with pytest.raises(MemplanError, match="is there already"):
+        write_rows(tmp_path / "rows", 1, length(text), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "0", "9-3", "-5", "lognormal:600,400", "lognormal:0,1,9", "9999999", "2k"]
+)
+def test_lengths_that_are_none(text: str) -> None:
+    with pytest.raises(MemplanError, match="lengths are given as 2048, 100-1200 or lognormal:MEAN,SD,MAX"):
+        length(text)
+
+
+def test_rows_without_a_place_are_refused(memplan: Any, tmp_path: Path) -> None:
+    outcome: Outcome = memplan("stub", "llama-8b", tmp_path / "made", "--lengths", "5")
+    assert outcome.status == 2 and "give it a folder" in outcome.err
 
 
 # -- what serves them ------------------------------------------------------------------------------------

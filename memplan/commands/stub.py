@@ -9,15 +9,19 @@ from typing import Any
 from memplan.asked.fields import MAX_LAYERS
 from memplan.commands.arguments import Parser, UsageError, add_json, add_model, whole
 
+ROWS, LENGTHS = 256, "2048"
+
 EXAMPLES = """\
-config.json as published, safetensors of the right shapes in shards, made of
-holes: 141 GB of a 70B take some KB. A tokenizer of a few words is made, too,
-and a processor for a model that takes pictures. Programs load it as any other
-checkpoint; its weights are zeros.
+Safetensors of the right shapes in shards, made of holes: 141 GB of a 70B take
+some KB. Of a Hub id it is what the Hub has, of whose weights only the headers
+are read; without a network, or of a config.json, what the configuration asks
+for, with a tokenizer of a few words, and a processor for a model that takes
+pictures. Programs load it as any other checkpoint; its weights are zeros.
 
 examples:
   memplan stub llama-70b ./llama-70b
   memplan dry-run --gpu a6000 -- python train.py --model ./llama-70b
+  memplan stub llama-8b ./llama-8b --data ./rows --lengths lognormal:600,400,4096
 """
 
 
@@ -36,6 +40,21 @@ def parser() -> Parser:
         help="experts as transformers holds them, not one by one: loaded on the host, they take none of it",
     )
     result.add_argument(
+        "--data",
+        metavar="FOLDER",
+        default=None,
+        help="write tokenised rows as well, to train.jsonl there",
+    )
+    result.add_argument(
+        "--rows", type=whole, metavar="N", default=None, help=f"how many rows (default: {ROWS})"
+    )
+    result.add_argument(
+        "--lengths",
+        metavar="L",
+        default=None,
+        help=f"their tokens: 2048, 100-1200, or lognormal:MEAN,SD,MAX (default: {LENGTHS})",
+    )
+    result.add_argument(
         "--python",
         metavar="PYTHON",
         default=None,
@@ -47,6 +66,7 @@ def parser() -> Parser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Make it; 0."""
+    from memplan.emulate.rows import MOST, length, write_rows
     from memplan.emulate.stub import stub
     from memplan.importers.resolve import hub_id_of, resolve_config
     from memplan.streams import remark
@@ -54,6 +74,12 @@ def run(arguments: argparse.Namespace) -> int:
     layers, folder = arguments.layers, Path(arguments.folder)
     if layers is not None and not 0 < layers <= MAX_LAYERS:
         raise UsageError(f"--layers takes a whole number from 1 to {MAX_LAYERS}")
+    if arguments.data is None and (arguments.rows is not None or arguments.lengths is not None):
+        raise UsageError("--rows and --lengths are of what --data writes: give it a folder")
+    rows = ROWS if arguments.rows is None else arguments.rows
+    if not 0 < rows <= MOST:
+        raise UsageError(f"--rows takes a whole number from 1 to {MOST:,}")
+    draw = length(arguments.lengths or LENGTHS)
     hub_id = hub_id_of(arguments.model)
 
     def config() -> dict[str, Any]:
@@ -62,14 +88,18 @@ def run(arguments: argparse.Namespace) -> int:
     as_published = hub_id if layers is None and not arguments.merged else None
     if lacking := stub(config, folder, arguments.python, hub_id=as_published, merged=arguments.merged):
         remark(lacking)
+    data = None if arguments.data is None else write_rows(Path(arguments.data), rows, draw, folder)
     if arguments.json:
         from memplan.report.machine import print_json
 
-        print_json({"model": arguments.model, "hub_id": hub_id, "folder": str(folder)})
+        told = {"model": arguments.model, "hub_id": hub_id, "folder": str(folder)}
+        print_json({**told, "data": None if data is None else str(data)})
     else:
         from memplan.streams import say
 
         say(f"{folder}: {arguments.model}, a checkpoint of zeros that takes no disk\n")
+        if data is not None:
+            say(f"{data}: {rows:,} rows of random tokens\n")
     return 0
 
 
