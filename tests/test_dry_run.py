@@ -4,9 +4,12 @@ the rest in an environment that has the build."""
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -525,3 +528,63 @@ def test_nothing_is_left_of_a_checkpoint_that_can_t_be_made(
     assert outcome.status == 2
     assert "transformers can't make this model" in outcome.err
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+# -- ranks that are not there ----------------------------------------------------------------------------
+
+
+def test_a_rank_alone_waits_for_nobody(tmp_path: Path) -> None:
+    """One of a world of eight, on the host; benchmarks/dry_gpu/ranks.py tries the card, too."""
+    torch = pytest.importorskip("torch")
+    if not torch.distributed.is_available():
+        pytest.skip("this PyTorch has no torch.distributed")
+    root = Path(__file__).parent.parent
+    hook = root / "memplan" / "emulate" / "hook"
+    ranks = root / "benchmarks" / "dry_gpu" / "ranks.py"
+    code = (
+        f"import sys, runpy; sys.path.insert(0, {str(hook)!r}); import torch, memplan_ranks; "
+        f"memplan_ranks.prepare(torch); sys.argv = ['ranks.py', '--cpu']; runpy.run_path({str(ranks)!r})"
+    )
+    world = {"WORLD_SIZE": "8", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env={**os.environ, **world},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_step_of_deepspeed_s_engine_is_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often it steps PyTorch's optimizer, and while it is made."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "memplan" / "emulate" / "hook")
+    import importlib
+
+    watch = importlib.import_module("memplan_watch").Watch("unused", 3)
+    counted: list[object] = []
+    watch.stepped = counted.append
+
+    class Engine:
+        def __init__(self) -> None:
+            self.basic_optimizer = "adam"
+            self.part()
+
+        def part(self) -> None:
+            watch._updating(self.basic_optimizer)
+            watch._updated(self.basic_optimizer)
+
+        def _take_model_step(self, lr_kwargs: object) -> None:
+            self.part()
+            self.part()
+
+    module = SimpleNamespace(DeepSpeedEngine=Engine)
+    importlib.import_module("memplan_deepspeed").prepare(watch, module)
+    engine = module.DeepSpeedEngine()
+    assert counted == []
+    engine._take_model_step(None)
+    engine._take_model_step(None)
+    assert counted == ["adam", "adam"]
+    engine.part()
+    assert len(counted) == 3

@@ -142,7 +142,7 @@ def _mode(torch: Any, skewed: bool) -> Any:
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
             name = getattr(func, "__name__", "")
-            if name in _LEFT:
+            if name in _LEFT or (getattr(func, "__module__", None) or "").startswith("torch.distributed"):
                 return func(*args, **kwargs)
             given = [*tensors(args), *tensors(list(kwargs.values()))]
             if not any(one.is_cuda for one in given) and "cuda" not in str(kwargs.get("device", "")):

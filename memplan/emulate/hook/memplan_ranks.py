@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import threading
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -179,11 +180,17 @@ def _repeating(torch: Any, name: str, function: Any) -> Any:
 
     from memplan_integers import values
 
-    told = signature(function)
+    told, inside = signature(function), threading.local()
 
     @wraps(function)
     def repeating(*args: Any, **kwargs: Any) -> Any:
-        done = function(*args, **kwargs)
+        if getattr(inside, "one", False):  # a mode of PyTorch's calls it again, from within
+            return function(*args, **kwargs)
+        inside.one = True
+        try:
+            done = function(*args, **kwargs)
+        finally:
+            inside.one = False
         bound = told.bind(*args, **kwargs)
         bound.apply_defaults()
         given = bound.arguments
