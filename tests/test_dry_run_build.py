@@ -119,7 +119,7 @@ def test_what_is_half_made_is_not_used(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert list(folder.parent.iterdir()) == []
-    with build._making(folder) as made, build._making(folder) as other:  # two at once: the first one stays
+    with build._making(folder), build._making(folder) as other:  # two at once: the first one stays
         (other / "first").touch()
     assert [path.name for path in folder.iterdir()] == ["first"]
     assert list(folder.parent.iterdir()) == [folder]
