@@ -7,7 +7,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
-#define ADDRESSES ((size_t)16 << 40)
+#define ADDRESSES ((size_t)16 << 40) /* fewer where the system has not so many, but four times the memory of all cards */
 #define CARDS 64
 #define PAGE ((size_t)2 << 20) /* the driver's, for all that a caching allocator asks */
 
@@ -15,7 +15,7 @@ static pthread_once_t once = PTHREAD_ONCE_INIT;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static struct card the_card;
 static char *start, *next[CARDS]; /* the next range begins at next, or ends there where addresses go down */
-static size_t each; /* of the addresses, so that one tells its card */
+static size_t addresses, each; /* in all, and of a card, so that one tells its card */
 static int down;
 static size_t used[CARDS];
 static __thread int current;
@@ -32,14 +32,17 @@ static void set_up(void) {
         fprintf(stderr, "memplan: MEMPLAN_CARD does not describe a card; start programs with memplan dry-run\n");
         exit(2);
     }
-    start = mmap(NULL, ADDRESSES, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    for (addresses = ADDRESSES, start = MAP_FAILED; start == MAP_FAILED && addresses / 4 >= c->total * c->count; ) {
+        start = mmap(NULL, addresses, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (start == MAP_FAILED) addresses /= 2;
+    }
     if (start == MAP_FAILED) {
         perror("memplan: addresses for the card");
         exit(2);
     }
     const char *way = getenv("MEMPLAN_CARD_ADDRESSES");
     down = way && !strcmp(way, "down");
-    each = ADDRESSES / c->count;
+    each = addresses / c->count;
     for (int i = 0; i < c->count; i++) {
         size_t first = (size_t)start + i * each;
         next[i] = (char *)((down ? first + each : first + PAGE - 1) / PAGE * PAGE);
@@ -101,7 +104,7 @@ int card_map(char *at, size_t bytes, int on) {
 
 int card_has(const void *at) {
     card();
-    return (const char *)at >= start && (const char *)at < start + ADDRESSES;
+    return (const char *)at >= start && (const char *)at < start + addresses;
 }
 
 static int values_real;
