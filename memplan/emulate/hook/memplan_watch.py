@@ -288,13 +288,13 @@ def _versions() -> dict[str, str]:
 
 def start(torch: Any) -> None:
     """Watch this process, and work out its whole numbers."""
+    import memplan_cudnn
     import memplan_integers
     import memplan_ranks
 
     memplan_ranks.prepare(torch)
     if torch.cuda.is_available():
-        torch.backends.cuda.enable_cudnn_sdp(False)  # which Hopper takes first, and nobody can emulate
-        torch.backends.cudnn.enabled = False  # convolutions have ways without it
+        memplan_cudnn.start(torch)
         torch.distributions.Distribution.set_default_validate_args(False)  # no scale is above zero
         memplan_integers.start(torch)
     Watch(os.environ["MEMPLAN_WATCH"], int(os.environ["MEMPLAN_WATCH_STEPS"])).imported(torch)
