@@ -1,4 +1,4 @@
-"""cuDNN is emulated for convolutions, which take its ways; what else PyTorch asks of it takes those without it."""
+"""cuDNN is emulated for convolutions, which take its ways; what else PyTorch asks of it goes those without."""
 
 from __future__ import annotations
 
