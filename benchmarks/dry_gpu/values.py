@@ -103,6 +103,19 @@ y = x * 1
 assert torch.cuda.max_memory_allocated() - before <= 4 * x.nbytes + (1 << 20)
 del x, y
 
+# convolutions go cuDNN's ways, and unfold nothing; what else asks for cuDNN goes those without
+x = torch.randn(1, 64, 128, 128, device=card, requires_grad=True)
+convolution = nn.Conv2d(64, 64, 3, padding=1, device=card)
+torch.cuda.reset_peak_memory_stats()
+before = torch.cuda.memory_allocated()
+y = convolution(x)
+assert torch.cuda.max_memory_allocated() - before == y.nbytes
+y.sum().backward()
+for layer in (nn.LSTM, nn.GRU, nn.RNN):
+    layer(8, 16, device=card)(torch.randn(5, 2, 8, device=card))[0].sum().backward()
+nn.BatchNorm2d(64, device=card)(x).sum().backward()
+del x, y
+
 # floats are zero wherever somebody asks, whatever lay in that memory before
 stale = torch.full((1000,), -1, device=card)
 del stale

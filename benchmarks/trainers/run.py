@@ -27,6 +27,16 @@ ROOT = HERE.parents[1]
 RESULTS = ROOT / "data" / "dry_runs.json"
 ROWS = 64  # of a data set
 PYPI = {"PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": ""}  # where alone PyTorch's CUDA build is
+LLAMA_FACTORY = {
+    "formatting": "sharegpt",
+    "columns": {"messages": "messages"},
+    "tags": {
+        "role_tag": "role",
+        "content_tag": "content",
+        "user_tag": "user",
+        "assistant_tag": "assistant",
+    },
+}
 QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
 
 
@@ -68,6 +78,10 @@ def data(folder: Path) -> dict[str, str]:
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (place / "train.jsonl").write_text(text, encoding="utf-8")
         found[name] = str(place)
+    listed = json.dumps(
+        {"chats": {"file_name": "train.jsonl", **LLAMA_FACTORY}}
+    )  # it asks for a list of them
+    Path(found["CHAT"], "dataset_info.json").write_text(listed, encoding="utf-8")
     return found
 
 

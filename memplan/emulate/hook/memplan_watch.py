@@ -444,6 +444,7 @@ def _versions() -> dict[str, str]:
 
 def start(torch: Any) -> None:
     """Watch this process, and work out its whole numbers."""
+    import memplan_cudnn
     import memplan_deepspeed
     import memplan_integers
     import memplan_ranks
@@ -454,8 +455,7 @@ def start(torch: Any) -> None:
     told = json.loads(os.environ["MEMPLAN_WATCH"])
     memplan_serve.start(told["folder"], told["memplan"])
     if torch.cuda.is_available():
-        torch.backends.cuda.enable_cudnn_sdp(False)  # which Hopper takes first, and nobody can emulate
-        torch.backends.cudnn.enabled = False  # convolutions have ways without it
+        memplan_cudnn.start(torch)
         torch.distributions.Distribution.set_default_validate_args(False)  # no scale is above zero
         memplan_integers.start(torch, skewed=told["routing"] == "skewed")
     watch = Watch(told)
