@@ -33,7 +33,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--no-double-quant", dest="double_quant", action="store_false")
     parser.add_argument("--no-prepare", dest="prepare", action="store_false")
     parser.add_argument("--open", action="store_true", help="prepare without gradient checkpointing")
-    for name in ("checkpointing", "bf16", "fp16"):
+    for name in ("checkpointing", "bf16", "fp16", "dora", "liger"):
         parser.add_argument(f"--{name}", action="store_true")
     return parser.parse_args()
 
@@ -69,6 +69,7 @@ def lora(asked: argparse.Namespace) -> Any:
         r=asked.r,
         lora_alpha=2 * asked.r,
         lora_dropout=asked.dropout,
+        use_dora=asked.dora,
         target_modules=targets,
     )
 
@@ -95,6 +96,8 @@ def arguments(asked: argparse.Namespace) -> dict[str, Any]:
         "bf16": asked.bf16,
         "fp16": asked.fp16,
         "optim": asked.optim,
+        "use_liger_kernel": asked.liger,  # the loss alone
+        "liger_kernel_config": dict.fromkeys(("rope", "rms_norm", "swiglu"), False) if asked.liger else None,
         "logging_strategy": "no",
         "save_strategy": "no",
         "report_to": "none",
