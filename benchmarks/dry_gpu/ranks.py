@@ -60,7 +60,7 @@ objects: list[object] = [None] * world
 dist.all_gather_object(objects, "mine")
 assert objects == ["mine"] * world
 
-model = nn.Linear(8, 8, device="cuda" if on_card else "cpu")
+model = nn.parallel.DistributedDataParallel(nn.Linear(8, 8, device="cuda" if on_card else "cpu"))
 optimizer = torch.optim.AdamW(model.parameters())
 model(torch.randn(2, 8, device=next(model.parameters()).device)).sum().backward()
 optimizer.step()
