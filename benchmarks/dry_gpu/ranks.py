@@ -60,7 +60,9 @@ objects: list[object] = [None] * world
 dist.all_gather_object(objects, "mine")
 assert objects == ["mine"] * world
 
-model = nn.Linear(8, 8, device="cuda" if on_card else "cpu")
+model: nn.Module = nn.Linear(8, 8, device="cuda" if on_card else "cpu")
+if on_card:  # FakeProcessGroup's futures hold nothing, which DDP's reducer would read
+    model = nn.parallel.DistributedDataParallel(model)
 optimizer = torch.optim.AdamW(model.parameters())
 model(torch.randn(2, 8, device=next(model.parameters()).device)).sum().backward()
 optimizer.step()

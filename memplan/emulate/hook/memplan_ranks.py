@@ -139,10 +139,18 @@ def _waits() -> Iterable[Callable[..., Any]]:
     def monitored_barrier(*_: Any, **__: Any) -> None: ...
     def _store_based_barrier(*_: Any, **__: Any) -> None: ...
 
+    def _verify_params_across_processes(*_: Any, **__: Any) -> None: ...  # DDP's, who are alike
+
     def _create_process_group_wrapper(wrapped_pg: Any, *_: Any, **__: Any) -> Any:
         return wrapped_pg  # not compared with what others send
 
-    return barrier, monitored_barrier, _store_based_barrier, _create_process_group_wrapper
+    return (
+        barrier,
+        monitored_barrier,
+        _store_based_barrier,
+        _verify_params_across_processes,
+        _create_process_group_wrapper,
+    )
 
 
 def _store(real: Any) -> Any:
