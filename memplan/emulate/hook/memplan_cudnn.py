@@ -1,4 +1,4 @@
-"""cuDNN is emulated for convolutions, which take its ways; what else PyTorch asks of it goes those without."""
+"""cuDNN is emulated for convolutions, which take its ways; what else PyTorch asks of it goes without."""
 
 from __future__ import annotations
 
