@@ -1,4 +1,4 @@
-"""docs/dry-run.md, from data/dry_runs.json."""
+"""docs/dry-run.md, from data/dry_runs.json and data/dry_run_matrix.json."""
 
 from __future__ import annotations
 
@@ -15,15 +15,28 @@ def page() -> str:
     """The page."""
     rows = json.loads((ROOT / "data" / "dry_runs.json").read_text(encoding="utf-8"))["rows"]
     through = [row for row in rows if row["why"] is None]
+    matrix = json.loads((ROOT / "data" / "dry_run_matrix.json").read_text(encoding="utf-8"))
     libraries = through[0]["libraries"]
     failed = [f"- `{row['name']}` does not go through: {row['why']}\n" for row in rows if row not in through]
     return (
         TEMPLATE.read_text(encoding="utf-8")
         .replace("{rows}\n", "".join(map(_row, through)))
         .replace("{failed}\n", "\n" + "".join(failed) if failed else "\n")
+        .replace("{matrix}\n", "".join(map(_tried, matrix["rows"])) + "\n")
+        .replace("{matrix_when}", matrix["date"])
         .replace("{when}", f"memplan {through[0]['memplan_version']}")
         .replace("{versions}", ", ".join(f"{name} {version}" for name, version in libraries.items()))
     )
+
+
+def _tried(row: dict[str, Any]) -> str:
+    beside = "beside" if row["beside"] else "–"
+    if row["why"] is not None:
+        return (
+            f"| {row['torch']} | – | {row['python']} | {beside} | does not go through: {row['why']} | – |\n"
+        )
+    needed, last = row["needed_bytes"], row["allocated_bytes"][-1]
+    return f"| {row['torch']} | {row['cuda']} | {row['python']} | {beside} | {needed:,} | {last:,} |\n"
 
 
 def _row(row: dict[str, Any]) -> str:

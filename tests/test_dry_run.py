@@ -368,10 +368,10 @@ def test_options_after_the_program_are_its_own(memplan: Memplan) -> None:
 
 
 def test_a_program_and_what_it_started_are_gone(tmp_path: Path) -> None:
-    """One that hangs, with a child that would, too."""
+    """One that hangs, with a child that would, too, in a session of its own, as launchers start theirs."""
     code = (
         "import pathlib, subprocess, sys, time; "
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], start_new_session=True); "
         f"pathlib.Path({str(tmp_path / 'child')!r}).write_text(str(child.pid)); time.sleep(60)"
     )
     assert run([sys.executable, "-c", code], {}, timeout=3) is None

@@ -4,6 +4,8 @@ made here, tried and removed:
     python benchmarks/dry_gpu/matrix.py                all of them; writes data/dry_run_matrix.json
     python benchmarks/dry_gpu/matrix.py 2.10.0 ...     those with these versions of PyTorch; writes nothing
 
+With --environments FOLDER they are kept there, and those that are there are used.
+
 memplan runs in its own Python, from elsewhere; Pythons are pyenv's. PyTorch comes from PyPI alone, with
 NVIDIA's packages beside it (5 GB) where the environment says so. Exit status 1 if one does not go through.
 """
@@ -42,6 +44,10 @@ class Environment:
     python: str
     beside: bool = False
 
+    @property
+    def name(self) -> str:
+        return f"{self.torch}-{self.python}{'-beside' if self.beside else ''}"
+
 
 ENVIRONMENTS = (
     Environment("2.10.0", "3.10"),
@@ -59,8 +65,8 @@ def python(version: str) -> Path:
     return sorted(root.glob(f"versions/{version}.*/bin/python"))[-1]
 
 
-def make(wanted: Environment, folder: Path) -> Path:
-    """The Python of a virtual environment with what the program needs."""
+def make(wanted: Environment, folder: Path) -> None:
+    """A virtual environment with what the program needs."""
     subprocess.run([python(wanted.python), "-m", "venv", folder], check=True)
     made = folder / "bin" / "python"
 
@@ -77,7 +83,6 @@ def make(wanted: Environment, folder: Path) -> Path:
         pip("--no-deps", next(it.partition(";")[0] for it in asked.splitlines() if it.startswith("triton")))
     pip(*NEEDED)
     pip("--no-deps", *PROGRAMS)
-    return made
 
 
 def dry_run(program: Path, folder: Path) -> dict[str, Any]:
@@ -113,13 +118,17 @@ def main() -> int:
     """The exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("versions", nargs="*", metavar="VERSION", help="of PyTorch (default: all)")
+    parser.add_argument("--environments", type=Path, metavar="FOLDER", help="keep them there, and use them")
     asked = parser.parse_args()
     rows = []
     for wanted in ENVIRONMENTS:
         if asked.versions and wanted.torch not in asked.versions:
             continue
         with tempfile.TemporaryDirectory(prefix="matrix-") as place:
-            program = make(wanted, Path(place) / "environment")
+            folder = (asked.environments or Path(place)) / wanted.name
+            program = folder / "bin" / "python"
+            if not program.exists():
+                make(wanted, folder)
             row = {**asdict(wanted), **dry_run(program, Path(place))}
         rows.append(row)
         words = row["why"] or f"CUDA {row['cuda']}  {row['verdict']}, {row['allocated_bytes'][-1]:,} bytes"

@@ -7,9 +7,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from uuid import uuid4
 
 from memplan.asked.gpus import Gpu
 from memplan.emulate import build, program
@@ -17,6 +19,7 @@ from memplan.emulate.cards import description
 from memplan.ending import in_order
 
 HOOK = Path(__file__).resolve().parent / "hook"
+_MARK = "MEMPLAN_RUN"  # in the environment of all that a program starts
 _GRACE = 5.0  # seconds that a program has to end once it is asked to
 
 
@@ -64,27 +67,40 @@ def run(
     standard error unless ``quiet_stdout`` is off. It and all that it started are gone afterwards, whatever
     happens."""
     stdout = sys.stderr if quiet_stdout else None
+    mark = f"{_MARK}={uuid4().hex}"
+    marked = {**env, _MARK: mark.partition("=")[2]}
     with (
         in_order(),
-        subprocess.Popen(command, env=env, start_new_session=True, stdout=stdout) as process,
+        subprocess.Popen(command, env=marked, start_new_session=True, stdout=stdout) as process,
     ):
         try:
             return process.wait(timeout)
         except subprocess.TimeoutExpired:
             return None
         finally:
-            _end(process)
+            _end(process, mark.encode())
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End what is left of its process group."""
+def _end(process: subprocess.Popen[bytes], mark: bytes) -> None:
+    """End what is left of it: the processes with ``mark`` in their environment, for launchers put theirs into
+    sessions of their own."""
     for number in (signal.SIGINT, signal.SIGKILL):
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, number)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(_GRACE)
-            if number == signal.SIGKILL:
-                return
+        for pid in {process.pid, *_marked(mark)} if process.poll() is None else _marked(mark):
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, number)
+        until = time.monotonic() + _GRACE
+        while time.monotonic() < until and (process.poll() is None or _marked(mark)):
+            time.sleep(0.05)
+
+
+def _marked(mark: bytes) -> set[int]:
+    """Those that run with it; a process that has ended and waits for its parent has no environment any more."""
+    found = set()
+    for place in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if mark in place.read_bytes().split(b"\0"):
+                found.add(int(place.parent.name))
+    return found
 
 
 def _before(place: str, variable: str) -> str:
