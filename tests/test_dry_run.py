@@ -371,7 +371,8 @@ def test_a_program_and_what_it_started_are_gone(tmp_path: Path) -> None:
     """One that hangs, with a child that would, too, in a session of its own, as launchers start theirs."""
     code = (
         "import pathlib, subprocess, sys, time; "
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], start_new_session=True); "
+        "hangs = [sys.executable, '-c', 'import time; time.sleep(60)']; "
+        "child = subprocess.Popen(hangs, start_new_session=True); "
         f"pathlib.Path({str(tmp_path / 'child')!r}).write_text(str(child.pid)); time.sleep(60)"
     )
     assert run([sys.executable, "-c", code], {}, timeout=3) is None
@@ -546,6 +547,7 @@ def test_a_rank_alone_waits_for_nobody(tmp_path: Path) -> None:
         f"memplan_ranks.prepare(torch); sys.argv = ['ranks.py', '--cpu']; runpy.run_path({str(ranks)!r})"
     )
     world = {"WORLD_SIZE": "8", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    world["MEMPLAN_WATCH"] = json.dumps({"folder": str(tmp_path), "ranks": [0]})
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
         env={**os.environ, **world},
@@ -562,7 +564,8 @@ def test_a_step_of_deepspeed_s_engine_is_one_step(monkeypatch: pytest.MonkeyPatc
     monkeypatch.syspath_prepend(Path(__file__).parent.parent / "memplan" / "emulate" / "hook")
     import importlib
 
-    watch = importlib.import_module("memplan_watch").Watch("unused", 3)
+    told = {"folder": "unused", "steps": 3, "wanted": [], "snapshot": False, "tape": False}
+    watch = importlib.import_module("memplan_watch").Watch(told)
     counted: list[object] = []
     watch.stepped = counted.append
 

@@ -94,7 +94,7 @@ def _end(process: subprocess.Popen[bytes], mark: bytes) -> None:
 
 
 def _marked(mark: bytes) -> set[int]:
-    """Those that run with it; a process that has ended and waits for its parent has no environment any more."""
+    """Those that run with it; one that has ended and waits for its parent has no environment any more."""
     found = set()
     for place in Path("/proc").glob("[0-9]*/environ"):
         with suppress(OSError):
