@@ -21,7 +21,7 @@ pictures. Programs load it as any other checkpoint; its weights are zeros.
 examples:
   memplan stub llama-70b ./llama-70b
   memplan dry-run --gpu a6000 -- python train.py --model ./llama-70b
-  memplan stub llama-8b ./llama-8b --data ./rows --lengths lognormal:600,400,4096
+  memplan stub llama-8b ./llama-8b --data rows --lengths lognormal:600,400,4096
 """
 
 
