@@ -189,6 +189,23 @@ def test_what_is_cached_with_its_weights_is_not_served(shelf: Any, tmp_path: Pat
     assert library.hf_hub_download(NAME, "config.json") == str(tmp_path / "small" / "config.json")
 
 
+def test_a_folder_without_weights_is_served(
+    shelf: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    monkeypatch.setattr(shelf, "_make", lambda name: f"made of {name}")
+    library = SimpleNamespace(_get_resolved_checkpoint_files=lambda place, variant: (place, variant))
+    shelf.prepare_transformers(library)
+    resolve = library._get_resolved_checkpoint_files
+    assert resolve(str(folder), None) == (str(folder), None)
+    (folder / "config.json").touch()
+    assert resolve(str(folder), None) == (f"made of {folder}", None)
+    (folder / "model.safetensors.index.json").touch()
+    assert resolve(str(folder), None) == (str(folder), None)
+    assert resolve(NAME, "fp16") == (NAME, "fp16")
+
+
 def test_questions_to_the_hub_about_what_is_served_stay_here(shelf: Any) -> None:
     errors = pytest.importorskip("huggingface_hub.errors")
     library = hub_library({})

@@ -1,5 +1,6 @@
 """Weights that take no disk: a model of the Hub whose weights are not on this machine is served as a
-checkpoint of holes, which `memplan stub` makes at the first question for it. Nothing large is downloaded.
+checkpoint of holes, which `memplan stub` makes at the first question for it, and so is a folder with a
+configuration and no weights. Nothing large is downloaded.
 
 It stands at huggingface_hub's doors, so transformers, PEFT, diffusers and others find it alike. What is in
 the Hub's cache with its weights is taken from there; datasets are none of its business.
@@ -49,7 +50,7 @@ class Shelf:
         return False
 
     def _make(self, repo_id: str) -> str | None:
-        place = os.path.join(self.folder, repo_id.replace("/", "--"))
+        place = os.path.join(self.folder, repo_id.replace(os.sep, "--"))
         done = subprocess.run(
             [self.memplan, "-m", "memplan", "stub", repo_id, place, "--python", sys.executable],
             env=_as_before(),
@@ -103,6 +104,32 @@ class Shelf:
 
         module.snapshot_download = taking
 
+    def prepare_transformers(self, module: Any) -> None:
+        """transformers.modeling_utils, for folders with a configuration and no weights."""
+        name = "_get_resolved_checkpoint_files"
+        resolve = getattr(module, name, None)
+        if resolve is None:
+            return
+
+        @wraps(resolve)
+        def resolving(pretrained_model_name_or_path: Any, *args: Any, **told: Any) -> Any:
+            place = self._of_folder(pretrained_model_name_or_path)
+            return resolve(place or pretrained_model_name_or_path, *args, **told)
+
+        setattr(module, name, resolving)
+
+    def _of_folder(self, folder: Any) -> str | None:
+        if not isinstance(folder, (str, os.PathLike)) or not os.path.isdir(folder):
+            return None
+        files = os.listdir(folder)
+        there = any(fnmatch(file, pattern) for file in files for pattern in (*_WEIGHTS, "*.index.json"))
+        if there or "config.json" not in files:
+            return None
+        name = os.path.abspath(folder)
+        if name not in self.places:
+            self.places[name] = self._make(name)
+        return self.places[name]
+
     def prepare_api(self, module: Any) -> None:
         """huggingface_hub.hf_api."""
         for name in _ASKED:
@@ -140,3 +167,4 @@ def start(folder: str, memplan: str) -> None:
     when_imported("huggingface_hub.file_download", shelf.prepare_files)
     when_imported("huggingface_hub._snapshot_download", shelf.prepare_snapshots)
     when_imported("huggingface_hub.hf_api", shelf.prepare_api)
+    when_imported("transformers.modeling_utils", shelf.prepare_transformers)
