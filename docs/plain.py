@@ -16,7 +16,7 @@ that is wrong in both would agree with itself. So here are scripts as users writ
 (`benchmarks/plain`): `from_pretrained`, the Hugging Face Trainer or TRL's SFTTrainer, nothing of
 memplan's. `python benchmarks/plain/run.py` ran {runs} of them on an emulated card ({device}; {versions}).
 Bytes are `torch.cuda.max_memory_allocated` of the second step and `max_memory_reserved` of the run;
-beside them is what the plan has more or less. All are within 64 KiB and 0.5 %, {allocated} of {runs}
+beside them is what the plan has more or less. {within} of {runs} are within 64 KiB and 0.5 %, {allocated}
 within 8 KiB allocated, {reserved} equal to the byte reserved.
 
 | script | model | options | allocated | | reserved | |
@@ -25,7 +25,11 @@ within 8 KiB allocated, {reserved} equal to the byte reserved.
 What is left: the plan's step has a few scalars less than the Trainer's (its token count, the sum of its
 losses: 2,560 bytes), batches that wait to be accumulated (the Trainer has all of them on the card; 24
 bytes a token and more), and where a third step differs from the second, blocks that lie elsewhere
-(`steps` in `data/plain.json`).
+(`steps` in `data/plain.json`). DoRA in QLoRA: its tensors differ by the 2,560 bytes alone (`memplan
+dry-run --tape`, `memplan diff`), but with them one block is chosen whose rest of almost 1 MiB is too small to be
+split off. Mixtral's reserved bytes: the plan loads a checkpoint that transformers wrote, with merged
+experts; published ones have them one by one and are merged on the card, as the script does here, and
+leave the allocator other segments. That is not modelled yet.
 """
 
 
@@ -37,6 +41,11 @@ def section() -> str:
         runs=len(rows),
         device=rows[0]["device"].removeprefix("dry "),
         versions=", ".join(f"{name} {version}" for name, version in libraries.items()),
+        within=sum(
+            abs(_apart(row["allocated"])) <= 64 << 10
+            and abs(_apart(row["reserved"])) <= 0.005 * row["reserved"]["emulated"]
+            for row in rows
+        ),
         allocated=sum(abs(_apart(row["allocated"])) <= 8 << 10 for row in rows),
         reserved=sum(not _apart(row["reserved"]) for row in rows),
         rows="".join(map(_row, rows)),
