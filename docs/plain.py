@@ -25,11 +25,11 @@ within 8 KiB allocated, {reserved} equal to the byte reserved.
 What is left: the plan's step has a few scalars less than the Trainer's (its token count, the sum of its
 losses: 2,560 bytes), batches that wait to be accumulated (the Trainer has all of them on the card; 24
 bytes a token and more), and where a third step differs from the second, blocks that lie elsewhere
-(`steps` in `data/plain.json`). DoRA in QLoRA: its tensors differ by the 2,560 bytes alone (`memplan
-dry-run --tape`, `memplan diff`), but with them one block is chosen whose rest of almost 1 MiB is too small to be
-split off. Mixtral's reserved bytes: the plan loads a checkpoint that transformers wrote, with merged
-experts; published ones have them one by one and are merged on the card, as the script does here, and
-leave the allocator other segments. That is not modelled yet.
+(`steps` in `data/plain.json`). DoRA in QLoRA: its tensors at the peak differ by 2,560 bytes alone
+(`memplan dry-run --tape`, `memplan diff`); the rest, almost 1 MiB, is of a block that is not split, in the
+plan's simulated allocator only. Mixtral's reserved bytes: the plan loads a checkpoint that transformers
+wrote, with merged experts; published ones have them one by one and are merged while they are loaded, as
+the script does here, and leave the allocator other segments. That is not modelled yet.
 """
 
 
