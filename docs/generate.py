@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from enum import Enum
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -19,6 +21,7 @@ import accuracy
 import claims
 import dry_runs
 import kernels_page
+from pydantic import BaseModel
 
 from memplan.asked.recipe import Recipe, recipe_options
 from memplan.cli import HELP
@@ -66,30 +69,20 @@ def _shown(value: object) -> str:
     return str(value.value if isinstance(value, Enum) else value)
 
 
-def plan_schema() -> str:
-    """docs/plan.schema.json: what `memplan MODEL --json` prints."""
-    return json.dumps(Plan.model_json_schema(mode="serialization"), indent=2) + "\n"
+def schema(record: type[BaseModel]) -> str:
+    """A schema page: what a record is in JSON."""
+    return json.dumps(record.model_json_schema(mode="serialization"), indent=2) + "\n"
 
 
-def dry_run_schema() -> str:
-    """docs/dry-run.schema.json: what `memplan dry-run --json` prints."""
-    return json.dumps(DryRun.model_json_schema(mode="serialization"), indent=2) + "\n"
-
-
-def measurement_schema() -> str:
-    """docs/measurement.schema.json: a file of data/measurements."""
-    return json.dumps(Measurement.model_json_schema(mode="serialization"), indent=2) + "\n"
-
-
-PAGES = {
+PAGES: dict[str, Callable[[], str]] = {
     "accuracy.md": accuracy.page,
     "cli.md": command_line,
     "claims.md": claims.page,
     "dry-run.md": dry_runs.page,
     "kernels.md": kernels_page.page,
-    "dry-run.schema.json": dry_run_schema,
-    "measurement.schema.json": measurement_schema,
-    "plan.schema.json": plan_schema,
+    "dry-run.schema.json": partial(schema, DryRun),
+    "measurement.schema.json": partial(schema, Measurement),
+    "plan.schema.json": partial(schema, Plan),
     "recipe.md": recipe,
 }
 

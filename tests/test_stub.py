@@ -6,7 +6,7 @@ import importlib
 import json
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +19,7 @@ from memplan.emulate.launch import HOOK
 from memplan.emulate.rows import length, write_rows
 from memplan.errors import MemplanError
 
+Memplan = Callable[..., Outcome]
 NAME = "somebody/small"
 HEADER = {
     "w.weight": {"dtype": "F8_E4M3", "shape": [4, 1 << 20], "data_offsets": [0, 4 << 20]},
@@ -39,6 +40,8 @@ FILES = {
 
 
 def header(path: Path) -> dict[str, Any]:
+    """What a file of safetensors, or a folder's only one, says of its tensors."""
+    path = path / "model.safetensors" if path.is_dir() else path
     with path.open("rb") as file:
         found: dict[str, Any] = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
     return {name: value for name, value in found.items() if name != "__metadata__"}
@@ -51,15 +54,27 @@ def empty_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.mark.usefixtures("empty_home")
-def test_of_a_hub_id_only_the_headers_of_its_weights_are_read(
-    memplan: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+@pytest.fixture
+def stub_of(
+    memplan: Memplan, empty_home: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[[str], list[str]]:
+    """Makes tmp_path/made of a Hub id, where the Hub has somebody/small; what was asked for."""
     pytest.importorskip("transformers")
-    with hub(NAME, FILES) as (address, asked):
-        monkeypatch.setenv("HF_ENDPOINT", address)
-        outcome: Outcome = memplan("stub", NAME, tmp_path / "made", "--python", sys.executable)
-    assert (outcome.status, outcome.err) == (0, "")
+
+    def make(hub_id: str) -> list[str]:
+        with hub(NAME, FILES) as (address, asked):
+            monkeypatch.setenv("HF_ENDPOINT", address)
+            outcome = memplan("stub", hub_id, tmp_path / "made", "--python", sys.executable)
+        assert (outcome.status, outcome.err) == (0, "")
+        return asked
+
+    return make
+
+
+def test_of_a_hub_id_only_the_headers_of_its_weights_are_read(
+    stub_of: Callable[[str], list[str]], tmp_path: Path
+) -> None:
+    asked = stub_of(NAME)
     made = tmp_path / "made"
     assert {str(file.relative_to(made)) for file in made.rglob("*") if file.is_file()} == {
         "config.json",
@@ -71,18 +86,116 @@ def test_of_a_hub_id_only_the_headers_of_its_weights_are_read(
     assert sorted(asked) == ["config.json", "sub/model.safetensors bytes=0-100000"]
 
 
-@pytest.mark.usefixtures("empty_home")
 def test_a_hub_that_does_not_know_it_leaves_the_registry(
-    memplan: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    stub_of: Callable[[str], list[str]], tmp_path: Path
+) -> None:
+    stub_of("HuggingFaceTB/SmolLM2-135M")
+    assert "model.embed_tokens.weight" in header(tmp_path / "made")
+
+
+# -- of a configuration ----------------------------------------------------------------------------------
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 128,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 320,
+    "max_position_embeddings": 128, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+}  # fmt: skip
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(CONFIG))
+    return path
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_holes_is_loaded_as_any_other(memplan: Memplan, config: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    outcome = memplan("stub", config, tmp_path / "made", "--layers", "1")
+    assert (outcome.status, outcome.err) == (0, "")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "made")
+    assert model.config.num_hidden_layers == 1
+    assert not any(parameter.any() for parameter in model.parameters())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "made")
+    assert len(tokenizer("w1 w2 unknown")["input_ids"]) == 3
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "made"}
+
+
+@pytest.mark.slow
+def test_experts_are_as_published_and_not_as_loaded(memplan: Memplan, config: Path, tmp_path: Path) -> None:
+    """One by one in Qwen3's files, and in MXFP4's blocks and scales in gpt-oss': 32 numbers in 16 bytes."""
+    pytest.importorskip("transformers", minversion="5.0")
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    few = {**CONFIG, **experts, "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}
+    config.write_text(json.dumps(few))
+    assert memplan("stub", config, tmp_path / "qwen").status == 0
+    assert header(tmp_path / "qwen")["model.layers.0.mlp.experts.3.up_proj.weight"]["shape"] == [64, 64]
+    assert memplan("stub", config, tmp_path / "merged", "--merged").status == 0
+    assert header(tmp_path / "merged")["model.layers.0.mlp.experts.down_proj"]["shape"] == [4, 64, 64]
+    few = {
+        **CONFIG, "num_local_experts": 4, "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss",
+        "quantization_config": {"quant_method": "mxfp4"},
+    }  # fmt: skip
+    config.write_text(json.dumps(few))
+    assert memplan("stub", config, tmp_path / "oss").status == 0
+    found = header(tmp_path / "oss")
+    assert found["model.layers.1.mlp.experts.gate_up_proj_blocks"]["shape"] == [4, 256, 2, 16]
+    assert found["model.layers.1.mlp.experts.down_proj_scales"]["shape"] == [4, 64, 4]
+    assert found["model.layers.1.mlp.experts.down_proj_scales"]["dtype"] == "U8"
+    assert found["model.layers.1.mlp.experts.down_proj_bias"]["dtype"] == "BF16"
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_takes_pictures(memplan: Memplan, config: Path, tmp_path: Path) -> None:
+    """Its processor puts as many tokens for a picture as the model has patches of it."""
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    pytest.importorskip("torchvision")
+    image = pytest.importorskip("PIL.Image")
+    sees = {
+        "depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "out_hidden_size": 64,
+        "deepstack_visual_indexes": [0], "num_position_embeddings": 64, "model_type": "qwen3_vl",
+    }  # fmt: skip
+    few = {
+        "architectures": ["Qwen3VLForConditionalGeneration"], "model_type": "qwen3_vl", "image_token_id": 310,
+        "text_config": {**CONFIG, "model_type": "qwen3_vl_text"}, "vision_config": sees,
+    }  # fmt: skip
+    config.write_text(json.dumps(few))
+    outcome = memplan("stub", config, tmp_path / "made", "--layers", "1")
+    assert (outcome.status, outcome.err) == (0, "")
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "made")
+    said = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "w1"}]}]
+    text = processor.apply_chat_template(said)
+    ids = processor(text=[text], images=[image.new("RGB", (320, 160))], return_tensors="pt")["input_ids"]
+    assert int((ids == 310).sum()) == (320 // 32) * (160 // 32)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "made")
+    assert model.config.text_config.num_hidden_layers == 1
+
+
+def test_other_quantized_checkpoints_are_refused(memplan: Memplan, config: Path, tmp_path: Path) -> None:
+    config.write_text(json.dumps({**CONFIG, "quantization_config": {"quant_method": "bitsandbytes"}}))
+    outcome = memplan("stub", config, tmp_path / "made")
+    assert outcome.status == 2
+    assert "checkpoints quantized by 'bitsandbytes' can't be made" in outcome.err
+
+
+def test_a_folder_with_something_in_it_is_left_alone(memplan: Memplan, config: Path, tmp_path: Path) -> None:
+    outcome = memplan("stub", config, tmp_path)
+    assert outcome.status == 2
+    assert "is no empty folder" in outcome.err
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_nothing_is_left_of_a_checkpoint_that_can_t_be_made(
+    memplan: Memplan, config: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("transformers")
-    with hub(NAME, FILES) as (address, _):
-        monkeypatch.setenv("HF_ENDPOINT", address)
-        outcome: Outcome = memplan(
-            "stub", "HuggingFaceTB/SmolLM2-135M", tmp_path / "made", "--python", sys.executable
-        )
-    assert (outcome.status, outcome.err) == (0, "")
-    assert "model.embed_tokens.weight" in header(tmp_path / "made" / "model.safetensors")
+    config.write_text(json.dumps({**CONFIG, "model_type": "nonesuch"}))
+    outcome = memplan("stub", config, tmp_path / "made", "--python", sys.executable)
+    assert outcome.status == 2
+    assert "transformers can't make this model" in outcome.err
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 # -- rows ------------------------------------------------------------------------------------------------
@@ -115,8 +228,8 @@ def test_lengths_that_are_none(text: str) -> None:
         length(text)
 
 
-def test_rows_without_a_place_are_refused(memplan: Any, tmp_path: Path) -> None:
-    outcome: Outcome = memplan("stub", "llama-8b", tmp_path / "made", "--lengths", "5")
+def test_rows_without_a_place_are_refused(memplan: Memplan, tmp_path: Path) -> None:
+    outcome = memplan("stub", "llama-8b", tmp_path / "made", "--lengths", "5")
     assert outcome.status == 2 and "give it a folder" in outcome.err
 
 

@@ -78,9 +78,8 @@ def data(folder: Path) -> dict[str, str]:
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (place / "train.jsonl").write_text(text, encoding="utf-8")
         found[name] = str(place)
-    listed = json.dumps(
-        {"chats": {"file_name": "train.jsonl", **LLAMA_FACTORY}}
-    )  # it asks for a list of them
+    # LLaMA-Factory asks for a list of them
+    listed = json.dumps({"chats": {"file_name": "train.jsonl", **LLAMA_FACTORY}})
     Path(found["CHAT"], "dataset_info.json").write_text(listed, encoding="utf-8")
     return found
 

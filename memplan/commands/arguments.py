@@ -66,9 +66,14 @@ def add_model(parser: Parser) -> None:
     )
 
 
+def add_switch(parser: argparse._ActionsContainer, name: str, words: str) -> None:
+    """An option without a value; where it is not given it is False, and not left out as others are."""
+    parser.add_argument(name, action="store_true", default=False, help=words)
+
+
 def add_json(parser: argparse._ActionsContainer) -> None:
     """The option --json."""
-    parser.add_argument("--json", action="store_true", default=False, help="print JSON")
+    add_switch(parser, "--json", "print JSON")
 
 
 def positive(text: str) -> float:
@@ -95,12 +100,7 @@ def add_tape(parser: Parser) -> None:
 def add_pictures(parser: Parser) -> None:
     """The options that draw the step, and write it down for other tools."""
     group = parser.add_argument_group("pictures")
-    group.add_argument(
-        "--timeline",
-        action="store_true",
-        default=False,
-        help="draw live bytes over the step by category, in the terminal",
-    )
+    add_switch(group, "--timeline", "draw live bytes over the step by category, in the terminal")
     for option, told in (
         (
             "--html",

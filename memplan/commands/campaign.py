@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memplan.commands.arguments import Parser, add_json, positive
+from memplan.commands.arguments import Parser, add_json, add_switch, positive
 from memplan.errors import MemplanError, reason, shown
 from memplan.streams import remark
 
@@ -53,9 +53,7 @@ def parser() -> Parser:
         default=None,
         help="end a run after S seconds (default: five times its estimate, at least 120)",
     )
-    result.add_argument(
-        "--resume", action="store_true", default=False, help="pass over runs that have a measurement"
-    )
+    add_switch(result, "--resume", "pass over runs that have a measurement")
     result.add_argument(
         "--out", metavar="FOLDER", default=None, help="where measurements are, as for memplan verify"
     )
@@ -65,7 +63,7 @@ def parser() -> Parser:
     result.add_argument(
         "--only", metavar="TEXT", default=None, help="only runs with this text in their names"
     )
-    result.add_argument("--dry-run", action="store_true", default=False, help="list the runs, start none")
+    add_switch(result, "--dry-run", "list the runs, start none")
     add_json(result)
     return result
 

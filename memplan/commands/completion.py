@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
 
-from memplan.commands.arguments import Parser, completions
+from memplan.commands.arguments import Parser, add_switch, completions
 from memplan.streams import say
 
 EXAMPLES = """\
@@ -26,7 +26,7 @@ def parser() -> Parser:
     """The arguments that ``memplan completion`` takes."""
     result = Parser("completion", "Prints a completion script.", "SHELL", EXAMPLES)
     result.add_argument("shell", metavar="SHELL", choices=sorted(_WRITERS), help="bash, zsh or fish")
-    result.add_argument("--json", action="store_true", default=False, help="the same words as JSON")
+    add_switch(result, "--json", "the same words as JSON")
     return result
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from memplan.commands.arguments import Parser, UsageError, add_json, add_recipe, given_options
+from memplan.commands.arguments import Parser, UsageError, add_json, add_recipe, add_switch, given_options
 from memplan.streams import say
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def parser() -> Parser:
         )
     formats = result.add_mutually_exclusive_group()
     add_json(formats)
-    formats.add_argument("--markdown", action="store_true", default=False, help="print Markdown")
+    add_switch(formats, "--markdown", "print Markdown")
     add_recipe(result)
     return result
 

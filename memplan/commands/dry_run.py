@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memplan.commands.arguments import Parser, UsageError, add_json, positive, whole
+from memplan.commands.arguments import Parser, UsageError, add_json, add_switch, positive, whole
 from memplan.emulate.cards import MOST
 from memplan.errors import shown
 
@@ -66,15 +66,8 @@ def parser() -> Parser:
         default=None,
         help=f"end after N optimizer steps (default: {STEPS})",
     )
-    result.add_argument(
-        "--eval",
-        action="store_true",
-        default=False,
-        help="see an evaluation, too (the Trainer makes its own after step N)",
-    )
-    result.add_argument(
-        "--save", action="store_true", default=False, help="see a checkpoint being written, too"
-    )
+    add_switch(result, "--eval", "see an evaluation, too (the Trainer makes its own after step N)")
+    add_switch(result, "--save", "see a checkpoint being written, too")
     result.add_argument(
         "--ranks",
         type=_ranks,
@@ -110,11 +103,8 @@ def parser() -> Parser:
     result.add_argument(
         "--html", metavar="FILE", default=None, help="write a page with the last step's timeline"
     )
-    result.add_argument(
-        "--no-watch",
-        action="store_true",
-        default=False,
-        help="only the card: nothing is watched, and the program's exit status is memplan's",
+    add_switch(
+        result, "--no-watch", "only the card: nothing is watched, and the program's exit status is memplan's"
     )
     add_json(result)
     result.add_argument(
@@ -135,10 +125,8 @@ def run(arguments: argparse.Namespace) -> int:
     steps = STEPS if arguments.steps is None else arguments.steps
     if not steps > 0:
         raise UsageError("--steps takes a whole number above 0")
-    wanted: tuple[Kind, ...] = (
-        *(("evaluation",) if arguments.eval else ()),
-        *(("saving",) if arguments.save else ()),
-    )
+    asked: dict[Kind, bool] = {"evaluation": arguments.eval, "saving": arguments.save}
+    wanted = tuple(kind for kind, given in asked.items() if given)
     files = {name: getattr(arguments, name) for name in ("snapshot", "tape", "html")}
     if arguments.no_watch and (
         wanted or any(files.values()) or arguments.json or arguments.steps is not None

@@ -11,6 +11,7 @@ from memplan.commands.arguments import (
     add_json,
     add_model,
     add_recipe,
+    add_switch,
     applicable,
     given_options,
     modes,
@@ -53,9 +54,7 @@ def parser() -> Parser:
             default=None,
             help=f"{what}, with commas between them (default: {default})",
         )
-    result.add_argument(
-        "--exact", action="store_true", default=False, help="simulate the allocator for each point"
-    )
+    add_switch(result, "--exact", "simulate the allocator for each point")
     add_json(result)
     add_recipe(result, mode=False)
     for action in result._actions:

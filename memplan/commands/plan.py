@@ -11,6 +11,7 @@ from memplan.commands.arguments import (
     add_model,
     add_pictures,
     add_recipe,
+    add_switch,
     add_tape,
     given_options,
 )
@@ -29,11 +30,10 @@ def parser() -> Parser:
     add_model(result)
     add_gpus(result)
     add_json(result)
-    result.add_argument(
+    add_switch(
+        result,
         "--trace",
-        action="store_true",
-        default=False,
-        help="run the libraries' own code instead of memplan's model of it, as memplan trace does",
+        "run the libraries' own code instead of memplan's model of it, as memplan trace does",
     )
     add_tape(result)
     add_pictures(result)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from memplan.asked.fields import MAX_LAYERS
-from memplan.commands.arguments import Parser, UsageError, add_json, add_model, whole
+from memplan.commands.arguments import Parser, UsageError, add_json, add_model, add_switch, whole
 
 ROWS, LENGTHS = 256, "2048"
 
@@ -33,11 +33,10 @@ def parser() -> Parser:
     result.add_argument(
         "--layers", type=whole, metavar="N", default=None, help="only so many layers (default: all)"
     )
-    result.add_argument(
+    add_switch(
+        result,
         "--merged",
-        action="store_true",
-        default=False,
-        help="experts as transformers holds them, not one by one: loaded on the host, they take none of it",
+        "experts as transformers holds them, not one by one: loaded on the host, they take none of it",
     )
     result.add_argument(
         "--data",

@@ -12,6 +12,7 @@ from memplan.commands.arguments import (
     add_json,
     add_model,
     add_recipe,
+    add_switch,
     given_options,
     positive,
     whole,
@@ -48,17 +49,15 @@ def parser() -> Parser:
     add_model(result)
     formats = result.add_mutually_exclusive_group()
     add_json(formats)
-    formats.add_argument("--markdown", action="store_true", default=False, help="print Markdown")
-    formats.add_argument("--html", action="store_true", default=False, help="print one HTML page")
+    add_switch(formats, "--markdown", "print Markdown")
+    add_switch(formats, "--html", "print one HTML page")
     result.add_argument(
         "--out",
         metavar="FOLDER",
         default=None,
         help="where to add the measurement (default: data/measurements of a checkout, else ./measurements)",
     )
-    result.add_argument(
-        "--no-save", action="store_true", default=False, help="write no measurement, only print"
-    )
+    add_switch(result, "--no-save", "write no measurement, only print")
     add_run(result.add_argument_group("run"))
     add_recipe(result)
     return result
@@ -118,9 +117,7 @@ def add_run(group: argparse._ArgumentGroup) -> None:
         default=3600.0,
         help="end the run after S seconds (default: 3600)",
     )
-    group.add_argument(
-        "--anyway", action="store_true", default=False, help="run it even if the plan says that it can't fit"
-    )
+    add_switch(group, "--anyway", "run it even if the plan says that it can't fit")
 
 
 def run(arguments: argparse.Namespace) -> int:

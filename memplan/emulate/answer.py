@@ -126,9 +126,7 @@ class Seen(_Record):
     def most(self, kind: Kind) -> Counters | None:
         """The highest of each counter in all stretches of a kind."""
         found = self.of(kind)
-        if not found:
-            return None
-        return Counters(**{name: max(getattr(one, name) for one in found) for name in Counters.model_fields})
+        return _highest(found) if found else None
 
 
 class DryRun(_Record):
@@ -136,8 +134,7 @@ class DryRun(_Record):
     ``context_bytes``, what a process takes beside it (assumed); None where it ran out before it had all it
     wanted. ``allocated_bytes``: at most, in the steps. All are of one of the ``count`` cards, that of the
     rank which took the most; ``ranks``: all that ran, of ``world``. ``loaded``: up to the first forward pass
-    of training; ``evaluation``, ``saving`` and ``afterwards``: None where the
-    program did none."""
+    of training; ``evaluation``, ``saving`` and ``afterwards``: None where the program did none."""
 
     schema_version: int = SCHEMA_VERSION
     memplan_version: str
@@ -256,6 +253,10 @@ def answer(
         )
     elif len(users) > 1:
         notes.append(f"{len(users)} processes used the card; this is of the one that took the most")
+
+    def unless_it_ran_out(nbytes: int) -> int | None:
+        return nbytes if ran_out is None else None
+
     return DryRun(
         memplan_version=version,
         command=tuple(command),
@@ -263,15 +264,13 @@ def answer(
         count=count,
         total_bytes=total,
         context_bytes=context,
-        allocated_bytes=None
-        if ran_out is not None
-        else max((one.allocated_bytes for one in steps), default=0),
-        reserved_bytes=None if ran_out is not None else reserved,
-        needed_bytes=None if ran_out is not None else reserved + context,
-        headroom_bytes=None if ran_out is not None else room - reserved,
+        allocated_bytes=unless_it_ran_out(max((one.allocated_bytes for one in steps), default=0)),
+        reserved_bytes=unless_it_ran_out(reserved),
+        needed_bytes=unless_it_ran_out(reserved + context),
+        headroom_bytes=unless_it_ran_out(room - reserved),
         verdict=verdict,
         loaded=worst.most("loading"),
-        steps=tuple(Counters(**one.model_dump(include=set(Counters.model_fields))) for one in steps),
+        steps=tuple(_highest([step]) for step in steps),
         evaluation=worst.most("evaluation"),
         saving=worst.most("saving"),
         afterwards=worst.most("afterwards"),
@@ -283,6 +282,11 @@ def answer(
         libraries=worst.versions,
         notes=tuple(notes),
     )
+
+
+def _highest(stretches: Sequence[Stretch]) -> Counters:
+    names = Counters.model_fields
+    return Counters(**{name: max(getattr(one, name) for one in stretches) for name in names})
 
 
 def _most(seen: Seen) -> tuple[bool, int]:

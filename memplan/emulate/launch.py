@@ -67,27 +67,31 @@ def run(
     standard error unless ``quiet_stdout`` is off. It and all that it started are gone afterwards, whatever
     happens."""
     stdout = sys.stderr if quiet_stdout else None
-    mark = f"{_MARK}={uuid4().hex}"
-    marked = {**env, _MARK: mark.partition("=")[2]}
+    run_id = uuid4().hex
     with (
         in_order(),
-        subprocess.Popen(command, env=marked, start_new_session=True, stdout=stdout) as process,
+        subprocess.Popen(
+            command, env={**env, _MARK: run_id}, start_new_session=True, stdout=stdout
+        ) as process,
     ):
         try:
             return process.wait(timeout)
         except subprocess.TimeoutExpired:
             return None
         finally:
-            _end(process, mark.encode())
+            _end(process, f"{_MARK}={run_id}".encode())
 
 
 def _end(process: subprocess.Popen[bytes], mark: bytes) -> None:
-    """End what is left of it: the processes with ``mark`` in their environment, for launchers put theirs into
-    sessions of their own."""
+    """End what is left of it: its process group, and those with ``mark`` in their environment, for launchers
+    put theirs into sessions of their own."""
     for number in (signal.SIGINT, signal.SIGKILL):
-        for pid in {process.pid, *_marked(mark)} if process.poll() is None else _marked(mark):
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, number)
+        for pid in _marked(mark):
             with suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, number)
+                if os.getpgid(pid) != process.pid:
+                    os.kill(pid, number)
         until = time.monotonic() + _GRACE
         while time.monotonic() < until and (process.poll() is None or _marked(mark)):
             time.sleep(0.05)

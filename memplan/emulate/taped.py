@@ -50,22 +50,12 @@ def _tape(step: _Step) -> Tape:
         lived.births.append(Moment(Phase.SETUP, False, False))
     opened: tuple[Phase, str, int | None] | None = None
     for position, (address, size, where, module, line) in enumerate(step.events):
-        phase = _PHASES.get(where, Phase.FORWARD)
-        head = where.endswith(_HEAD) or (where == "backward" and layer_of(module) is None)
+        phase, layer = _PHASES.get(where, Phase.FORWARD), layer_of(module)
+        head = where.endswith(_HEAD) or (where == "backward" and layer is None)
         moment = Moment(phase, where == "recomputation", head)
-        layer = layer_of(module)
-        name = (
-            "step"
-            if phase is Phase.OPTIMIZER
-            else "layers"
-            if layer is not None
-            else "head"
-            if head
-            else "embedding"
-        )
-        if opened != (phase, name, layer):
-            opened = phase, name, layer
-            tape.begin(phase, name, layer, Part.UPDATE if phase is Phase.OPTIMIZER else Part.STEP)
+        if opened != (here := (phase, _name(phase, layer, head), layer)):
+            opened = here
+            tape.begin(*here, Part.UPDATE if phase is Phase.OPTIMIZER else Part.STEP)
         if size:
             tape.module = plain_name(module)
             category = Category.GRADIENTS if position in gradients else Category.TEMPORARIES
@@ -78,6 +68,15 @@ def _tape(step: _Step) -> Tape:
     tape.finish()
     categorise(lived)
     return tape
+
+
+def _name(phase: Phase, layer: int | None, head: bool) -> str:
+    """What a segment is called."""
+    if phase is Phase.OPTIMIZER:
+        return "step"
+    if layer is not None:
+        return "layers"
+    return "head" if head else "embedding"
 
 
 def _last(step: _Step) -> set[int]:

@@ -23,8 +23,7 @@ _WORTH = 64 << 20  # bytes on the host: what is less is nobody's offloading
 
 def show_dry_run(answer: DryRun, console: Console) -> None:
     """Print the answer."""
-    verdict, _, rest = headline(answer).partition(" on the ")
-    console.print(Text.assemble((verdict, VERDICT_STYLES[answer.verdict]), f" on the {rest}"))
+    console.print(Text.assemble((answer.verdict, VERDICT_STYLES[answer.verdict]), f" {_on_what(answer)}"))
     note(console, " ".join(answer.command))
     versions = [f"{name} {version}" for name, version in answer.libraries.items()]
     paragraph(console, versions, "emulated with ", QUIET)
@@ -41,8 +40,12 @@ def show_dry_run(answer: DryRun, console: Console) -> None:
 
 def headline(answer: DryRun) -> str:
     """The verdict, on what, and what is needed of it."""
+    return f"{answer.verdict} {_on_what(answer)}"
+
+
+def _on_what(answer: DryRun) -> str:
     card = short_card(answer.gpu) if answer.count == 1 else f"{answer.count} × {short_card(answer.gpu)}"
-    words = f"{answer.verdict} on the {card} (emulated)"
+    words = f"on the {card} (emulated)"
     if answer.needed_bytes is None:
         return words
     each = " on each" if answer.count > 1 else ""
@@ -55,8 +58,7 @@ def rows(answer: DryRun) -> Iterator[tuple[str, str, str, str]]:
     others = {"evaluation": answer.evaluation, "saving": answer.saving, "afterwards": answer.afterwards}
     for name, found in {"loading": answer.loaded, **steps, **others}.items():
         if found is not None:
-            sizes = (found.allocated_bytes, found.reserved_bytes, found.resting_bytes)
-            yield (name, *map(gib, sizes))  # type: ignore[misc]  # there are three
+            yield name, gib(found.allocated_bytes), gib(found.reserved_bytes), gib(found.resting_bytes)
 
 
 def where(peak: Peak) -> str:

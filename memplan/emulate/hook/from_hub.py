@@ -5,12 +5,12 @@ is fetched as it is. Exit status 1, and nothing is there, if the Hub can't be as
 
 from __future__ import annotations
 
-import json
 import shutil
-import struct
 import sys
 from pathlib import Path
 from typing import Any
+
+import memplan_holes
 
 # what is not fetched: weights, in whatever format
 WEIGHTS = (
@@ -38,26 +38,18 @@ def fetch(repo_id: str, folder: Path) -> bool:
         return False
     shutil.copytree(rest, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*WEIGHTS))
     for file, header in headers.items():
-        _write(folder / file, header)
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        tensors = {name: _as_told(tensor) for name, tensor in header.tensors.items()}
+        memplan_holes.write(folder / file, tensors, header.metadata or {"format": "pt"})
     return True
 
 
-def _write(path: Path, header: Any) -> None:
-    told: dict[str, Any] = {
-        name: {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": list(tensor.data_offsets),
-        }
-        for name, tensor in header.tensors.items()
+def _as_told(tensor: Any) -> dict[str, Any]:
+    return {
+        "dtype": tensor.dtype,
+        "shape": list(tensor.shape),
+        "data_offsets": list(tensor.data_offsets),
     }
-    end = max((tensor["data_offsets"][1] for tensor in told.values()), default=0)
-    text = json.dumps({"__metadata__": header.metadata or {"format": "pt"}, **told}).encode()
-    text += b" " * (-len(text) % 8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + end)
 
 
 if __name__ == "__main__":

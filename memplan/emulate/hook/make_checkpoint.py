@@ -8,11 +8,12 @@ standard output.
 from __future__ import annotations
 
 import json
-import struct
 import sys
 from math import prod
 from pathlib import Path
 from typing import Any
+
+import memplan_holes
 
 STORED = {
     "bfloat16": "BF16", "float16": "F16", "float32": "F32", "uint8": "U8", "int64": "I64", "int32": "I32",
@@ -88,9 +89,7 @@ def _quantized(tensors: Tensors, how: dict[str, Any] | None) -> Tensors:
         return tensors
     found: Tensors = {}
     for name, (dtype, shape) in tensors.items():
-        if (
-            len(shape) == 3
-        ):  # experts, which alone are: 32 numbers in 16 bytes and one scale, along what goes in
+        if len(shape) == 3:  # experts alone: 32 numbers in 16 bytes and one scale, along what goes in
             expert, inward, outward = shape
             found[f"{name}_blocks"] = ("U8", [expert, outward, inward // 32, 16])
             found[f"{name}_scales"] = ("U8", [expert, outward, inward // 32])
@@ -100,7 +99,7 @@ def _quantized(tensors: Tensors, how: dict[str, Any] | None) -> Tensors:
 
 
 def _holes(folder: Path, tensors: Tensors) -> None:
-    """Safetensors whose data nobody wrote: zeros that the file system does not store."""
+    """The tensors in one file, or in several and their index."""
     shards: list[Tensors] = [{}]
     size = total = 0
     for name, (dtype, shape) in tensors.items():
@@ -123,16 +122,12 @@ def _holes(folder: Path, tensors: Tensors) -> None:
 
 
 def _shard(path: Path, tensors: Tensors) -> None:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    told = {}
     end = 0
     for name, (dtype, shape) in tensors.items():
         start, end = end, end + prod(shape) * ITEMSIZE[dtype]
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + end)
+        told[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    memplan_holes.write(path, told, {"format": "pt"})
 
 
 def _tokenizer(folder: Path, marks: dict[str, int], image: str = "", video: str = "") -> None:

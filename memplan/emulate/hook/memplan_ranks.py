@@ -49,7 +49,7 @@ def leave() -> None:
 
 
 def _played(rank: int) -> bool:
-    asked = json.loads(os.environ["MEMPLAN_WATCH"])["ranks"]
+    asked = _told()["ranks"]
     return not asked or rank in asked  # none: all of them
 
 
@@ -76,6 +76,12 @@ def prepare(torch: Any) -> None:
             put(name, _repeating(torch, name, getattr(c10d, name)))
 
 
+def _told() -> dict[str, Any]:
+    """What memplan/emulate/launch.py tells of the run."""
+    found: dict[str, Any] = json.loads(os.environ["MEMPLAN_WATCH"])
+    return found
+
+
 def _objects(dist: Any) -> Iterable[Callable[..., None]]:
     """Objects come from this rank; those that one rank gives to all, from that one if it is played."""
     turns: dict[tuple[int, ...], int] = {}  # of each group
@@ -85,8 +91,7 @@ def _objects(dist: Any) -> Iterable[Callable[..., None]]:
         members = tuple(dist.get_process_group_ranks(group if group is not None else dist.group.WORLD))
         turns[members] = turn = turns.get(members, 0) + 1
         source = members[group_src] if group_src is not None else src or 0
-        folder = json.loads(os.environ["MEMPLAN_WATCH"])["folder"]
-        place = os.path.join(folder, f"given-{'-'.join(map(str, members))}-{source}-{turn}")
+        place = os.path.join(_told()["folder"], f"given-{'-'.join(map(str, members))}-{source}-{turn}")
         if source == dist.get_rank():
             with open(f"{place}.part", "wb") as file:
                 pickle.dump(mine, file)

@@ -12,11 +12,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from fnmatch import fnmatch
 from functools import wraps
 from typing import Any
 
-_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 # HfApi's questions that need a network; where it can't be had, programs go on without an answer
 _ASKED = ("list_repo_tree", "list_repo_files", "model_info", "repo_info", "file_exists")
 
@@ -33,20 +32,24 @@ class Shelf:
         """The folder of a model that is served, made if need be."""
         if repo_type not in (None, "model") or not isinstance(repo_id, str) or os.path.isdir(repo_id):
             return None
-        if repo_id not in self.places:
-            self.places[repo_id] = None  # what asks for it while it is made, and if it can't be
-            if not self._has_weights(repo_id, cache):
-                self.places[repo_id] = self._make(repo_id)
-        return self.places[repo_id]
+        if repo_id not in self.places and self._is_cached(repo_id, cache):
+            self.places[repo_id] = None
+        return self._served(repo_id)
 
-    def _has_weights(self, repo_id: str, cache: Any) -> bool:
+    def _served(self, name: str) -> str | None:
+        if name not in self.places:
+            self.places[name] = self._make(name)
+        return self.places[name]
+
+    def _is_cached(self, repo_id: str, cache: Any) -> bool:
+        """Whether the Hub's cache has it with weights."""
         assert self.cached is not None
         names = ("config.json", "adapter_config.json", "model_index.json", "preprocessor_config.json")
         for name in names:
             found = self.cached(repo_id, name, cache_dir=cache)
             if isinstance(found, str):
-                files = (file for _, _, files in os.walk(os.path.dirname(found)) for file in files)
-                return any(fnmatch(file, pattern) for file in files for pattern in _WEIGHTS)
+                folders = os.walk(os.path.dirname(found))
+                return any(_are_weights(file) for _, _, files in folders for file in files)
         return False
 
     def _make(self, repo_id: str) -> str | None:
@@ -68,8 +71,8 @@ class Shelf:
 
     def prepare_files(self, module: Any) -> None:
         """huggingface_hub.file_download."""
-        self.cached, download = module.try_to_load_from_cache, module.hf_hub_download
-        look = module.try_to_load_from_cache
+        look, download = module.try_to_load_from_cache, module.hf_hub_download
+        self.cached = look
 
         @wraps(download)
         def downloading(repo_id: str, filename: str, **told: Any) -> Any:
@@ -122,13 +125,8 @@ class Shelf:
         if not isinstance(folder, (str, os.PathLike)) or not os.path.isdir(folder):
             return None
         files = os.listdir(folder)
-        there = any(fnmatch(file, pattern) for file in files for pattern in (*_WEIGHTS, "*.index.json"))
-        if there or "config.json" not in files:
-            return None
-        name = os.path.abspath(folder)
-        if name not in self.places:
-            self.places[name] = self._make(name)
-        return self.places[name]
+        there = any(_are_weights(file) or file.endswith(".index.json") for file in files)
+        return None if there or "config.json" not in files else self._served(os.path.abspath(folder))
 
     def prepare_api(self, module: Any) -> None:
         """huggingface_hub.hf_api."""
@@ -148,9 +146,18 @@ class Shelf:
         return asking
 
 
+def _are_weights(file: str) -> bool:
+    return file.endswith(_WEIGHTS)
+
+
 def _as_before() -> dict[str, str]:
-    """The environment without what memplan/emulate/launch.py put into it."""
-    found = {name: value for name, value in os.environ.items() if not name.startswith("MEMPLAN_")}
+    """The environment without what memplan/emulate/launch.py put into it, but for what a run's processes are
+    known by."""
+    found = {
+        name: value
+        for name, value in os.environ.items()
+        if name == "MEMPLAN_RUN" or not name.startswith("MEMPLAN_")
+    }
     found.pop("TRITON_LIBCUDA_PATH", None)
     for name in ("LD_LIBRARY_PATH", "PYTHONPATH"):
         rest = found.pop(name, "").split(os.pathsep)[1:]

@@ -207,15 +207,21 @@ class Watch:
             self._count_host()
             self.now = "step"
             self._turn("between")
+        self._end_if_seen()
         if self._enough():
-            if not self.wanted:
-                self._end()
             self._ask()
 
     def _enough(self) -> bool:
         """Whether there were as many steps as were asked for."""
         done = self.optimizers.values()
         return min(done, default=0) >= self.asked or max(done, default=0) >= 10 * self.asked
+
+    def _missing(self) -> set[str]:
+        """Stretches that have to be seen yet."""
+        return self.wanted - {one["kind"] for one in self.stretches}
+
+    def _steps(self) -> list[dict[str, Any]]:
+        return [one for one in self.stretches if one["kind"] == "step"]
 
     def _saving(self) -> None:
         if self.now in ("between", "evaluation") and not self.stack and os.getpid() == self.owner:
@@ -229,8 +235,7 @@ class Watch:
         if self.now != "between":
             self._close()
         self.now = to
-        if self._enough() and not self.wanted - {one["kind"] for one in self.stretches}:
-            self._end()
+        self._end_if_seen()
 
     def _close(self) -> None:
         found = self._stats()
@@ -238,8 +243,7 @@ class Watch:
         self.highest = {}
         for card in range(self.torch.cuda.device_count()):
             self.torch.cuda.reset_peak_memory_stats(card)
-        steps = sum(one["kind"] == "step" for one in self.stretches)
-        what = f"step {steps} of {self.asked}" if self.now == "step" else self.now
+        what = f"step {len(self._steps())} of {self.asked}" if self.now == "step" else self.now
         sizes = " and ".join(
             f"{found[f'{name}_bytes'] / _GIB:.2f} GiB {name}" for name in ("allocated", "reserved")
         )
@@ -259,12 +263,12 @@ class Watch:
 
         def asking(callback: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
             control = on_step_end(callback, args, state, control, **kwargs) or control
-            seen = {one["kind"] for one in self.stretches}
+            missing = self._missing()
             for wanted, strategy, what in (
                 ("evaluation", args.eval_strategy, "should_evaluate"),
                 ("saving", args.save_strategy, "should_save"),
             ):
-                if wanted in self.wanted - seen and strategy != "no":
+                if wanted in missing and strategy != "no":
                     setattr(control, what, True)
             return control
 
@@ -325,7 +329,7 @@ class Watch:
 
     def _step_at(self, time_us: int) -> int:
         """The number of a step that has not ended then."""
-        return 1 + len([one for one in self.stretches if one["kind"] == "step" and one["ended"] < time_us])
+        return 1 + len([step for step in self._steps() if step["ended"] < time_us])
 
     def _when(self, time_us: int) -> tuple[str, str]:
         at = bisect_right(self.marks, time_us, key=lambda mark: mark[0])
@@ -340,8 +344,10 @@ class Watch:
                     self._close()
             self._write()
 
-    def _end(self) -> None:
-        """End the program: enough was seen."""
+    def _end_if_seen(self) -> None:
+        """End the program if enough was seen."""
+        if not self._enough() or self._missing():
+            return
         self._write()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -373,8 +379,7 @@ class Watch:
         os.replace(f"{self.out}.part", self.out)
 
     def _peak(self) -> dict[str, Any] | None:
-        steps = sum(one["kind"] == "step" for one in self.stretches)
-        ended = self.ran_out is not None and max(self.ran_out["step"], 1) > steps
+        ended = self.ran_out is not None and max(self.ran_out["step"], 1) > len(self._steps())
         found = memplan_history.peak(
             memplan_history.of_all(self.torch),
             self.began,

@@ -7,6 +7,7 @@ import importlib.machinery
 import importlib.util
 import os
 import sys
+from functools import cache
 from typing import Any
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
@@ -24,6 +25,7 @@ def _after_torch(torch: Any) -> None:
         memplan_watch.start(torch)
 
 
+@cache
 def _ours() -> list[str]:
     """The card's libraries, as they have to be loaded, the card itself first."""
     folder = os.environ["MEMPLAN_CARD_LIBRARIES"]
