@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
         from memplan.planning.advise import advise
 
         try:
-            answer = answer.telling(advice=tuple(advise(study, name) for name in arguments.gpu))
+            answer = answer.telling(advice=tuple(advise(study, gpu.name) for gpu in asked.gpus))
         except MemplanError as error:
             if arguments.advise:
                 raise

@@ -65,12 +65,12 @@ def parser() -> Parser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the table; 0."""
-    from memplan.asked.gpus import find_gpu
+    from memplan.device.here import find_card
     from memplan.importers.resolve import resolve
     from memplan.planning.frontier import frontier
     from memplan.report.progress import points
 
-    gpu = find_gpu(arguments.gpu)
+    gpu = find_card(arguments.gpu)
     batches = _batches(BATCHES if arguments.batch_sizes is None else arguments.batch_sizes)
     recipes = _recipes(arguments)
     if len(batches) * len(recipes) > MOST_POINTS:

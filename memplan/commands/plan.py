@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.html is not None and arguments.gpu:
         from memplan.planning.advise import advise
 
-        answer = answer.telling(advice=tuple(advise(study, name) for name in arguments.gpu))
+        answer = answer.telling(advice=tuple(advise(study, gpu.name) for gpu in study.asked.gpus))
     tape = study.run().tape if pictures.asked(arguments) else None
     trace.answer(answer, tape, arguments, options)
     return 0

@@ -272,9 +272,10 @@ def advise(study: Prediction, gpu: str) -> Advice:
 
     Raises MemplanError if the recipe can't be had on that card, or pricing changes of it takes too long.
     """
-    from memplan.asked.gpus import find_gpu
+    from memplan.device.here import find_card
 
-    card, recipe = find_gpu(gpu), study.asked.given
+    card = next((one for one in study.asked.gpus if one.name == gpu), None) or find_card(gpu)
+    recipe = study.asked.given
     _check_size(study)
     pricer = _Pricer(study, card)
     asked = study.recipe
@@ -437,7 +438,7 @@ def _cards_for(study: Prediction, than: Gpu) -> tuple[str, ...]:
     found: list[str] = []
     sizes: set[int] = set()
     for gpu in sorted(load_gpus(), key=lambda gpu: gpu.visible_bytes):
-        if gpu.visible_bytes <= than.visible_bytes or gpu.total_mib >> 10 in sizes:
+        if gpu.visible_bytes <= than.visible_bytes or gpu.gb in sizes or gpu.kind == "slice":
             continue
         try:
             if written_for(study.recipe, gpu) is not None:
@@ -446,7 +447,7 @@ def _cards_for(study: Prediction, than: Gpu) -> tuple[str, ...]:
             continue  # its kernels don't run there
         if judge(gpu, study.run(), explain=False).verdict == "fits":
             found.append(gpu.name)
-            sizes.add(gpu.total_mib >> 10)
+            sizes.add(gpu.gb)
         if len(found) == 3:
             break
     return tuple(found)

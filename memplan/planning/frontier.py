@@ -28,7 +28,7 @@ from memplan.cuda.embedding import SORTED_FROM
 from memplan.device.fit import MARGIN_PER_CENT, context_bytes, judge, usable_bytes
 from memplan.errors import MemplanError
 from memplan.planning import predicted
-from memplan.planning.cards import written_for
+from memplan.planning.cards import remark, written_for
 from memplan.predict.parameters import resolve_recipe
 from memplan.tape import Tape, replay
 
@@ -78,6 +78,7 @@ class Frontier(BaseModel):
     usable_bytes: int
     simulated: bool
     rows: tuple[Row, ...]
+    note: str | None = None  # what is to say of the card
 
 
 def frontier(
@@ -129,6 +130,7 @@ def frontier(
         usable_bytes=usable_bytes(gpu),
         simulated=simulated,
         rows=tuple(rows),
+        note=remark(gpu, rows[0].recipe) if rows else None,
     )
 
 

@@ -98,7 +98,9 @@ class Study:
     @cached_property
     def fits(self) -> tuple[Fit, ...]:
         """A verdict for each card."""
-        return tuple(_with_kernels(judge(gpu, self.run(card)), card) for gpu, card in self.cards)
+        return tuple(
+            _remarked(judge(gpu, self.run(card)), gpu, card, self.recipe) for gpu, card in self.cards
+        )
 
     def glances(self) -> Iterator[tuple[Gpu, Verdict]]:
         """The verdict for each card, without the allocator's simulation where it can be told without."""
@@ -185,9 +187,10 @@ def _not_loaded(_capacity: int | None) -> None:
     """How a model comes onto the card whose tape is all there is: as it lies there."""
 
 
-def _with_kernels(fit: Fit, card: Card | None) -> Fit:
-    """Says so where the verdict is about another run than the plan's own figures."""
-    if card is None:
-        return fit
-    note = "has no FlashAttention, so its step takes another amount than the plan's, which is an A100's"
-    return fit.model_copy(update={"note": "; ".join(filter(None, (fit.note, note)))})
+def _remarked(fit: Fit, gpu: Gpu, card: Card | None, recipe: Recipe) -> Fit:
+    """With what a verdict has to say of the card; where the verdict is about another run than the plan's own
+    figures, that too."""
+    told = [fit.note, cards.remark(gpu, recipe)]
+    if card is not None:
+        told.append("its step takes another amount than the plan's, which is an A100's")
+    return fit.model_copy(update={"note": "; ".join(filter(None, told)) or None})

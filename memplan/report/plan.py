@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
 from rich.text import Text
@@ -15,6 +15,7 @@ from memplan.units import count, gib, ratio, share
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from memplan.asked.gpus import Gpu
     from memplan.planning.plan import Plan
     from memplan.planning.records import ModelInfo, PeakInfo
 
@@ -87,7 +88,8 @@ def _show_glances(plan: Plan, console: Console) -> None:
 
     heading(console, "Cards")
     rows = [[Text(cell, QUIET) for cell in ("GiB", "usable", "left", "")]]
-    for gpu, verdict in plan.glances():
+    judged = list(plan.glances())
+    for gpu, verdict in judged:
         usable = usable_bytes(gpu)
         left = usable - plan.peak.allocated_bytes - context_bytes(gpu, Card())
         rows.append(
@@ -99,7 +101,17 @@ def _show_glances(plan: Plan, console: Console) -> None:
             ]
         )
     table(console, rows, "<>><", _LABEL_WIDTH)
+    _show_remarks((gpu for gpu, _ in judged), plan, console)
     note(console, LEFT)
+
+
+def _show_remarks(gpus: Iterable[Gpu], plan: Plan, console: Console) -> None:
+    """Print what the cards lack, and what was taken for them."""
+    from memplan.planning.cards import remark
+
+    for gpu in gpus:
+        if said := remark(gpu, plan.recipe):
+            note(console, f"{short_card(gpu.name)}: {said}")
 
 
 def show_model(model: ModelInfo, console: Console) -> None:
@@ -131,9 +143,12 @@ def show_fits(plan: Plan, console: Console) -> None:
         sizes = (Text(gib(size)) for size in (fit.total_bytes, fit.needed_bytes, fit.headroom_bytes))
         rows.append([Text(short_card(fit.gpu)), *sizes, Text(fit.verdict, VERDICT_STYLES[fit.verdict])])
     table(console, rows, "<>>><", _LABEL_WIDTH)
+    gpus = {gpu.name: [gpu] for gpu, _ in plan.glances()}
     for fit in fits:
         if fit.note and fit.headroom_bytes != fit.total_bytes - fit.needed_bytes:
             note(console, f"{short_card(fit.gpu)}: {fit.note}")  # of a share of the card, which needs saying
+        else:
+            _show_remarks(gpus.get(fit.gpu, ()), plan, console)
     note(console, needed(plan))
     if any(fit.verdict == "tight" for fit in fits):
         note(console, TIGHT)
