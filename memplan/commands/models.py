@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from memplan.commands.arguments import Parser, UsageError, add_json
 
 if TYPE_CHECKING:
-    from memplan.importers.resolve import RegistryEntry
+    from memplan.importers.registry import RegistryEntry
 
 EXAMPLES = """\
 Any other model of a known family works too: give its Hub id or the path to its
@@ -32,7 +32,7 @@ def parser() -> Parser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the models; 0."""
-    from memplan.importers.resolve import registry
+    from memplan.importers.registry import registry
 
     wanted = arguments.filter.lower()
 
