@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from memplan.report.console import QUIET, Cell, heading, note, paragraph, table, warning
-from memplan.report.evaluation import evaluating, varying
+from memplan.report.evaluation import evaluating, slipped, varying
 from memplan.report.plan import TIGHT, VERDICT_STYLES, moment, needed, show_model
 from memplan.report.wording import phrases, short_card
 from memplan.units import gib
@@ -65,7 +65,7 @@ def show_fit(plan: Plan, console: Console) -> None:
     note(console, needed(plan))
     if any(fit.verdict == "tight" for fit in plan.fits):
         note(console, TIGHT)
-    for sentence in (evaluating(plan), varying(plan.recipe)):
+    for sentence in (slipped(plan), evaluating(plan), varying(plan.recipe)):
         if sentence is not None:
             warning(console, sentence)
     for advice in plan.advice:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from memplan.report.console import QUIET, Cell, heading, note, paragraph, speaks_unicode, table, warning
-from memplan.report.evaluation import evaluating
+from memplan.report.evaluation import evaluating, slipped
 from memplan.report.wording import asked_and_default, short_card
 from memplan.units import count, gib, ratio, share
 
@@ -75,9 +75,9 @@ def show_plan(plan: Plan, console: Console, given: Collection[str] = (), *, simu
         reserved = gib(plan.allocator.reserved_bytes)
         heading(console, "Cards", f"{reserved} GiB reserved ({plan.provenance}, allocator simulated)")
         show_fits(plan, console)
-    evaluation = evaluating(plan)
-    if evaluation is not None:
-        warning(console, evaluation)
+    for told in (slipped(plan), evaluating(plan)):
+        if told is not None:
+            warning(console, told)
 
 
 def _show_glances(plan: Plan, console: Console) -> None:
