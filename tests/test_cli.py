@@ -256,7 +256,17 @@ def test_every_command_has_help(memplan: Run, command: str) -> None:
 def test_version(memplan: Run) -> None:
     from memplan import __version__
 
-    assert memplan("--version") == (0, f"memplan {__version__}\n", "")
+    assert memplan("--version") == memplan("version") == (0, f"memplan {__version__}\n", "")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_may_be_asked_for_in_words(memplan: Run, command: str) -> None:
+    assert memplan("help", command) == memplan(command, "--help")
+
+
+def test_help_for_what_is_no_command(memplan: Run) -> None:
+    check_refusal(memplan("help", "fitt"), "memplan help fit")
+    check_refusal(memplan("help", "llama-70b"), "no command")
 
 
 def test_nothing_asked_gets_the_help_and_status_2(memplan: Run) -> None:
@@ -273,7 +283,7 @@ BAD_QUESTIONS = {
     "unknown card": (["llama-70b", "--gpu", "a600"], "a6000"),
     "fit without card": (["fit", "llama-70b"], "--gpu"),
     "unknown option": (["llama-70b", "--quant-typ", "nf4"], "--quant-type"),
-    "unknown short option": (["llama-70b", "-r", "8"], "--r"),
+    "unknown short option": (["llama-70b", "-z", "8"], "-z"),
     "two models": (["llama-70b", "llama-8b"], "llama-8b"),
     "unknown mode": (["llama-70b", "--mode", "qlorra"], "qlora"),
     "unknown mode to compare": (["compare", "llama-70b", "--modes", "full,qlorra"], "qlora"),

@@ -30,7 +30,7 @@ run can do without, the tensors at the peak; the allocator's losses come off it.
 
 examples:
   memplan frontier llama-8b --gpu 4090
-  memplan frontier llama-8b --gpu a6000 --optimizers adamw_torch_fused,adamw_8bit
+  memplan frontier llama-8b --gpu a6000 --optimizers adamw_torch,adamw_8bit
   memplan frontier llama-70b --gpu h100 --modes qlora --batch-sizes 1,2
 """
 
