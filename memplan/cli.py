@@ -35,10 +35,10 @@ Commands:
   fit MODEL --gpu G   exit status 0: fits on G; 1: does not fit; 2: bad question
   frontier MODEL      the longest sequences that a card has room for
   compare MODEL       the modes full, lora and qlora side by side
-  trace MODEL         the same by running the libraries' code (memplan[verify])
+  trace MODEL         the same by running the libraries' own code
   dry-run -- COMMAND  your own program, unmodified, on a card that is not there
   stub MODEL FOLDER   a checkpoint that takes no disk, to be dry-run with
-  verify MODEL        train a few steps for real, and compare (memplan[verify])
+  verify MODEL        train a few steps for real, and compare
   campaign PLAN       many such runs within a budget of time
   report [FOLDER]     all measurements against the plan
   diff A B            where two plans or traces differ; exit status 0: nowhere

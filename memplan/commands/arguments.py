@@ -84,6 +84,13 @@ def add_json(parser: argparse._ActionsContainer) -> None:
     add_switch(parser, "--json", "print JSON")
 
 
+def add_verbose(parser: argparse._ActionsContainer) -> None:
+    """The option --verbose."""
+    parser.add_argument(
+        "--verbose", "-v", action="store_true", default=False, help="all details, beyond a first screen"
+    )
+
+
 def positive(text: str) -> float:
     """The type of an option that takes a finite number above 0."""
     try:
