@@ -121,6 +121,14 @@ class Plan(Record):
         """Live bytes by category after every event of the step (see :class:`memplan.tape.Point`)."""
         return timeline(self.study.tape)
 
+    @property
+    def accumulated_bytes(self) -> int | None:
+        """Bytes of tensors at the peak of a step that accumulates gradients, where this one does not; None
+        where nobody can say or it makes no difference worth a look."""
+        if self._study is None or 100 * self.parameters.trainable < self.peak.tensor_bytes:
+            return None
+        return self._study.accumulated_bytes
+
     def glances(self) -> Iterator[tuple[Gpu, Verdict]]:
         """The verdict for each card, without the allocator's simulation where it can be told without."""
         if self._study is None:

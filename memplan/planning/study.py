@@ -115,6 +115,12 @@ class Study:
             yield gpu, told or judge(gpu, self.run(card)).verdict
 
     @property
+    def accumulated_bytes(self) -> int | None:
+        """Bytes of tensors at the peak of a step that accumulates gradients, if the recipe's does not; None
+        where nobody can say."""
+        return None
+
+    @property
     def evaluation(self) -> Evaluation | None:
         """What the Trainer's default evaluation takes; None where nobody can say."""
         return None
@@ -148,6 +154,14 @@ class Prediction(Study):
         if key not in self._runs:
             self._runs[key] = predicted.run(self.asked.spec, *key)
         return self._runs[key]
+
+    @cached_property
+    def accumulated_bytes(self) -> int | None:
+        """The same, played: gradients stay through the forward after their own."""
+        if self.recipe.gradient_accumulation_steps > 1:
+            return None
+        twice = self.recipe.model_copy(update={"gradient_accumulation_steps": 2})
+        return replay(predicted.write(self.asked.spec, twice)).allocated_bytes
 
     @cached_property
     def evaluation(self) -> Evaluation | None:
