@@ -181,8 +181,8 @@ def _of_size(size: float) -> Gpu:
     assumed = f"taken as the {least.name}"
     if most.visible_bytes > least.visible_bytes:
         assumed += (
-            f", of which PyTorch sees {gib(least.visible_bytes)} GiB, the least of this size; of the "
-            f"{most.name} it sees {gib(most.visible_bytes)}: name yours (`memplan gpus {size:g}GB`)"
+            f", the least of this size ({gib(least.visible_bytes)} GiB usable, {gib(most.visible_bytes)} of "
+            f"the {most.name}); `memplan gpus {size:g}GB` names all"
         )
     return least.model_copy(update={"name": name, "assumed": assumed})
 
