@@ -131,6 +131,9 @@ def test_separators_and_case_do_not_matter(alias: str, separator: str) -> None:
         ("AMD Instinct MI300X", "mi300x"),
         ("Radeon RX 7900 XTX", "7900xtx"),
         ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "pro6000"),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", "h100-3g.40gb"),
+        ("NVIDIA A100 80GB PCIe MIG 1g.10gb", "a100-1g.10gb"),
+        ("NVIDIA GB10", "DGX Spark"),
     ],
 )
 def test_names_that_torch_reports_are_found(name: str, expected: str) -> None:

@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from conftest import Outcome
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +20,7 @@ from memplan.asked.recipe import Recipe
 from memplan.asked.spec import Quantization
 from memplan.errors import MemplanError, SpecError, UnknownName, UnsupportedArchitecture
 from memplan.importers.registry import registry
-from memplan.importers.resolve import resolve, resolve_config
+from memplan.importers.resolve import hub_id_of, resolve, resolve_config
 from memplan.planning.plan import plan
 
 SEES = ("gemma-3-4b", "gemma-3-12b", "gemma-3-27b")  # published with a vision tower
@@ -69,6 +71,15 @@ def test_llama_70b_is_llama_3_3_and_the_note_names_the_others() -> None:
         "llama-70b means llama-3.3-70b (meta-llama/Llama-3.3-70B-Instruct); "
         "other versions are llama-2-70b, llama-3-70b and llama-3.1-70b"
     )
+
+
+def test_models_are_listed_however_they_are_spelled(memplan: Callable[..., Outcome]) -> None:
+    for wanted in ("llama3:8b", "Llama 3 8B", "llama-3-8b"):
+        found = json.loads(memplan("models", wanted, "--json").out)["models"]
+        assert [one["alias"] for one in found] == ["llama-3-8b"]
+    assert memplan("models", "qwen3").out.count("Qwen/Qwen3") > 8
+    outcome = memplan("models", "gpt-oss")
+    assert (outcome.status, outcome.out, outcome.err.count("\n")) == (2, "", 1)
 
 
 @pytest.mark.parametrize("entry", registry(), ids=lambda entry: entry.alias)
@@ -279,6 +290,8 @@ def test_a_copy_in_four_bits_is_planned_so(name: str) -> None:
     assert found.note is not None
     assert "is planned with the configuration of meta-llama/Meta-Llama-3-8B" in found.note
     assert "its weights are in 4 bits already (nf4, double-quantised), and planned so" in found.note
+    if "/" in name:
+        assert hub_id_of(f"https://huggingface.co/{name}") == name
     peaks = [plan(model, Recipe(), gpus=[]).peak.tensor_bytes for model in (name, "llama-3-8b")]
     assert peaks[0] == peaks[1]
 
@@ -579,7 +592,8 @@ def test_nothing_heavy_is_imported_to_resolve_a_model(tmp_path: Path) -> None:
 import sys
 from memplan.importers.registry import registry
 from memplan.importers.resolve import resolve
-resolve("llama-70b"), resolve({str(config)!r}), registry()
+resolve("llama-70b"), resolve("unsloth/Qwen3-8B-bnb-4bit"), resolve("hf.co/google/gemma-2-9b-it"), registry()
+resolve({str(config)!r})
 print([name for name in ("torch", "transformers", "huggingface_hub", "numpy") if name in sys.modules])
 """
     root = str(Path(__file__).parent.parent)

@@ -70,7 +70,9 @@ def parse(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
 def add_model(parser: Parser) -> None:
     """The positional argument MODEL."""
     parser.add_argument(
-        "model", metavar="MODEL", help="an alias (memplan models), a Hub id, or a path to a config.json"
+        "model",
+        metavar="MODEL",
+        help="a name (memplan models), a Hub id or its page, or a path to a config.json",
     )
 
 
@@ -150,7 +152,8 @@ def add_gpus(parser: Parser, *, required: bool = False) -> None:
         metavar="NAME",
         required=required,
         default=None,
-        help="a card to judge, such as a6000 (memplan gpus); may be given several times",
+        help="a card to judge, such as a6000 (memplan gpus), a size such as 24GB, or auto for what is in this machine; "
+        "may be given several times",
     )
 
 

@@ -57,7 +57,7 @@ def parser() -> Parser:
         action=_Once,
         metavar="NAME",
         required=True,
-        help="the card, such as a6000 (memplan gpus), or 8xh100 for eight of them",
+        help="the card, such as a6000 (memplan gpus), auto, or 8xh100 for eight of them",
     )
     result.add_argument(
         "--steps",

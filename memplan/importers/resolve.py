@@ -113,7 +113,10 @@ def _stored_note(spec: ModelSpec) -> str | None:
     if stored is None:
         return None
     twice = ", double-quantised" if stored.double_quant else ""
-    return f"its weights are in 4 bits already ({stored.quant_type}{twice}), and planned so"
+    return (
+        f"its weights are in 4 bits already ({stored.quant_type}{twice}), and planned so; loading is played "
+        "as if they were quantised on the way"
+    )
 
 
 def _not_traced(config: dict[str, Any]) -> str | None:
@@ -184,7 +187,10 @@ def _registered(found: Registered | None, called: str) -> ResolvedConfig | None:
 
 
 def hub_id_of(model: str) -> str | None:
-    """The Hub's name of a model, if that is what it is called by."""
+    """The Hub's name of a model, if that or its page is what it is called by."""
+    page = names.of_page(model) if _kind(_expanded(model)) == "nothing" else None
+    if page is not None:
+        model = page[0]
     is_name = (
         _HUB_ID.fullmatch(model) and not _looks_like_a_path(model) and _kind(_expanded(model)) == "nothing"
     )
