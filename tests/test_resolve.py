@@ -298,7 +298,7 @@ def test_a_copy_in_four_bits_is_planned_so(name: str) -> None:
 
 def test_a_dynamic_copy_is_said_to_take_more() -> None:
     note = resolve("unsloth/Qwen3-8B-unsloth-bnb-4bit").note
-    assert note is not None and "it is the least that they take" in note
+    assert note is not None and "this is the least that they take" in note
 
 
 @pytest.mark.parametrize(

@@ -152,8 +152,8 @@ def add_gpus(parser: Parser, *, required: bool = False) -> None:
         metavar="NAME",
         required=required,
         default=None,
-        help="a card to judge, such as a6000 (memplan gpus), a size such as 24GB, or auto for what is in this machine; "
-        "may be given several times",
+        help="a card to judge, such as a6000 (memplan gpus), a size such as 24GB, or auto: the one in this "
+        "machine; may be given several times",
     )
 
 

@@ -41,7 +41,9 @@ def parser() -> Parser:
         "frontier", "The longest sequences that a card has room for.", "MODEL --gpu NAME [options]", EXAMPLES
     )
     add_model(result)
-    result.add_argument("--gpu", metavar="NAME", required=True, help="the card, such as a6000 or 24GB (memplan gpus), or auto")
+    result.add_argument(
+        "--gpu", metavar="NAME", required=True, help="the card, such as a6000 or 24GB (memplan gpus), or auto"
+    )
     for options, default, what in (
         (("--batch-sizes",), BATCHES, "batch sizes"),
         (("--modes", "--mode"), MODES, "modes"),

@@ -79,7 +79,7 @@ def by_name(text: str) -> Registered | None:
     if number is None:
         number = next((n for n, e in enumerate(_entries()) if e["hub_id"].lower() == lowered), None)
         if number is not None:
-            return _registered(number, note=_left_out(number, lowered))
+            return _registered(number, note=_seen(None, number, lowered))
     if number is None:
         name = names.read(text)
         if name is None or name.organisation:
@@ -87,7 +87,7 @@ def by_name(text: str) -> Registered | None:
         number = _by_words().get(name.words)
         if number is None or name.stored is not None:
             return _variant(text, name)
-    return _registered(number, note=_joined(_note(text.strip().lower(), number), _left_out(number, lowered)))
+    return _registered(number, note=_seen(_note(lowered, number), number, lowered))
 
 
 def copy_of(text: str) -> Registered | None:
@@ -187,7 +187,7 @@ def _variant(text: str, name: Name) -> Registered | None:
     called = text.strip()
     note = f"{called} is planned with the configuration of {entry['hub_id']}"
     hub_id = called if name.organisation else entry["hub_id"]
-    return _registered(number, hub_id, _joined(note, _left_out(number, "")), name.stored)
+    return _registered(number, hub_id, _seen(note, number), name.stored)
 
 
 def _mirrors(organisation: str, found: tuple[str, ...]) -> bool:
@@ -225,14 +225,12 @@ def _note(name: str, number: int) -> str | None:
     return note
 
 
-def _left_out(number: int, name: str) -> str | None:
-    """What a published checkpoint has that is not planned, unless its name says that this is meant."""
+def _seen(note: str | None, number: int, name: str = "") -> str | None:
+    """The note, with what a published checkpoint has that is not planned, unless its name says that this is
+    not meant."""
     entry = _entries()[number]
     without = entry.get("without")
     if without is None or "text" in names.words(name):
-        return None
-    return f"{entry['hub_id']} is planned as its language model; its {without} is not counted"
-
-
-def _joined(*notes: str | None) -> str | None:
-    return "; ".join(note for note in notes if note) or None
+        return note
+    first = note or f"{entry['alias']} is planned as its language model"
+    return f"{first}; its {without} is not counted"

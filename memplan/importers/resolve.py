@@ -32,8 +32,8 @@ _UNKNOWN = (
     "config.json, and for a family without a plan ask memplan trace or memplan dry-run"
 )
 _MIXED = (
-    "copies that are called unsloth-bnb-4bit keep some layers in 16 bits, which this plan has in 4: it is "
-    "the least that they take"
+    "copies called unsloth-bnb-4bit keep some layers in 16 bits, which are planned in 4, so this is the "
+    "least that they take"
 )
 
 
