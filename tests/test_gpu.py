@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from conftest import Outcome
@@ -275,10 +276,15 @@ def test_what_a_card_lacks_is_said_with_what_torch_does() -> None:
         assert remark(find_gpu(name), bf16) is None
 
 
-@pytest.mark.parametrize("command", ["plan", "fit", "frontier"])
-def test_it_is_said_wherever_a_card_is_judged(command: str, memplan: Callable[..., Outcome]) -> None:
+@pytest.mark.parametrize("command", ["plan", "fit", "frontier", "compare"])
+def test_it_is_said_wherever_a_card_is_judged(
+    command: str, memplan: Callable[..., Outcome], tmp_path: Path
+) -> None:
     outcome = memplan(command, "llama-3.2-1b", "--gpu", "t4")
     assert "Tesla T4: " in outcome.out
+    page = tmp_path / "page.html"
+    memplan("plan", "smollm2-135m", "--gpu", "t4", "--html", page)
+    assert "Tesla T4: has no FlashAttention and no bf16" in page.read_text()
     assert "no FlashAttention and no bf16" in " ".join(outcome.out.split())
     assert "the least of this size" in " ".join(memplan(command, "smollm2-135m", "--gpu", "24GB").out.split())
 

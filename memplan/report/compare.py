@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from memplan.report.console import HEADING, QUIET, Cell, note, paragraph, table
-from memplan.report.plan import FOOTNOTE, SUMMARY, VERDICT_STYLES, known, show_model
+from memplan.report.plan import FOOTNOTE, SUMMARY, VERDICT_STYLES, known, lacking, show_model
 from memplan.report.wording import common_and_own, short_card
 from memplan.units import count, gib, ratio
 
@@ -53,6 +53,8 @@ def show_comparison(plans: Sequence[Plan], console: Console) -> None:
         rows.append([f"  {short_card(gpu.name)}, {gib(gpu.visible_bytes)}", *cells])
     table(console, rows, "<" + ">" * len(plans))
     note(console, FOOTNOTE)
+    for line in dict.fromkeys(line for plan in plans for line in lacking(plan, named=False)):
+        note(console, line)
 
 
 def _summary_cell(field: str) -> Callable[[Plan], str]:

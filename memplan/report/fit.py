@@ -13,6 +13,7 @@ from memplan.report.headline import FEW, Line, accumulating, remedies, verdicts
 from memplan.report.plan import (
     TIGHT,
     VERDICT_STYLES,
+    lacking,
     moment,
     needed,
     show_headline,
@@ -71,7 +72,7 @@ def show_fit(
         Part(lambda console: _show_cards(plan, console), 1 if len(plan.fits) > FEW else DETAIL, "each card"),
         Part(
             lambda console: _show_notes(plan, console, verbose),
-            1 if _lacking(plan) else 6,
+            1 if lacking(plan, named=True) else 6,
             "where it runs out",
         ),
         Part(lambda console: note(console, needed(plan)), DETAIL),
@@ -114,13 +115,6 @@ def _show_cards(plan: Plan, console: Console) -> None:
             ]
         )
     table(console, rows, "<>>>>><")
-
-
-def _lacking(plan: Plan) -> bool:
-    """Whether there is more to say of a card than its figures."""
-    from memplan.planning.cards import remark
-
-    return any(remark(gpu, plan.recipe) for gpu, _ in plan.glances())
 
 
 def _show_notes(plan: Plan, console: Console, verbose: bool) -> None:

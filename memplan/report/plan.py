@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from memplan.errors import UnknownName
 from memplan.report.console import QUIET, Cell, heading, note, paragraph, speaks_unicode, table, warning
 from memplan.report.evaluation import evaluating, slipped
 from memplan.report.headline import Line, accumulating, at_a_glance, verdicts
@@ -93,7 +95,7 @@ def show_plan(
         Part(lambda console: _show_summary(plan, console), DETAIL, "the four categories"),
         Part(cards, DETAIL, "each card"),
         Part(
-            lambda console: _show_remarks(plan, console, named=bool(fits)),
+            lambda console: _show_lacking(plan, console, named=bool(fits)),
             1 if fits else 4,
             "what cards lack",
         ),
@@ -157,15 +159,22 @@ def _show_glances(plan: Plan, glances: Iterable[tuple[Gpu, Verdict]], console: C
     note(console, LEFT)
 
 
-def _show_remarks(plan: Plan, console: Console, *, named: bool) -> None:
-    """Print what the cards lack, and what was taken for them; of cards that nobody named, if it fits them."""
+def lacking(plan: Plan, *, named: bool) -> list[str]:
+    """What the cards lack, and what was taken for them; of cards that nobody named, if it fits them."""
     from memplan.planning.cards import remark
 
-    for gpu, verdict in plan.glances():
-        if not named and verdict == "does not fit":
-            continue
-        if said := remark(gpu, plan.recipe):
-            note(console, f"{short_card(gpu.name)}: {said}")
+    found = []
+    with suppress(UnknownName):  # a plan read from JSON may be of a card that only its machine knew
+        for gpu, verdict in plan.glances():
+            said = remark(gpu, plan.recipe) if named or verdict != "does not fit" else None
+            if said:
+                found.append(f"{short_card(gpu.name)}: {said}")
+    return found
+
+
+def _show_lacking(plan: Plan, console: Console, *, named: bool) -> None:
+    for line in lacking(plan, named=named):
+        note(console, line)
 
 
 def show_model(model: ModelInfo, console: Console) -> None:
