@@ -1,0 +1,39 @@
+"""accelerate's YAML or JSON (1.15, `commands/config/config_args.py`): where a run runs, not what it trains."""
+
+from __future__ import annotations
+
+from memplan.runfiles import RunFile
+from memplan.runfiles._keys import Keys
+
+_ALONE = ("NO", "no")
+
+
+def _read(keys: Keys) -> None:
+    kind = keys.text("distributed_type") or "NO"
+    if kind not in _ALONE:
+        keys.refuse("distributed_type", "spreads the run over several cards, which memplan does not plan yet")
+    keys.several("num_processes", "num_machines")
+    keys.refuse_any({key: "is not planned yet" for key in ("deepspeed_config", "fsdp_config")})
+    keys.refuse_any({"use_cpu": "trains on the processor, whose memory memplan does not plan"})
+    precision = keys.one_of("mixed_precision", {"no": False, "bf16": True, "fp16": True, "fp8": None}, False)
+    if precision is None:
+        keys.refuse("mixed_precision", "computes in 8 bits, which memplan does not plan")
+    if keys.given("mixed_precision"):
+        keys.put("autocast", precision)
+    keys.leave_out("what torch.compile keeps is another amount", "dynamo_config")
+
+
+RUNFILE = RunFile(
+    title="accelerate",
+    own=frozenset("distributed_type compute_environment machine_rank num_machines num_processes".split()),
+    read=_read,
+    launch="accelerate launch --config_file FILE YOUR_SCRIPT.py",
+    ignored=frozenset(
+        """
+        compute_environment debug machine_rank gpu_ids main_process_ip main_process_port rdzv_backend
+        same_network main_training_function enable_cpu_affinity parallelism_config megatron_lm_config
+        mpirun_config tpu_name tpu_zone tpu_use_cluster tpu_use_sudo command_file commands tpu_vm tpu_env
+        downcast_bf16 fp8_config
+        """.split()
+    ),
+)
