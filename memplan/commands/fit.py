@@ -10,8 +10,8 @@ from memplan.commands.arguments import (
     UsageError,
     add_gpus,
     add_json,
-    add_model,
     add_recipe,
+    add_run_file,
     given_options,
 )
 from memplan.errors import MemplanError
@@ -43,7 +43,7 @@ def parser() -> Parser:
         "MODEL --gpu NAME [options]",
         EXAMPLES,
     )
-    add_model(result)
+    add_run_file(result)
     add_gpus(result, required=True)
     result.add_argument(
         "--maximize",
@@ -68,7 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
     from memplan.planning.plan import plan_of
     from memplan.planning.study import Prediction, ask
 
-    asked = ask(arguments.model, Recipe(**given_options(arguments)), arguments.gpu)
+    given = Recipe(**given_options(arguments))
+    asked = ask(arguments.model, given, arguments.gpu, arguments.config)
     if arguments.maximize is not None:
         found = _maximized(asked, "seq_len" if arguments.maximize == "seq-len" else "batch_size")
         if found is None:

@@ -9,8 +9,8 @@ from memplan.commands.arguments import (
     Parser,
     UsageError,
     add_json,
-    add_model,
     add_recipe,
+    add_run_file,
     add_switch,
     applicable,
     given_options,
@@ -19,6 +19,7 @@ from memplan.commands.arguments import (
 
 if TYPE_CHECKING:
     from memplan.asked.recipe import Recipe
+    from memplan.runfiles import Reading
 
 BATCHES = "1,2,4,8,16,32"
 OPTIMIZERS = "adamw_torch_fused,adamw_bnb_8bit"
@@ -41,7 +42,7 @@ def parser() -> Parser:
     result = Parser(
         "frontier", "The longest sequences that a card has room for.", "MODEL --gpu NAME [options]", EXAMPLES
     )
-    add_model(result)
+    add_run_file(result)
     result.add_argument("--gpu", metavar="NAME", required=True, help="the card, such as a6000 (memplan gpus)")
     for options, default, what in (
         (("--batch-sizes",), BATCHES, "batch sizes"),
@@ -68,14 +69,18 @@ def run(arguments: argparse.Namespace) -> int:
     from memplan.asked.gpus import find_gpu
     from memplan.importers.resolve import resolve
     from memplan.planning.frontier import frontier
+    from memplan.planning.study import opened
     from memplan.report.progress import points
 
     gpu = find_gpu(arguments.gpu)
     batches = _batches(BATCHES if arguments.batch_sizes is None else arguments.batch_sizes)
-    recipes = _recipes(arguments)
+    named, read = opened(arguments.model, arguments.config)
+    recipes = _recipes(arguments, read)
     if len(batches) * len(recipes) > MOST_POINTS:
         raise UsageError(f"{len(batches) * len(recipes)} points are more than the {MOST_POINTS} of a table")
-    spec = resolve(arguments.model).spec
+    spec = resolve(named).spec
+    if read is not None:
+        recipes = [read.suited(recipe, spec) for recipe in recipes]
     with points(len(batches) * len(recipes), shown=arguments.exact) as progress:
         answer = frontier(spec, recipes, gpu, batches, simulated=arguments.exact, progress=progress)
     if arguments.json:
@@ -90,8 +95,9 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _recipes(arguments: argparse.Namespace) -> list[Recipe]:
-    """Every mode with and without checkpointing and with each optimizer, as far as they were not given."""
+def _recipes(arguments: argparse.Namespace, read: Reading | None) -> list[Recipe]:
+    """Every mode with and without checkpointing and with each optimizer, as far as they were not given; of a
+    trainer's file its own mode and optimizer."""
     from memplan.asked.recipe import Recipe
 
     options = given_options(arguments)
@@ -104,7 +110,8 @@ def _recipes(arguments: argparse.Namespace) -> list[Recipe]:
             )
     if "optimizer" in options and arguments.optimizers is not None:
         raise UsageError("--optimizer and --optimizers say the same; give one")
-    alone = options.pop("optimizer", OPTIMIZERS)
+    known = {} if read is None else read.recipe().model_dump(mode="json", include={"mode", "optimizer"})
+    alone = options.pop("optimizer", known.get("optimizer", OPTIMIZERS))
     optimizers = _words(alone if arguments.optimizers is None else arguments.optimizers)
     checkpointing = (
         [options.pop("gradient_checkpointing")] if "gradient_checkpointing" in options else [True, False]
@@ -112,7 +119,7 @@ def _recipes(arguments: argparse.Namespace) -> list[Recipe]:
     reentrant: dict[str, Any] = {}
     if "use_reentrant" in options:
         reentrant = {"use_reentrant": options.pop("use_reentrant")}
-    return [
+    asked = [
         Recipe(
             mode=mode,
             optimizer=optimizer,
@@ -120,10 +127,11 @@ def _recipes(arguments: argparse.Namespace) -> list[Recipe]:
             **(reentrant if on else {}),
             **applicable(options, mode),
         )
-        for mode in modes(MODES if arguments.modes is None else arguments.modes)
+        for mode in modes(known.get("mode", MODES) if arguments.modes is None else arguments.modes)
         for on in checkpointing
         for optimizer in optimizers
     ]
+    return asked if read is None else [read.recipe(recipe) for recipe in asked]
 
 
 def _words(text: str) -> list[str]:

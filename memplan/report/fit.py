@@ -9,6 +9,7 @@ from rich.text import Text
 from memplan.report.console import QUIET, Cell, heading, note, paragraph, table, warning
 from memplan.report.evaluation import evaluating, varying
 from memplan.report.plan import TIGHT, VERDICT_STYLES, moment, needed, show_model
+from memplan.report.read import show_read
 from memplan.report.wording import phrases, short_card
 from memplan.units import gib
 
@@ -37,6 +38,7 @@ _TOLD = (
 def show_fit(plan: Plan, console: Console) -> None:
     """Print what the plan needs and whether each card has it."""
     show_model(plan.model, console)
+    show_read(plan, console)
     told = phrases(plan.recipe)
     paragraph(console, [told[field] for field in _TOLD if field in told])
     allocator = plan.allocator
@@ -100,6 +102,8 @@ def show_advice(advice: Advice, console: Console) -> None:
         together = advice.combination
         heading(console, "Together", f"{gib(together.needed_bytes)} GiB needed: {together.verdict}")
         note(console, f"  {together.command}")
+        if together.config:
+            note(console, f"  {together.config}")
         note(console, f"  {'; '.join(together.titles)}")
     elif advice.changes[0].verdict == "does not fit":
         note(console, "No combination of these fits.")

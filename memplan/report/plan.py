@@ -9,6 +9,7 @@ from rich.text import Text
 
 from memplan.report.console import QUIET, Cell, heading, note, paragraph, speaks_unicode, table, warning
 from memplan.report.evaluation import evaluating
+from memplan.report.read import show_read
 from memplan.report.wording import asked_and_default, short_card
 from memplan.units import count, gib, ratio, share
 
@@ -57,6 +58,7 @@ def show_plan(plan: Plan, console: Console, given: Collection[str] = (), *, simu
     ``simulated=False`` leaves out what only the allocator's simulation says, where a verdict can do without.
     """
     show_model(plan.model, console)
+    show_read(plan, console)
     total, trainable = plan.parameters.total, plan.parameters.trainable
     console.print(
         f"{count(total)} parameters, {count(trainable)} of them trainable ({ratio(trainable, total)})"

@@ -203,8 +203,19 @@ class Keys:
             unknown.append(printable(key[:60]))
         if unknown:
             self.left_out.append(f"{', '.join(unknown)}: unknown, so not counted")
-        self.understood = {key: value for key, value in self.understood.items() if value is not False}
+        self.understood = {key: _plain(value) for key, value in self.understood.items() if value is not False}
 
 
 def _brief(value: Any) -> str:
     return printable(value[:60]) if isinstance(value, str) else shown(value)
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has them."""
+    if isinstance(value, dict):
+        return {str(key): _plain(inside) for key, inside in value.items()}
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    return printable(str(value))
