@@ -71,8 +71,8 @@ def add_run_file(parser: Parser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="an alias (memplan models), a Hub id, a path to a config.json, or the file of a trainer: axolotl's or "
-        "LLaMA-Factory's YAML, what trl sft --config takes (docs/files.md)",
+        help="an alias (memplan models), a Hub id, a path to a config.json, or the file of a trainer: "
+        "axolotl's or LLaMA-Factory's YAML, what trl sft --config takes (docs/files.md)",
     )
     parser.add_argument(
         "--config",

@@ -143,8 +143,8 @@ def plan(
 ) -> Plan:
     """Predict the memory of one steady-state training step.
 
-    ``model`` is an alias (``llama-70b``), a Hub id, a path to a config.json or its folder, a spec, or the file
-    of a trainer (docs/files.md), which ``config`` may be, too; what ``recipe`` was given overrides the file.
+    ``model`` is an alias (``llama-70b``), a Hub id, a path to a config.json or its folder, a spec, or the
+    file of a trainer (docs/files.md), which ``config`` may be, too; what ``recipe`` was given overrides it.
     ``gpus`` are names of cards to judge (default: a representative set).
     Raises MemplanError (UnknownName, SpecError, RecipeError, UnsupportedArchitecture).
     """

@@ -158,7 +158,8 @@ class Evaluation(BaseModel):
 class Change(BaseModel):
     """One change. Bytes: ``tensor_bytes`` at the peak after it, ``saves_bytes`` less than before;
     ``needed_bytes`` with the allocator simulated, None where the peak alone is too large. ``cost`` in words;
-    ``command``: memplan's option; ``config``: the same in the file that was asked about, else in PEFT, TRL or the Trainer."""
+    ``command``: memplan's option; ``config``: the same in the file that was asked about, else in PEFT, TRL or
+    the Trainer."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

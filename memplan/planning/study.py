@@ -28,8 +28,8 @@ DEFAULT_BATCH = 8  # TrainingArguments.per_device_eval_batch_size (transformers 
 @dataclass(frozen=True)
 class Asked:
     """A model, a recipe as it was given and as the model has it (resolved), and cards; ``named`` if somebody
-    named those. ``note``: how the model's name was understood, where that needs saying; ``read``: the file that
-    the recipe is from, if it is from one."""
+    named those. ``note``: how the model's name was understood, where that needs saying; ``read``: the file
+    that the recipe is from, if it is from one."""
 
     spec: ModelSpec
     given: Recipe
@@ -74,7 +74,9 @@ def opened(
 ) -> tuple[str | Path | ModelSpec, Reading | None]:
     """The model, and the file of a trainer that the recipe is from: ``config``, or the model's own name is
     that of one, which names its model. Raises MemplanError."""
-    if config is None and (isinstance(model, ModelSpec) or not str(model).endswith((".yaml", ".yml", ".json"))):
+    if config is None and (
+        isinstance(model, ModelSpec) or not str(model).endswith((".yaml", ".yml", ".json"))
+    ):
         return model, None
     from memplan import runfiles
 
@@ -82,14 +84,16 @@ def opened(
         read = runfiles.read(config)
         if read is None:
             raise MemplanError(f"{shown(str(config))} is no file that a trainer is configured with")
-        return model, read
-    assert isinstance(model, str | Path)
+        asked = {key: value for key, value in read.understood.items() if value != read.model}
+        return model, replace(read, understood=asked)
+    assert not isinstance(model, ModelSpec)
     read = runfiles.read(model)
     if read is None:
         return model, None
     if read.model is None:
         raise MemplanError(
-            f"{read.name} ({runfiles.find(read.kind).title}) names no model: ask memplan MODEL --config {read.path}"
+            f"{read.name} ({runfiles.find(read.kind).title}) names no model: ask `memplan MODEL --config "
+            f"{read.path}`"
         )
     return read.model, read
 
@@ -199,24 +203,33 @@ class Prediction(Study):
 
     @cached_property
     def evaluation(self) -> Evaluation | None:
-        """What the Trainer's default evaluation takes: it is made in batches of 8 unless told otherwise."""
-        peak, one = (
-            replay(predicted.evaluation(self.asked.spec, self.recipe, size)) for size in (DEFAULT_BATCH, 1)
-        )
+        """What the Trainer's default evaluation takes: it is made in batches of 8 unless told otherwise, as a
+        trainer's file may."""
+        batch = self._evaluated_in
+        if not batch:
+            return None
+        peak, one = (replay(predicted.evaluation(self.asked.spec, self.recipe, size)) for size in (batch, 1))
         return Evaluation(
-            batch_size=DEFAULT_BATCH,
+            batch_size=batch,
             tensor_bytes=peak.allocated_bytes,
             operation=peak.operation,
             module=peak.module,
             with_one_bytes=one.allocated_bytes,
         )
 
+    @property
+    def _evaluated_in(self) -> int:
+        """Sequences in a batch of an evaluation; 0 where none is made."""
+        read = self.asked.read
+        return DEFAULT_BATCH if read is None or read.evaluates is None else read.evaluates
+
     @cached_property
     def judged_evaluation(self) -> Evaluation | None:
         """The same with verdicts of the run with such an evaluation in it, for the cards on which that is
         higher than a step: where other kernels run than on the reference card, both are others too."""
         found = self.evaluation
-        assert found is not None
+        if found is None:
+            return None
         higher = found.tensor_bytes > self.peak.allocated_bytes
         asked = [
             (gpu, card)
@@ -230,7 +243,7 @@ class Prediction(Study):
 
     def _longer(self, card: Card | None) -> Evaluated:
         tape = partial(
-            predicted.evaluation, self.asked.spec, self.recipe, DEFAULT_BATCH, card=card, folded=False
+            predicted.evaluation, self.asked.spec, self.recipe, self._evaluated_in, card=card, folded=False
         )
         return self.run(card).with_evaluation(tape)
 

@@ -38,7 +38,6 @@ _TOLD = (
 def show_fit(plan: Plan, console: Console) -> None:
     """Print what the plan needs and whether each card has it."""
     show_model(plan.model, console)
-    show_read(plan, console)
     told = phrases(plan.recipe)
     paragraph(console, [told[field] for field in _TOLD if field in told])
     allocator = plan.allocator
@@ -70,6 +69,7 @@ def show_fit(plan: Plan, console: Console) -> None:
     for sentence in (evaluating(plan), varying(plan.recipe)):
         if sentence is not None:
             warning(console, sentence)
+    show_read(plan, console)
     for advice in plan.advice:
         console.print()
         show_advice(advice, console)

@@ -15,7 +15,7 @@ _MOST = 8  # keys that are named of those that move no memory; --json has all
 
 
 def show_read(plan: Plan, console: Console) -> None:
-    """Print what the recipe was read from, which keys were passed over, and what no figure counts."""
+    """Print what the recipe was read from, which keys were passed over, and where the plan differs."""
     read = plan.read
     if read is None:
         return
@@ -26,7 +26,7 @@ def show_read(plan: Plan, console: Console) -> None:
         more = [f"{rest} more"] if rest > 0 else []
         paragraph(console, [*read.ignored[:_MOST], *more], "ignored, no memory", QUIET)
     for sentence in read.left_out:
-        warning(console, f"Not counted: {sentence}.")
+        warning(console, f"{sentence}.")
 
 
 def _brief(value: Any) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memplan import rooms, stacks
-from memplan.errors import MemplanError, printable, shown
+from memplan.errors import MemplanError, RecipeError, printable, shown
 from memplan.runfiles._document import document
 from memplan.runfiles._keys import Keys
 
@@ -28,8 +28,9 @@ Lines = Mapping[str, Any]  # keys and values, as a file has them
 class RunFile:
     """A kind of file.
 
-    ``title``: what people call it; ``own``: keys that no other kind has; ``holds``: tells it by more than one
-    key's name; ``read``: takes the keys that move memory; ``ignored``: those that are known to move none;
+    ``title``: what people call it; ``own``: keys that no other kind has; ``holds``: tells it by more than
+    one key's name; ``read``: takes the keys that move memory; ``refuses``: those that ask for what memplan
+    does not plan, each with what is to be said of it; ``ignored``: those that are known to move none;
     ``launch``: what runs it, with FILE for its name; ``says``: how it says a value of a recipe's field, None
     where it can't; ``unsaid``: fields whose change it need not say (they follow from others).
     """
@@ -38,6 +39,7 @@ class RunFile:
     read: Callable[[Keys], None]
     launch: str
     own: frozenset[str] = frozenset()
+    refuses: Mapping[str, str] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset()
     holds: Callable[[Mapping[str, Any]], bool] | None = None
     says: Mapping[str, Callable[[Any], Lines | None]] = field(default_factory=dict)
@@ -76,10 +78,11 @@ BESIDE: Mapping[str, Callable[[Any], str]] = {
 class Reading:
     """What a file asks for.
 
-    ``name`` and ``path``: the file's; ``kind``: of file; ``model``: None where it holds none; ``options``: the recipe's by
-    field, as the file gives them; ``stack``: whose defaults its kind has where it says nothing, None where
-    that says nothing, either; ``understood``: the keys that moved these, with their values; ``ignored``: keys
-    that move no memory; ``left_out``: what the run does beside and no figure counts.
+    ``name`` and ``path``: the file's; ``kind``: of file; ``model``: None where it holds none; ``options``:
+    the recipe's by field, as the file gives them; ``stack``: its kind's
+    own defaults by mode; ``understood``: the keys that moved these, with their values; ``ignored``: keys
+    that move no memory; ``left_out``: where the run differs from its plan; ``evaluates``: the
+    batch of its evaluations, 0 where it makes none, None where nobody knows.
     """
 
     name: str
@@ -91,6 +94,7 @@ class Reading:
     understood: Mapping[str, Any]
     ignored: tuple[str, ...]
     left_out: tuple[str, ...]
+    evaluates: int | None = None
 
     @property
     def mode(self) -> str | None:
@@ -109,7 +113,10 @@ class Reading:
         foreign = [name for name in options if mode.value not in known[name].modes and name not in over]
         if options.get("gradient_checkpointing") is False and "use_reentrant" not in over:
             foreign.append("use_reentrant")
-        return Recipe(**{name: value for name, value in options.items() if name not in foreign})
+        try:
+            return Recipe(**{name: value for name, value in options.items() if name not in foreign})
+        except RecipeError as error:
+            raise RecipeError(f"{self.name}: {error}") from None
 
     def suited(self, recipe: Recipe, spec: ModelSpec) -> Recipe:
         """The same of this model. Raises MemplanError where its trainer does with it what memplan can't."""
@@ -144,7 +151,7 @@ def read(path: str | Path) -> Reading | None:
     Raises MemplanError with one sentence for a file that is no run file or asks for what can't be planned.
     """
     found = document(path)
-    if found is None or {"architectures", "model_type"} & found.keys() and str(path).endswith(".json"):
+    if found is None or (str(path).endswith(".json") and {"architectures", "model_type"} & found.keys()):
         return None
     name, place = printable(Path(path).name), printable(str(path))
     kind = _kind(found, name, str(path))
@@ -152,6 +159,7 @@ def read(path: str | Path) -> Reading | None:
         return None
     runfile = find(kind)
     keys = Keys(name, found, lambda: _instead(runfile, place), runfile.title)
+    keys.refuse_any(runfile.refuses)
     runfile.read(keys)
     keys.finish(runfile.ignored)
     return Reading(
@@ -164,6 +172,7 @@ def read(path: str | Path) -> Reading | None:
         understood=keys.understood,
         ignored=tuple(keys.ignored),
         left_out=tuple(keys.left_out),
+        evaluates=keys.evaluates,
     )
 
 

@@ -14,6 +14,11 @@ _MOST_DIGITS = 18
 _QUANTISED = re.compile(r"[-_](gptq|awq|aqlm|gguf|exl2|hqq|fp8|mxfp4|nvfp4)\b", re.IGNORECASE)
 
 
+def words(text: str) -> frozenset[str]:
+    """Names with spaces between them."""
+    return frozenset(text.split())
+
+
 class Keys:
     """The values of a file by key. A key with no value (``lora_model_dir:``) is as if it were not there.
 
@@ -34,6 +39,8 @@ class Keys:
         self.understood: dict[str, Any] = {}
         self.ignored: list[str] = []
         self.left_out: list[str] = []
+        self.apart: set[str] = set()  # keys of which something is said rather than planned
+        self.evaluates: int | None = None
 
     def value(self, key: str) -> Any:
         """The value as it is; None where it is not given."""
@@ -160,6 +167,7 @@ class Keys:
 
     def refuse_any(self, why: Mapping[str, str]) -> None:
         """Refuse each of these keys that has a value other than false, 0, "" or nothing."""
+        self.apart.update(why)
         for key, words in why.items():
             value = self.value(key)
             if value and value not in ("no", "none", "None", "false", "False"):
@@ -168,6 +176,7 @@ class Keys:
 
     def several(self, *keys: str) -> None:
         """Refuse each of these numbers of cards that is more than one."""
+        self.apart.update(keys)
         for key in keys:
             value = self.whole(key, least=-1)
             if value is not None and value > 1:
@@ -179,6 +188,7 @@ class Keys:
         on = [key for key in keys if self.value(key) not in (None, False, "", 0, "no", [], {})]
         for key in keys:
             self.understood.pop(key, None)
+        self.apart.update(keys)
         if on or not keys:
             self.left_out.append(f"{', '.join(on)}: {words}" if on else words)
 
@@ -198,7 +208,8 @@ class Keys:
             close = get_close_matches(key, self._known, n=1, cutoff=_ALIKE)
             if close and not get_close_matches(key, ignored, n=1, cutoff=_ALIKE):
                 raise MemplanError(
-                    f"{self.name}: {printable(key[:60])} is no key of {self.title}'s; did you mean {close[0]}?"
+                    f"{self.name}: {printable(key[:60])} is no key of {self.title}'s; did you mean "
+                    f"{close[0]}?"
                 )
             unknown.append(printable(key[:60]))
         if unknown:

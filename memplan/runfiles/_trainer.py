@@ -8,34 +8,37 @@ from typing import Any
 
 from memplan import rooms
 from memplan.asked.recipe import OPTIMIZER_ALIASES
-from memplan.runfiles._keys import Keys
+from memplan.runfiles._keys import Keys, words
 
-IGNORED = frozenset(
+IGNORED = words(
     """
-    output_dir overwrite_output_dir num_train_epochs max_steps learning_rate lr_scheduler_type
-    lr_scheduler_kwargs warmup_steps warmup_ratio weight_decay adam_beta1 adam_beta2 adam_epsilon
-    average_tokens_across_devices bf16_full_eval fp16_full_eval tf32 log_on_each_node
-    include_num_input_tokens_seen include_tokens_per_second log_level log_level_replica disable_tqdm report_to
-    run_name project trackio_space_id trackio_bucket_id trackio_static_space_id eval_strategy
-    evaluation_strategy eval_steps eval_delay per_device_eval_batch_size prediction_loss_only eval_on_start
-    eval_do_concat_batches eval_use_gather_object eval_accumulation_steps include_for_metrics
-    include_inputs_for_metrics batch_eval_metrics eval_batch_size save_only_model save_strategy save_steps
-    save_on_each_node save_total_limit save_safetensors enable_jit_checkpoint push_to_hub
-    load_best_model_at_end metric_for_best_model greater_is_better ignore_data_skip
-    restore_callback_states_from_checkpoint seed data_seed jit_mode_eval use_ipex accelerator_config
-    remove_unused_columns label_names group_by_length train_sampling_strategy length_column_name
-    ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend
-    ddp_timeout debug skip_memory_metrics do_train do_eval do_predict resume_from_checkpoint local_rank
-    use_cpu no_cuda use_mps_device past_index push_to_hub_model_id push_to_hub_organization push_to_hub_token
-    mp_parameters ray_scope dispatch_batches split_batches fp16_opt_level fp16_backend half_precision_backend
-    torchdynamo tpu_num_cores tpu_metrics_debug optim_target_modules fsdp_config fsdp_min_num_params
-    fsdp_transformer_layer_cls_to_wrap parallelism_config activation_checkpointing_kwargs
-    gradient_checkpointing_kwargs liger_kernel_config use_cache env
-    """.split()
+        output_dir overwrite_output_dir num_train_epochs max_steps learning_rate lr_scheduler_type
+        lr_scheduler_kwargs warmup_steps warmup_ratio weight_decay adam_beta1 adam_beta2 adam_epsilon
+        average_tokens_across_devices bf16_full_eval fp16_full_eval tf32 log_on_each_node
+        include_num_input_tokens_seen include_tokens_per_second log_level log_level_replica disable_tqdm
+        report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id eval_steps
+        eval_delay prediction_loss_only eval_on_start eval_do_concat_batches eval_use_gather_object
+        eval_accumulation_steps include_for_metrics include_inputs_for_metrics batch_eval_metrics
+        save_only_model save_strategy save_steps save_on_each_node save_total_limit save_safetensors
+        enable_jit_checkpoint push_to_hub load_best_model_at_end metric_for_best_model greater_is_better
+        ignore_data_skip restore_callback_states_from_checkpoint seed data_seed jit_mode_eval use_ipex
+        accelerator_config remove_unused_columns label_names group_by_length train_sampling_strategy
+        length_column_name ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers
+        ddp_static_graph ddp_backend ddp_timeout debug skip_memory_metrics do_train do_eval do_predict
+        resume_from_checkpoint local_rank use_cpu no_cuda use_mps_device past_index push_to_hub_model_id
+        push_to_hub_organization push_to_hub_token mp_parameters ray_scope dispatch_batches split_batches
+        fp16_opt_level fp16_backend half_precision_backend torchdynamo tpu_num_cores tpu_metrics_debug
+        optim_target_modules fsdp_config fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap
+        parallelism_config activation_checkpointing_kwargs gradient_checkpointing_kwargs
+        liger_kernel_config use_cache env
+    """
 )
-OF_EVALUATION = ("eval_strategy", "evaluation_strategy")
-
-_ALONE = "spreads the run over several cards, which memplan does not plan yet"
+SEVERAL = "spreads the run over several cards, which memplan does not plan yet"
+REFUSED: Mapping[str, str] = {
+    "deepspeed": SEVERAL,
+    "fsdp": SEVERAL,
+    "label_smoothing_factor": "is another loss than memplan plans",
+}
 
 
 def optimizer(keys: Keys, key: str) -> None:
@@ -56,18 +59,21 @@ def arguments(keys: Keys) -> None:
     keys.put("max_grad_norm", keys.number("max_grad_norm"))
     optimizer(keys, "optim")
     _optimizer_arguments(keys)
-    keys.refuse_any(
-        {
-            "deepspeed": _ALONE,
-            "fsdp": _ALONE,
-            "label_smoothing_factor": "is another loss than memplan plans",
-        }
-    )
+    _evaluation(keys)
     keys.leave_out("what torch.compile keeps is another amount", "torch_compile", "torch_compile_backend")
     keys.leave_out("its noise is not counted", "neftune_noise_alpha")
     keys.leave_out("reserved memory may be less", "torch_empty_cache_steps")
     keys.leave_out("attention may run in another kernel", "full_determinism")
     keys.leave_out("this is the plan of its first try", "auto_find_batch_size")
+
+
+def _evaluation(keys: Keys) -> None:
+    strategy = keys.value("eval_strategy") or keys.value("evaluation_strategy") or "no"
+    size = keys.whole("per_device_eval_batch_size") or 8
+    keys.evaluates = 0 if strategy in ("no", False) else size  # YAML 1.1 reads `no` as false
+    for key in ("eval_strategy", "evaluation_strategy", "per_device_eval_batch_size"):
+        if not keys.evaluates:
+            keys.understood.pop(key, None)
 
 
 def _optimizer_arguments(keys: Keys) -> None:

@@ -6,9 +6,10 @@ import re
 from typing import Any
 
 from memplan.runfiles import RunFile, sizes
-from memplan.runfiles._keys import Keys
+from memplan.runfiles._keys import Keys, words
 from memplan.runfiles._trainer import (
     IGNORED,
+    SEVERAL,
     as_any_of,
     as_key,
     attention,
@@ -38,7 +39,6 @@ _LIGER = (
     "liger_rope", "liger_rms_norm", "liger_rms_norm_gated", "liger_layer_norm", "liger_swiglu",
     "liger_glu_activation", "liger_cross_entropy",
 )  # fmt: skip
-_SEVERAL = "spreads the run over several cards, which memplan does not plan yet"
 _OTHER = "is another step than supervised fine-tuning, which is all that memplan plans"
 _BASE = "is a base that memplan does not plan"
 _OWN = "runs code of axolotl's own that memplan does not play"
@@ -53,9 +53,9 @@ _REFUSED = {
     "lisa_n_layers": "trains a few layers at a time, which memplan does not plan",
     "unfrozen_parameters": "trains a part of the weights, which memplan does not plan",
     "processor_type": "trains on images or sound, which memplan does not plan",
-    "deepspeed": _SEVERAL,
-    "fsdp": _SEVERAL,
-    "fsdp_config": _SEVERAL,
+    "deepspeed": SEVERAL,
+    "fsdp": SEVERAL,
+    "fsdp_config": SEVERAL,
     "gptq": _BASE,
     "fp8": "computes in 8 bits, which memplan does not plan",
     "qat": _OWN,
@@ -96,12 +96,12 @@ def _read(keys: Keys) -> None:
     keys.sizes = sizes("axolotl")
     keys.put("trainer", "axolotl")
     keys.base("base_model")
-    keys.refuse_any(_REFUSED)
     keys.several(
         "tensor_parallel_size", "context_parallel_size", "sequence_parallel_degree", "dp_shard_size",
         "dp_replicate_size", "expert_parallel_size",
     )  # fmt: skip
     _step(keys)
+    _evaluation(keys)
     _precision(keys)
     _attention(keys)
     mode = _adapter(keys)
@@ -133,6 +133,16 @@ def _step(keys: Keys) -> None:
     reentrant(keys, "gradient_checkpointing_kwargs")
     if not keys.options.get("gradient_checkpointing"):
         keys.options.pop("use_reentrant", None)
+
+
+def _evaluation(keys: Keys) -> None:
+    """`utils/config/__init__.py`, `normalize_config`: in batches as training's."""
+    held_out = keys.number("val_set_size")
+    batch = keys.whole("eval_batch_size") or keys.options.get("batch_size") or 1
+    keys.evaluates = batch if held_out or keys.value("test_datasets") else 0
+    for key in ("val_set_size", "test_datasets", "eval_batch_size"):
+        if not keys.evaluates or key == "test_datasets":
+            keys.understood.pop(key, None)
 
 
 def _precision(keys: Keys) -> None:
@@ -281,41 +291,42 @@ def _leave_out(keys: Keys) -> None:
     keys.leave_out("a trainer of one's own", "trainer_cls")
 
 
-_NO_MEMORY = """
-    pretraining_dataset strict resume_from_checkpoint auto_resume_from_checkpoints mean_resizing_embeddings shrink_embeddings
-    embeddings_skip_upcast reinit_weights trl vllm quantization export num_labels datasets test_datasets
+_NO_MEMORY = words(
+    """
+    pretraining_dataset strict resume_from_checkpoint auto_resume_from_checkpoints mean_resizing_embeddings
+    shrink_embeddings embeddings_skip_upcast reinit_weights trl vllm quantization export num_labels datasets
     shuffle_merged_datasets shuffle_before_merging_datasets dataset_prepared_path dataset_shard_num
     dataset_shard_idx skip_prepare_dataset num_dataset_shards_to_save dataset_processes dataset_num_proc
-    dataset_exact_deduplication dataset_keep_in_memory push_dataset_to_hub hf_use_auth_token device device_map
-    world_size ddp do_causal_lm_eval eval_causal_lm_metrics do_bench_eval bench_dataset bench_split
-    loss_watchdog_threshold loss_watchdog_patience gc_steps gc_collect_steps float32 freeze_mm_modules
-    excess_length_strategy eval_sequence_len min_sample_len max_prompt_len balance_labels
+    dataset_exact_deduplication dataset_keep_in_memory push_dataset_to_hub hf_use_auth_token device
+    device_map world_size ddp do_causal_lm_eval eval_causal_lm_metrics do_bench_eval bench_dataset
+    bench_split loss_watchdog_threshold loss_watchdog_patience gc_steps gc_collect_steps float32
+    freeze_mm_modules excess_length_strategy eval_sequence_len min_sample_len max_prompt_len balance_labels
     label_balance_window_optim_steps sample_packing_group_size sample_packing_bin_size
     sample_packing_sequentially sample_packing_mp_start_method eval_sample_packing
     fa_varlen_kwargs_in_collator pad_to_sequence_len pad_to_multiple_of curriculum_sampling
     multipack_real_batches batch_flattening pretrain_multipack_buffer_size pretrain_multipack_attn
     pretraining_sample_concatenation streaming streaming_multipack_buffer_size flex_attn_compile_kwargs
-    deepcompile fsdp_version fsdp_final_state_dict_type val_set_size heads_k_stride ring_attn_func
-    special_tokens added_tokens_overrides torch_compile_backend torch_compile_mode evals_per_epoch
-    saves_per_epoch save_first_step early_stopping_patience use_tensorboard use_wandb use_mlflow use_comet
-    use_trackio use_swanlab use_otel_metrics sync_profiler_steps profiler_steps include_tkps orpo_alpha
-    simpo_gamma cpo_alpha rl_beta low_cpu_mem_usage chat_template chat_template_jinja chat_template_kwargs
-    eot_tokens default_system_message fix_untrained_tokens is_preprocess total_num_tokens
-    total_supervised_tokens sample_packing_eff_est sample_packing_seq_len_multiplier is_falcon_derived_model
-    is_llama_derived_model is_mistral_derived_model is_qwen_derived_model generate_samples base_model_config
-    cls_model_config tokenizer_config tokenizer_use_fast tokenizer_legacy tokenizer_use_mistral_common
-    tokenizer_type processor_kwargs tokenizer_save_jinja_files trust_remote_code
-    experimental_skip_move_to_device model_quantization_config_kwargs type_of_model model_type
-    revision_of_model max_packed_sequence_len train_on_inputs embedding_lr embedding_lr_scale optim_args
-    torchdistx_path lr_scheduler lr_quadratic_warmup cosine_min_lr_ratio cosine_constant_lr_ratio
-    lr_div_factor lr_groups adam_epsilon2 adam_beta3 adam_eps eta_min num_epochs lora_fan_in_fan_out
-    lora_alpha_pattern peft_layers_pattern lora_fp32_gradients qlora_sharded_model_loading lora_on_cpu
-    loraplus_lr_ratio loraplus_lr_embedding merge_lora merge_method gptq_groupsize gptq_model_v1
-    gptq_disable_exllama use_ray ray_num_workers ray_run_name resources_per_worker eval_table_size
-    eval_max_new_tokens seed local_rank role_boundaries image_size cut_cross_entropy_accum_c_fp32
-    model_config axolotl_config_path lm_eval_tasks peft_ensure_weight_tying liger_use_token_scaling
-    base_model_ignore_patterns
-""".split()
+    deepcompile fsdp_version fsdp_final_state_dict_type heads_k_stride ring_attn_func special_tokens
+    added_tokens_overrides torch_compile_backend torch_compile_mode evals_per_epoch saves_per_epoch
+    save_first_step early_stopping_patience use_tensorboard use_wandb use_mlflow use_comet use_trackio
+    use_swanlab use_otel_metrics sync_profiler_steps profiler_steps include_tkps orpo_alpha simpo_gamma
+    cpo_alpha rl_beta low_cpu_mem_usage chat_template chat_template_jinja chat_template_kwargs eot_tokens
+    default_system_message fix_untrained_tokens is_preprocess total_num_tokens total_supervised_tokens
+    sample_packing_eff_est sample_packing_seq_len_multiplier is_falcon_derived_model is_llama_derived_model
+    is_mistral_derived_model is_qwen_derived_model generate_samples base_model_config cls_model_config
+    tokenizer_config tokenizer_use_fast tokenizer_legacy tokenizer_use_mistral_common tokenizer_type
+    processor_kwargs tokenizer_save_jinja_files trust_remote_code experimental_skip_move_to_device
+    model_quantization_config_kwargs type_of_model model_type revision_of_model max_packed_sequence_len
+    train_on_inputs embedding_lr embedding_lr_scale optim_args torchdistx_path lr_scheduler
+    lr_quadratic_warmup cosine_min_lr_ratio cosine_constant_lr_ratio lr_div_factor lr_groups adam_epsilon2
+    adam_beta3 adam_eps eta_min num_epochs lora_fan_in_fan_out lora_alpha_pattern peft_layers_pattern
+    lora_fp32_gradients qlora_sharded_model_loading lora_on_cpu loraplus_lr_ratio loraplus_lr_embedding
+    merge_lora merge_method gptq_groupsize gptq_model_v1 gptq_disable_exllama use_ray ray_num_workers
+    ray_run_name resources_per_worker eval_table_size eval_max_new_tokens seed local_rank role_boundaries
+    image_size cut_cross_entropy_accum_c_fp32 model_config axolotl_config_path lm_eval_tasks
+    peft_ensure_weight_tying liger_use_token_scaling base_model_ignore_patterns
+    """
+)
 
 
 def _targeted(value: Any) -> dict[str, Any] | None:
@@ -331,15 +342,16 @@ def _quantised(mode: Any) -> dict[str, Any]:
 
 RUNFILE = RunFile(
     title="axolotl",
-    own=frozenset(
+    own=words(
         """
         base_model micro_batch_size sequence_len adapter sample_packing lora_target_linear lora_model_dir
         flash_attention sdp_attention xformers_attention val_set_size base_model_config
-        """.split()
+    """
     ),
     read=_read,
+    refuses=_REFUSED,
     launch="axolotl train FILE",
-    ignored=IGNORED | frozenset(_NO_MEMORY),
+    ignored=IGNORED | _NO_MEMORY,
     says={
         "batch_size": as_key("micro_batch_size"),
         "seq_len": as_key("sequence_len"),

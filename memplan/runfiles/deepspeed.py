@@ -4,7 +4,7 @@ model."""
 from __future__ import annotations
 
 from memplan.runfiles import RunFile
-from memplan.runfiles._keys import Keys
+from memplan.runfiles._keys import Keys, words
 
 
 def _read(keys: Keys) -> None:
@@ -24,11 +24,11 @@ def _read(keys: Keys) -> None:
 
 RUNFILE = RunFile(
     title="DeepSpeed",
-    own=frozenset(
+    own=words(
         """
         zero_optimization train_micro_batch_size_per_gpu zero_allow_untested_optimizer
         zero_force_ds_cpu_optimizer wall_clock_breakdown
-        """.split()
+    """
     ),
     read=_read,
     launch="deepspeed YOUR_SCRIPT.py --deepspeed FILE",

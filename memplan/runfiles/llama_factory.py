@@ -5,8 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from memplan.runfiles import RunFile, sizes
-from memplan.runfiles._keys import Keys
-from memplan.runfiles._trainer import IGNORED, SAYS, arguments, as_any_of, as_key, checkpointing, packed
+from memplan.runfiles._keys import Keys, words
+from memplan.runfiles._trainer import (
+    IGNORED,
+    REFUSED,
+    SAYS,
+    arguments,
+    as_any_of,
+    as_key,
+    checkpointing,
+    packed,
+)
 
 _OWN = "runs code of its own that memplan does not play"
 _BASE = "is a base that memplan does not plan"
@@ -65,7 +74,6 @@ def _read(keys: Keys) -> None:
     )  # fmt: skip
     for key in ("do_train", "do_predict"):
         keys.understood.pop(key, None)
-    keys.refuse_any(_REFUSED)
     keys.put("seq_len", keys.whole("cutoff_len"))
     arguments(keys)
     checkpointing(keys)
@@ -142,7 +150,8 @@ def _leave_out(keys: Keys, stage: str) -> None:
     keys.leave_out("the router's loss is the configuration's", "moe_aux_loss_coef")
 
 
-_NO_MEMORY = """
+_NO_MEMORY = words(
+    """
     adapter_folder cache_dir use_fast_tokenizer split_special_tokens add_special_tokens
     new_special_tokens_config init_special_tokens model_revision low_cpu_mem_usage rope_scaling
     train_from_scratch offload_folder use_kv_cache infer_dtype hf_hub_token ms_hub_token om_hub_token
@@ -156,8 +165,8 @@ _NO_MEMORY = """
     galore_target galore_rank galore_layerwise galore_scale apollo_target apollo_rank badam_mode
     badam_switch_mode badam_switch_interval use_swanlab swanlab_project swanlab_workspace swanlab_run_name
     swanlab_mode swanlab_api_key swanlab_logdir asft_alpha eaft_alpha compute_accuracy disable_shuffling
-    early_stopping_steps plot_loss include_effective_tokens_per_second include_num_input_tokens_seen template
-    dataset eval_dataset dataset_dir media_dir train_on_prompt mask_history streaming buffer_size
+    early_stopping_steps plot_loss include_effective_tokens_per_second include_num_input_tokens_seen
+    template dataset eval_dataset dataset_dir media_dir train_on_prompt mask_history streaming buffer_size
     mix_strategy interleave_probs overwrite_cache preprocessing_batch_size preprocessing_num_workers
     max_samples eval_num_beams ignore_pad_token_for_loss val_size eval_on_each_dataset tool_format
     default_system enable_thinking preserve_thinking tokenized_path data_shared_file_system ray_num_workers
@@ -165,7 +174,8 @@ _NO_MEMORY = """
     master_port enable_torch_profiler predict_with_generate generation_max_length generation_num_beams
     do_sample temperature top_p top_k num_beams max_length max_new_tokens repetition_penalty length_penalty
     fp8_backend fp8_enable_fsdp_float8_all_gather flash_attn_backend
-""".split()
+    """
+)
 
 
 def _method_lines(value: Any) -> dict[str, Any]:
@@ -175,16 +185,17 @@ def _method_lines(value: Any) -> dict[str, Any]:
 
 RUNFILE = RunFile(
     title="LLaMA-Factory",
-    own=frozenset(
+    own=words(
         """
         stage finetuning_type cutoff_len template lora_rank lora_target quantization_bit
         disable_gradient_checkpointing pure_bf16 flash_attn enable_liger_kernel use_unsloth dataset_dir
         double_quantization neat_packing infer_backend
-        """.split()
+    """
     ),
     read=_read,
+    refuses={**REFUSED, **_REFUSED},
     launch="llamafactory-cli train FILE",
-    ignored=IGNORED | frozenset(_NO_MEMORY),
+    ignored=IGNORED | _NO_MEMORY,
     says={
         **SAYS,
         "seq_len": as_key("cutoff_len"),

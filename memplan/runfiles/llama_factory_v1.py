@@ -19,6 +19,4 @@ def _read(keys: Keys) -> None:
     keys.refuse("model", "is trained by LLaMA-Factory's v1, whose step memplan does not plan")
 
 
-RUNFILE = RunFile(
-    title="LLaMA-Factory v1", holds=_holds, read=_read, launch="llamafactory-cli train FILE"
-)
+RUNFILE = RunFile(title="LLaMA-Factory v1", holds=_holds, read=_read, launch="llamafactory-cli train FILE")

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 from memplan.runfiles import RunFile, sizes
-from memplan.runfiles._keys import Keys
-from memplan.runfiles._trainer import IGNORED, SAYS, arguments, checkpointing
+from memplan.runfiles._keys import Keys, words
+from memplan.runfiles._trainer import IGNORED, REFUSED, SAYS, arguments, checkpointing
 
 
 def _read(keys: Keys) -> None:
@@ -22,8 +22,9 @@ def _read(keys: Keys) -> None:
 
 RUNFILE = RunFile(
     title="the HF Trainer",
-    own=frozenset("per_device_train_batch_size per_device_eval_batch_size optim num_train_epochs".split()),
+    own=words("per_device_train_batch_size per_device_eval_batch_size optim num_train_epochs"),
     read=_read,
+    refuses=REFUSED,
     launch="python YOUR_SCRIPT.py",
     ignored=IGNORED,
     says=SAYS,

@@ -6,9 +6,10 @@ from __future__ import annotations
 from typing import Any
 
 from memplan.runfiles import RunFile, sizes
-from memplan.runfiles._keys import Keys
+from memplan.runfiles._keys import Keys, words
 from memplan.runfiles._trainer import (
     IGNORED,
+    REFUSED,
     SAYS,
     arguments,
     as_any_of,
@@ -47,7 +48,6 @@ def _read(keys: Keys) -> None:
     # an SFTConfig says nothing of the model, and nor do its defaults
     model = any(map(keys.given, _MODEL))
     keys.sizes = sizes("trl", None if model else ("batch_size", "seq_len"))
-    keys.refuse_any(_REFUSED)
     quantised_in_8_bits(keys)
     loss = keys.text("loss_type")
     if loss not in (None, "nll", "chunked_nll"):
@@ -129,14 +129,16 @@ def _leave_out(keys: Keys) -> None:
     keys.leave_out("is planned from the configuration", "router_aux_loss_coef")
 
 
-_NO_MEMORY = """
+_NO_MEMORY = words(
+    """
     model_revision lora_task_type bnb_4bit_quant_storage trust_remote_code chat_template_path
     dataset_text_field dataset_kwargs dataset_num_proc eos_token truncation_mode shuffle_dataset
     packing_strategy pad_to_multiple_of eval_packing completion_only_loss assistant_only_loss pad_token
     dataset_name dataset_config dataset_train_split dataset_test_split dataset_streaming
-    gradient_checkpointing_use_reentrant ignore_bias_buffers datasets streaming test_split_size dataset_batch_size
-    num_of_sequences chars_per_token
-""".split()
+    gradient_checkpointing_use_reentrant ignore_bias_buffers datasets streaming test_split_size
+    dataset_batch_size num_of_sequences chars_per_token
+    """
+)
 
 
 def _targeted(value: Any) -> dict[str, Any] | None:
@@ -152,17 +154,17 @@ def _quantised(mode: Any) -> dict[str, Any]:
 
 RUNFILE = RunFile(
     title="TRL",
-    own=frozenset(
+    own=words(
         """
-        use_peft use_bnb_nested_quant bnb_4bit_quant_type max_length max_seq_length packing_strategy
+        use_peft use_bnb_nested_quant bnb_4bit_quant_type max_seq_length packing_strategy
         padding_free loss_type dataset_name dataset_train_split dataset_test_split completion_only_loss
         assistant_only_loss dataset_text_field model_init_kwargs chat_template_path
-        """.split()
-    )
-    - {"max_length"},  # which is one of LLaMA-Factory's, too, for what is generated
+    """
+    ),
     read=_read,
+    refuses={**REFUSED, **_REFUSED},
     launch="trl sft --config FILE",
-    ignored=IGNORED | frozenset(_NO_MEMORY),
+    ignored=IGNORED | _NO_MEMORY,
     says={
         **SAYS,
         "seq_len": as_key("max_length"),

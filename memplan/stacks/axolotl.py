@@ -51,7 +51,7 @@ STACK = Stack(
         ),
         "attn": always(
             "flash_attention_2",
-            "its example files have `attn_implementation: flash_attention_2`; without it transformers' `sdpa`",
+            "its example files have `attn_implementation: flash_attention_2`; without it, transformers' sdpa",
         ),
         "loss": always("standard", "the model's own; Liger's and cut cross entropy are plugins"),
         "optimizer": always("adamw_torch_fused", "`utils/schemas/training.py`, `optimizer`"),
