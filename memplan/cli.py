@@ -35,10 +35,10 @@ Commands:
   fit MODEL --gpu G   exit status 0: fits on G; 1: does not fit; 2: bad question
   frontier MODEL      the longest sequences that a card has room for
   compare MODEL       the modes full, lora and qlora side by side
-  trace MODEL         the same by running the libraries' code (memplan[verify])
+  trace MODEL         the same by running the libraries' own code
   dry-run -- COMMAND  your own program, unmodified, on a card that is not there
   stub MODEL FOLDER   a checkpoint that takes no disk, to be dry-run with
-  verify MODEL        train a few steps for real, and compare (memplan[verify])
+  verify MODEL        train a few steps for real, and compare
   campaign PLAN       many such runs within a budget of time
   report [FOLDER]     all measurements against the plan
   diff A B            where two plans or traces differ; exit status 0: nowhere
@@ -46,7 +46,7 @@ Commands:
   gpus [FILTER]       the cards that --gpu knows
   completion SHELL    completion script for bash, zsh or fish
 
-Options that most questions need (all of them: memplan plan --help):
+Options that most questions need (all of them: memplan help plan):
   --mode MODE         full, lora or qlora (the default)
   --r N               rank of the adapters (8)
   --batch-size N      sequences a step (1)
@@ -126,10 +126,12 @@ def _run(arguments: list[str]) -> int:
         streams.aside(HELP)
         return STATUS_BAD_QUESTION
     first, *rest = arguments
+    if first == "help" and rest:
+        return _help(rest[0])
     if first in ("-h", "--help", "help"):
         streams.say(HELP)
         return 0
-    if first in ("-V", "--version"):
+    if first in ("-V", "--version") or arguments == ["version"]:
         streams.say(f"memplan {__version__}\n")
         return 0
     if first in COMMANDS:
@@ -138,6 +140,14 @@ def _run(arguments: list[str]) -> int:
         return _run_command("plan", arguments)
     except UnknownName as error:
         raise _misspelt_command(first, error) or error from None
+
+
+def _help(command: str) -> int:
+    if command in COMMANDS:
+        return _run_command(command, ["--help"])
+    close = _close_command(command)
+    meant = f"did you mean `memplan help {close}`?" if close else "`memplan help` lists them"
+    raise MemplanError(f"no command is called {shown(command)}; {meant}")
 
 
 def _run_command(name: str, arguments: list[str]) -> int:
@@ -150,12 +160,16 @@ def _run_command(name: str, arguments: list[str]) -> int:
 
 def _misspelt_command(word: str, error: UnknownName) -> MemplanError | None:
     """The error for `memplan modles`, which is more likely a command than a model."""
+    close = _close_command(word)
+    if error.kind != "model" or close is None:
+        return None
+    return MemplanError(f"no command or model is called {word!r}; did you mean `memplan {close}`?")
+
+
+def _close_command(word: str) -> str | None:
     from difflib import get_close_matches
 
-    matches = get_close_matches(word, COMMANDS, n=1, cutoff=0.7)
-    if error.kind != "model" or not matches:
-        return None
-    return MemplanError(f"no command or model is called {word!r}; did you mean `memplan {matches[0]}`?")
+    return next(iter(get_close_matches(word, COMMANDS, n=1, cutoff=0.7)), None)
 
 
 def _complain(sentence: str) -> int:

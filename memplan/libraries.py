@@ -17,9 +17,9 @@ TESTED = {
     "accelerate": "1.15",
 }
 
-INSTALL = "pip install 'memplan[verify]'"
 
-_INSTALL_LOSSES = "pip install 'memplan[verify,losses]'"
+# Names what is needed, not memplan's extra: memplan may come from a checkout or a wheel, and from no index.
+INSTALL = f"pip install {' '.join(TESTED)}"
 
 
 class Library(NamedTuple):
@@ -33,16 +33,14 @@ class Library(NamedTuple):
 def require(also: Library | None = None, doing: str = "tracing") -> None:
     """Raise MemplanError with the command that installs what is missing, if something is."""
     missing = [name for name in TESTED if find_spec(name) is None]
-    install = INSTALL
     if also is not None and find_spec(also.module) is None:
         missing.append(also.name)
-        install = _INSTALL_LOSSES
     if missing:
         *head, last = missing
         names = f"{', '.join(head)} and {last}" if head else last
         raise MemplanError(
             f"{doing} runs the libraries' own code and needs {names}, which "
-            f"{'are' if head else 'is'} not installed: run `{install}`"
+            f"{'are' if head else 'is'} not installed: run `pip install {' '.join(missing)}`"
         )
 
 

@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import TextIO
 
 from memplan.errors import MemplanError, reason
@@ -59,7 +60,26 @@ def aside(text: str) -> None:
 
 def remark(sentence: str) -> None:
     """The same of one sentence, under memplan's name."""
-    aside(f"memplan: {visible(sentence)}\n")
+    aside(f"memplan: {visible(typable(sentence))}\n")
+
+
+def typable(sentence: str) -> str:
+    """The sentence with the commands that it names as they can be typed where it is read."""
+    return sentence.replace("`memplan ", f"`{_called()} ") if "`memplan " in sentence else sentence
+
+
+@cache
+def _called() -> str:
+    """How memplan is called: by its name where the shell finds that, else as it was called this time."""
+    from shutil import which
+
+    program = sys.argv[0] if sys.argv else ""
+    match os.path.basename(program):  # noqa: PTH119 – a stranger's word, not yet a path
+        case "memplan" if which("memplan") is None:
+            return program
+        case "__main__.py" if which("memplan") is None:
+            return f"{min(sys.executable, os.path.relpath(sys.executable), key=len)} -m memplan"
+    return "memplan"
 
 
 @contextmanager

@@ -42,9 +42,9 @@ def test_a_model_alone_is_a_question(memplan: Run, arguments: tuple[str, ...]) -
         "meta-llama/Llama-3.2-1B",
         "predicted",
         "GiB allocated",
-        "optimizer state",
+        "activations",
         "defaults",
-        "Cards",
+        "at the peak",
     ):
         assert part in outcome.out
     assert all(len(line) <= 80 for line in outcome.out.splitlines())
@@ -181,7 +181,7 @@ def test_models_and_gpus_are_listed(memplan: Run) -> None:
 
 
 def test_every_field_of_a_recipe_has_an_option_and_every_option_a_field() -> None:
-    others = {"help", "model", "gpu", "json", "tape", "trace"}
+    others = {"help", "model", "gpu", "json", "tape", "trace", "verbose"}
     others |= {"timeline", "html", "trace_json", "snapshot"}
     destinations = {action.dest for action in plan_parser()._actions}
     assert destinations - others == set(Recipe.model_fields)
@@ -256,7 +256,17 @@ def test_every_command_has_help(memplan: Run, command: str) -> None:
 def test_version(memplan: Run) -> None:
     from memplan import __version__
 
-    assert memplan("--version") == (0, f"memplan {__version__}\n", "")
+    assert memplan("--version") == memplan("version") == (0, f"memplan {__version__}\n", "")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_may_be_asked_for_in_words(memplan: Run, command: str) -> None:
+    assert memplan("help", command) == memplan(command, "--help")
+
+
+def test_help_for_what_is_no_command(memplan: Run) -> None:
+    check_refusal(memplan("help", "fitt"), "memplan help fit")
+    check_refusal(memplan("help", "llama-70b"), "no command")
 
 
 def test_nothing_asked_gets_the_help_and_status_2(memplan: Run) -> None:
@@ -273,7 +283,7 @@ BAD_QUESTIONS = {
     "unknown card": (["llama-70b", "--gpu", "a600"], "a6000"),
     "fit without card": (["fit", "llama-70b"], "--gpu"),
     "unknown option": (["llama-70b", "--quant-typ", "nf4"], "--quant-type"),
-    "unknown short option": (["llama-70b", "-r", "8"], "--r"),
+    "unknown short option": (["llama-70b", "-z", "8"], "-z"),
     "two models": (["llama-70b", "llama-8b"], "llama-8b"),
     "unknown mode": (["llama-70b", "--mode", "qlorra"], "qlora"),
     "unknown mode to compare": (["compare", "llama-70b", "--modes", "full,qlorra"], "qlora"),

@@ -8,14 +8,16 @@ import re
 from collections.abc import Callable
 
 import pytest
-from example_plans import example_plan
+from example_plans import example_advice, example_plan
 from rich.console import Console
 
 from memplan.planning.plan import Plan
 from memplan.report.compare import show_comparison
 from memplan.report.console import paragraph, table
 from memplan.report.fit import show_fit
+from memplan.report.headline import verdicts
 from memplan.report.plan import bar, show_plan
+from memplan.report.screen import DETAIL, Part, show
 from memplan.report.wording import asked_and_default, phrases, short_card
 from memplan.units import count, gib, ratio, share
 
@@ -34,8 +36,54 @@ def test_plan(mode: str, golden: Callable[[str, str], None]) -> None:
     golden(f"plan-{mode}.txt", printed(lambda console: show_plan(plan, console, given=("mode", "r"))))
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_all_of_a_plan(mode: str, golden: Callable[[str, str], None]) -> None:
+    plan = example_plan(mode=mode)
+    text = printed(lambda console: show_plan(plan, console, given=("mode", "r"), verbose=True))
+    golden(f"plan-{mode}-verbose.txt", text)
+
+
 def test_fit(golden: Callable[[str, str], None]) -> None:
-    golden("fit.txt", printed(lambda console: show_fit(example_plan(), console)))
+    golden("fit.txt", printed(lambda console: show_fit(example_plan(), console, ("seq_len",))))
+    golden("fit-verbose.txt", printed(lambda console: show_fit(example_plan(), console, verbose=True)))
+
+
+def test_fit_says_what_to_change_first() -> None:
+    plan = example_plan()
+    plan = plan.telling(fits=plan.fits[1:2], advice=(example_advice(),))
+    lines = printed(lambda console: show_fit(plan, console)).splitlines()
+    assert lines[0].startswith("RTX A6000: does not fit, 3.16 GiB short")
+    assert lines[1] == "It fits with --no-kbit-prep  (45.00 GiB): 16-bit head"
+    assert "--no-kbit-prep" in "".join(lines[2:])
+
+
+def test_what_there_is_no_room_for_is_named() -> None:
+    def lines(count: int) -> Callable[[Console], None]:
+        return lambda console: console.print("\n".join("x" * count))
+
+    parts = [
+        Part(lines(15)),
+        Part(lines(9), 1, "much"),
+        Part(lines(2), 2, "little"),
+        Part(lines(1), DETAIL, "all"),
+    ]
+    text = printed(lambda console: show(parts, console, verbose=False))
+    assert text.count("x") == 15
+    assert text.endswith("More with --verbose: much, little, all\n")
+    assert printed(lambda console: show(parts, console, verbose=True)).count("x") == 27
+    few = printed(lambda console: show(parts[:1], console, verbose=False))
+    assert few.count("\n") == 15  # nothing is missing, so nothing is said
+
+
+def test_several_cards_in_a_sentence() -> None:
+    plan = example_plan()
+    together = verdicts(plan.fits)
+    assert [line.text for line in together] == ["Fits the A40 (51.56) and larger, not the RTX A6000 (47.40)"]
+    assert [line.verdict for line in verdicts(plan.fits[:2])] == ["does not fit", "does not fit"]
+    none = verdicts([plan.fits[0]] * 4)
+    assert none[0] == ("Fits none of 4 cards, up to the RTX 4090 (23.00)", "does not fit")
+    everywhere = verdicts([plan.fits[3]] * 4)
+    assert everywhere[0] == ("Fits all of 4 cards, down to the H100 80GB HBM3 (79.00)", "fits")
 
 
 def test_compare(golden: Callable[[str, str], None]) -> None:

@@ -80,6 +80,13 @@ def _named(room: str, kind: str, aliases: Mapping[str, str] | None = None) -> Be
     return BeforeValidator(known)
 
 
+def _played(trainer: Any) -> Any:
+    told = stacks.NOT_PLAYED.get(trainer) if isinstance(trainer, str) else None
+    if told is not None:
+        raise RecipeError(f"{told}, which memplan does not play: `memplan dry-run` runs it as it is")
+    return trainer
+
+
 def _listed(room: str) -> Any:
     return Field(json_schema_extra=lambda schema: schema.update(enum=[*rooms.names(room)]))
 
@@ -87,7 +94,9 @@ def _listed(room: str) -> Any:
 OptimizerName = Annotated[str, _named("optimizers", "optimizer", OPTIMIZER_ALIASES), _listed("optimizers")]
 AttentionName = Annotated[str, _named("attention", "attention implementation"), _listed("attention")]
 LossName = Annotated[str, _named("losses", "loss"), _listed("losses")]
-TrainerName = Annotated[str, _named("stacks", "trainer", TRAINER_ALIASES), _listed("stacks")]
+TrainerName = Annotated[
+    str, _named("stacks", "trainer", TRAINER_ALIASES), BeforeValidator(_played), _listed("stacks")
+]
 
 
 def _kind_of_adapters(recipe: Recipe) -> str:

@@ -12,8 +12,9 @@ from typing import Any, NoReturn, get_args
 from memplan import rooms
 from memplan.asked.options import TARGET_PRESETS, Option
 from memplan.asked.recipe import OPTIMIZER_ALIASES, Mode, Recipe, recipe_options
-from memplan.errors import MemplanError, UnknownName
-from memplan.streams import say
+from memplan.commands import synonyms
+from memplan.errors import MemplanError, UnknownName, shown
+from memplan.streams import remark, say
 
 
 class UsageError(MemplanError):
@@ -49,13 +50,20 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def parse(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
-    """The arguments as a namespace. Raises UsageError, or UnknownName for an option that does not exist."""
-    namespace, unknown = parser.parse_known_args(arguments)
+    """The arguments as a namespace, in the words of any trainer. Raises UsageError, or Unplanned for what
+    memplan has no meaning for."""
+    options = parser._option_string_actions
+    reading = synonyms.read(arguments, options)
+    namespace, unknown = parser.parse_known_args(reading.words)
     if unknown:
         if unknown[0].startswith("-") and unknown[0] != "-":
-            options = [option for action in parser._actions for option in action.option_strings]
-            raise UnknownName("option", unknown[0].split("=")[0], options, f"See {parser.prog} --help.")
+            name = unknown[0].split("=")[0]
+            near = synonyms.close(name, options)
+            meant = f"did you mean {near}? See" if near else "see"
+            raise UsageError(f"no option is called {shown(name)} here; {meant} {parser.prog} --help")
         raise UsageError(f"unexpected argument {unknown[0]!r} (see {parser.prog} --help)")
+    for sentence in reading.remarks():
+        remark(sentence)
     return namespace
 
 
@@ -90,6 +98,13 @@ def add_switch(parser: argparse._ActionsContainer, name: str, words: str) -> Non
 def add_json(parser: argparse._ActionsContainer) -> None:
     """The option --json."""
     add_switch(parser, "--json", "print JSON")
+
+
+def add_verbose(parser: argparse._ActionsContainer) -> None:
+    """The option --verbose."""
+    parser.add_argument(
+        "--verbose", "-v", action="store_true", default=False, help="all details, beyond a first screen"
+    )
 
 
 def positive(text: str) -> float:

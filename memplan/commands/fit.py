@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from memplan.commands.arguments import (
@@ -12,6 +13,7 @@ from memplan.commands.arguments import (
     add_json,
     add_recipe,
     add_run_file,
+    add_verbose,
     given_options,
 )
 from memplan.errors import MemplanError
@@ -58,6 +60,7 @@ def parser() -> Parser:
         help="say what to change, each change priced by planning it (default: where it does not fit)",
     )
     add_json(result)
+    add_verbose(result)
     add_recipe(result)
     return result
 
@@ -68,10 +71,13 @@ def run(arguments: argparse.Namespace) -> int:
     from memplan.planning.plan import plan_of
     from memplan.planning.study import Prediction, ask
 
-    given = Recipe(**given_options(arguments))
-    asked = ask(arguments.model, given, arguments.gpu, arguments.config)
+    recipe = Recipe(**given_options(arguments))
+    asked = ask(arguments.model, recipe, arguments.gpu, arguments.config)
+    given = asked.given.model_dump(exclude_unset=True)
+    what: What | None = None
     if arguments.maximize is not None:
-        found = _maximized(asked, "seq_len" if arguments.maximize == "seq-len" else "batch_size")
+        what = "seq_len" if arguments.maximize == "seq-len" else "batch_size"
+        found = _maximized(asked, what)
         if found is None:
             return STATUS_DOES_NOT_FIT
         asked = found
@@ -87,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
             if arguments.advise:
                 raise
             remark(str(error))
-    _show(answer, arguments)
+    _show(answer, arguments, given, what)
     return STATUS_FITS if fits else STATUS_DOES_NOT_FIT
 
 
@@ -110,7 +116,7 @@ def _maximized(asked: Asked, what: What) -> Asked | None:
     return asked.otherwise(recipe.model_copy(update={what: value}))
 
 
-def _show(answer: Plan, arguments: argparse.Namespace) -> None:
+def _show(answer: Plan, arguments: argparse.Namespace, given: Collection[str], what: What | None) -> None:
     if arguments.json:
         from memplan.report.machine import print_plan
 
@@ -118,5 +124,7 @@ def _show(answer: Plan, arguments: argparse.Namespace) -> None:
     else:
         from memplan.report.console import terminal
         from memplan.report.fit import show_fit
+        from memplan.report.headline import largest
 
-        show_fit(answer, terminal())
+        found = None if what is None else largest(answer, what, getattr(answer.recipe, what))
+        show_fit(answer, terminal(), given, found=found, verbose=arguments.verbose)

@@ -11,7 +11,6 @@ from memplan.commands.arguments import (
     add_json,
     add_recipe,
     add_run_file,
-    add_switch,
     applicable,
     given_options,
     modes,
@@ -21,19 +20,19 @@ if TYPE_CHECKING:
     from memplan.asked.recipe import Recipe
     from memplan.runfiles import Reading
 
-BATCHES = "1,2,4,8,16,32"
-OPTIMIZERS = "adamw_torch_fused,adamw_bnb_8bit"
+BATCHES = "1,2,4,8"
 MODES = "full,lora,qlora"
 MOST_POINTS = 2000
 
 EXAMPLES = """\
-Without --exact the answer takes less than a second and says what no run can do
-without: the tensors at the peak. What the allocator loses comes out of
-that; --exact simulates it for each point, which takes longer.
+Each number is what memplan fit --maximize seq-len says: the allocator is
+simulated. --no-exact takes less than a second for any table and says what no
+run can do without, the tensors at the peak; the allocator's losses come off it.
 
 examples:
   memplan frontier llama-8b --gpu 4090
-  memplan frontier llama-70b --gpu h100 --modes qlora --batch-sizes 1,2 --exact
+  memplan frontier llama-8b --gpu a6000 --optimizers adamw_torch,adamw_8bit
+  memplan frontier llama-70b --gpu h100 --modes qlora --batch-sizes 1,2
 """
 
 
@@ -47,7 +46,7 @@ def parser() -> Parser:
     for options, default, what in (
         (("--batch-sizes",), BATCHES, "batch sizes"),
         (("--modes", "--mode"), MODES, "modes"),
-        (("--optimizers",), OPTIMIZERS, "optimizers, as the Trainer names them"),
+        (("--optimizers",), "the recipe's", "optimizers, as the Trainer names them"),
     ):
         result.add_argument(
             *options,
@@ -55,7 +54,12 @@ def parser() -> Parser:
             default=None,
             help=f"{what}, with commas between them (default: {default})",
         )
-    add_switch(result, "--exact", "simulate the allocator for each point")
+    result.add_argument(
+        "--exact",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="simulate the allocator for each point (default: on)",
+    )
     add_json(result)
     add_recipe(result, mode=False)
     for action in result._actions:
@@ -68,6 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the table; 0."""
     from memplan.asked.gpus import find_gpu
     from memplan.importers.resolve import resolve
+    from memplan.planning.apart import processes
     from memplan.planning.frontier import frontier
     from memplan.planning.study import opened
     from memplan.report.progress import points
@@ -81,8 +86,11 @@ def run(arguments: argparse.Namespace) -> int:
     spec = resolve(named).spec
     if read is not None:
         recipes = [read.suited(recipe, spec) for recipe in recipes]
+    workers = processes()
     with points(len(batches) * len(recipes), shown=arguments.exact) as progress:
-        answer = frontier(spec, recipes, gpu, batches, simulated=arguments.exact, progress=progress)
+        answer = frontier(
+            spec, recipes, gpu, batches, simulated=arguments.exact, workers=workers, progress=progress
+        )
     if arguments.json:
         from memplan.report.machine import print_record
 
@@ -110,24 +118,26 @@ def _recipes(arguments: argparse.Namespace, read: Reading | None) -> list[Recipe
             )
     if "optimizer" in options and arguments.optimizers is not None:
         raise UsageError("--optimizer and --optimizers say the same; give one")
-    known = {} if read is None else read.recipe().model_dump(mode="json", include={"mode", "optimizer"})
-    alone = options.pop("optimizer", known.get("optimizer", OPTIMIZERS))
-    optimizers = _words(alone if arguments.optimizers is None else arguments.optimizers)
+    if arguments.optimizers is None:
+        optimizers = [{"optimizer": options.pop("optimizer")} if "optimizer" in options else {}]
+    else:
+        optimizers = [{"optimizer": name} for name in _words(arguments.optimizers)]
     checkpointing = (
         [options.pop("gradient_checkpointing")] if "gradient_checkpointing" in options else [True, False]
     )
     reentrant: dict[str, Any] = {}
     if "use_reentrant" in options:
         reentrant = {"use_reentrant": options.pop("use_reentrant")}
+    own = MODES if read is None else read.recipe().mode.value
     asked = [
         Recipe(
             mode=mode,
-            optimizer=optimizer,
+            **optimizer,
             gradient_checkpointing=on,
             **(reentrant if on else {}),
             **applicable(options, mode),
         )
-        for mode in modes(known.get("mode", MODES) if arguments.modes is None else arguments.modes)
+        for mode in modes(own if arguments.modes is None else arguments.modes)
         for on in checkpointing
         for optimizer in optimizers
     ]

@@ -13,6 +13,7 @@ from memplan.commands.arguments import (
     add_run_file,
     add_switch,
     add_tape,
+    add_verbose,
     given_options,
 )
 
@@ -30,6 +31,7 @@ def parser() -> Parser:
     add_run_file(result)
     add_gpus(result)
     add_json(result)
+    add_verbose(result)
     add_switch(
         result,
         "--trace",

@@ -13,6 +13,7 @@ from memplan.commands.arguments import (
     add_recipe,
     add_run_file,
     add_tape,
+    add_verbose,
     given_options,
 )
 from memplan.streams import remark
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
     from memplan.tape import Tape
 
 EXAMPLES = """\
-Needs pip install 'memplan[verify]' and no GPU: tensors have shapes but no data.
-It answers for every causal language model that transformers has, also for those
-that have no predicted plan (docs/architectures.md).
+Needs torch, transformers, peft, bitsandbytes and accelerate, and no GPU:
+tensors have shapes but no data. It answers for every causal language model that
+transformers has, also for those that have no predicted plan
+(docs/architectures.md).
 
 examples:
   memplan trace llama-8b --mode qlora --r 8
@@ -40,6 +42,7 @@ def parser() -> Parser:
     add_run_file(result)
     add_gpus(result)
     add_json(result)
+    add_verbose(result)
     add_tape(result)
     add_pictures(result)
     add_recipe(result)
@@ -98,7 +101,7 @@ def answer(plan: Plan, tape: Tape | None, arguments: argparse.Namespace, options
     from memplan.report.plan import show_plan
 
     console = terminal()
-    show_plan(plan, console, given=options, simulated=arguments.gpu is not None)
+    show_plan(plan, console, given=options, simulated=arguments.gpu is not None, verbose=arguments.verbose)
     if tape is not None and arguments.timeline:
         from memplan.report.timeline import show_timeline
 

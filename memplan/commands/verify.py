@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 STATUS_TRAINED, STATUS_NOT = 0, 1
 
 EXAMPLES = """\
-Needs pip install 'memplan[verify]'. With --device cpu the training is as real,
-and storages are counted on the host as CUDA would make them: that tests the
-plan's arithmetic, not a GPU (docs/verify.md).
+Needs torch, transformers, peft, bitsandbytes and accelerate.
+With --device cpu the training is as real, and storages are counted on the host
+as CUDA would make them: that tests the plan's arithmetic, not a GPU
+(docs/verify.md).
 
 exit status: 0 it trained, 1 it ran out of memory, failed, or did not learn, 2
 it was not begun.

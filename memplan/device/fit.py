@@ -83,6 +83,11 @@ class Run:
         """The run where nothing limits it."""
         return self._found((None, None, None))
 
+    @property
+    def begun(self) -> Reserved:
+        """The same up to the end of its first step."""
+        return self.simulation((None, None, None)).begun
+
     def within(self, room: int, total: int, limit: int | None = None) -> Reserved:
         """The run where the driver has ``room`` bytes for it, on a card of ``total``."""
         return self._found((room, total, limit))
@@ -178,7 +183,7 @@ def judge(gpu: Gpu, run: Run, *, explain: bool = True) -> Fit:
     room = total - outside
     needed = free.reserved + outside
     limit = run.settings.limit(total)
-    allowed = room if limit is None else min(room, limit)
+    allowed = _allowed(gpu, run)
     retries, note = 0, None
     verdict: Verdict = "fits"
     if free.reserved > allowed and not explain:
@@ -191,7 +196,7 @@ def judge(gpu: Gpu, run: Run, *, explain: bool = True) -> Fit:
         else:
             verdict = "tight"
             note = f"gets through by giving cached memory back to the driver, {_times(retries)} in two steps"
-    elif free.reserved + free.reserved * MARGIN_PER_CENT // 100 > allowed:
+    elif _with_margin(free.reserved) > allowed:
         verdict, note = "tight", f"leaves less than {MARGIN_PER_CENT} % of what it reserves"
     if allowed < room:
         note = "; ".join(filter(None, (f"PyTorch may reserve {_size(allowed)} at most", note)))
@@ -206,6 +211,26 @@ def judge(gpu: Gpu, run: Run, *, explain: bool = True) -> Fit:
         retries=retries,
         note=note,
     )
+
+
+def excess(gpu: Gpu, run: Run) -> int:
+    """Bytes by which a run goes beyond what is called *fits* on a card; at most 0 if it is called so. Of one
+    that goes beyond it in its first step already, those."""
+    allowed = _allowed(gpu, run)
+    begun = _with_margin(run.begun.reserved) - allowed
+    return begun if begun > 0 else _with_margin(run.free.reserved) - allowed
+
+
+def _allowed(gpu: Gpu, run: Run) -> int:
+    """Bytes that a run may reserve on a card."""
+    total = usable_bytes(gpu)
+    room = total - context_bytes(gpu, run.card)
+    limit = run.settings.limit(total)
+    return room if limit is None else min(room, limit)
+
+
+def _with_margin(reserved: int) -> int:
+    return reserved + reserved * MARGIN_PER_CENT // 100
 
 
 def context_bytes(gpu: Gpu, written_for: Card) -> int:

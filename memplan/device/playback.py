@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 from memplan.asked.alloc_conf import AllocatorSettings
 from memplan.device.allocator import Allocator, Block, OutOfMemory
@@ -80,7 +81,8 @@ class Simulation:
 
     ``loading`` as :func:`memplan.predict.loading.loading` writes it; without it, what rests is allocated in
     the tape's order. ``capacity`` and ``limit`` as in :class:`memplan.device.allocator.Allocator`.
-    ``trained``: what it took.
+    ``begun``: what it took up to the end of its first step; ``trained``: what it took. Each is played when it
+    is asked for.
     """
 
     def __init__(
@@ -93,8 +95,20 @@ class Simulation:
         limit: int | None = None,
     ) -> None:
         self._playback = Playback(tape, Allocator(settings, capacity=capacity, limit=limit))
+        self._loading = loading
         self._evaluated: Reserved | None = None
-        self.trained = self._outcome(self._train(loading))
+
+    @cached_property
+    def begun(self) -> Reserved:
+        """Loading and the first step: half the work, where that is more than there is room for already."""
+        return self._outcome(self._played(self._begin))
+
+    @cached_property
+    def trained(self) -> Reserved:
+        """The same with a later step."""
+        if self.begun.ran_out is not None:
+            return self.begun
+        return self._outcome(self._played(self._go_on))
 
     def evaluated(self, tape: Callable[[], Tape]) -> Reserved:
         """The same with an evaluation after the later step, of which ``tape`` gives the unfolded tape; what
@@ -102,24 +116,23 @@ class Simulation:
         if self._evaluated is None:
             self._evaluated = self.trained
             if self.trained.ran_out is None:
-                self._evaluated = self._outcome(self._evaluate(tape()))
+                evaluation = tape()
+                self._evaluated = self._outcome(self._played(lambda: self._playback.evaluate(evaluation)))
         return self._evaluated
 
-    def _train(self, loading: Tape | None) -> OutOfMemory | None:
-        run, allocator = self._playback, self._playback.allocator
-        try:
-            run.load(loading)
-            run.step(FIRST_STEP)
-            allocator.peak_allocated = allocator.allocated
-            run.watch()
-            run.step(LATER_STEP)
-        except OutOfMemory as error:
-            return error
-        return None
+    def _begin(self) -> None:
+        self._playback.load(self._loading)
+        self._playback.step(FIRST_STEP)
 
-    def _evaluate(self, tape: Tape) -> OutOfMemory | None:
+    def _go_on(self) -> None:
+        run, allocator = self._playback, self._playback.allocator
+        allocator.peak_allocated = allocator.allocated
+        run.watch()
+        run.step(LATER_STEP)
+
+    def _played(self, part: Callable[[], None]) -> OutOfMemory | None:
         try:
-            self._playback.evaluate(tape)
+            part()
         except OutOfMemory as error:
             return error
         return None

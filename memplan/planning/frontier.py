@@ -25,9 +25,11 @@ from memplan.asked.spec import ModelSpec
 from memplan.cuda.attention import key_splits
 from memplan.cuda.card import Card
 from memplan.cuda.embedding import SORTED_FROM
-from memplan.device.fit import MARGIN_PER_CENT, context_bytes, judge, usable_bytes
+from memplan.device import fit
+from memplan.device.fit import context_bytes, usable_bytes
 from memplan.errors import MemplanError
 from memplan.planning import predicted
+from memplan.planning.apart import each
 from memplan.planning.cards import written_for
 from memplan.predict.parameters import resolve_recipe
 from memplan.tape import Tape, replay
@@ -86,10 +88,12 @@ def frontier(
     gpu: Gpu,
     batches: Iterable[int],
     *,
-    simulated: bool = False,
+    simulated: bool = True,
+    workers: int = 1,
     progress: Callable[[], None] | None = None,
 ) -> Frontier:
-    """The longest sequence for each recipe and batch. ``progress`` is told of each cell that is done.
+    """The longest sequence for each recipe and batch. ``progress`` is told of each cell that is done;
+    ``workers``: processes that simulate.
 
     Raises RecipeError where a recipe does not suit the model, MemplanError where too much is to be simulated.
     """
@@ -101,39 +105,45 @@ def frontier(
             f"{_MOST_SIMULATED // spec.num_hidden_layers} at most, of fewer batch sizes, modes, optimizers"
         )
     every = [Peaks(spec, resolve_recipe(spec, recipe), gpu) for recipe in recipes]
-    rows = []
-    for sizes in every:
-        cells: list[Cell] = []
-        tokens, before = 2048, 1
-        if batches and sizes.played(min(batches), 1) > sizes.room:
-            before = 0
-        for batch in batches:
-            # more of the same sequences never need less
-            bound = at_most(sizes, "seq_len", batch, max(tokens // batch, 1)) if before else 0
-            before, tokens = bound if batch >= max(batches[: len(cells)], default=1) else 1, bound * batch
-            if simulated and bound:
-                bound = largest(sizes, "seq_len", batch)
-            if not simulated and sum(one.events for one in every) > _MOST_PLAYED:
-                raise MemplanError(
-                    f"the steps of this model have to be played for each size, and {points} points of the "
-                    "table take too long: ask for fewer batch sizes, modes or optimizers, for example "
-                    "--batch-sizes 1 --modes qlora"
-                )
-            cells.append(Cell(batch_size=batch, seq_len=bound or None, capped=bound == sizes.longest))
-            if progress is not None:
-                progress()
-        rows.append(Row(recipe=sizes.recipe, cells=tuple(cells)))
+    # what has no room for the smallest step needs no looking for longer ones
+    some = [bool(batches) and one.played(min(batches), 1) <= one.room for one in every]
+
+    def longest(point: tuple[int, int]) -> int:
+        row, batch = point
+        if not some[row]:
+            return 0
+        if simulated:
+            return largest(every[row], "seq_len", batch)
+        found = every[row].bound("seq_len", batch)
+        if sum(one.events for one in every) > _MOST_PLAYED:
+            raise MemplanError(
+                f"the steps of this model have to be played for each size, and {points} points of the "
+                "table take too long: ask for fewer batch sizes, modes or optimizers, for example "
+                "--batch-sizes 1 --modes qlora"
+            )
+        return found
+
+    rows: list[list[Cell]] = [[] for _ in every]
+    asked = [(row, batch) for row in range(len(every)) for batch in batches]
+    for (row, batch), found in zip(asked, each(longest, asked, workers if simulated else 1), strict=True):
+        rows[row].append(Cell(batch_size=batch, seq_len=found or None, capped=found == every[row].longest))
+        if progress is not None:
+            progress()
     return Frontier(
         model=spec.name,
         gpu=gpu.name,
         usable_bytes=usable_bytes(gpu),
         simulated=simulated,
-        rows=tuple(rows),
+        rows=tuple(
+            Row(recipe=sizes.recipe, cells=tuple(cells)) for sizes, cells in zip(every, rows, strict=True)
+        ),
     )
 
 
 _MOST_EVENTS, _LEAST_TRIES = 2_000_000, 4  # simulated in one search, some seconds; simulations
 
+
+_LOSES = 1.2  # what is reserved grows so many times as fast as what is allocated
 
 MOST_SEARCHED = 300_000  # events of a run that is simulated many times; a 405B's has 107,000
 
@@ -155,10 +165,13 @@ def largest(peaks: Peaks, what: What, other: int) -> int:
     that are tried; 0 for none.
 
     The allocator's losses go up and down with sizes, on a real card too, so some values fit by luck while
-    smaller ones do not. Who reads "up to N" means all of them: those just below, and 20 down to three
-    quarters of it, are tried, and where one does not fit the answer is sought below that one.
+    smaller ones do not. Who reads "up to N" means all of them: some below it are tried, and where one does
+    not fit the answer is sought below that one.
+
+    It depends on what is asked alone, and on nothing that was found before: a table and a single answer say
+    the same.
     """
-    spec, recipe, gpu, card = peaks.spec, peaks.recipe, peaks.gpu, peaks.card
+    spec, recipe, card = peaks.spec, peaks.recipe, peaks.card
 
     def excess(value: int) -> int:
         batch, length = (other, value) if what == "seq_len" else (value, other)
@@ -168,11 +181,10 @@ def largest(peaks: Peaks, what: What, other: int) -> int:
         if events[-1] > MOST_SEARCHED:
             raise MemplanError(
                 f"a step of {events[-1]:,} allocations and releases takes too long to be simulated over and "
-                "over: ask whether one size fits, without --maximize and --advise"
+                "over: ask whether one size fits, without --maximize and --advise, or for a frontier with "
+                "--no-exact"
             )
-        fit = judge(gpu, run, explain=False)
-        margin = fit.reserved_bytes * MARGIN_PER_CENT // 100 - fit.headroom_bytes
-        return min(margin, 0) if fit.verdict == "fits" else max(margin, 1)
+        return fit.excess(peaks.gpu, run)
 
     known: dict[int, int] = {}
     events: list[int] = []  # of each simulation
@@ -185,9 +197,11 @@ def largest(peaks: Peaks, what: What, other: int) -> int:
             known[value] = excess(value)
         return known[value]
 
-    bound = at_most(peaks, what, other)
+    bound = peaks.bound(what, other)
     while bound:
-        found = _last_not_above_zero(once, bound, bound - bound // 16)
+        near = bound - bound // 6  # where most answers are
+        slope = _LOSES * peaks.slope(what, other, near, bound)
+        found = _last_not_above_zero(once, bound, near, slope)
         for value in _below(found):
             if may_try():
                 once(value)
@@ -202,53 +216,55 @@ def largest(peaks: Peaks, what: What, other: int) -> int:
 
 def _below(value: int) -> list[int]:
     """Values to be tried before "up to ``value``" is said."""
-    near = range(value - 1, max(value - 5, 0), -1)
-    far = (value - value * step // 80 for step in range(1, 21))
-    return [it for it in dict.fromkeys((*near, *far)) if 0 < it < value]
+    tried = (value - 1, value - 1 - value // 128, value - 1 - value // 16)
+    return [it for it in dict.fromkeys(tried) if it > 0]
 
 
-def _last_not_above_zero(excess: Callable[[int], int], last: int, hint: int) -> int:
+def _last_not_above_zero(excess: Callable[[int], int], last: int, hint: int, slope: float = 0) -> int:
     """A value up to ``last`` whose excess is not above zero while the next one's is (``last`` itself if its
-    own is not; 0 if that of 1 is). ``hint`` is where to look first.
+    own is not; 0 if that of 1 is). ``hint`` is where to look first; ``slope``: how steep it is about there,
+    where that is known.
 
-    Excess is nearly straight, and bent upwards where it is not. So a line through two values on one side of
-    the place sought crosses zero behind it, and one through values on both sides before it: the guesses close
-    in from both ends. Halving helps where they don't.
+    Excess is nearly straight. From one side a line leads to the place that is sought; between both, the end
+    that stays where it is counts half each time (the Illinois algorithm), so that a bend or a step does not
+    hold the search up; the last few are halved.
     """
     low, high = 0, last + 1  # not asked about themselves
-    below: list[tuple[int, int]] = []
-    above: list[tuple[int, int]] = []
+    below: list[tuple[int, float]] = []
+    above: list[tuple[int, float]] = []
+    stayed: list[tuple[int, float]] | None = None
     guess = hint
     for turn in range(200):
         if high - low <= 1:
             break
         guess = min(max(guess, low + 1), high - 1)
         over = excess(guess)
+        ours, theirs = (above, below) if over > 0 else (below, above)
+        if theirs and stayed is theirs:
+            theirs[-1] = theirs[-1][0], theirs[-1][1] / 2
+        stayed = theirs
+        ours.append((guess, over))
         if over > 0:
             high = guess
-            above.append((guess, over))
         else:
             low = guess
-            below.append((guess, over))
-        if turn > 12 or high - low <= 3:
-            guess = (low + high) // 2
-        elif below and above and turn % 2:
-            guess = _crossing(below[-1], above[-1])
-        elif len(below) > 1:
-            guess = _crossing(below[-2], below[-1]) + 1
-        elif len(above) > 1:
-            guess = _crossing(above[-1], above[-2]) - turn
-        elif below and above:
-            guess = _crossing(below[-1], above[-1])
+        if below and above:
+            halved = turn > 12 or high - low <= 8
+            guess = (low + high) // 2 if halved else _crossing(below[-1], above[-1])
+        elif slope:
+            # further each time: where it is flat, a line leads nowhere
+            guess -= int(max(abs(over / slope), 4**turn)) * (1 if over > 0 else -1)
+        elif len(ours) > 1:
+            guess = _crossing(ours[-2], ours[-1]) + (-turn if over > 0 else 1)
         else:
-            guess = low + low // 8 + 1 if below else high - high // 8 - 1
+            guess = high - high // 8 - 1 if over > 0 else low + low // 8 + 1
     return low
 
 
-def _crossing(one: tuple[int, int], two: tuple[int, int]) -> int:
+def _crossing(one: tuple[int, float], two: tuple[int, float]) -> int:
     """Where the line through two points is zero."""
     (x1, y1), (x2, y2) = one, two
-    return x1 if y2 == y1 else x1 - y1 * (x2 - x1) // (y2 - y1)
+    return x1 if y2 == y1 else int(x1 - y1 * (x2 - x1) / (y2 - y1))
 
 
 class Peaks:
@@ -264,7 +280,22 @@ class Peaks:
             self.room = min(self.room, limit)
         self.longest = min(spec.max_position_embeddings or LONGEST, LONGEST)
         self._sized: dict[object, SizedTape | None] = {}
+        self._tokens: int | None = None
         self.events = 0  # that were played
+
+    def bound(self, what: What, other: int) -> int:
+        """:func:`at_most`, looked for where as many tokens are as one sequence may have."""
+        if self._tokens is None:
+            self._tokens = at_most(self, "seq_len", 1)
+        return at_most(self, what, other, max(self._tokens // other, 1))
+
+    def slope(self, what: What, other: int, low: int, high: int) -> float:
+        """Bytes allocated at the peak for each more of what is asked for, between two values."""
+        sizes = [
+            self.allocated(*((other, value) if what == "seq_len" else (value, other)))
+            for value in (low, high)
+        ]
+        return (sizes[1] - sizes[0]) / (high - low) if high > low else 0
 
     def allocated(self, batch: int, length: int) -> int:
         """Bytes allocated at the peak."""

@@ -24,6 +24,7 @@ from memplan.planning.records import (
     PeakInfo,
     ReadFrom,
     Record,
+    Slipped,
     StaticBytes,
     Summary,
 )
@@ -40,6 +41,7 @@ class Told(Record):
     fits: tuple[Fit, ...] | None = None
     advice: tuple[Advice, ...] = ()
     evaluation: Evaluation | None = None
+    slip: Slipped | None = None
 
 
 class Plan(Record):
@@ -92,6 +94,14 @@ class Plan(Record):
             return self._told.evaluation
         return self._study.evaluation
 
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def slip(self) -> Slipped | None:
+        """What the trainer's users leave out, and its price; null where it was said, or costs nothing."""
+        if self._told.slip is not None or self._study is None:
+            return self._told.slip
+        return self._study.slip
+
     def telling(self, **told: Any) -> Plan:
         """The same plan with answers (:class:`Told`) in the place of those that its study would find."""
         result = self.model_copy()
@@ -112,6 +122,14 @@ class Plan(Record):
     def timeline(self) -> Iterator[Point]:
         """Live bytes by category after every event of the step (see :class:`memplan.tape.Point`)."""
         return timeline(self.study.tape)
+
+    @property
+    def accumulated_bytes(self) -> int | None:
+        """Bytes of tensors at the peak of a step that accumulates gradients, where this one does not; None
+        where nobody can say or it makes no difference worth a look."""
+        if self._study is None or 100 * self.parameters.trainable < self.peak.tensor_bytes:
+            return None
+        return self._study.accumulated_bytes
 
     def glances(self) -> Iterator[tuple[Gpu, Verdict]]:
         """The verdict for each card, without the allocator's simulation where it can be told without."""

@@ -8,6 +8,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from memplan import stacks
 from memplan.asked.alloc_conf import parse_settings
 from memplan.asked.gpus import Gpu
 from memplan.asked.recipe import Recipe
@@ -16,7 +17,7 @@ from memplan.cuda.card import Card
 from memplan.device.fit import Evaluated, Fit, Run, Verdict, glance, judge, recast_bytes
 from memplan.errors import MemplanError, shown
 from memplan.planning import cards, predicted
-from memplan.planning.records import AllocatorInfo, Evaluation, ReadFrom
+from memplan.planning.records import AllocatorInfo, Evaluation, ReadFrom, Slipped
 from memplan.tape import Category, Peak, Tape, replay, static_bytes
 
 if TYPE_CHECKING:
@@ -172,6 +173,12 @@ class Study:
             yield gpu, told or judge(gpu, self.run(card)).verdict
 
     @property
+    def accumulated_bytes(self) -> int | None:
+        """Bytes of tensors at the peak of a step that accumulates gradients, if the recipe's does not; None
+        where nobody can say."""
+        return None
+
+    @property
     def evaluation(self) -> Evaluation | None:
         """What the Trainer's default evaluation takes; None where nobody can say."""
         return None
@@ -179,6 +186,11 @@ class Study:
     @property
     def judged_evaluation(self) -> Evaluation | None:
         """The same with verdicts."""
+        return None
+
+    @property
+    def slip(self) -> Slipped | None:
+        """What people leave out with this trainer; None where nobody can say."""
         return None
 
 
@@ -202,6 +214,14 @@ class Prediction(Study):
         return self._runs[key]
 
     @cached_property
+    def accumulated_bytes(self) -> int | None:
+        """The same, played: gradients stay through the forward after their own."""
+        if self.recipe.gradient_accumulation_steps > 1:
+            return None
+        twice = self.recipe.model_copy(update={"gradient_accumulation_steps": 2})
+        return replay(predicted.write(self.asked.spec, twice)).allocated_bytes
+
+    @cached_property
     def evaluation(self) -> Evaluation | None:
         """What the Trainer's default evaluation takes: it is made in batches of 8 unless told otherwise, as a
         trainer's file may."""
@@ -222,6 +242,18 @@ class Prediction(Study):
         """Sequences in a batch of an evaluation; 0 where none is made."""
         read = self.asked.read
         return DEFAULT_BATCH if read is None or read.evaluates is None else read.evaluates
+
+    @cached_property
+    def slip(self) -> Slipped | None:
+        """What people leave out with this trainer, unless they said it."""
+        found = stacks.find(self.recipe.trainer).slip
+        if found is None or self.recipe.mode.value not in found.modes:
+            return None
+        if found.changes.keys() & self.asked.given.model_fields_set:
+            return None
+        changed = Recipe(**{**self.recipe.model_dump(), **found.changes})  # 4-bit layers multiply as before
+        peak = replay(predicted.write(self.asked.spec, changed))
+        return Slipped(told=found.told, more_bytes=peak.allocated_bytes - self.peak.allocated_bytes)
 
     @cached_property
     def judged_evaluation(self) -> Evaluation | None:

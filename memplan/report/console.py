@@ -14,7 +14,7 @@ from typing import IO, Any, Literal, TextIO, cast
 from rich.console import Console
 from rich.text import Text
 
-from memplan.streams import visible, writing
+from memplan.streams import typable, visible, writing
 
 HEADING = "bold"
 WARNING = "yellow"
@@ -133,6 +133,7 @@ def table(
 
 def note(console: Console, sentence: str, style: str = QUIET) -> None:
     """Print a sentence that may be passed over."""
+    sentence = typable(sentence)
     indent = " " * (len(sentence) - len(sentence.lstrip()))
     for line in wrap(sentence, console.width, subsequent_indent=indent, break_on_hyphens=False):
         console.print(Text(line, style), soft_wrap=True)

@@ -1,16 +1,28 @@
-"""The verdict on the terminal: what the run takes, term by term, and one line a card."""
+"""The verdict on the terminal: whether it fits, what to change, and what the run takes, term by term."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from memplan.report.console import QUIET, Cell, heading, note, paragraph, table, warning
-from memplan.report.evaluation import evaluating, varying
-from memplan.report.plan import TIGHT, VERDICT_STYLES, moment, needed, show_model
-from memplan.report.read import show_read
-from memplan.report.wording import phrases, short_card
+from memplan.report.console import QUIET, Cell, heading, note, table
+from memplan.report.evaluation import evaluating, slipped, varying
+from memplan.report.headline import FEW, Line, accumulating, remedies, verdicts
+from memplan.report.plan import (
+    TIGHT,
+    VERDICT_STYLES,
+    moment,
+    needed,
+    show_headline,
+    show_model,
+    show_recipe,
+    warn,
+)
+from memplan.report.read import show_differences, show_read
+from memplan.report.screen import DETAIL, Part, blank, show
+from memplan.report.wording import short_card
 from memplan.units import gib
 
 if TYPE_CHECKING:
@@ -19,36 +31,77 @@ if TYPE_CHECKING:
     from memplan.planning.plan import Plan
     from memplan.planning.records import Advice
 
+# Of the defaults, what changes most: the others are told with --verbose.
 _TOLD = (
-    "mode",
-    "r",
+    "target_modules",
     "kbit_prep",
     "kernels",
     "dtype",
     "autocast",
     "optimizer",
+    "gradient_accumulation_steps",
     "gradient_checkpointing",
     "attn",
     "loss",
     "batch_size",
+    "r",
     "alloc_conf",
 )
+_MOST_CHANGES = 3  # that a first screen lists
 
 
-def show_fit(plan: Plan, console: Console) -> None:
-    """Print what the plan needs and whether each card has it."""
-    show_model(plan.model, console)
-    told = phrases(plan.recipe)
-    paragraph(console, [told[field] for field in _TOLD if field in told])
-    allocator = plan.allocator
-    heading(console, "Peak", f"{gib(plan.peak.allocated_bytes)} GiB allocated ({plan.provenance})")
-    console.print(Text(f"  in {moment(plan.peak)}"))
+def show_fit(
+    plan: Plan,
+    console: Console,
+    given: Collection[str] = (),
+    *,
+    found: Line | None = None,
+    verbose: bool = False,
+) -> None:
+    """Print whether the plan fits each card. ``given``: the recipe's fields that were asked for; ``found``:
+    what --maximize says; ``verbose``: more than a first screen."""
+    lines = [*([found] if found is not None else []), *verdicts(plan.fits)]
+    lines += remedies(plan)
+    parts = [
+        Part(lambda console: show_headline(lines, console)),
+        Part(blank),
+        Part(lambda console: show_model(plan.model, console)),
+        Part(lambda console: show_read(plan, console, whole=verbose)),
+        Part(lambda console: show_recipe(plan, given, console, () if verbose else _TOLD)),
+        Part(blank),
+        Part(lambda console: _show_sizes(plan, console)),
+        Part(lambda console: _show_cards(plan, console), 1 if len(plan.fits) > FEW else DETAIL, "each card"),
+        Part(lambda console: _show_notes(plan, console, verbose), 6, "where it runs out"),
+        Part(lambda console: note(console, needed(plan)), DETAIL),
+        Part(lambda console: warn(accumulating(plan, plan.fits), console), 3, "accumulation"),
+        Part(lambda console: show_differences(plan, console), 1, "where the plan differs from the file"),
+        Part(lambda console: warn(slipped(plan), console), 2, "the usual slip"),
+        Part(lambda console: warn(evaluating(plan), console), 4, "evaluation"),
+        Part(lambda console: warn(varying(plan.recipe), console), 7, "lengths that vary"),
+    ]
+    for advice in plan.advice:
+        if verbose:
+            parts += [Part(blank), Part(lambda console, advice=advice: show_advice(advice, console))]  # type: ignore[misc]
+        else:
+            parts.append(
+                Part(lambda console, advice=advice: _show_first(plan, advice, console), 2, "all changes")  # type: ignore[misc]
+            )
+    show(parts, console, verbose=verbose)
+
+
+def _show_sizes(plan: Plan, console: Console) -> None:
+    peak, allocator = plan.peak, plan.allocator
+    heading(console, "Peak", f"{gib(peak.allocated_bytes)} GiB allocated ({plan.provenance})")
+    console.print(Text(f"  in {moment(peak)}"))
     heading(
         console,
         "Reserved",
         f"{gib(allocator.reserved_bytes)} GiB (allocator simulated), "
         f"{gib(allocator.fragmentation_bytes)} more than allocated",
     )
+
+
+def _show_cards(plan: Plan, console: Console) -> None:
     rows = [[Text(cell, QUIET) for cell in ("GiB", "usable", "reserved", "beside", "needed", "headroom", "")]]
     for fit in plan.fits:
         sizes = (fit.total_bytes, fit.reserved_bytes, fit.context_bytes, fit.needed_bytes, fit.headroom_bytes)
@@ -60,19 +113,39 @@ def show_fit(plan: Plan, console: Console) -> None:
             ]
         )
     table(console, rows, "<>>>>><")
+
+
+def _show_notes(plan: Plan, console: Console, verbose: bool) -> None:
     for fit in plan.fits:
         if fit.note:
             note(console, f"{short_card(fit.gpu)}: {fit.note}")
-    note(console, needed(plan))
-    if any(fit.verdict == "tight" for fit in plan.fits):
+    if verbose and any(fit.verdict == "tight" for fit in plan.fits):
         note(console, TIGHT)
-    for sentence in (evaluating(plan), varying(plan.recipe)):
-        if sentence is not None:
-            warning(console, sentence)
-    show_read(plan, console)
-    for advice in plan.advice:
-        console.print()
+
+
+def _show_first(plan: Plan, advice: Advice, console: Console) -> None:
+    """Print the changes that come first, a line each; of a run that fits, what there is room for."""
+    if advice.room:
         show_advice(advice, console)
+        return
+    good = [change for change in advice.changes if change.verdict != "does not fit"]
+    rows: list[list[Cell]] = [
+        [
+            "" if change.needed_bytes is None else f"{gib(change.needed_bytes)} GiB",
+            Text(change.verdict, VERDICT_STYLES[change.verdict]),
+            change.command if plan.read is None else change.config,
+            Text(change.title, QUIET),
+        ]
+        for change in good[:_MOST_CHANGES]
+    ]
+    if rows:
+        heading(console, f"To fit the {short_card(advice.gpu)}", "one of these")
+        table(console, rows, "><<<", gives_way=3)
+    elif advice.combination is not None:
+        heading(console, f"To fit the {short_card(advice.gpu)}", "together")
+        note(console, f"  {'; '.join(advice.combination.titles)}")
+    if advice.cards:
+        note(console, f"As it is, it fits on {', '.join(short_card(card) for card in advice.cards)}.")
 
 
 def show_advice(advice: Advice, console: Console) -> None:

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 AT_MOST = (
     "At most: what the tensors at the peak leave room for. What the allocator loses comes out of it; "
-    "--exact simulates that."
+    "without --no-exact that is simulated."
 )
-EXACT = "With the allocator simulated: this fits, and one token more is not said to."
+EXACT = "The allocator is simulated: this fits with 2 % to spare, and one token more does not."
 CHECKPOINTED = "ckpt: gradient checkpointing"
 CAPPED = "* the model's own limit"
 CAPPED_BY_US = f"* the model's own limit, or {LONGEST:,} tokens: no longer ones are looked for"

@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from memplan.report.headline import Line, remedies, verdicts
 from memplan.report.plan import (
     CATEGORIES,
     FOOTNOTE,
@@ -66,8 +67,10 @@ def page(plan: Plan, tape: Tape, given: Collection[str] = ()) -> str:
         *map(_advice, plan.advice),
         _resident(tape),
     )
-    title = f"{plan.model.name}: {gib(plan.peak.allocated_bytes)} GiB"
-    return document(title, _head(plan, given), sections, tape, plan.memplan_version)
+    lines = [*verdicts(plan.fits), *remedies(plan)]
+    title = f"{plan.model.name}: {lines[0].text if lines else gib(plan.peak.allocated_bytes) + ' GiB'}"
+    head = _verdict(lines) + _head(plan, given)
+    return document(title, head, sections, tape, plan.memplan_version)
 
 
 def document(title: str, head: str, sections: Iterable[str], tape: Tape, version: str) -> str:
@@ -170,6 +173,15 @@ def _name(held: Held) -> str:
 
 
 # -- the page's parts --------------------------------------------------------------------------------------
+
+
+def _verdict(lines: Iterable[Line]) -> str:
+    """The answer, before all else."""
+    told = "".join(
+        f'<p class="{(line.verdict or "quiet").replace(" ", "-")}">{escape(line.text)}</p>\n'
+        for line in lines
+    )
+    return f'<div class="verdict">\n{told}</div>\n' if told else ""
 
 
 def _head(plan: Plan, given: Collection[str]) -> str:

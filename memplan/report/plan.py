@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
 from rich.text import Text
 
 from memplan.report.console import QUIET, Cell, heading, note, paragraph, speaks_unicode, table, warning
-from memplan.report.evaluation import evaluating
-from memplan.report.read import show_read
+from memplan.report.evaluation import evaluating, slipped
+from memplan.report.headline import Line, accumulating, at_a_glance, verdicts
+from memplan.report.read import show_differences, show_read
+from memplan.report.screen import DETAIL, Part, blank, show
 from memplan.report.wording import asked_and_default, short_card
 from memplan.units import count, gib, ratio, share
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from memplan.asked.gpus import Gpu
+    from memplan.device.fit import Verdict
     from memplan.planning.plan import Plan
     from memplan.planning.records import ModelInfo, PeakInfo
 
@@ -37,6 +41,7 @@ SUMMARY = {
     "activations": "activations",
 }
 RESTS = "rests of blocks"
+OTHERS = "others"
 FOOTNOTE = (
     "Quantisation state counts as weights, gradients as optimizer state, "
     "logits, temporaries and rests of blocks as activations."
@@ -44,8 +49,7 @@ FOOTNOTE = (
 TIGHT = "Tight: it gets through, but only just, or only by giving cached memory back in between."
 LEFT = (
     "Left is what the peak and what a process takes beside it leave; what the allocator loses comes out "
-    "of it. "
-    "`memplan fit MODEL --gpu NAME` says how much that is."
+    "of it."
 )
 VERDICT_STYLES = {"fits": "bold green", "tight": "bold yellow", "does not fit": "red"}
 
@@ -53,43 +57,90 @@ _LABEL_WIDTH = 18  # of the longest category, so that the tables of a report lin
 _BAR_MARGIN = 2 + _LABEL_WIDTH + 2 + len("1,000.00 GiB") + 2 + len("100.0 %") + 2
 
 
-def show_plan(plan: Plan, console: Console, given: Collection[str] = (), *, simulated: bool = True) -> None:
+def show_plan(
+    plan: Plan,
+    console: Console,
+    given: Collection[str] = (),
+    *,
+    simulated: bool = True,
+    verbose: bool = False,
+) -> None:
     """Print a plan. ``given`` are the recipe's fields that were asked for; the rest are shown as defaults.
     ``simulated=False`` leaves out what only the allocator's simulation says, where a verdict can do without.
+    ``verbose``: more than a first screen.
     """
-    show_model(plan.model, console)
-    show_read(plan, console)
+    fits = plan.fits if simulated else ()
+    glances = [] if simulated else list(plan.glances())
+    lines = verdicts(fits) if fits else at_a_glance(plan, glances)
+
+    def cards(console: Console) -> None:
+        if fits:
+            console.print()
+            reserved = gib(plan.allocator.reserved_bytes)
+            heading(console, "Cards", f"{reserved} GiB reserved ({plan.provenance}, allocator simulated)")
+            show_fits(plan, console)
+        elif glances:
+            console.print()
+            _show_glances(plan, glances, console)
+
+    parts = [
+        Part(lambda console: show_headline(lines, console)),
+        Part(blank),
+        Part(lambda console: show_model(plan.model, console)),
+        Part(lambda console: show_read(plan, console, whole=verbose)),
+        Part(lambda console: _show_parameters(plan, console), 6),
+        Part(lambda console: show_recipe(plan, given, console)),
+        Part(blank),
+        Part(lambda console: _show_peak(plan, console, whole=verbose)),
+        Part(lambda console: _show_summary(plan, console), DETAIL, "the four categories"),
+        Part(cards, DETAIL, "each card"),
+        Part(lambda console: warn(accumulating(plan, fits), console), 4, "accumulation"),
+        Part(lambda console: _show_next(plan, console), 3) if not fits else Part(blank, DETAIL),
+        Part(lambda console: show_differences(plan, console), 1, "where the plan differs from the file"),
+        Part(lambda console: warn(slipped(plan), console), 2, "the usual slip"),
+        Part(lambda console: warn(evaluating(plan), console), 5, "evaluation"),
+    ]
+    show(parts, console, verbose=verbose)
+
+
+def show_headline(lines: Iterable[Line], console: Console) -> None:
+    """Print the answer."""
+    for line in lines:
+        note(console, line.text, "bold" if line.verdict is None else VERDICT_STYLES[line.verdict])
+
+
+def _show_next(plan: Plan, console: Console) -> None:
+    note(console, f"One card, and what to change there: `memplan fit {plan.model.name} --gpu NAME`")
+
+
+def warn(sentence: str | None, console: Console) -> None:
+    """Print a warning if there is one."""
+    if sentence is not None:
+        warning(console, sentence)
+
+
+def show_recipe(plan: Plan, given: Collection[str], console: Console, fields: Collection[str] = ()) -> None:
+    """Print what was asked, and what was left to the defaults: of these, ``fields`` if they are named."""
+    asked, default = asked_and_default(plan.recipe, given, fields)
+    paragraph(console, asked, "asked   ")
+    paragraph(console, default, "defaults", QUIET)
+
+
+def _show_parameters(plan: Plan, console: Console) -> None:
     total, trainable = plan.parameters.total, plan.parameters.trainable
     console.print(
         f"{count(total)} parameters, {count(trainable)} of them trainable ({ratio(trainable, total)})"
     )
-    asked, default = asked_and_default(plan.recipe, given)
-    paragraph(console, asked, "asked   ")
-    paragraph(console, default, "defaults", QUIET)
-    console.print()
-    _show_peak(plan, console)
-    console.print()
-    _show_summary(plan, console)
-    console.print()
-    if not simulated:
-        _show_glances(plan, console)
-    elif plan.fits:
-        reserved = gib(plan.allocator.reserved_bytes)
-        heading(console, "Cards", f"{reserved} GiB reserved ({plan.provenance}, allocator simulated)")
-        show_fits(plan, console)
-    evaluation = evaluating(plan)
-    if evaluation is not None:
-        warning(console, evaluation)
 
 
-def _show_glances(plan: Plan, console: Console) -> None:
+def _show_glances(plan: Plan, glances: Iterable[tuple[Gpu, Verdict]], console: Console) -> None:
     """Print each card, what the peak leaves of it, and the verdict."""
     from memplan.cuda.card import Card
     from memplan.device.fit import context_bytes, usable_bytes
 
     heading(console, "Cards")
     rows = [[Text(cell, QUIET) for cell in ("GiB", "usable", "left", "")]]
-    for gpu, verdict in plan.glances():
+    for gpu, verdict in glances:
         usable = usable_bytes(gpu)
         left = usable - plan.peak.allocated_bytes - context_bytes(gpu, Card())
         rows.append(
@@ -157,22 +208,25 @@ def bar(part: int, whole: int, width: int, *, unicode: bool = True) -> str:
     return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
 
 
-def _show_peak(plan: Plan, console: Console) -> None:
+def _show_peak(plan: Plan, console: Console, *, whole: bool) -> None:
+    """Print when the peak is and whose bytes are there; unless ``whole``, the small categories in one."""
     peak = plan.peak
     heading(console, "Peak", f"{gib(peak.allocated_bytes)} GiB allocated ({plan.provenance})")
     console.print(Text(f"  in {moment(peak)}"))
     if plan.libraries:
         versions = [f"{name} {version}" for name, version in plan.libraries.items()]
         paragraph(console, versions, f"  {plan.provenance} with", QUIET)
-    whole, rest, width = peak.allocated_bytes, rests(plan), max(console.width - _BAR_MARGIN, 8)
+    total, rest, width = peak.allocated_bytes, rests(plan), max(console.width - _BAR_MARGIN, 8)
     rows: list[list[Cell]] = []
     for field, (label, colour) in CATEGORIES.items():
         part = getattr(peak.by_category, field)
-        if part:
-            drawn = bar(part, whole, width, unicode=speaks_unicode(console))
-            rows.append([label, f"{gib(part)} GiB", share(part, whole), Text(drawn, colour)])
+        if not whole and 100 * part < total:
+            rest += part
+        elif part:
+            drawn = bar(part, total, width, unicode=speaks_unicode(console))
+            rows.append([label, f"{gib(part)} GiB", share(part, total), Text(drawn, colour)])
     if rest:
-        rows.append([RESTS, f"{gib(rest)} GiB", share(rest, whole), ""])
+        rows.append([RESTS if whole else OTHERS, f"{gib(rest)} GiB", share(rest, total), ""])
     table(console, rows, "<>><", _LABEL_WIDTH)
 
 
@@ -188,6 +242,7 @@ def known(plan: Plan) -> dict[str, int]:
 
 
 def _show_summary(plan: Plan, console: Console) -> None:
+    console.print()
     heading(console, "The same in the four categories that people know")
     whole = plan.peak.allocated_bytes
     rows = [[SUMMARY[field], f"{gib(size)} GiB", share(size, whole)] for field, size in known(plan).items()]

@@ -25,9 +25,15 @@ def points(total: int, *, shown: bool) -> Iterator[Callable[[], None] | None]:
         yield None
         return
     columns = (TextColumn("{task.completed} of {task.total} points"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    # drawn when a point is done, not by a thread: the work is shared by processes that are forked
+    with Progress(*columns, console=console, transient=True, auto_refresh=False) as bar:
         task = bar.add_task("", total=total)
-        yield lambda: bar.advance(task)
+
+        def done() -> None:
+            bar.advance(task)
+            bar.refresh()
+
+        yield done
 
 
 @contextmanager

@@ -11,21 +11,36 @@ if TYPE_CHECKING:
 
     from memplan.planning.plan import Plan
 
-_MOST = 8  # keys that are named of those that move no memory; --json has all
 
-
-def show_read(plan: Plan, console: Console) -> None:
-    """Print what the recipe was read from, which keys were passed over, and where the plan differs."""
+def show_read(plan: Plan, console: Console, *, whole: bool = True) -> None:
+    """Print what the recipe was read from, and which keys were passed over: a line of each, or the ``whole``."""
     read = plan.read
     if read is None:
         return
     told = [f"{key}: {_brief(value)}" for key, value in read.understood.items()]
-    paragraph(console, told, f"read from {read.file} ({read.kind.replace('_', '-')})", QUIET)
-    if read.ignored:
-        rest = len(read.ignored) - _MOST
-        more = [f"{rest} more"] if rest > 0 else []
-        paragraph(console, [*read.ignored[:_MOST], *more], "ignored, no memory", QUIET)
-    for sentence in read.left_out:
+    name = f"read from {read.file} ({read.kind.replace('_', '-')}):"
+    for label, phrases in ((name, told), ("ignored, no memory:", list(read.ignored))):
+        if phrases:
+            room = console.width - len(label) - 2
+            paragraph(console, phrases if whole else _first(phrases, room), label, QUIET)
+
+
+def _first(phrases: list[str], room: int) -> list[str]:
+    """As many as a line has room for, and how many more there are."""
+    kept = len(phrases)
+    while kept and len(", ".join(_with_rest(phrases, kept))) > room:
+        kept -= 1
+    return _with_rest(phrases, kept)
+
+
+def _with_rest(phrases: list[str], kept: int) -> list[str]:
+    rest = len(phrases) - kept
+    return [*phrases[:kept], *([f"{rest} more"] if rest else [])]
+
+
+def show_differences(plan: Plan, console: Console) -> None:
+    """Print where the run that the file asks for differs from its plan."""
+    for sentence in () if plan.read is None else plan.read.left_out:
         warning(console, f"{sentence}.")
 
 

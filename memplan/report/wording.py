@@ -27,15 +27,18 @@ def phrases(recipe: Recipe) -> dict[str, str]:
     return result
 
 
-def asked_and_default(recipe: Recipe, given: Collection[str]) -> tuple[list[str], list[str]]:
-    """The phrases of what was asked, mode first, and of what was left to the defaults."""
+def asked_and_default(
+    recipe: Recipe, given: Collection[str], fields: Collection[str] = ()
+) -> tuple[list[str], list[str]]:
+    """The phrases of what was asked, mode first, and of what was left to the defaults: of these, ``fields``
+    if they are named."""
     from memplan.asked.recipe import recipe_options
 
     told = {"mode", *given, *(recipe_options()[name].told_with for name in given)}
     found = phrases(recipe)
     return (
         [phrase for field, phrase in found.items() if field in told],
-        [phrase for field, phrase in found.items() if field not in told],
+        [phrase for field, phrase in found.items() if field not in told and (not fields or field in fields)],
     )
 
 

@@ -213,8 +213,8 @@ def _lora(keys: Keys) -> None:
     keys.understood.pop("trust_remote_code", None)
     if not any(map(keys.given, _KERNELS)) and not remote:
         keys.left_out.append(
-            "axolotl's own LoRA kernels, which it runs unless lora_mlp_kernel, lora_qkv_kernel or "
-            "lora_o_kernel is set: the plan has PEFT's layers"
+            "lora_mlp_kernel, lora_qkv_kernel, lora_o_kernel: not set, so axolotl runs LoRA kernels of its "
+            "own, where the plan has PEFT's layers"
         )
     elif any(map(keys.given, _KERNELS)):
         keys.leave_out("the plan has PEFT's layers", *_KERNELS)

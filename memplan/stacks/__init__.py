@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 
 DEFAULT = "trl"
 
+# trainers that run code of their own where memplan plays the libraries'
+NOT_PLAYED = {
+    "unsloth": "Unsloth runs kernels and checkpoints of its own",
+    "torchtune": "torchtune has models of its own",
+}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
@@ -39,7 +45,8 @@ def only(source: str, **by_mode: Any) -> Setting:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Slip:
-    """What people leave out: ``told`` in a few words, ``changes`` the options that the run then has."""
+    """What people leave out: what happens then in a clause, the options that the run then has, and the modes
+    in which it counts."""
 
     told: str
     changes: Mapping[str, Any]

@@ -9,8 +9,8 @@ STACK = Stack(
     versions={"llamafactory": "0.9.5", "transformers": "5.6.0", "peft": "0.18.1"},
     settings={
         "dtype": only(
-            "loaded in the compute dtype, bfloat16 with `bf16: true` (`hparams/parser.py`); trained weights are "
-            "cast to float32 (`model/adapter.py`, `_setup_full_tuning`)",
+            "loaded in the compute dtype, bfloat16 with `bf16: true` (`hparams/parser.py`); weights that are "
+            "trained are cast to float32 (`model/adapter.py`, `_setup_full_tuning`)",
             full="float32",
             lora="bfloat16",
             qlora="bfloat16",
@@ -29,7 +29,9 @@ STACK = Stack(
             True, "`hparams/model_args.py`: `disable_gradient_checkpointing` is False"
         ),
         "loss": always("standard", "the model's own (`train/sft/trainer.py`)"),
-        "optimizer": always("adamw_torch_fused", "transformers, `training_args.py`, `TrainingArguments.optim`"),
+        "optimizer": always(
+            "adamw_torch_fused", "transformers, `training_args.py`, `TrainingArguments.optim`"
+        ),
     },
     # `hparams/model_args.py`, `use_reentrant_gc`
     reentrant=lambda recipe: True,

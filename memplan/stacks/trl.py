@@ -50,5 +50,9 @@ STACK = Stack(
         "seq_len": always(1024, "TRL, `trl/trainer/sft_config.py`, `max_length`"),
     },
     casts_adapters_back=True,
-    slip=Slip(told='dtype="bfloat16" left out', changes={"dtype": "float32"}, modes=("lora", "qlora")),
+    slip=Slip(
+        told='without dtype="bfloat16" TRL loads the base in float32',
+        changes={"dtype": "float32"},
+        modes=("lora", "qlora"),
+    ),
 )

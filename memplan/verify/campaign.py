@@ -84,9 +84,7 @@ def load(path: Path) -> Plan:
     try:
         import yaml
     except ImportError:
-        raise MemplanError(
-            "campaigns are YAML, which needs PyYAML: run `pip install 'memplan[verify]'`"
-        ) from None
+        raise MemplanError("campaigns are YAML, which needs PyYAML: run `pip install pyyaml`") from None
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_BYTES + 1)

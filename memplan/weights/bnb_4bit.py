@@ -72,7 +72,7 @@ class Linear4bit(Base):
         node = Node(_matmul_4bit_backward, x) if ops.tracked(x) else None
         out = self._product(x)
         if node is not None:
-            node.context = self, x.shape
+            node.context, node.python = (self, x.shape), True
             attach(node, out)
         return out
 
@@ -85,7 +85,8 @@ class Linear4bit(Base):
         weight = empty(self.shape, x.dtype, "gemm_4bit")
         # the fallback ends in F.linear, which autocast sees where the compute dtype is another than its own
         dtype = state.autocast or x.dtype
-        cast = [empty(of, dtype, "gemm_4bit") for of in (self.shape, x.shape) if dtype is not x.dtype]
+        operands = [*([] if self.bias is None else [self.bias.shape]), self.shape, x.shape]
+        cast = [empty(of, dtype, "gemm_4bit") for of in operands if dtype is not x.dtype]
         out = product(shape, dtype, "gemm_4bit")
         del scales, weight, cast
         return out

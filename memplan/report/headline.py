@@ -1,0 +1,131 @@
+"""The answer in a sentence or two, before all else: does it fit, on what, by how much, and what to change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from memplan.report.wording import short_card
+from memplan.units import gib
+
+if TYPE_CHECKING:
+    from memplan.asked.gpus import Gpu
+    from memplan.device.fit import Fit, Verdict
+    from memplan.planning.plan import Plan
+    from memplan.planning.records import Advice
+
+FEW = 3  # cards, each of which gets a line
+
+
+class Line(NamedTuple):
+    """A sentence, and the verdict that it tells if it tells one."""
+
+    text: str
+    verdict: Verdict | None = None
+
+
+def verdicts(fits: Sequence[Fit]) -> list[Line]:
+    """What is said of the cards that were asked about; of many, in one sentence."""
+    if len(fits) <= FEW:
+        return [Line(_verdict(fit), fit.verdict) for fit in fits]
+    return [_together([(fit.gpu, fit.verdict, fit.total_bytes) for fit in fits])]
+
+
+def at_a_glance(plan: Plan, glances: Iterable[tuple[Gpu, Verdict]]) -> list[Line]:
+    """The same where nobody named a card, without the allocator's simulation."""
+    cards = [(gpu.name, verdict, gpu.visible_bytes) for gpu, verdict in glances]
+    peak = gib(plan.peak.allocated_bytes)
+    if not cards:
+        return [Line(f"{peak} GiB at the peak")]
+    told = _together(cards)
+    return [Line(f"{peak} GiB at the peak: {told.text[0].lower()}{told.text[1:]}", told.verdict)]
+
+
+def remedies(plan: Plan) -> list[Line]:
+    """What to change for each card on which it does not fit."""
+    found = [
+        (advice.gpu, line)
+        for advice in plan.advice
+        if (line := _remedy(advice, plan.read is not None)) is not None
+    ]
+    if len(plan.fits) == 1:
+        return [line for _, line in found]
+    return [
+        line._replace(text=f"{short_card(gpu)}: {line.text[0].lower()}{line.text[1:]}") for gpu, line in found
+    ]
+
+
+def _remedy(advice: Advice, of_a_file: bool) -> Line | None:
+    for change in advice.changes[:1]:
+        if change.verdict != "does not fit" and change.needed_bytes is not None:
+            how = "fits" if change.verdict == "fits" else "gets through, just,"
+            said = change.config if of_a_file else change.command
+            return Line(
+                f"It {how} with {said} ({gib(change.needed_bytes)} GiB): {change.title}",
+                change.verdict,
+            )
+    if advice.combination is not None:
+        together = advice.combination
+        how = "fits" if together.verdict == "fits" else "gets through, just,"
+        changes = together.config or together.command
+        return Line(f"It {how} with {changes} ({gib(together.needed_bytes)} GiB)", together.verdict)
+    if advice.cards:
+        return Line(f"No change makes it fit; a larger card does: {short_card(advice.cards[0])}")
+    return Line("No change makes it fit, and no larger card that is listed") if advice.changes else None
+
+
+def largest(plan: Plan, what: str, value: int) -> Line:
+    """What --maximize found."""
+    (fit,) = plan.fits
+    recipe = plan.recipe
+    kept = f"batch size {recipe.batch_size}" if what == "seq_len" else f"{recipe.seq_len:,} tokens each"
+    found = f"{value:,} tokens a sequence" if what == "seq_len" else f"{value:,} sequences at once"
+    return Line(f"Up to {found} fit the {short_card(fit.gpu)} ({kept})", "fits")
+
+
+def accumulating(plan: Plan, fits: Sequence[Fit] = ()) -> str | None:
+    """What accumulating gradients would take, where that is more; else None. ``fits``: verdicts, where they
+    are known."""
+    more = plan.accumulated_bytes
+    if more is None or more < plan.peak.tensor_bytes * 1.02:
+        return None
+    lost = [
+        short_card(fit.gpu)
+        for fit in fits
+        if fit.verdict != "does not fit" and more > fit.total_bytes - fit.context_bytes
+    ]
+    then = f", which does not fit the {' or the '.join(lost)}" if lost else ""
+    return (
+        f"Accumulating gradients (--gradient-accumulation-steps 2 or more) takes {gib(more)} GiB at the peak "
+        f"instead of {gib(plan.peak.tensor_bytes)}, for they stay through the next forward{then}."
+    )
+
+
+def _verdict(fit: Fit) -> str:
+    card, sizes = short_card(fit.gpu), f"({gib(fit.needed_bytes)} needed, {gib(fit.total_bytes)} usable)"
+    if fit.headroom_bytes != fit.total_bytes - fit.needed_bytes:  # of a share of the card
+        allowed = gib(fit.headroom_bytes + fit.reserved_bytes)
+        sizes = f"({gib(fit.reserved_bytes)} reserved, PyTorch may reserve {allowed} GiB at most)"
+    if fit.verdict == "does not fit":
+        return f"{card}: does not fit, {gib(-fit.headroom_bytes)} GiB short {sizes}"
+    if fit.headroom_bytes < 0:  # gets through by giving cached memory back
+        return f"{card}: tight, {gib(-fit.headroom_bytes)} GiB less than it would reserve {sizes}"
+    return f"{card}: {fit.verdict}, {gib(fit.headroom_bytes)} GiB to spare {sizes}"
+
+
+def _together(cards: Sequence[tuple[str, Verdict, int]]) -> Line:
+    """Of several cards, which it fits; ``cards``: name, verdict, usable bytes."""
+    good = sorted((size, short_card(name)) for name, verdict, size in cards if verdict != "does not fit")
+    bad = sorted((size, short_card(name)) for name, verdict, size in cards if verdict == "does not fit")
+    if not bad:
+        return Line(f"Fits all of {len(cards)} cards, down to the {_card(good[0])}", "fits")
+    if not good:
+        return Line(f"Fits none of {len(cards)} cards, up to the {_card(bad[-1])}", "does not fit")
+    if good[0][0] > bad[-1][0]:
+        more = " and larger" if len(good) > 1 else ""
+        return Line(f"Fits the {_card(good[0])}{more}, not the {_card(bad[-1])}", "fits")
+    return Line(f"Fits {len(good)} of {len(cards)} cards: {', '.join(name for _, name in good)}", "fits")
+
+
+def _card(card: tuple[int, str]) -> str:
+    return f"{card[1]} ({gib(card[0])})"
