@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"{len(batches) * len(recipes)} points are more than the {MOST_POINTS} of a table")
     spec = resolve(named).spec
     if read is not None:
-        recipes = [read.suited(recipe, spec) for recipe in recipes]
+        recipes = [read.suited(read.recipe(given), spec, given) for given in recipes]
     workers = processes()
     with points(len(batches) * len(recipes), shown=arguments.exact) as progress:
         answer = frontier(
@@ -105,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _recipes(arguments: argparse.Namespace, read: Reading | None) -> list[Recipe]:
     """Every mode with and without checkpointing and with each optimizer, as far as they were not given; of a
-    trainer's file its own mode and optimizer."""
+    trainer's file its own mode."""
     from memplan.asked.recipe import Recipe
 
     options = given_options(arguments)
@@ -129,7 +129,7 @@ def _recipes(arguments: argparse.Namespace, read: Reading | None) -> list[Recipe
     if "use_reentrant" in options:
         reentrant = {"use_reentrant": options.pop("use_reentrant")}
     own = MODES if read is None else read.recipe().mode.value
-    asked = [
+    return [
         Recipe(
             mode=mode,
             **optimizer,
@@ -141,7 +141,6 @@ def _recipes(arguments: argparse.Namespace, read: Reading | None) -> list[Recipe
         for on in checkpointing
         for optimizer in optimizers
     ]
-    return asked if read is None else [read.recipe(recipe) for recipe in asked]
 
 
 def _words(text: str) -> list[str]:

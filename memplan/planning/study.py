@@ -65,7 +65,7 @@ def ask(
     judged = tuple(cards.able(given, gpus))  # names that are wrong are said to be before anything is played
     found = resolve(named)
     if read is not None:
-        given = read.suited(given, found.spec)
+        given = read.suited(given, found.spec, recipe)
     resolved = resolve_recipe(found.spec, given)
     return Asked(found.spec, given, resolved, judged, gpus is not None, found.note, read)
 

@@ -74,7 +74,7 @@ def show_fit(
         Part(lambda console: _show_notes(plan, console, verbose), 6, "where it runs out"),
         Part(lambda console: note(console, needed(plan)), DETAIL),
         Part(lambda console: warn(accumulating(plan, plan.fits), console), 3, "accumulation"),
-        Part(lambda console: show_differences(plan, console), 1, "where the plan differs from the file"),
+        Part(lambda console: show_differences(plan, console)),
         Part(lambda console: warn(slipped(plan), console), 2, "the usual slip"),
         Part(lambda console: warn(evaluating(plan), console), 4, "evaluation"),
         Part(lambda console: warn(varying(plan.recipe), console), 7, "lengths that vary"),

@@ -96,7 +96,7 @@ def show_plan(
         Part(cards, DETAIL, "each card"),
         Part(lambda console: warn(accumulating(plan, fits), console), 4, "accumulation"),
         Part(lambda console: _show_next(plan, console), 3) if not fits else Part(blank, DETAIL),
-        Part(lambda console: show_differences(plan, console), 1, "where the plan differs from the file"),
+        Part(lambda console: show_differences(plan, console)),
         Part(lambda console: warn(slipped(plan), console), 2, "the usual slip"),
         Part(lambda console: warn(evaluating(plan), console), 5, "evaluation"),
     ]

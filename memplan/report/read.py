@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def show_read(plan: Plan, console: Console, *, whole: bool = True) -> None:
-    """Print what the recipe was read from, and which keys were passed over: a line of each, or the ``whole``."""
+    """Print what the recipe was read from, and which keys were passed over: a line of each, or ``whole``."""
     read = plan.read
     if read is None:
         return

@@ -118,8 +118,9 @@ class Reading:
         except RecipeError as error:
             raise RecipeError(f"{self.name}: {error}") from None
 
-    def suited(self, recipe: Recipe, spec: ModelSpec) -> Recipe:
-        """The same of this model. Raises MemplanError where its trainer does with it what memplan can't."""
+    def suited(self, recipe: Recipe, spec: ModelSpec, given: Recipe | None = None) -> Recipe:
+        """The same of this model. ``given`` as in :meth:`recipe`, from which ``recipe`` is. Raises
+        MemplanError where the trainer does with the model what memplan can't."""
         if not spec.num_experts or self.kind not in ("axolotl", "llama_factory"):
             return recipe
         if self.kind == "axolotl" and recipe.mode.value == "qlora":
@@ -127,10 +128,11 @@ class Reading:
                 f"{self.name}: axolotl leaves a mixture's experts in float32 after kbit preparation "
                 f"(loaders/model.py), which memplan does not plan; {_instead(find(self.kind), self.path)}"
             )
-        if recipe.target_modules == "all-linear" and self.options.get("target_modules") == "all-linear":
+        named = given is not None and "target_modules" in given.model_fields_set
+        if recipe.target_modules == "all-linear" and recipe.mode.value != "full" and not named:
             # both list the names of linear layers, and transformers 5 has experts in none
-            given = {name: getattr(recipe, name) for name in recipe.model_fields_set}
-            return type(recipe)(**{**given, "target_modules": "attention"})
+            said = {name: getattr(recipe, name) for name in recipe.model_fields_set}
+            return type(recipe)(**{**said, "target_modules": "attention"})
         return recipe
 
 
@@ -198,9 +200,10 @@ def _kind(found: Mapping[str, Any], name: str, path: str) -> str | None:
         return told[0]
     marks = {kind: [key for key in found if key in runfile.own] for kind, runfile in kinds.items()}
     marked = {kind: keys for kind, keys in marks.items() if keys}
-    # every trainer that is built on the HF Trainer has its arguments, too
-    if len(marked) > 1:
-        marked.pop("training_arguments", None)
+    # every trainer that is built on the HF Trainer has its arguments, too, and TRL's files accelerate's
+    for beneath in ("training_arguments", "accelerate"):
+        if len(marked) > 1 and (beneath != "accelerate" or "trl" in marked):
+            marked.pop(beneath, None)
     if len(marked) > 1:
         (one, mine), (other, theirs), *_ = sorted(marked.items(), key=lambda item: -len(item[1]))
         raise MemplanError(

@@ -56,8 +56,11 @@ class Keys:
         return set(self._values)
 
     def given(self, key: str) -> bool:
-        """Whether it has a value. Does not take the key."""
-        return self._values.get(key) is not None
+        """Whether it has a value, which is left to be taken."""
+        if self._values.get(key) is None:
+            self._known.add(key)
+            return False
+        return True
 
     def flag(self, key: str, default: bool = False) -> bool:
         """True or false."""

@@ -29,7 +29,7 @@ IGNORED = words(
         push_to_hub_organization push_to_hub_token mp_parameters ray_scope dispatch_batches split_batches
         fp16_opt_level fp16_backend half_precision_backend torchdynamo tpu_num_cores tpu_metrics_debug
         optim_target_modules fsdp_config fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap
-        parallelism_config activation_checkpointing_kwargs gradient_checkpointing_kwargs
+        parallelism_config
         liger_kernel_config use_cache env
     """
 )

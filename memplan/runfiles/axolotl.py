@@ -351,7 +351,7 @@ RUNFILE = RunFile(
     read=_read,
     refuses=_REFUSED,
     launch="axolotl train FILE",
-    ignored=IGNORED | _NO_MEMORY,
+    ignored=(IGNORED | _NO_MEMORY) - _REFUSED.keys(),
     says={
         "batch_size": as_key("micro_batch_size"),
         "seq_len": as_key("sequence_len"),

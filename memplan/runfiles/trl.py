@@ -11,6 +11,7 @@ from memplan.runfiles._trainer import (
     IGNORED,
     REFUSED,
     SAYS,
+    SEVERAL,
     arguments,
     as_any_of,
     as_key,
@@ -34,11 +35,20 @@ _OTHER = "is of another trainer than SFTTrainer, which is all that memplan plans
 _REFUSED = {
     "activation_offloading": "keeps activations on the host, which memplan does not plan",
     "lora_target_parameters": "names parameters, and memplan plans adapters on modules",
-    "beta": _OTHER,
-    "num_generations": _OTHER,
-    "max_completion_length": _OTHER,
-    "reward_model_path": _OTHER,
-    "reward_funcs": _OTHER,
+    **dict.fromkeys(
+        (
+            "beta",
+            "num_generations",
+            "max_completion_length",
+            "reward_model_path",
+            "reward_funcs",
+            "reward_model_name_or_path",
+            "teacher_model_name_or_path",
+            "total_episodes",
+            "missing_eos_penalty",
+        ),
+        _OTHER,
+    ),
 }
 
 
@@ -49,6 +59,11 @@ def _read(keys: Keys) -> None:
     model = any(map(keys.given, _MODEL))
     keys.sizes = sizes("trl", None if model else ("batch_size", "seq_len"))
     quantised_in_8_bits(keys)
+    # `trl/cli`: what accelerate is launched with stands in the same file
+    keys.several("num_processes", "num_machines")
+    if keys.text("accelerate_config") not in (None, "single_gpu"):
+        keys.refuse("accelerate_config", SEVERAL)
+    keys.understood.pop("accelerate_config", None)
     loss = keys.text("loss_type")
     if loss not in (None, "nll", "chunked_nll"):
         keys.refuse("loss_type", "is another loss than memplan plans")
