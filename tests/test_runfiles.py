@@ -386,6 +386,34 @@ def test_an_unknown_key_that_may_matter_is_named(write: Write) -> None:
     assert "holographic_attention: unknown, so not counted" in answer.read.left_out
 
 
+ANYTHING: tuple[Any, ...] = (
+    True, False, 0, -1, 2.5, 10**30, float("nan"), "x", "", "1e400", [], ["a", 1], {}, {"use_reentrant": 7},
+    {"stage": []}, {"bnb_4bit_quant_type": []}, {"dtype": ["x"]}, [True], [10**30],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("values", [QLORA, LORA_SFT, {**TRL, "load_in_4bit": True}], ids=str)
+def test_any_value_of_any_key_is_read_or_refused(values: dict[str, Any], write: Write) -> None:
+    kind = read(write(values)).kind
+    runfile = runfiles.find(kind)
+    probe = runfiles.Keys("x", values, lambda: "")
+    runfile.read(probe)
+    for key in sorted({*probe.looked_at, *runfile.refuses}):
+        for value in ANYTHING:
+            keys = runfiles.Keys("x", {**values, key: value}, lambda: "")
+            try:
+                keys.refuse_any(runfile.refuses)
+                runfile.read(keys)
+                keys.finish(runfile.ignored)
+                found = runfiles.Reading(
+                    name="x", path="x", kind=kind, model=keys.model, options=keys.options, stack=keys.sizes,
+                    understood=keys.understood, ignored=(), left_out=(),
+                )  # fmt: skip
+                found.recipe()
+            except MemplanError:
+                continue  # one of its sentences
+
+
 # -- on the command line ----------------------------------------------------------------------------------
 
 
@@ -510,7 +538,7 @@ def test_a_key_means_one_thing(kind: str) -> None:
             runfile.read(keys)
         except MemplanError:
             return
-    taken = keys._known - set(runfile.refuses)
+    taken = keys.looked_at - set(runfile.refuses)
     assert not taken & (runfile.ignored - IGNORED)
 
 

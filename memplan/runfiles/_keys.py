@@ -55,6 +55,11 @@ class Keys:
         """All of them."""
         return set(self._values)
 
+    @property
+    def looked_at(self) -> set[str]:
+        """Those that somebody took or asked for, given or not."""
+        return set(self._known)
+
     def given(self, key: str) -> bool:
         """Whether it has a value, which is left to be taken."""
         if self._values.get(key) is None:

@@ -12,31 +12,31 @@ from memplan.runfiles._keys import Keys, words
 
 IGNORED = words(
     """
-        output_dir overwrite_output_dir num_train_epochs max_steps learning_rate lr_scheduler_type
-        lr_scheduler_kwargs warmup_steps warmup_ratio weight_decay adam_beta1 adam_beta2 adam_epsilon
-        average_tokens_across_devices bf16_full_eval fp16_full_eval tf32 log_on_each_node
-        include_num_input_tokens_seen include_tokens_per_second log_level log_level_replica disable_tqdm
-        report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id eval_steps
-        eval_delay prediction_loss_only eval_on_start eval_do_concat_batches eval_use_gather_object
-        eval_accumulation_steps include_for_metrics include_inputs_for_metrics batch_eval_metrics
-        save_only_model save_strategy save_steps save_on_each_node save_total_limit save_safetensors
-        enable_jit_checkpoint push_to_hub load_best_model_at_end metric_for_best_model greater_is_better
-        ignore_data_skip restore_callback_states_from_checkpoint seed data_seed jit_mode_eval use_ipex
-        accelerator_config remove_unused_columns label_names group_by_length train_sampling_strategy
-        length_column_name ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers
-        ddp_static_graph ddp_backend ddp_timeout debug skip_memory_metrics do_train do_eval do_predict
-        resume_from_checkpoint local_rank use_cpu no_cuda use_mps_device past_index push_to_hub_model_id
-        push_to_hub_organization push_to_hub_token mp_parameters ray_scope dispatch_batches split_batches
-        fp16_opt_level fp16_backend half_precision_backend torchdynamo tpu_num_cores tpu_metrics_debug
-        optim_target_modules fsdp_config fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap
-        parallelism_config
-        liger_kernel_config use_cache env
+    output_dir overwrite_output_dir num_train_epochs max_steps learning_rate lr_scheduler_type
+    lr_scheduler_kwargs warmup_steps warmup_ratio weight_decay adam_beta1 adam_beta2 adam_epsilon
+    average_tokens_across_devices bf16_full_eval fp16_full_eval tf32 log_on_each_node
+    include_num_input_tokens_seen include_tokens_per_second log_level log_level_replica disable_tqdm
+    report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id eval_steps
+    eval_delay prediction_loss_only eval_on_start eval_do_concat_batches eval_use_gather_object
+    eval_accumulation_steps include_for_metrics include_inputs_for_metrics batch_eval_metrics
+    save_only_model save_strategy save_steps save_on_each_node save_total_limit save_safetensors
+    enable_jit_checkpoint push_to_hub load_best_model_at_end metric_for_best_model greater_is_better
+    ignore_data_skip restore_callback_states_from_checkpoint seed data_seed jit_mode_eval use_ipex
+    accelerator_config remove_unused_columns label_names group_by_length train_sampling_strategy
+    length_column_name ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph
+    ddp_backend ddp_timeout debug skip_memory_metrics do_train do_eval do_predict resume_from_checkpoint
+    local_rank use_mps_device past_index push_to_hub_model_id push_to_hub_organization push_to_hub_token
+    mp_parameters ray_scope dispatch_batches split_batches fp16_opt_level fp16_backend
+    half_precision_backend torchdynamo tpu_num_cores tpu_metrics_debug optim_target_modules fsdp_config
+    fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap env
     """
 )
 SEVERAL = "spreads the run over several cards, which memplan does not plan yet"
 REFUSED: Mapping[str, str] = {
     "deepspeed": SEVERAL,
     "fsdp": SEVERAL,
+    "parallelism_config": SEVERAL,
+    **dict.fromkeys(("use_cpu", "no_cuda"), "trains on the processor, whose memory memplan does not plan"),
     "label_smoothing_factor": "is another loss than memplan plans",
 }
 
@@ -57,6 +57,7 @@ def arguments(keys: Keys) -> None:
     keys.put("batch_size", keys.whole("per_device_train_batch_size"))
     keys.put("gradient_accumulation_steps", keys.whole("gradient_accumulation_steps"))
     keys.put("max_grad_norm", keys.number("max_grad_norm"))
+    keys.put_flag("use_cache", "use_cache")
     optimizer(keys, "optim")
     _optimizer_arguments(keys)
     _evaluation(keys)

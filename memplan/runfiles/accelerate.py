@@ -18,8 +18,8 @@ def _read(keys: Keys) -> None:
     precision = keys.one_of("mixed_precision", {"no": False, "bf16": True, "fp16": True, "fp8": None}, False)
     if precision is None:
         keys.refuse("mixed_precision", "computes in 8 bits, which memplan does not plan")
-    if keys.given("mixed_precision"):
-        keys.put("autocast", precision)
+    if precision:  # "no" leaves it to the trainer, whose own bf16 overrules it
+        keys.put("autocast", True)
     keys.leave_out("what torch.compile keeps is another amount", "dynamo_config")
 
 

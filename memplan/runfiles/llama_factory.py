@@ -152,7 +152,7 @@ def _leave_out(keys: Keys, stage: str) -> None:
 
 _NO_MEMORY = words(
     """
-    adapter_folder cache_dir use_fast_tokenizer split_special_tokens add_special_tokens
+    liger_kernel_config adapter_folder cache_dir use_fast_tokenizer split_special_tokens add_special_tokens
     new_special_tokens_config init_special_tokens model_revision low_cpu_mem_usage rope_scaling
     train_from_scratch offload_folder use_kv_cache infer_dtype hf_hub_token ms_hub_token om_hub_token
     print_param_status trust_remote_code quantization_device_map image_do_pan_and_scan crop_to_patches

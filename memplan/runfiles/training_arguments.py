@@ -15,7 +15,8 @@ def _read(keys: Keys) -> None:
     arguments(keys)
     checkpointing(keys)
     keys.put("autocast", keys.flag("bf16") or keys.flag("fp16"))
-    if keys.flag("use_liger_kernel"):
+    liger = keys.mapping("liger_kernel_config")
+    if keys.flag("use_liger_kernel") and liger.get("fused_linear_cross_entropy", True) is not False:
         keys.put("loss", "liger")
         keys.left_out.append("use_liger_kernel: Liger's other kernels are not played")
 

@@ -92,7 +92,7 @@ def _model_arguments(keys: Keys) -> None:
     own = keys.mapping("model_init_kwargs")
     dtype = own.get("dtype", own.get("torch_dtype"))
     if dtype is not None:
-        if dtype not in _DTYPES:
+        if not isinstance(dtype, str) or dtype not in _DTYPES:
             keys.wrong("model_init_kwargs", "with a dtype of torch's")
         keys.put("dtype", _DTYPES[dtype])
     for key in ("dtype", "torch_dtype"):
@@ -146,12 +146,12 @@ def _leave_out(keys: Keys) -> None:
 
 _NO_MEMORY = words(
     """
-    model_revision lora_task_type bnb_4bit_quant_storage trust_remote_code chat_template_path
-    dataset_text_field dataset_kwargs dataset_num_proc eos_token truncation_mode shuffle_dataset
-    packing_strategy pad_to_multiple_of eval_packing completion_only_loss assistant_only_loss pad_token
-    dataset_name dataset_config dataset_train_split dataset_test_split dataset_streaming
-    gradient_checkpointing_use_reentrant ignore_bias_buffers datasets streaming test_split_size
-    dataset_batch_size num_of_sequences chars_per_token
+    liger_kernel_config model_revision lora_task_type bnb_4bit_quant_storage trust_remote_code
+    chat_template_path dataset_text_field dataset_kwargs dataset_num_proc eos_token truncation_mode
+    shuffle_dataset packing_strategy pad_to_multiple_of eval_packing completion_only_loss
+    assistant_only_loss pad_token dataset_name dataset_config dataset_train_split dataset_test_split
+    dataset_streaming gradient_checkpointing_use_reentrant ignore_bias_buffers datasets streaming
+    test_split_size dataset_batch_size num_of_sequences chars_per_token
     """
 )
 
