@@ -15,6 +15,7 @@ from memplan.commands.arguments import (
     given_options,
     modes,
 )
+from memplan.streams import remark
 
 if TYPE_CHECKING:
     from memplan.asked.recipe import Recipe
@@ -85,6 +86,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"{len(batches) * len(recipes)} points are more than the {MOST_POINTS} of a table")
     spec = resolve(named).spec
     if read is not None:
+        remark(
+            f"read from {read.name}, {read.kind.replace('_', '-')}: {'; '.join(read.left_out) or 'all of it'}"
+        )
         recipes = [read.suited(read.recipe(given), spec, given) for given in recipes]
     workers = processes()
     with points(len(batches) * len(recipes), shown=arguments.exact) as progress:
