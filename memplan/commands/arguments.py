@@ -76,6 +76,22 @@ def add_model(parser: Parser) -> None:
     )
 
 
+def add_run_file(parser: Parser) -> None:
+    """The positional argument MODEL where it may be a trainer's file, and the option --config."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="an alias (memplan models), a Hub id, a path to a config.json, or the file of a trainer: "
+        "axolotl's or LLaMA-Factory's YAML, what trl sft --config takes (docs/files.md)",
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        default=None,
+        help="the file of a trainer, beside a model; options that are given override it",
+    )
+
+
 def add_switch(parser: argparse._ActionsContainer, name: str, words: str) -> None:
     """An option without a value; where it is not given it is False, and not left out as others are."""
     parser.add_argument(name, action="store_true", default=False, help=words)

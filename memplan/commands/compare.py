@@ -8,8 +8,8 @@ from memplan.commands.arguments import (
     Parser,
     add_gpus,
     add_json,
-    add_model,
     add_recipe,
+    add_run_file,
     applicable,
     given_options,
     modes,
@@ -30,7 +30,7 @@ examples:
 def parser() -> Parser:
     """The arguments that ``memplan compare`` takes."""
     result = Parser("compare", "Plans of several modes side by side.", "MODEL [options]", EXAMPLES)
-    add_model(result)
+    add_run_file(result)
     result.add_argument(
         "--modes",
         "--mode",
@@ -54,7 +54,12 @@ def run(arguments: argparse.Namespace) -> int:
     if options.get("kernels") == "memplan":  # the cards on which they run, for all modes alike
         arguments.gpu = [card.name for card in able(Recipe(kernels="memplan"), arguments.gpu)]
     plans = [
-        plan(arguments.model, Recipe(mode=mode, **applicable(options, mode)), gpus=arguments.gpu)
+        plan(
+            arguments.model,
+            Recipe(mode=mode, **applicable(options, mode)),
+            gpus=arguments.gpu,
+            config=arguments.config,
+        )
         for mode in modes(arguments.modes)
     ]
     if arguments.json:

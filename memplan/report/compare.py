@@ -9,6 +9,7 @@ from rich.text import Text
 
 from memplan.report.console import HEADING, QUIET, Cell, note, paragraph, table
 from memplan.report.plan import FOOTNOTE, SUMMARY, VERDICT_STYLES, known, lacking, show_model
+from memplan.report.read import show_differences, show_read
 from memplan.report.wording import common_and_own, short_card
 from memplan.units import count, gib, ratio
 
@@ -23,6 +24,8 @@ _WORDS = {"fits": "fits", "tight": "tight", "does not fit": "no"}
 def show_comparison(plans: Sequence[Plan], console: Console) -> None:
     """Print the plans of one model, each with a recipe of another mode."""
     show_model(plans[0].model, console)
+    show_read(plans[0], console, whole=False)
+    show_differences(plans[0], console)
     common, own = common_and_own([plan.recipe for plan in plans])
     paragraph(console, common, "all  ", QUIET)
     for plan, phrases in zip(plans, own, strict=True):

@@ -21,6 +21,7 @@ from memplan.report.plan import (
     show_recipe,
     warn,
 )
+from memplan.report.read import show_differences, show_read
 from memplan.report.screen import DETAIL, Part, blank, show
 from memplan.report.wording import short_card
 from memplan.units import gib
@@ -66,6 +67,7 @@ def show_fit(
         Part(lambda console: show_headline(lines, console)),
         Part(blank),
         Part(lambda console: show_model(plan.model, console)),
+        Part(lambda console: show_read(plan, console, whole=verbose)),
         Part(lambda console: show_recipe(plan, given, console, () if verbose else _TOLD)),
         Part(blank),
         Part(lambda console: _show_sizes(plan, console)),
@@ -77,6 +79,7 @@ def show_fit(
         ),
         Part(lambda console: note(console, needed(plan)), DETAIL),
         Part(lambda console: warn(accumulating(plan, plan.fits), console), 3, "accumulation"),
+        Part(lambda console: show_differences(plan, console)),
         Part(lambda console: warn(slipped(plan), console), 2, "the usual slip"),
         Part(lambda console: warn(evaluating(plan), console), 4, "evaluation"),
         Part(lambda console: warn(varying(plan.recipe), console), 7, "lengths that vary"),
@@ -86,7 +89,7 @@ def show_fit(
             parts += [Part(blank), Part(lambda console, advice=advice: show_advice(advice, console))]  # type: ignore[misc]
         else:
             parts.append(
-                Part(lambda console, advice=advice: _show_first(advice, console), 2, "all changes")  # type: ignore[misc]
+                Part(lambda console, advice=advice: _show_first(plan, advice, console), 2, "all changes")  # type: ignore[misc]
             )
     show(parts, console, verbose=verbose)
 
@@ -125,7 +128,7 @@ def _show_notes(plan: Plan, console: Console, verbose: bool) -> None:
         note(console, TIGHT)
 
 
-def _show_first(advice: Advice, console: Console) -> None:
+def _show_first(plan: Plan, advice: Advice, console: Console) -> None:
     """Print the changes that come first, a line each; of a run that fits, what there is room for."""
     if advice.room:
         show_advice(advice, console)
@@ -135,7 +138,7 @@ def _show_first(advice: Advice, console: Console) -> None:
         [
             "" if change.needed_bytes is None else f"{gib(change.needed_bytes)} GiB",
             Text(change.verdict, VERDICT_STYLES[change.verdict]),
-            change.command,
+            change.command if plan.read is None else change.config,
             Text(change.title, QUIET),
         ]
         for change in good[:_MOST_CHANGES]
@@ -177,6 +180,8 @@ def show_advice(advice: Advice, console: Console) -> None:
         together = advice.combination
         heading(console, "Together", f"{gib(together.needed_bytes)} GiB needed: {together.verdict}")
         note(console, f"  {together.command}")
+        if together.config:
+            note(console, f"  {together.config}")
         note(console, f"  {'; '.join(together.titles)}")
     elif advice.changes[0].verdict == "does not fit":
         note(console, "No combination of these fits.")

@@ -12,6 +12,7 @@ from memplan.errors import UnknownName
 from memplan.report.console import QUIET, Cell, heading, note, paragraph, speaks_unicode, table, warning
 from memplan.report.evaluation import evaluating, slipped
 from memplan.report.headline import Line, accumulating, at_a_glance, verdicts
+from memplan.report.read import show_differences, show_read
 from memplan.report.screen import DETAIL, Part, blank, show
 from memplan.report.wording import asked_and_default, short_card
 from memplan.units import count, gib, ratio, share
@@ -88,6 +89,7 @@ def show_plan(
         Part(lambda console: show_headline(lines, console)),
         Part(blank),
         Part(lambda console: show_model(plan.model, console)),
+        Part(lambda console: show_read(plan, console, whole=verbose)),
         Part(lambda console: _show_parameters(plan, console), 6),
         Part(lambda console: show_recipe(plan, given, console)),
         Part(blank),
@@ -101,6 +103,7 @@ def show_plan(
         ),
         Part(lambda console: warn(accumulating(plan, fits), console), 4, "accumulation"),
         Part(lambda console: _show_next(plan, console), 3) if not fits else Part(blank, DETAIL),
+        Part(lambda console: show_differences(plan, console)),
         Part(lambda console: warn(slipped(plan), console), 2, "the usual slip"),
         Part(lambda console: warn(evaluating(plan), console), 5, "evaluation"),
     ]
