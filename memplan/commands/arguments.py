@@ -49,9 +49,9 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=30, **settings)
 
 
-def parse(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
+def parse(parser: Parser, arguments: Sequence[str], *, quiet: bool = False) -> argparse.Namespace:
     """The arguments as a namespace, in the words of any trainer. Raises UsageError, or Unplanned for what
-    memplan has no meaning for."""
+    memplan has no meaning for. What was made of others' words is said unless ``quiet``."""
     options = parser._option_string_actions
     reading = synonyms.read(arguments, options)
     namespace, unknown = parser.parse_known_args(reading.words)
@@ -62,7 +62,7 @@ def parse(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
             meant = f"did you mean {near}? See" if near else "see"
             raise UsageError(f"no option is called {shown(name)} here; {meant} {parser.prog} --help")
         raise UsageError(f"unexpected argument {unknown[0]!r} (see {parser.prog} --help)")
-    for sentence in reading.remarks():
+    for sentence in () if quiet else reading.remarks():
         remark(sentence)
     return namespace
 

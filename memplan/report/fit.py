@@ -17,6 +17,7 @@ from memplan.report.plan import (
     needed,
     show_headline,
     show_model,
+    show_note,
     show_recipe,
     warn,
 )
@@ -65,6 +66,7 @@ def show_fit(
         Part(lambda console: show_headline(lines, console)),
         Part(blank),
         Part(lambda console: show_model(plan.model, console)),
+        Part(lambda console: show_note(plan.model, console)),
         Part(lambda console: show_recipe(plan, given, console, () if verbose else _TOLD)),
         Part(blank),
         Part(lambda console: _show_sizes(plan, console)),
