@@ -79,7 +79,11 @@ def recipe_of(row: dict[str, Any]) -> Recipe:
     """The row's recipe, as far as today's stack has it."""
     if row["source"] == PEFT:
         return Recipe(
-            mode=row["mode"], optimizer="adamw_torch", gradient_checkpointing=False, batch_size=row["batch"]
+            trainer="peft",
+            mode=row["mode"],
+            optimizer="adamw_torch",
+            gradient_checkpointing=False,
+            batch_size=row["batch"],
         )
     options: dict[str, Any] = {
         "mode": row["mode"],
@@ -101,7 +105,7 @@ def recipe_of(row: dict[str, Any]) -> Recipe:
             "target_modules": tuple(name for name in row["targets"].split() if name != "c_attn"),
             "kbit_prep": row["framework_config"] == "baseline-peft-bnb",
         }
-    return Recipe(**options)
+    return Recipe(trainer="peft", **options)
 
 
 def status_of(row: dict[str, Any]) -> tuple[str, str]:

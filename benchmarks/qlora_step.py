@@ -55,7 +55,7 @@ def case(
         name, options = "rehearsal", {**options, "seq_len": 32}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the libraries deprecate
-        model = build(config_of(name), Recipe(**options).resolved(), device)
+        model = build(config_of(name), Recipe(trainer="peft", **options).resolved(), device)
     return {"model": name, **options, **_predicted(name, options)}, model, stepper(model, options, device)
 
 
@@ -74,7 +74,7 @@ def _predicted(name: str, options: dict[str, Any]) -> dict[str, Any]:
 
     return {
         f"predicted_{kernels}_bytes": plan(
-            name, Recipe(kernels=kernels, **options), gpus=[]
+            name, Recipe(trainer="peft", kernels=kernels, **options), gpus=[]
         ).peak.tensor_bytes
         for kernels in ("stock", "memplan")
     }

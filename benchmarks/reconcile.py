@@ -272,7 +272,7 @@ def config_of(case: Case) -> dict[str, Any]:
 def resolved(case: Case, config: dict[str, Any] | None = None) -> Recipe:
     options = {name: value for name, value in case.items() if name not in ("model", "layers")}
     spec = spec_from_config(config or config_of(case), case["model"])
-    return resolve_recipe(spec, Recipe(**options))
+    return resolve_recipe(spec, Recipe(**{"trainer": "peft", **options}))
 
 
 # -- one case ----------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def main() -> None:
 
     for model, budget in WARM_BUDGETS.items():
         for mode in ("qlora", "lora", "full"):
-            recipe = Recipe(mode=mode)
+            recipe = Recipe(trainer="peft", mode=mode)
             report(f"warm: plan({model!r}, {mode})", timed(lambda: plan(model, recipe), runs), budget)  # noqa: B023
 
     from memplan.asked.gpus import find_gpu
@@ -51,12 +51,12 @@ def main() -> None:
     from memplan.predict.parameters import resolve_recipe
 
     spec, card = resolve("llama-3.3-70b").spec, find_gpu("h200")
-    run = predicted.run(spec, resolve_recipe(spec, Recipe(mode="qlora")))
+    run = predicted.run(spec, resolve_recipe(spec, Recipe(trainer="peft", mode="qlora")))
     loading = run.loading(None)
     simulated = timed(lambda: simulate(run.tape, loading, run.settings), runs)
     report(f"allocator: llama-3.3-70b, {len(run.tape.events)} events, twice", simulated, SIMULATION_BUDGET)
     recipes = [
-        Recipe(mode=mode, gradient_checkpointing=on, optimizer=optimizer)
+        Recipe(trainer="peft", mode=mode, gradient_checkpointing=on, optimizer=optimizer)
         for mode in ("full", "lora", "qlora")
         for on in (True, False)
         for optimizer in ("adamw_torch_fused", "adamw_bnb_8bit")

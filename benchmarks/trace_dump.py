@@ -33,7 +33,9 @@ def main() -> None:
         config["num_hidden_layers"] = options.layers
     started = time.perf_counter()
     major, minor = (int(part) for part in options.capability.split("."))
-    tape = trace(config, Recipe(**json.loads(options.recipe)), compute_capability=(major, minor))
+    tape = trace(
+        config, Recipe(trainer="peft", **json.loads(options.recipe)), compute_capability=(major, minor)
+    )
     seconds = time.perf_counter() - started
     live = 0
     for segment in tape.segments:

@@ -1,5 +1,5 @@
 """Writes the docs that are made from code and results: cli.md, claims.md, accuracy.md, kernels.md,
-dry-run.md, the table in recipe.md and the three schemas.
+dry-run.md, trainers.md, the table in recipe.md and the three schemas.
 
 Run it after a change of options or of the plan's records; tests/test_docs.py fails while they are behind.
 """
@@ -21,6 +21,7 @@ import accuracy
 import claims
 import dry_runs
 import kernels_page
+import trainers
 from pydantic import BaseModel
 
 from memplan.asked.recipe import Recipe, recipe_options
@@ -84,6 +85,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "measurement.schema.json": partial(schema, Measurement),
     "plan.schema.json": partial(schema, Plan),
     "recipe.md": recipe,
+    "trainers.md": trainers.page,
 }
 
 

@@ -44,7 +44,7 @@ def page() -> str:
 def planned(model: str, options: dict[str, Any]) -> str:
     """A row of predicted peaks."""
     stock, ours = (
-        plan(model, Recipe(kernels=kernels, **options), gpus=[]).peak.tensor_bytes
+        plan(model, Recipe(trainer="peft", kernels=kernels, **options), gpus=[]).peak.tensor_bytes
         for kernels in ("stock", "memplan")
     )
     words = [

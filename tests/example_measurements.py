@@ -30,7 +30,7 @@ HOST = Device(kind="cpu", name="x86", total_bytes=1 << 33)
 def example(*, excess: int = 0, **changes: Any) -> Measurement:
     """A run that took what the plan says, and ``excess`` bytes more."""
     model = Model(name="small", config=config("llama", 2))
-    recipe = Recipe(seq_len=64).resolved()
+    recipe = Recipe(trainer="peft", seq_len=64).resolved()
     device = changes.get("device", CARD)
     tape = write_tape(spec_of(model), recipe, card=card_of(device), folded=False)
     if device.kind == "cpu":

@@ -32,7 +32,7 @@ _NOTES = {
 
 def example_plan(**options: Any) -> Plan:
     """A 70B plan in qlora unless the options say otherwise."""
-    recipe = Recipe(**options).resolved()
+    recipe = Recipe(trainer="peft", **options).resolved()
     full = recipe.mode.value == "full"
     categories = CategoryBytes(
         weights=132 * GIB if full else 35 * GIB,

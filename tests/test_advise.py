@@ -29,7 +29,7 @@ def advise(model: str, recipe: Recipe, gpu: str) -> Advice:
 def with_options(recipe: dict[str, object], command: str) -> Recipe:
     """The recipe that a suggestion's options make of the one asked about."""
     arguments = ["m", "--gpu", "a6000", *command.split()]
-    return Recipe(**{**recipe, **given_options(parse(parser(), arguments))})
+    return Recipe(trainer="peft", **{**recipe, **given_options(parse(parser(), arguments))})
 
 
 @pytest.mark.parametrize(
@@ -47,8 +47,8 @@ def with_options(recipe: dict[str, object], command: str) -> Recipe:
 def test_prices_are_those_of_plans_with_the_options_told(
     model: str, gpu: str, options: dict[str, object]
 ) -> None:
-    told = advise(model, Recipe(**options), gpu)
-    before = plan(model, Recipe(**options), gpus=[gpu])
+    told = advise(model, Recipe(trainer="peft", **options), gpu)
+    before = plan(model, Recipe(trainer="peft", **options), gpus=[gpu])
     assert before.fits[0].verdict == "does not fit"
     assert told.changes
     for change in told.changes:
@@ -64,7 +64,7 @@ def test_prices_are_those_of_plans_with_the_options_told(
 
 
 def test_the_70b_on_an_a6000_needs_one_change() -> None:
-    told = advise("llama-70b", Recipe(mode="qlora", r=8), "a6000")
+    told = advise("llama-70b", Recipe(trainer="peft", mode="qlora", r=8), "a6000")
     enough = [change for change in told.changes if change.verdict in ("fits", "tight")]
     assert [change.command for change in enough] == ["--no-kbit-prep", "--seq-len 1024"]
     assert told.changes[0] is enough[0]
@@ -75,7 +75,7 @@ def test_the_70b_on_an_a6000_needs_one_change() -> None:
 
 def test_a_combination_fits_and_none_of_it_can_be_left_out() -> None:
     options: dict[str, object] = {"mode": "full", "seq_len": 8192, "batch_size": 4}
-    told = advise("llama-3.1-8b", Recipe(**options), "4090")
+    told = advise("llama-3.1-8b", Recipe(trainer="peft", **options), "4090")
     assert all(change.verdict == "does not fit" for change in told.changes)
     together = told.combination
     assert together is not None
@@ -86,42 +86,42 @@ def test_a_combination_fits_and_none_of_it_can_be_left_out() -> None:
 
 
 def test_settings_that_were_there_are_kept() -> None:
-    recipe = Recipe(batch_size=2, seq_len=3000, alloc_conf="large_segment_size_mb:32")
+    recipe = Recipe(trainer="peft", batch_size=2, seq_len=3000, alloc_conf="large_segment_size_mb:32")
     told = advise("qwen2.5-7b", recipe, "4090")
     (change,) = (change for change in told.changes if change.title == "expandable segments")
     assert change.command == "--alloc-conf large_segment_size_mb:32,expandable_segments:True"
 
 
 def test_cards_that_can_not_run_the_recipe_are_passed_over() -> None:
-    told = advise("llama-3.1-8b", Recipe(mode="full", attn="flash_attention_2"), "4090")
+    told = advise("llama-3.1-8b", Recipe(trainer="peft", mode="full", attn="flash_attention_2"), "4090")
     assert told.changes
     assert not any("TITAN RTX" in card for card in told.cards)
 
 
 def test_advice_runs_on_the_card() -> None:
-    told = advise("llama-3.1-8b", Recipe(mode="qlora", seq_len=8192), "t4")
+    told = advise("llama-3.1-8b", Recipe(trainer="peft", mode="qlora", seq_len=8192), "t4")
     assert not any("kernels" in change.command for change in told.changes)
 
 
 def test_what_neither_saves_nor_fits_is_not_advised() -> None:
-    told = advise("llama-3.1-8b", Recipe(mode="qlora", seq_len=8192), "t4")
+    told = advise("llama-3.1-8b", Recipe(trainer="peft", mode="qlora", seq_len=8192), "t4")
     assert all(change.saves_bytes > 0 or change.verdict != "does not fit" for change in told.changes)
 
 
 def test_checkpointing_is_told_where_there_is_some() -> None:
     for on in (True, False):
-        told = advise("llama-3.1-70b", Recipe(gradient_checkpointing=on), "4090")
+        told = advise("llama-3.1-70b", Recipe(trainer="peft", gradient_checkpointing=on), "4090")
         (config,) = (change.config for change in told.changes if change.command == "--no-kbit-prep")
         assert ("gradient_checkpointing=True" in config) is on
 
 
 def test_what_can_not_fit_gets_no_combination() -> None:
-    told = advise("llama-3.1-405b", Recipe(mode="qlora"), "t4")
+    told = advise("llama-3.1-405b", Recipe(trainer="peft", mode="qlora"), "t4")
     assert told.combination is None
 
 
 def test_a_run_that_fits_is_told_what_else_there_is_room_for() -> None:
-    told = advise("llama-3.2-1b", Recipe(mode="qlora"), "a6000")
+    told = advise("llama-3.2-1b", Recipe(trainer="peft", mode="qlora"), "a6000")
     assert not told.changes
     assert any("no checkpointing" in line for line in told.room)
     assert any("--seq-len" in line for line in told.room)
@@ -129,13 +129,17 @@ def test_a_run_that_fits_is_told_what_else_there_is_room_for() -> None:
 
 
 def test_checkpointing_is_not_advised_against_where_the_options_would_contradict() -> None:
-    told = advise("llama-3.2-1b", Recipe(gradient_checkpointing=True, use_reentrant=True), "a6000")
+    told = advise(
+        "llama-3.2-1b", Recipe(trainer="peft", gradient_checkpointing=True, use_reentrant=True), "a6000"
+    )
     assert told.room
     assert not any("checkpointing" in line for line in told.room)
 
 
 def test_cheap_changes_come_first() -> None:
-    told = advise("llama-3.1-8b", Recipe(mode="lora", gradient_checkpointing=True, seq_len=4500), "4090")
+    told = advise(
+        "llama-3.1-8b", Recipe(trainer="peft", mode="lora", gradient_checkpointing=True, seq_len=4500), "4090"
+    )
     ranks = {idea.cost: idea.rank for idea in IDEAS}
     fitting = [ranks[change.cost] for change in told.changes if change.verdict != "does not fit"]
     assert fitting == sorted(fitting)
@@ -156,7 +160,7 @@ def test_fit_advises_where_it_does_not_fit(memplan: Run) -> None:
 
 
 def test_advice_on_the_terminal(golden: Callable[[str, str], None]) -> None:
-    told = advise("llama-3.1-8b", Recipe(mode="full", seq_len=8192, batch_size=4), "4090")
+    told = advise("llama-3.1-8b", Recipe(trainer="peft", mode="full", seq_len=8192, batch_size=4), "4090")
     console = Console(file=io.StringIO(), width=80, highlight=False, markup=False)
     show_advice(told, console)
     golden("advice.txt", console.file.getvalue())  # type: ignore[attr-defined]

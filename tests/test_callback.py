@@ -114,7 +114,7 @@ def trainer(folder: Path, recipe: Recipe, callback: Any, **options: Any) -> Any:
 def test_predicted_and_measured_in_the_real_trainer(options: dict[str, Any], tmp_path: Path) -> None:
     lines: list[str] = []
     callback = MemoryCallback(tell=lines.append)
-    trainer(tmp_path, Recipe(**options), callback).train()
+    trainer(tmp_path, Recipe(trainer="peft", **options), callback).train()
     # what the Trainer has beside the step: the number of items in the batch, the sum of losses, and such,
     # each a number in a block of its own
     figure = callback.figure
@@ -124,7 +124,7 @@ def test_predicted_and_measured_in_the_real_trainer(options: dict[str, Any], tmp
     assert figure.predicted > 2 << 20
     assert -4 * 512 <= figure.error <= 0
     assert callback.recipe is not None
-    wanted = Recipe(**options).resolved()
+    wanted = Recipe(trainer="peft", **options).resolved()
     planned = callback.recipe.resolved()
     for field in ("mode", "kbit_prep", "gradient_checkpointing", "autocast", "optimizer", "dtype"):
         assert getattr(planned, field) == getattr(wanted, field), field
@@ -136,8 +136,8 @@ def test_predicted_and_measured_in_the_real_trainer(options: dict[str, Any], tmp
 
 
 def test_a_run_that_will_not_fit_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    callback = MemoryCallback(recipe=Recipe(mode="lora"), tell=lambda line: None)
-    model = loaded(tmp_path, Recipe(mode="full"))
+    callback = MemoryCallback(recipe=Recipe(trainer="peft", mode="lora"), tell=lambda line: None)
+    model = loaded(tmp_path, Recipe(trainer="peft", mode="full"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 20, 1 << 30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
@@ -153,7 +153,7 @@ def test_on_a_card_whole_blocks_are_predicted(tmp_path: Path, monkeypatch: pytes
 
     lines: list[str] = []
     callback = MemoryCallback(tell=lines.append)
-    own = trainer(tmp_path, Recipe(mode="full"), callback)
+    own = trainer(tmp_path, Recipe(trainer="peft", mode="full"), callback)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name, value in {
         "mem_get_info": (1 << 40, 1 << 40),
@@ -185,7 +185,7 @@ def test_a_trainer_on_the_host_of_a_machine_with_a_card(
 ) -> None:
     lines: list[str] = []
     callback = MemoryCallback(tell=lines.append)
-    own = trainer(tmp_path, Recipe(mode="full"), callback)
+    own = trainer(tmp_path, Recipe(trainer="peft", mode="full"), callback)
     assert own.args.use_cpu
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     callback.on_train_begin(
@@ -199,7 +199,7 @@ def test_a_trainer_on_the_host_of_a_machine_with_a_card(
 def test_what_cannot_be_planned_is_said_and_does_not_stop_the_run(tmp_path: Path) -> None:
     lines: list[str] = []
     callback = MemoryCallback(tell=lines.append)
-    trainer(tmp_path, Recipe(mode="full"), callback, optim="adagrad").train()
+    trainer(tmp_path, Recipe(trainer="peft", mode="full"), callback, optim="adagrad").train()
     assert len(lines) == 1
     assert "no plan for this run: unknown optimizer 'adagrad'" in lines[0]
     assert callback.figure is None

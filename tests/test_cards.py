@@ -18,12 +18,14 @@ from memplan.tape import replay
 
 
 def needed(model: str, gpu: str, **options: object) -> int:
-    return plan(model, Recipe(**options), gpus=[gpu]).fits[0].needed_bytes
+    return plan(model, Recipe(trainer="peft", **options), gpus=[gpu]).fits[0].needed_bytes
 
 
 def test_a_card_without_flash_attention_is_not_promised_a_fit_that_needs_it() -> None:
     # one attention matrix a layer, in fp32, of 32 heads x 2048 x 2048: 512 MiB, 16 layers
-    assert plan("llama-3.2-1b", Recipe(mode="lora"), gpus="t4").fits[0].verdict == "does not fit"
+    assert (
+        plan("llama-3.2-1b", Recipe(trainer="peft", mode="lora"), gpus="t4").fits[0].verdict == "does not fit"
+    )
     assert needed("llama-3.2-1b", "t4", mode="lora") - needed("llama-3.2-1b", "a10", mode="lora") > 8 << 30
 
 
@@ -33,7 +35,7 @@ def test_where_no_flash_attention_runs_all_cards_are_judged_by_one_step() -> Non
 
 
 def test_the_package_can_not_be_asked_of_an_older_card() -> None:
-    recipe = Recipe(mode="lora", attn="flash_attention_2")
+    recipe = Recipe(trainer="peft", mode="lora", attn="flash_attention_2")
     with pytest.raises(MemplanError, match=r"Tesla T4 can't: use attn 'sdpa'"):
         plan("llama-3.2-1b", recipe, gpus=["t4"])
     assert "Tesla T4" not in [fit.gpu for fit in plan("llama-3.2-1b", recipe).fits]
@@ -57,7 +59,7 @@ def test_before_ampere_predicted_is_traced(dtype: str, grouped: bool) -> None:
         from memplan.trace import trace
     shape = config("llama", 2) | ({} if grouped else {"num_key_value_heads": 8})
     spec = spec_from_config(shape, "small")
-    recipe = resolve_recipe(spec, Recipe(mode="lora", dtype=dtype, seq_len=256))
+    recipe = resolve_recipe(spec, Recipe(trainer="peft", mode="lora", dtype=dtype, seq_len=256))
     predicted = replay(write_tape(spec, recipe, card=Card((7, 5))))
     traced = replay(trace(shape, recipe, compute_capability=(7, 5)))
     assert predicted.allocated_bytes == traced.allocated_bytes
@@ -68,5 +70,5 @@ def test_before_ampere_predicted_is_traced(dtype: str, grouped: bool) -> None:
     ("model", "seq_len", "gpu"), [("phi-3-mini-4k", 4096, "t4"), ("mistral-7b-v0.1", 6144, "v100-32")]
 )
 def test_before_ampere_no_window_is_efficient_in_bfloat16(model: str, seq_len: int, gpu: str) -> None:
-    recipe = Recipe(mode="lora", gradient_checkpointing=True, seq_len=seq_len)
+    recipe = Recipe(trainer="peft", mode="lora", gradient_checkpointing=True, seq_len=seq_len)
     assert plan(model, recipe, gpus=[gpu]).fits[0].verdict == "does not fit"

@@ -182,7 +182,9 @@ def test_any_two_tapes(a: str, b: str) -> None:
 
 
 def planned(layers: int = 3, *, folded: bool = False, **options: Any) -> Tape:
-    return write_tape(SPECS["llama"](layers), Recipe(seq_len=64, **options).resolved(), folded=folded)
+    return write_tape(
+        SPECS["llama"](layers), Recipe(trainer="peft", seq_len=64, **options).resolved(), folded=folded
+    )
 
 
 @pytest.mark.parametrize("mode", ["full", "lora", "qlora"])
@@ -213,7 +215,10 @@ def test_seventy_billion_take_seconds() -> None:
 
     from memplan.planning.predicted import predicted_tape
 
-    a, b = predicted_tape("llama-70b"), predicted_tape("llama-70b", Recipe(r=16, seq_len=1024))
+    a, b = (
+        predicted_tape("llama-70b"),
+        predicted_tape("llama-70b", Recipe(trainer="peft", r=16, seq_len=1024)),
+    )
     start = time.process_time()
     assert not diff(a, b).equal
     assert time.process_time() - start < 10
@@ -247,7 +252,7 @@ def traced(**options: Any) -> Tape:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from memplan.trace import trace
-    return trace(config("llama", 3), Recipe(seq_len=64, **options))
+    return trace(config("llama", 3), Recipe(trainer="peft", seq_len=64, **options))
 
 
 # -- reports -----------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def test_a_driver_that_does_not_start_has_no_cards(tmp_path: Path, monkeypatch: 
 
 
 def test_a_card_that_is_here_is_as_large_as_the_driver_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    question = ("llama-3.2-1b", Recipe(mode="lora"))
+    question = ("llama-3.2-1b", Recipe(trainer="peft", mode="lora"))
     listed = plan(*question, gpus=["a6000"]).fits[0].total_bytes
     monkeypatch.setattr(driver, "present", lambda: {"NVIDIA RTX A6000": 40 << 30})
     assert plan(*question, gpus=["a6000"]).fits[0].total_bytes == 40 << 30 != listed

@@ -67,7 +67,7 @@ def judged(model, recipe=None, *, gpus):
 @pytest.mark.parametrize(("model", "options", "allocated", "reserved"), EMULATED)
 def test_the_trainers_evaluations_on_the_emulated_card(model, options, allocated, reserved):
     spec = resolve(model).spec
-    recipe = resolve_recipe(spec, Recipe(**options))
+    recipe = resolve_recipe(spec, Recipe(trainer="peft", **options))
     evaluation = partial(predicted.evaluation, spec, recipe, 8)
     found = predicted.run(spec, recipe).with_evaluation(partial(evaluation, folded=False)).free
     # the script's batches have no attention mask; a plan's have
@@ -81,7 +81,7 @@ def test_the_trainers_evaluations_on_the_emulated_card(model, options, allocated
 
 def test_an_evaluation_leaves_what_it_found():
     spec = resolve("qwen2.5-0.5b").spec
-    recipe = resolve_recipe(spec, Recipe(mode="lora", seq_len=256))
+    recipe = resolve_recipe(spec, Recipe(trainer="peft", mode="lora", seq_len=256))
     tape = write_evaluation(spec, recipe, 8)
     forward = sum(
         segment.repeat * sum(tape.deltas[segment.start : segment.stop])
@@ -106,14 +106,14 @@ def test_an_evaluation_leaves_what_it_found():
 )
 def test_all_layers_and_a_few_folded_ones_say_the_same(model, options):
     spec = resolve(model).spec
-    recipe = resolve_recipe(spec, Recipe(**options))
+    recipe = resolve_recipe(spec, Recipe(trainer="peft", **options))
     folded = replay(write_evaluation(spec, recipe, 8))
     unfolded = replay(write_evaluation(spec, recipe, 8, folded=False))
     assert folded.allocated_bytes == unfolded.allocated_bytes
 
 
 def test_a_plan_warns_where_evaluating_takes_more_than_training():
-    found = plan("llama-3.2-1b", Recipe(autocast=True))
+    found = plan("llama-3.2-1b", Recipe(trainer="peft", autocast=True))
     assert found.peak.tensor_bytes < 5.7e9
     assert found.evaluation.tensor_bytes == 22_797_610_496
     assert evaluating(found) == (
@@ -123,7 +123,10 @@ def test_a_plan_warns_where_evaluating_takes_more_than_training():
 
 
 def test_no_warning_where_training_takes_more():
-    assert evaluating(plan("llama-3.2-1b", Recipe(batch_size=16, mode="lora", seq_len=512))) is None
+    assert (
+        evaluating(plan("llama-3.2-1b", Recipe(trainer="peft", batch_size=16, mode="lora", seq_len=512)))
+        is None
+    )
 
 
 def test_fit_judges_the_run_with_an_evaluation():
@@ -143,16 +146,16 @@ def test_a_plan_read_from_json_says_the_same():
 
 
 def test_lengths_that_vary_are_warned_of_unless_the_setting_is_there():
-    assert "PYTORCH_ALLOC_CONF=expandable_segments:True" in varying(Recipe())
-    assert varying(Recipe(alloc_conf="expandable_segments:True")) is None
-    assert varying(Recipe(alloc_conf="expandable_segments:False")) is not None
+    assert "PYTORCH_ALLOC_CONF=expandable_segments:True" in varying(Recipe(trainer="peft"))
+    assert varying(Recipe(trainer="peft", alloc_conf="expandable_segments:True")) is None
+    assert varying(Recipe(trainer="peft", alloc_conf="expandable_segments:False")) is not None
 
 
 def test_cards_with_other_kernels_are_warned_of_for_themselves() -> None:
     """On an A100 an evaluation takes less than this step; without FlashAttention it takes more."""
     from memplan.report.evaluation import evaluating
 
-    recipe = Recipe(mode="lora", batch_size=4, gradient_checkpointing=True)
+    recipe = Recipe(trainer="peft", mode="lora", batch_size=4, gradient_checkpointing=True)
     assert evaluating(judged("mistral-7b-v0.1", recipe, gpus=["a100"])) is None
     answer = judged("mistral-7b-v0.1", recipe, gpus=["a100", "v100-32"])
     assert answer.evaluation is not None

@@ -78,7 +78,9 @@ def test_a_fraction_of_the_card_is_a_limit() -> None:
 
 def test_a_glance_knows_nothing_of_settings() -> None:
     for conf in ("per_process_memory_fraction:0.05", "roundup_power2_divisions:1"):
-        answer = plan("llama-3.2-1b", Recipe(mode="lora", alloc_conf=conf), gpus=["a6000", "4090"])
+        answer = plan(
+            "llama-3.2-1b", Recipe(trainer="peft", mode="lora", alloc_conf=conf), gpus=["a6000", "4090"]
+        )
         for (_, told), fit in zip(answer.glances(), answer.fits, strict=True):
             assert told == fit.verdict
 
@@ -94,22 +96,24 @@ def test_the_warm_up_is_bounded_by_the_card_not_by_what_is_free() -> None:
 
 def test_the_70b_on_an_a6000() -> None:
     """The example that the project is about."""
-    (with_upcasts,) = plan("llama-70b", Recipe(mode="qlora", r=8), gpus=["a6000"]).fits
+    (with_upcasts,) = plan("llama-70b", Recipe(trainer="peft", mode="qlora", r=8), gpus=["a6000"]).fits
     assert with_upcasts.verdict == "does not fit"
     assert with_upcasts.note is not None
     assert with_upcasts.note.startswith("out of memory in the first step's forward")
-    (without,) = plan("llama-70b", Recipe(mode="qlora", r=8, kbit_prep=False), gpus=["a6000"]).fits
+    (without,) = plan(
+        "llama-70b", Recipe(trainer="peft", mode="qlora", r=8, kbit_prep=False), gpus=["a6000"]
+    ).fits
     assert without.verdict == "fits"
     assert 0.02 * without.reserved_bytes < without.headroom_bytes < 0.03 * without.reserved_bytes
-    (large,) = plan("llama-70b", Recipe(mode="qlora", r=8), gpus=["h100"]).fits
+    (large,) = plan("llama-70b", Recipe(trainer="peft", mode="qlora", r=8), gpus=["h100"]).fits
     assert large.verdict == "fits"
 
 
 def test_settings_of_the_allocator_are_part_of_the_run() -> None:
-    usual = plan("llama-3.2-1b", Recipe(mode="full", optimizer="adamw_torch"), gpus=["a6000"])
+    usual = plan("llama-3.2-1b", Recipe(trainer="peft", mode="full", optimizer="adamw_torch"), gpus=["a6000"])
     expandable = plan(
         "llama-3.2-1b",
-        Recipe(mode="full", optimizer="adamw_torch", alloc_conf="expandable_segments:True"),
+        Recipe(trainer="peft", mode="full", optimizer="adamw_torch", alloc_conf="expandable_segments:True"),
         gpus=["a6000"],
     )
     assert usual.peak.by_category == expandable.peak.by_category
@@ -117,11 +121,11 @@ def test_settings_of_the_allocator_are_part_of_the_run() -> None:
     assert expandable.allocator.reserved_bytes < usual.allocator.reserved_bytes
     assert expandable.allocator.settings == "expandable_segments:True"
     with pytest.raises(MemplanError, match="allocator setting"):
-        Recipe(alloc_conf="expandable_segment:True")
+        Recipe(trainer="peft", alloc_conf="expandable_segment:True")
 
 
 def test_a_plan_from_json_knows_its_verdicts_and_no_more() -> None:
-    answer = plan("llama-3.2-1b", Recipe(mode="lora"), gpus=["a6000"])
+    answer = plan("llama-3.2-1b", Recipe(trainer="peft", mode="lora"), gpus=["a6000"])
     read = Plan.model_validate_json(answer.model_dump_json())
     assert (read.fits, read.allocator) == (answer.fits, answer.allocator)
     bare = Plan.model_validate(answer.model_dump(exclude={"fits", "allocator"}))
@@ -150,7 +154,7 @@ def test_what_a_glance_tells_the_simulation_confirms(
     family: str, layers: int, options: dict[str, object]
 ) -> None:
     spec = SPECS[family](layers)
-    recipe = resolve_recipe(spec, Recipe(**options))
+    recipe = resolve_recipe(spec, Recipe(trainer="peft", **options))
     run = predicted.run(spec, recipe)
     peak = replay(run.tape).allocated_bytes
     static = static_bytes(run.tape)
@@ -174,7 +178,7 @@ def test_what_a_glance_tells_the_simulation_confirms(
 def test_of_true_sizes_as_well(model: str, options: dict[str, object]) -> None:
     if model == "gemma-2-9b":
         options["attn"] = "eager"
-    answer = plan(model, Recipe(**options))
+    answer = plan(model, Recipe(trainer="peft", **options))
     for (gpu, told), fit in zip(answer.glances(), answer.fits, strict=True):
         assert gpu.name == fit.gpu
         assert told == fit.verdict, gpu.name
@@ -198,7 +202,7 @@ def test_what_loading_leaves_is_not_overlooked_at_a_glance(
     config: str | dict[str, Any], options: dict[str, Any]
 ) -> None:
     model = config if isinstance(config, str) else spec_from_config(config, "one layer")
-    answer = plan(model, Recipe(**options), gpus=[])
+    answer = plan(model, Recipe(trainer="peft", **options), gpus=[])
     room = answer.allocator.reserved_bytes // MIB * MIB  # less than the margin is left
     static = answer.static_bytes
     loaded = static.weights + static.quantization_state + static.adapters

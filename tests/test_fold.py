@@ -47,7 +47,7 @@ def test_folded_and_unfolded_agree_to_the_byte(
     spec = SPECS[family](layers)
     if options["gradient_checkpointing"]:
         options["use_reentrant"] = reentrant
-    recipe = resolve_recipe(spec, Recipe(**options))
+    recipe = resolve_recipe(spec, Recipe(trainer="peft", **options))
     folded, unfolded = write_tape(spec, recipe), write_tape(spec, recipe, folded=False)
     assert replay(folded) == replay(unfolded)
     assert static_bytes(folded) == static_bytes(unfolded)
@@ -61,7 +61,7 @@ def test_folded_and_unfolded_agree_to_the_byte(
 )
 def test_a_tape_written_out_is_the_tape_played(family: str, layers: int, options: dict[str, object]) -> None:
     spec = SPECS[family](layers)
-    recipe = resolve_recipe(spec, Recipe(**options))
+    recipe = resolve_recipe(spec, Recipe(trainer="peft", **options))
     assert told(write_long_tape(spec, recipe)) == told(write_tape(spec, recipe, folded=False))
 
 
@@ -93,7 +93,7 @@ def test_most_tapes_need_not_be_played() -> None:
 
     for options in ({}, {"kbit_prep": False}, {"mode": "lora"}, {"mode": "full"}):
         spec = SPECS["llama"](36)
-        recipe = resolve_recipe(spec, Recipe(seq_len=130, **options))
+        recipe = resolve_recipe(spec, Recipe(trainer="peft", seq_len=130, **options))
         played = layers_to_play(step.kinds(spec, recipe), first_is_like_others=recipe.mode.value == "full")
         with playing():
             tape = step._play(spec, recipe, None, played)
@@ -104,7 +104,7 @@ def test_most_tapes_need_not_be_played() -> None:
 @pytest.mark.parametrize("family", sorted(SPECS))
 def test_long_models_are_folded_at_all(family: str) -> None:
     spec = SPECS[family](36)
-    recipe = resolve_recipe(spec, Recipe(seq_len=130))
+    recipe = resolve_recipe(spec, Recipe(trainer="peft", seq_len=130))
     assert len(write_tape(spec, recipe).events) < 0.7 * len(write_tape(spec, recipe, folded=False).events)
 
 
@@ -132,7 +132,7 @@ def test_layers_that_differ_are_all_played() -> None:
 )
 def test_targets_may_tell_layers_apart(targets: str | tuple[str, ...]) -> None:
     spec = SPECS["llama"](24)
-    recipe = resolve_recipe(spec, Recipe(mode="qlora", target_modules=targets))
+    recipe = resolve_recipe(spec, Recipe(trainer="peft", mode="qlora", target_modules=targets))
     folded, unfolded = write_tape(spec, recipe), write_tape(spec, recipe, folded=False)
     assert replay(folded) == replay(unfolded)
     assert static_bytes(folded) == static_bytes(unfolded)
@@ -157,7 +157,7 @@ def test_layers_that_differ_in_no_order_agree_to_the_byte(
         options["use_reentrant"] = reentrant
     if options["mode"] != "full":
         options["target_modules"] = "attention"
-    recipe = resolve_recipe(spec, Recipe(**options))
+    recipe = resolve_recipe(spec, Recipe(trainer="peft", **options))
     folded, unfolded = write_tape(spec, recipe), write_tape(spec, recipe, folded=False)
     assert replay(folded) == replay(unfolded)
     assert static_bytes(folded) == static_bytes(unfolded)
@@ -168,7 +168,9 @@ def test_layers_that_differ_in_no_order_agree_to_the_byte(
 def test_the_first_layer_may_release_what_the_last_one_left(family: str) -> None:
     """Adafactor's loop holds the last parameter's copies until it comes to the first of the next group."""
     spec = differing(family, [False, True, *(False,) * 6])
-    recipe = resolve_recipe(spec, Recipe(mode="full", optimizer="adafactor", seq_len=2, max_grad_norm=0.0))
+    recipe = resolve_recipe(
+        spec, Recipe(trainer="peft", mode="full", optimizer="adafactor", seq_len=2, max_grad_norm=0.0)
+    )
     assert told(write_long_tape(spec, recipe)) == told(write_tape(spec, recipe, folded=False))
 
 
@@ -188,7 +190,7 @@ def differing(family: str, differs: list[bool]) -> ModelSpec:
 def test_targets_may_be_any_layers(chosen: set[int], options: dict[str, object]) -> None:
     spec = SPECS["llama"](20)
     options |= {"mode": "lora", "target_modules": tuple(f"layers.{index}.mlp.up_proj" for index in chosen)}
-    recipe = resolve_recipe(spec, Recipe(**options))
+    recipe = resolve_recipe(spec, Recipe(trainer="peft", **options))
     folded, unfolded = write_tape(spec, recipe), write_tape(spec, recipe, folded=False)
     assert replay(folded) == replay(unfolded)
     assert static_bytes(folded) == static_bytes(unfolded)
@@ -215,7 +217,7 @@ def test_whoever_stands_for_a_layer_has_its_surroundings(kinds: list[str], begin
 def test_of_layers_that_differ_in_no_order_few_are_played(options: dict[str, object]) -> None:
     order = random.Random(1)
     spec = differing("qwen2", [order.random() < 0.5 for _ in range(320)])
-    recipe = resolve_recipe(spec, Recipe(seq_len=130, **options))
+    recipe = resolve_recipe(spec, Recipe(trainer="peft", seq_len=130, **options))
     chosen = step.standing(step.kinds(spec, recipe), step._trained(spec, recipe))
     assert len(chosen.indices) < 40
     with playing():
@@ -227,7 +229,7 @@ def test_of_layers_that_differ_in_no_order_few_are_played(options: dict[str, obj
 
 def test_the_number_of_layers_is_charged() -> None:
     spec = SPECS["llama"](40)
-    recipe = resolve_recipe(spec, Recipe(mode="lora"))
+    recipe = resolve_recipe(spec, Recipe(trainer="peft", mode="lora"))
     shorter = spec.model_copy(update={"num_hidden_layers": 39, "layer_types": ()})
     assert (
         replay(write_tape(spec, recipe)).allocated_bytes > replay(write_tape(shorter, recipe)).allocated_bytes

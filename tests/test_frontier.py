@@ -43,7 +43,7 @@ MODELS = [
 
 def peaks(model: str, gpu: str = "h200", **options: object) -> Peaks:
     spec = resolve(model).spec
-    return Peaks(spec, resolve_recipe(spec, Recipe(**options)), find_gpu(gpu))
+    return Peaks(spec, resolve_recipe(spec, Recipe(trainer="peft", **options)), find_gpu(gpu))
 
 
 @settings(max_examples=60, deadline=None)
@@ -141,7 +141,7 @@ def verdict(model: str, recipe: Recipe, gpu: Gpu, **fields: int) -> str:
 def test_the_largest_fits_and_the_next_does_not(
     model: str, options: dict[str, object], what: str, other: int
 ) -> None:
-    recipe, gpu = Recipe(**options), find_gpu("4090")
+    recipe, gpu = Recipe(trainer="peft", **options), find_gpu("4090")
     found = largest(peaks(model, "4090", **options), what, other)  # type: ignore[arg-type]
     kept = "batch_size" if what == "seq_len" else "seq_len"
     assert verdict(model, recipe, gpu, **{what: found, kept: other}) == "fits"
@@ -153,12 +153,12 @@ def test_the_largest_fits_and_the_next_does_not(
 def test_more_than_a_minute_of_simulation_is_refused() -> None:
     spec = resolve("llama-3.1-405b").spec
     with pytest.raises(MemplanError, match=r"100 points of 126 layers are too many .* ask for 79 at most"):
-        frontier(spec, [Recipe()], find_gpu("h100"), range(1, 101), simulated=True)
+        frontier(spec, [Recipe(trainer="peft")], find_gpu("h100"), range(1, 101), simulated=True)
 
 
 def test_exact_cells_fit() -> None:
     spec, gpu = SPECS["llama"](4), find_gpu("t4")
-    recipe = Recipe(mode="lora", attn="eager")
+    recipe = Recipe(trainer="peft", mode="lora", attn="eager")
     quick = frontier(spec, [recipe], gpu, [1, 2], simulated=False)
     exact = frontier(spec, [recipe], gpu, [1, 2])
     for bound, found in zip(quick.rows[0].cells, exact.rows[0].cells, strict=True):
@@ -169,7 +169,7 @@ def test_exact_cells_fit() -> None:
 
 def test_the_model_s_own_limit_is_told() -> None:
     spec = SPECS["llama"](2)
-    table = frontier(spec, [Recipe(mode="qlora")], find_gpu("b200"), [1])
+    table = frontier(spec, [Recipe(trainer="peft", mode="qlora")], find_gpu("b200"), [1])
     cell = table.rows[0].cells[0]
     assert (cell.seq_len, cell.capped) == (spec.max_position_embeddings, True)
 
@@ -204,7 +204,12 @@ def test_two_views_of_one_question_show_one_number(memplan: Run) -> None:
 
 
 def test_processes_find_what_one_does() -> None:
-    asked = (SPECS["llama"](4), [Recipe(mode="lora"), Recipe(mode="full")], find_gpu("t4"), [1, 3])
+    asked = (
+        SPECS["llama"](4),
+        [Recipe(trainer="peft", mode="lora"), Recipe(trainer="peft", mode="full")],
+        find_gpu("t4"),
+        [1, 3],
+    )
     assert frontier(*asked, workers=2) == frontier(*asked)
 
 

@@ -42,7 +42,7 @@ QUESTIONS: list[tuple[str, dict[str, Any]]] = [
 def test_a_larger_card_of_the_same_kind_never_gets_a_worse_verdict(
     model: str, options: dict[str, Any]
 ) -> None:
-    answer = plan(model, Recipe(**options), gpus=[gpu.name for gpu in load_gpus()])
+    answer = plan(model, Recipe(trainer="peft", **options), gpus=[gpu.name for gpu in load_gpus()])
     kinds: dict[Any, list[tuple[int, int]]] = defaultdict(list)
     for gpu, fit in zip(load_gpus(), answer.fits, strict=True):
         rank = ("does not fit", "tight", "fits").index(fit.verdict)
@@ -69,7 +69,7 @@ def test_plan_and_fit_agree(model: str, options: dict[str, Any], gpu: str, mempl
     (one,), (other,) = json.loads(planned.out)["fits"], json.loads(judged.out)["fits"]
     assert one == other
     assert (planned.status, judged.status) == (0, int(one["verdict"] == "does not fit"))
-    told = [verdict for _, verdict in plan(model, Recipe(**options), gpus=[gpu]).glances()]
+    told = [verdict for _, verdict in plan(model, Recipe(trainer="peft", **options), gpus=[gpu]).glances()]
     assert told == [one["verdict"]]
 
 

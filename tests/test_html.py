@@ -64,7 +64,9 @@ def without_assets(text: str) -> str:
 
 
 def step(mode: str, layers: int = 3, **options: Any) -> Tape:
-    return write_tape(SPECS["llama"](layers), Recipe(mode=mode, **options).resolved(), folded=False)
+    return write_tape(
+        SPECS["llama"](layers), Recipe(trainer="peft", mode=mode, **options).resolved(), folded=False
+    )
 
 
 def test_the_page(golden: Callable[[str, str], None]) -> None:
@@ -165,7 +167,7 @@ def test_what_configs_say_is_text() -> None:
 def test_what_is_no_sign_is_shown_on_the_page() -> None:
     """Escape sequences, which `cat` would obey, and marks that turn around the text beside them."""
     spec = SPECS["llama"](2).model_copy(update={"name": "a\x1b[31m\u202eb\ud800"})
-    text = page(plan(spec, Recipe()), predicted_tape(spec, Recipe()))
+    text = page(plan(spec, Recipe(trainer="peft")), predicted_tape(spec, Recipe(trainer="peft")))
     assert "<h1>a\u241b[31m\ufffdb\ufffd</h1>" in text
     assert all(line.isprintable() for line in text.split("</style>")[1].split("<script>")[0].split("\n"))
 

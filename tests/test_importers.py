@@ -514,7 +514,10 @@ def test_a_mixture_without_a_layer_of_experts_is_dense() -> None:
     spec = SPECS["qwen3_moe"](3)
     dense = spec_from_config({**config("qwen3_moe", 3), "decoder_sparse_step": 1000}, "dense")
     assert (dense.num_experts, dense.sparse_layers) == (0, (False,) * 3)
-    assert plan(dense, Recipe(mode="lora", seq_len=8)).parameters.total < plan(spec).parameters.total
+    assert (
+        plan(dense, Recipe(trainer="peft", mode="lora", seq_len=8)).parameters.total
+        < plan(spec).parameters.total
+    )
 
 
 def test_a_factor_that_rotates_nothing() -> None:

@@ -17,7 +17,9 @@ fast = settings(max_examples=40, deadline=None)
 
 
 def small(family: str, layers: int = 5, **options: Any) -> Plan:
-    return plan(SPECS[family](layers), Recipe(**{"seq_len": 64, **options}), gpus=["a6000", "h100"])
+    return plan(
+        SPECS[family](layers), Recipe(trainer="peft", **{"seq_len": 64, **options}), gpus=["a6000", "h100"]
+    )
 
 
 @fast

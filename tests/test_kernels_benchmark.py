@@ -409,7 +409,7 @@ def test_every_step_fits_an_80_gb_card_and_one_is_smaller_with_the_kernels() -> 
     for model, recipes in steps.items():
         for number, options in enumerate(recipes):
             stock, ours = (
-                plan(model, Recipe(kernels=kernels, **options), gpus=["h100"])
+                plan(model, Recipe(trainer="peft", kernels=kernels, **options), gpus=["h100"])
                 for kernels in ("stock", "memplan")
             )
             assert [fit.verdict for fit in (*stock.fits, *ours.fits)] == ["fits", "fits"]
@@ -417,5 +417,5 @@ def test_every_step_fits_an_80_gb_card_and_one_is_smaller_with_the_kernels() -> 
     assert (
         max(saved, key=lambda step: saved[step]) == ("llama-3.1-8b", 3) and saved["llama-3.1-8b", 3] > 4 << 30
     )
-    with_activations = Recipe(**steps["llama-3.1-8b"][3])
+    with_activations = Recipe(trainer="peft", **steps["llama-3.1-8b"][3])
     assert plan("llama-3.3-70b", with_activations, gpus=[]).peak.tensor_bytes > 78 << 30

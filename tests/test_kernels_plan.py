@@ -52,7 +52,8 @@ def test_predicted_is_traced(case: dict[str, Any]) -> None:
 def tape(name: str = "llama", **options: Any) -> Tape:
     spec = SPECS[name](3)
     return write_tape(
-        spec, resolve_recipe(spec, Recipe(mode="qlora", target_modules="all-linear", **options))
+        spec,
+        resolve_recipe(spec, Recipe(trainer="peft", mode="qlora", target_modules="all-linear", **options)),
     )
 
 
@@ -80,7 +81,7 @@ def test_no_listed_size_needs_more(seq_len: int, loss: str) -> None:
 
 
 def peak(model: str, **recipe: Any) -> int:
-    return plan(model, Recipe(**recipe), gpus=[]).peak.tensor_bytes
+    return plan(model, Recipe(trainer="peft", **recipe), gpus=[]).peak.tensor_bytes
 
 
 def test_no_dequantised_weight_and_no_mask_is_on_the_tape() -> None:
@@ -106,18 +107,20 @@ def test_without_checkpointing_it_is_the_casts_that_go() -> None:
 
 def test_the_plan_says_what_is_saved() -> None:
     """And where nothing is, what makes the peak: a 70B with PEFT's preparation."""
-    assert plan("llama-3.3-70b", Recipe(), gpus=[]).model.note is None
-    note = plan("llama-3.3-70b", Recipe(kernels="memplan"), gpus=[]).model.note
+    assert plan("llama-3.3-70b", Recipe(trainer="peft"), gpus=[]).model.note is None
+    note = plan("llama-3.3-70b", Recipe(trainer="peft", kernels="memplan"), gpus=[]).model.note
     assert note is not None and "save nothing of this peak, 51.34 GiB with stock kernels too" in note
     assert "_softmax_backward_data" in note
     recipe: dict[str, Any] = {"seq_len": 8192, "kbit_prep": False, "loss": "chunked"}
     stock, ours = (peak("llama-3.3-70b", kernels=kernels, **recipe) for kernels in ("stock", "memplan"))
-    note = plan("llama-3.3-70b", Recipe(kernels="memplan", **recipe), gpus=[]).model.note
+    note = plan("llama-3.3-70b", Recipe(trainer="peft", kernels="memplan", **recipe), gpus=[]).model.note
     assert note == (
         f"memplan's kernels save {(stock - ours) / 2**30:.2f} GiB: with stock kernels the peak is "
         f"{stock / 2**30:.2f} GiB"
     )
-    few = plan("smollm2-135m", Recipe(kernels="memplan", seq_len=FEW_ROWS), gpus=[]).model.note
+    few = plan(
+        "smollm2-135m", Recipe(trainer="peft", kernels="memplan", seq_len=FEW_ROWS), gpus=[]
+    ).model.note
     assert few is not None and "save nothing" in few
 
 
@@ -132,11 +135,11 @@ def test_the_plan_says_what_is_saved() -> None:
 )
 def test_what_the_kernels_dont_compute_is_refused(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(RecipeError, match=sentence):
-        Recipe(kernels="memplan", **options)
+        Recipe(trainer="peft", kernels="memplan", **options)
 
 
 def test_cards_on_which_they_dont_run() -> None:
-    recipe = Recipe(kernels="memplan")
+    recipe = Recipe(trainer="peft", kernels="memplan")
     names = [fit.gpu for fit in plan("llama-3.2-1b", recipe).fits]
     assert "NVIDIA H100 80GB HBM3" in names and not {"Tesla T4", "AMD Instinct MI300X"} & set(names)
     for card in ("t4", "mi300x"):

@@ -36,7 +36,7 @@ LLAMA = {**config("llama", 2), "vocab_size": 40_000}
 def both(given: dict[str, Any], capability: tuple[int, int] = (8, 0), **options: Any) -> tuple[Tape, Tape]:
     """The plan's tape and the trace's."""
     spec = spec_from_config(given, "test")
-    recipe = resolve_recipe(spec, Recipe(**options))
+    recipe = resolve_recipe(spec, Recipe(trainer="peft", **options))
     predicted = write_tape(spec, recipe, card=Card(capability), folded=False)
     return predicted, trace(dict(given), recipe, compute_capability=capability)
 
@@ -120,9 +120,12 @@ def test_a_family_that_liger_does_not_know() -> None:
         with pytest.raises(
             TraceError, match=f"Liger-Kernel has no fused loss for models of the type '{kind}'"
         ):
-            trace(given, Recipe(mode="full", loss="liger", seq_len=8))
+            trace(given, Recipe(trainer="peft", mode="full", loss="liger", seq_len=8))
     assert (
-        replay(trace(falcon, Recipe(mode="full", loss="chunked", seq_len=8).resolved())).allocated_bytes > 0
+        replay(
+            trace(falcon, Recipe(trainer="peft", mode="full", loss="chunked", seq_len=8).resolved())
+        ).allocated_bytes
+        > 0
     )
 
 

@@ -18,10 +18,12 @@ from memplan.tape.curves import live_bytes
 
 TAPES = {
     "example": example_tape(),
-    "full": write_tape(SPECS["gemma2"](3), Recipe(mode="full", seq_len=64).resolved(), folded=False),
+    "full": write_tape(
+        SPECS["gemma2"](3), Recipe(trainer="peft", mode="full", seq_len=64).resolved(), folded=False
+    ),
     "accumulating": write_tape(
         SPECS["llama"](3),
-        Recipe(mode="qlora", seq_len=64, gradient_accumulation_steps=2).resolved(),
+        Recipe(trainer="peft", mode="qlora", seq_len=64, gradient_accumulation_steps=2).resolved(),
         folded=False,
     ),
 }

@@ -59,7 +59,7 @@ def test_a_training_loop_written_by_hand_is_the_traced_one() -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    recipe = Recipe(mode="lora", seq_len=100, gradient_checkpointing=True, use_reentrant=True)
+    recipe = Recipe(trainer="peft", mode="lora", seq_len=100, gradient_checkpointing=True, use_reentrant=True)
     expected = trace({**LLAMA, "torch_dtype": "bfloat16"}, recipe)
     with FakeTensorMode(allow_non_fake_inputs=True):
         base = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA), dtype=torch.bfloat16)

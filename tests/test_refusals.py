@@ -14,7 +14,7 @@ from memplan import MemplanError, ModelSpec, Recipe, plan
 
 def test_adapters_on_a_tied_output_layer_are_allocated() -> None:
     # r=8: 8 x (2048 + 128256) fp32 of lm_head and 8 x (2048 + 2048) of each of 16 q_proj
-    answer = plan("llama-3.2-1b", Recipe(mode="lora", target_modules=("lm_head", "q_proj")))
+    answer = plan("llama-3.2-1b", Recipe(trainer="peft", mode="lora", target_modules=("lm_head", "q_proj")))
     assert answer.parameters.trainable == 8 * (2048 + 128_256) + 16 * 8 * (2048 + 2048)
     assert answer.static_bytes.adapters == 4 * answer.parameters.trainable
 
@@ -32,7 +32,7 @@ def test_adapters_on_a_tied_output_layer_are_allocated() -> None:
 )
 def test_one_sentence_in_python_too(model: str, options: dict[str, Any], words: str) -> None:
     with pytest.raises(MemplanError, match=words):
-        plan(model, Recipe(mode="lora", **options))
+        plan(model, Recipe(trainer="peft", mode="lora", **options))
 
 
 def test_dense_layers_among_experts_take_adapters_on_attention_alone() -> None:
@@ -41,8 +41,10 @@ def test_dense_layers_among_experts_take_adapters_on_attention_alone() -> None:
     spec = resolve("qwen3-30b-a3b").spec
     mixed = spec.model_copy(update={"sparse_layers": (False, *spec.sparse_layers[1:])})
     with pytest.raises(MemplanError, match="mix dense layers"):
-        plan(mixed, Recipe(mode="lora"))
-    assert plan(mixed, Recipe(mode="lora", target_modules="attention")).peak.allocated_bytes > 0
+        plan(mixed, Recipe(trainer="peft", mode="lora"))
+    assert (
+        plan(mixed, Recipe(trainer="peft", mode="lora", target_modules="attention")).peak.allocated_bytes > 0
+    )
 
 
 def test_a_spec_of_an_unknown_family() -> None:
@@ -68,11 +70,11 @@ def test_a_plan_from_json_has_no_timeline() -> None:
     ],
 )
 def test_what_surprises_is_noted(model: str, options: dict[str, Any], words: str) -> None:
-    assert words in (plan(model, Recipe(**options)).model.note or "")
+    assert words in (plan(model, Recipe(trainer="peft", **options)).model.note or "")
 
 
 def test_aliases_of_optimizers_work_in_python() -> None:
-    assert Recipe(optimizer="adamw_8bit").optimizer == "adamw_bnb_8bit"
+    assert Recipe(trainer="peft", optimizer="adamw_8bit").optimizer == "adamw_bnb_8bit"
 
 
 @pytest.mark.parametrize("option", ["--r 8", "--target-modules q_proj", "--adapter-dtype fp32"])
@@ -107,19 +109,19 @@ def test_what_is_long_is_not_quoted_in_full(options: dict[str, Any]) -> None:
     from memplan.asked.recipe import Recipe
 
     with pytest.raises(MemplanError) as caught:
-        Recipe(**options)
+        Recipe(trainer="peft", **options)
     assert len(str(caught.value)) < 400
 
 
 @pytest.mark.parametrize("pattern", ["(.*)*!", r"(\w+\.?)+!", "(?:a|(?:b+)*)c", "((x{2,})y)*"])
 def test_patterns_that_may_never_end_are_refused(pattern: str) -> None:
     with pytest.raises(MemplanError, match="may never end"):
-        plan("llama-3.2-1b", Recipe(target_modules=pattern))
+        plan("llama-3.2-1b", Recipe(trainer="peft", target_modules=pattern))
 
 
 @pytest.mark.parametrize("pattern", [r"(?:.*\.)?[qv]_proj", r"model\.layers\.\d+\.mlp\..*", "(a*)?.*_proj"])
 def test_other_patterns_are_not(pattern: str) -> None:
-    assert plan("llama-3.2-1b", Recipe(target_modules=pattern)).parameters.trainable > 0
+    assert plan("llama-3.2-1b", Recipe(trainer="peft", target_modules=pattern)).parameters.trainable > 0
 
 
 def test_a_question_is_about_ten_cards_at_most(memplan: Callable[..., Outcome]) -> None:
@@ -146,11 +148,16 @@ def test_what_a_mode_does_not_have_is_refused(mode: str, option: dict[str, Any])
     from memplan.asked.recipe import Recipe
 
     with pytest.raises(MemplanError, match="belongs to"):
-        Recipe(mode=mode, **option)
+        Recipe(trainer="peft", mode=mode, **option)
     # what a plan's JSON says of a recipe is one, of an older memplan with fewer options too
     older = {
-        name: value for name, value in Recipe(mode="full").resolved() if name not in ("use_cache", "kernels")
+        name: value
+        for name, value in Recipe(trainer="peft", mode="full").resolved()
+        if name not in ("use_cache", "kernels")
     }
-    assert Recipe.model_validate(older) == Recipe(mode="full").resolved()
-    for recipe in (Recipe(mode="full").resolved(), Recipe(mode="lora", r=16).resolved()):
+    assert Recipe.model_validate(older) == Recipe(trainer="peft", mode="full").resolved()
+    for recipe in (
+        Recipe(trainer="peft", mode="full").resolved(),
+        Recipe(trainer="peft", mode="lora", r=16).resolved(),
+    ):
         assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe

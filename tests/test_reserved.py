@@ -127,7 +127,7 @@ def test_every_storage_is_loaded_once_and_the_step_is_the_tape_s(
     family: str, options: dict[str, object]
 ) -> None:
     spec = SPECS[family](4)
-    recipe = resolve_recipe(spec, Recipe(**options))
+    recipe = resolve_recipe(spec, Recipe(trainer="peft", **options))
     tape = write_long_tape(spec, recipe)
     loaded_by = loading(spec, recipe, tape)
     steps = steps_of(loaded_by, tape)
@@ -155,7 +155,7 @@ def test_every_storage_is_loaded_once_and_the_step_is_the_tape_s(
 
 def test_a_70b_loads_as_from_pretrained_does() -> None:
     spec = resolve("llama-3.3-70b").spec
-    recipe = resolve_recipe(spec, Recipe())
+    recipe = resolve_recipe(spec, Recipe(trainer="peft"))
     tape = write_long_tape(spec, recipe)
     steps = steps_of(loading(spec, recipe, tape), tape)
     # the warm-up's one block: half a byte a quantised weight, two a byte of the rest, in 16 bits as loaded
@@ -167,7 +167,7 @@ def test_a_70b_loads_as_from_pretrained_does() -> None:
     assert first == [2 * 128256 * 8192, 2 * 128256 * 8192, 2 * 8192]  # the last: layer 0's input_layernorm
     # twice: by PEFT's preparation, and by the Trainer before it trains
     assert steps.count(("empty_cache", 0)) == 2
-    without = resolve_recipe(spec, Recipe(kbit_prep=False))
+    without = resolve_recipe(spec, Recipe(trainer="peft", kbit_prep=False))
     tape = write_long_tape(spec, without)
     others = steps_of(loading(spec, without, tape), tape)
     assert others.count(("empty_cache", 0)) == 1
@@ -190,7 +190,7 @@ def test_the_warm_up_and_the_order_are_transformers_own(family: str) -> None:
         quantizer.preprocess_model(model, dtype=torch.bfloat16, device_map={"": 0}, checkpoint_files=None)
     names = list(model.state_dict())
     counted = get_total_byte_count(model, dict.fromkeys(names, torch.device("cuda", 0)), quantizer)
-    recipe = resolve_recipe(spec, Recipe())
+    recipe = resolve_recipe(spec, Recipe(trainer="peft"))
     tape = write_long_tape(spec, recipe)
     what, size = steps_of(loading(spec, recipe, tape), tape)[0]
     assert (what, size) == ("scratch", rounded(sum(counted.values())))
@@ -200,7 +200,7 @@ def test_the_warm_up_and_the_order_are_transformers_own(family: str) -> None:
 
 def test_a_small_card_bounds_the_warm_up() -> None:
     spec = resolve("llama-3.3-70b").spec
-    recipe = resolve_recipe(spec, Recipe())
+    recipe = resolve_recipe(spec, Recipe(trainer="peft"))
     tape = write_long_tape(spec, recipe)
     _, warm = steps_of(loading(spec, recipe, tape, 24 << 30), tape)[0]
     assert warm == rounded((24 << 30) - int(1.2 * (1 << 30)))
@@ -209,7 +209,7 @@ def test_a_small_card_bounds_the_warm_up() -> None:
 def test_full_and_lora_are_moved_in_the_order_of_modules() -> None:
     spec = SPECS["llama"](3)
     for mode in ("full", "lora"):
-        recipe = resolve_recipe(spec, Recipe(mode=mode))
+        recipe = resolve_recipe(spec, Recipe(trainer="peft", mode=mode))
         tape = write_long_tape(spec, recipe)
         *steps, last = steps_of(loading(spec, recipe, tape), tape)
         assert last == ("empty_cache", 0)
@@ -222,7 +222,7 @@ def test_a_70b_is_simulated_in_less_than_a_second(kbit_prep: bool) -> None:
     from time import process_time
 
     spec = resolve("llama-3.3-70b").spec
-    run = predicted.run(spec, resolve_recipe(spec, Recipe(kbit_prep=kbit_prep)))
+    run = predicted.run(spec, resolve_recipe(spec, Recipe(trainer="peft", kbit_prep=kbit_prep)))
     start = process_time()
     assert run.free.reserved > run.free.allocated
     assert process_time() - start < 1
@@ -230,7 +230,7 @@ def test_a_70b_is_simulated_in_less_than_a_second(kbit_prep: bool) -> None:
 
 def test_loading_leaves_what_rests() -> None:
     spec = SPECS["llama"](6)
-    recipe = resolve_recipe(spec, Recipe())
+    recipe = resolve_recipe(spec, Recipe(trainer="peft"))
     long, played = write_long_tape(spec, recipe), write_tape(spec, recipe, folded=False)
     assert static_bytes(long) == static_bytes(played)
 
@@ -247,13 +247,13 @@ def test_loading_leaves_what_rests() -> None:
 )
 def test_a_workspace_comes_after_the_product(model: str, recipe: dict[str, object], reserved: int) -> None:
     spec = resolve(model).spec
-    run = predicted.run(spec, resolve_recipe(spec, Recipe(**recipe)))
+    run = predicted.run(spec, resolve_recipe(spec, Recipe(trainer="peft", **recipe)))
     assert run.free.reserved == reserved
 
 
 def test_adapters_come_in_16_bits_and_are_cast_afterwards() -> None:
     spec = SPECS["llama"](2)
-    recipe = resolve_recipe(spec, Recipe(r=64))
+    recipe = resolve_recipe(spec, Recipe(trainer="peft", r=64))
     tape = write_long_tape(spec, recipe)
     steps = steps_of(loading(spec, recipe, tape), tape)
     adapters = [i for i, category in enumerate(tape.categories) if category is Category.ADAPTERS]

@@ -87,8 +87,8 @@ def test_things_from_another_folder_are_planned_with() -> None:
         {**config("llama", 3), "architectures": ["ToyForCausalLM"], "model_type": "toy"}, "toy"
     )
     llama = spec_from_config(config("llama", 3), "llama")
-    toy = plan(spec, Recipe(mode="full", optimizer="toy", loss="toy", seq_len=16))
-    usual = plan(llama, Recipe(mode="full", optimizer="sgd", seq_len=16))
+    toy = plan(spec, Recipe(trainer="peft", mode="full", optimizer="toy", loss="toy", seq_len=16))
+    usual = plan(llama, Recipe(trainer="peft", mode="full", optimizer="sgd", seq_len=16))
     hidden = 256
     assert toy.parameters.total == usual.parameters.total - 3 * hidden
     assert toy.static_bytes.weights < usual.static_bytes.weights
@@ -100,7 +100,7 @@ def test_things_from_another_folder_are_planned_with() -> None:
 def test_they_are_unknown_where_nobody_extends(tmp_path: Path) -> None:
     for options in ({"optimizer": "toy"}, {"loss": "toy"}):
         with pytest.raises(UnknownName, match="'toy'"):
-            Recipe(**options)
+            Recipe(trainer="peft", **options)
     assert "toy" not in rooms.names("families")
 
 
@@ -118,18 +118,23 @@ def test_a_file_that_defines_nothing_is_named(tmp_path: Path) -> None:
         rooms.extend(str(tmp_path))
     try:
         with pytest.raises(MemplanError, match="the optimizer 'empty' defines no OPTIMIZER"):
-            plan("llama-3.2-1b", Recipe(optimizer="empty"))
+            plan("llama-3.2-1b", Recipe(trainer="peft", optimizer="empty"))
         with pytest.raises(MemplanError, match=r"'broken' can't be imported.*no_such_module"):
-            plan("llama-3.2-1b", Recipe(optimizer="broken"))
+            plan("llama-3.2-1b", Recipe(trainer="peft", optimizer="broken"))
     finally:
         rooms.forget(tmp_path)
     with pytest.raises(UnknownName):
-        Recipe(optimizer="empty")
+        Recipe(trainer="peft", optimizer="empty")
     with pytest.raises(MemplanError, match="no folder"):
         rooms.extend(tmp_path / "nowhere")
 
 
 def test_momentum_is_the_optimizers_own_matter() -> None:
-    assert plan("llama-3.2-1b", Recipe(optimizer="sgd", momentum=0.9)).static_bytes.optimizer_state > 0
+    assert (
+        plan(
+            "llama-3.2-1b", Recipe(trainer="peft", optimizer="sgd", momentum=0.9)
+        ).static_bytes.optimizer_state
+        > 0
+    )
     with pytest.raises(MemplanError, match="adafactor has no momentum"):
-        plan("llama-3.2-1b", Recipe(optimizer="adafactor", momentum=0.9))
+        plan("llama-3.2-1b", Recipe(trainer="peft", optimizer="adafactor", momentum=0.9))

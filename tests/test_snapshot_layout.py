@@ -38,7 +38,9 @@ def toy() -> Tape:
 
 
 def step() -> Tape:
-    return write_tape(SPECS["llama"](3), Recipe(mode="qlora", seq_len=64).resolved(), folded=False)
+    return write_tape(
+        SPECS["llama"](3), Recipe(trainer="peft", mode="qlora", seq_len=64).resolved(), folded=False
+    )
 
 
 def test_the_first_gap_that_is_large_enough() -> None:
@@ -142,7 +144,7 @@ def test_an_allocators_own_placement_is_taken_as_it_is() -> None:
 
 
 def test_a_folded_tape_cannot_be_laid_out() -> None:
-    tape = write_tape(SPECS["llama"](12), Recipe(mode="qlora").resolved())
+    tape = write_tape(SPECS["llama"](12), Recipe(trainer="peft", mode="qlora").resolved())
     with pytest.raises(ValueError, match="folded"):
         snapshot_of(tape)
 

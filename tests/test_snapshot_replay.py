@@ -118,7 +118,7 @@ def test_a_history_without_its_beginning_is_refused() -> None:
 @pytest.mark.parametrize("conf", ["", "expandable_segments:True"])
 def test_a_step_lies_as_the_allocator_lays_it(conf: str) -> None:
     spec = SPECS["llama"](4)
-    run = predicted.run(spec, resolve_recipe(spec, Recipe(seq_len=700, alloc_conf=conf)))
+    run = predicted.run(spec, resolve_recipe(spec, Recipe(trainer="peft", seq_len=700, alloc_conf=conf)))
     snapshot = snapshot_of(run.tape, placement(run))
     assert snapshot.reserved_bytes == run.free.after_step
     rest = sum(

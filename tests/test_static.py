@@ -35,7 +35,7 @@ ROTARY = 2 * 512
 @pytest.mark.parametrize("model", sorted(FACTS))
 def test_full_fine_tuning_keeps_six_bytes_a_parameter(model: str) -> None:
     count, *_ = FACTS[model]
-    result = plan(model, Recipe(mode="full", optimizer="adamw_torch"))
+    result = plan(model, Recipe(trainer="peft", mode="full", optimizer="adamw_torch"))
     assert result.parameters.total == result.parameters.trainable == count
     static = result.static_bytes
     assert static.weights == 2 * count + ROTARY
@@ -46,7 +46,7 @@ def test_full_fine_tuning_keeps_six_bytes_a_parameter(model: str) -> None:
 @pytest.mark.parametrize("model", sorted(FACTS))
 def test_lora_keeps_adapters_and_their_states_in_fp32(model: str) -> None:
     count, *_ = FACTS[model]
-    result = plan(model, Recipe(mode="lora", r=8))
+    result = plan(model, Recipe(trainer="peft", mode="lora", r=8))
     adapters = ADAPTERS[model]
     assert result.parameters.trainable == adapters
     assert result.parameters.total == count + adapters
@@ -61,7 +61,7 @@ def test_lora_keeps_adapters_and_their_states_in_fp32(model: str) -> None:
 @pytest.mark.parametrize("kbit_prep", [True, False])
 def test_qlora_keeps_half_a_byte_a_weight(model: str, kbit_prep: bool) -> None:
     count, linear, embedding = FACTS[model]
-    static = plan(model, Recipe(mode="qlora", r=8, kbit_prep=kbit_prep)).static_bytes
+    static = plan(model, Recipe(trainer="peft", mode="qlora", r=8, kbit_prep=kbit_prep)).static_bytes
     norms = count - linear - 2 * embedding
     assert static.weights == linear // 2 + (4 if kbit_prep else 2) * (2 * embedding + norms) + ROTARY
     # a byte for 64 weights, 4 for 64 · 256 of them; and for each matrix its code of 16 values, its offset
@@ -77,7 +77,7 @@ def test_qlora_keeps_half_a_byte_a_weight(model: str, kbit_prep: bool) -> None:
 @pytest.mark.parametrize("model", sorted(FACTS))
 def test_without_double_quantisation_a_scale_is_four_bytes(model: str) -> None:
     _, linear, _ = FACTS[model]
-    static = plan(model, Recipe(mode="qlora", double_quant=False)).static_bytes
+    static = plan(model, Recipe(trainer="peft", mode="qlora", double_quant=False)).static_bytes
     assert static.quantization_state == linear // 64 * 4 + LAYERS[model] * 7 * 512
 
 
@@ -85,7 +85,9 @@ def test_foreach_adamw_peaks_at_ten_bytes_a_parameter() -> None:
     # fms-acceleration's A100 runs of Mistral-7B: 72.43 GB at batch 4 and at 8 alike
     options = {"optimizer": "adamw_torch", "gradient_checkpointing": True, "attn": "flash_attention_2"}
     peaks = {
-        batch: plan("mistral-7b-v0.1", Recipe(mode="full", batch_size=batch, seq_len=4096, **options)).peak
+        batch: plan(
+            "mistral-7b-v0.1", Recipe(trainer="peft", mode="full", batch_size=batch, seq_len=4096, **options)
+        ).peak
         for batch in (4, 8)
     }
     count = 7_241_732_096

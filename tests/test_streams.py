@@ -176,7 +176,7 @@ def test_a_cap_that_no_card_has_is_one_sentence(size: str) -> None:
 def test_a_name_that_is_no_text_is_one_sentence(option: str) -> None:
     weights, text = ("\udcff", None) if option == "--weights" else (None, "\udcff")
     with pytest.raises(MemplanError, match=rf"^{option} is '.udcff', but the name must be UTF-8 text$"):
-        make_job("llama-3.2-1b", Recipe(), Verified(text=text), weights=weights)
+        make_job("llama-3.2-1b", Recipe(trainer="peft"), Verified(text=text), weights=weights)
 
 
 @pytest.mark.parametrize("kind", [(), ("--json",), ("--html", "/dev/null"), ("--tape", "/dev/null")])

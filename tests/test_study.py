@@ -38,13 +38,13 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[Any]:
 
 
 def test_nothing_is_simulated_before_somebody_asks(counted: Counter[Any]) -> None:
-    answer = plan(SPECS["llama"](2), Recipe(seq_len=16))
+    answer = plan(SPECS["llama"](2), Recipe(trainer="peft", seq_len=16))
     assert answer.peak.tensor_bytes > 0
     assert not counted
 
 
 def test_every_answer_is_found_once(counted: Counter[Any]) -> None:
-    study = Prediction(ask(SPECS["llama"](2), Recipe(seq_len=16), ["a6000", "a100"]))
+    study = Prediction(ask(SPECS["llama"](2), Recipe(trainer="peft", seq_len=16), ["a6000", "a100"]))
     answer = plan_of(study).telling(evaluation=study.judged_evaluation)
     for _ in range(2):
         assert answer.peak.allocated_bytes == answer.allocator.allocated_bytes
@@ -58,7 +58,7 @@ def test_every_answer_is_found_once(counted: Counter[Any]) -> None:
 
 @pytest.mark.parametrize("before", [lambda answer: None, lambda answer: answer.fits])
 def test_a_plan_can_be_sent_to_another_process(before: Callable[[Plan], object]) -> None:
-    answer = plan(SPECS["llama"](2), Recipe(seq_len=16), gpus=["a6000"])
+    answer = plan(SPECS["llama"](2), Recipe(trainer="peft", seq_len=16), gpus=["a6000"])
     before(answer)
     sent: Plan = pickle.loads(pickle.dumps(answer))
     assert sent.model_dump_json() == answer.model_dump_json()

@@ -41,7 +41,7 @@ def columns(tape: Tape) -> tuple[Any, ...]:
 @pytest.mark.parametrize("name", ["tape.json", "tape.json.gz"])
 @pytest.mark.parametrize("folded", [False, True])
 def test_what_is_written_is_read_back(name: str, folded: bool, tmp_path: Path) -> None:
-    recipe = Recipe(mode="qlora", autocast=True).resolved()
+    recipe = Recipe(trainer="peft", mode="qlora", autocast=True).resolved()
     tape = write_tape(SPECS["llama"](12), recipe, folded=folded)
     info = TapeInfo(
         memplan_version="1", model="m", recipe=recipe.model_dump(mode="json"), libraries={"torch": "2"}
@@ -56,7 +56,7 @@ def test_what_is_written_is_read_back(name: str, folded: bool, tmp_path: Path) -
 
 
 def test_a_tape_of_version_1_tells_parts_by_names(tmp_path: Path) -> None:
-    recipe = Recipe(mode="qlora").resolved()
+    recipe = Recipe(trainer="peft", mode="qlora").resolved()
     tape = write_tape(SPECS["llama"](3), recipe)
     document = json.loads(encode(tape))
     for name in ("workspaces", "streams", "rank"):
@@ -87,7 +87,7 @@ def test_an_older_file_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(MemplanError, match="No space left"):
-        save(write_tape(SPECS["llama"](1), Recipe().resolved()), path)
+        save(write_tape(SPECS["llama"](1), Recipe(trainer="peft").resolved()), path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
@@ -236,8 +236,8 @@ def test_plan_writes_its_tape_with_every_layer(memplan: Run, tmp_path: Path) -> 
     tape, info = load(path)
     assert tape.provenance == "predicted"
     assert info.model == "meta-llama/Llama-3.2-1B"
-    assert Recipe(**info.recipe).mode.value == "lora"
+    assert Recipe(trainer="peft", **info.recipe).mode.value == "lora"
     assert info.libraries == {}
     assert all(segment.repeat == 1 for segment in tape.segments)
-    answer = plan("llama-3.2-1b", Recipe(mode="lora"))
+    answer = plan("llama-3.2-1b", Recipe(trainer="peft", mode="lora"))
     assert replay(tape).allocated_bytes == answer.peak.tensor_bytes

@@ -19,10 +19,10 @@ from memplan.tape import Tape
 
 THREADS = 8
 RECIPES = (
-    Recipe(mode="full", seq_len=64),
-    Recipe(mode="lora", seq_len=32, attn="eager", optimizer="adafactor"),
-    Recipe(mode="qlora", seq_len=48, loss="chunked"),
-    Recipe(mode="qlora", seq_len=16, autocast=True, kbit_prep=False, batch_size=2),
+    Recipe(trainer="peft", mode="full", seq_len=64),
+    Recipe(trainer="peft", mode="lora", seq_len=32, attn="eager", optimizer="adafactor"),
+    Recipe(trainer="peft", mode="qlora", seq_len=48, loss="chunked"),
+    Recipe(trainer="peft", mode="qlora", seq_len=16, autocast=True, kbit_prep=False, batch_size=2),
 )
 
 

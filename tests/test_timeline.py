@@ -25,7 +25,7 @@ def drawn(
     raw = io.BytesIO()
     file = io.TextIOWrapper(raw, encoding=encoding)
     console = Console(file=file, width=width, highlight=False, markup=False, **settings)  # type: ignore[arg-type]
-    show_timeline(tape, console, Recipe(gradient_accumulation_steps=micro_steps))
+    show_timeline(tape, console, Recipe(trainer="peft", gradient_accumulation_steps=micro_steps))
     file.flush()
     return raw.getvalue().decode(encoding)
 
@@ -44,7 +44,9 @@ def test_no_extreme_is_lost(live: list[int], columns: int, data: st.DataObject) 
 
 @pytest.mark.parametrize("mode", ["full", "lora", "qlora"])
 def test_moments_agree_with_the_replay(mode: str) -> None:
-    tape = write_tape(SPECS["llama"](4), Recipe(mode=mode, seq_len=64).resolved(), folded=False)
+    tape = write_tape(
+        SPECS["llama"](4), Recipe(trainer="peft", mode=mode, seq_len=64).resolved(), folded=False
+    )
     live = live_bytes(tape)
     found = list(moments(tape, range(step_start(tape), len(live)), largest=3))
     peak, highest = replay(tape), max(found, key=lambda moment: moment.allocated_bytes)
@@ -96,7 +98,7 @@ def test_layers_of_a_trace_are_counted_together() -> None:
 
 
 def test_phases_follow_one_another() -> None:
-    recipe = Recipe(mode="lora", seq_len=64, gradient_accumulation_steps=4).resolved()
+    recipe = Recipe(trainer="peft", mode="lora", seq_len=64, gradient_accumulation_steps=4).resolved()
     tape = write_tape(SPECS["llama"](2), recipe, folded=False)
     found = phases(tape)
     names = ["setup", "forward", "backward", "forward", "backward", "optimizer"]
@@ -106,7 +108,7 @@ def test_phases_follow_one_another() -> None:
 
 
 def test_a_folded_tape_is_not_drawn() -> None:
-    tape = write_tape(SPECS["llama"](12), Recipe(mode="qlora").resolved())
+    tape = write_tape(SPECS["llama"](12), Recipe(trainer="peft", mode="qlora").resolved())
     for function in (live_bytes, phases, lambda tape: list(moments(tape, [0]))):
         with pytest.raises(ValueError, match="folded"):
             function(tape)

@@ -55,7 +55,7 @@ LLAMA_8B = {
 
 
 def recipe(**options: Any) -> Recipe:
-    return Recipe(**{"mode": "full", "batch_size": 2, "seq_len": 128, **options}).resolved()
+    return Recipe(trainer="peft", **{"mode": "full", "batch_size": 2, "seq_len": 128, **options}).resolved()
 
 
 @contextmanager

@@ -131,7 +131,7 @@ TOLD = {
 def traced(model_type: str, **options: Any) -> Traced:
     tokens = 12 if model_type in _SEQUENTIAL else 48
     config = {"model_type": model_type, **CONFIGS[model_type]}
-    return trace_model(config, Recipe(seq_len=tokens, **options))
+    return trace_model(config, Recipe(trainer="peft", seq_len=tokens, **options))
 
 
 def test_the_page_has_a_row_for_each() -> None:
@@ -177,7 +177,7 @@ def test_adapters_elsewhere(model_type: str, targets: Any) -> None:
 def test_labels_of_classifiers_make_no_difference() -> None:
     """transformers makes a name for each, and a causal language model has none."""
     many = {"num_labels": 1 << 31, "id2label": {"0": "a"}, "problem_type": "regression"}
-    recipe = Recipe(seq_len=48)
+    recipe = Recipe(trainer="peft", seq_len=48)
     assert trace_model({"model_type": "gpt2"} | GPT2 | many, recipe).tape.sizes == traced("gpt2").tape.sizes
 
 
@@ -195,7 +195,7 @@ def test_counts_that_no_model_has_are_refused_before_anything_is_made(
     config: dict[str, Any], complaint: str
 ) -> None:
     with pytest.raises(TraceError, match=complaint):
-        trace_model(config, Recipe(seq_len=32))
+        trace_model(config, Recipe(trainer="peft", seq_len=32))
 
 
 def test_a_model_of_modules_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

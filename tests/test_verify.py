@@ -56,7 +56,7 @@ def model_folder(folder: Path, family: str = "llama", **changes: Any) -> Path:
 
 
 def job_of(folder: Path, family: str = "llama", run: dict[str, Any] | None = None, **options: Any) -> Job:
-    recipe = Recipe(**{"batch_size": 2, "seq_len": 64, **options})
+    recipe = Recipe(trainer="peft", **{"batch_size": 2, "seq_len": 64, **options})
     return make_job(str(model_folder(folder / "model", family)), recipe, Run(**(run or {})), device="cpu")
 
 
@@ -113,7 +113,10 @@ def test_fused_losses_are_trained_on_a_gpu_by_the_plain_loop(tmp_path: Path, los
     pytest.importorskip("liger_kernel")
     with pytest.raises(MemplanError, match="need a GPU"):
         job_of(tmp_path, mode="lora", loss=loss)
-    folder, recipe = str(model_folder(tmp_path / "model", "llama")), Recipe(mode="lora", loss=loss)
+    folder, recipe = (
+        str(model_folder(tmp_path / "model", "llama")),
+        Recipe(trainer="peft", mode="lora", loss=loss),
+    )
     assert make_job(folder, recipe, Run(), device="cuda").recipe.loss == loss
     with pytest.raises(MemplanError, match="--loop memplan"):
         make_job(folder, recipe, Run(loop="trainer"), device="cuda")
@@ -190,7 +193,7 @@ def test_a_measurement_is_of_the_job_that_was_asked_for(tmp_path: Path) -> None:
 
     scaling = {"rope_type": "linear", "factor": 2.0}
     folder = model_folder(tmp_path / "model", rope_scaling=scaling)
-    job = make_job(str(folder), Recipe(mode="lora", seq_len=16), Run(steps=2), device="cpu")
+    job = make_job(str(folder), Recipe(trainer="peft", mode="lora", seq_len=16), Run(steps=2), device="cpu")
     measured = child.run(job)
     assert job.model.config["rope_scaling"] == scaling
     again = Measurement.model_validate_json(measured.model_dump_json())
@@ -245,7 +248,7 @@ def checkpoint(tmp_path: Path) -> Path:
 def test_weights_of_a_checkpoint_are_the_models(checkpoint: Path) -> None:
     from safetensors.torch import load_file
 
-    job = make_job(str(checkpoint), Recipe(mode="lora", seq_len=16), Run(), device="cpu")
+    job = make_job(str(checkpoint), Recipe(trainer="peft", mode="lora", seq_len=16), Run(), device="cpu")
     model = build(job.model.config, job.recipe, CPU, Checkpoint(checkpoint)).get_base_model()
     stored = {name: t for file in checkpoint.glob("*.safetensors") for name, t in load_file(file).items()}
     assert len(stored) == 21
@@ -255,7 +258,7 @@ def test_weights_of_a_checkpoint_are_the_models(checkpoint: Path) -> None:
 
 
 def test_a_checkpoint_trains(checkpoint: Path) -> None:
-    recipe = Recipe(mode="qlora", seq_len=32)
+    recipe = Recipe(trainer="peft", mode="qlora", seq_len=32)
     job = make_job(str(checkpoint), recipe, Run(), device="cpu", weights=str(checkpoint))
     trained = training.train(job, Host(), lambda kind, value: None)
     assert trained.evidence.real
@@ -300,7 +303,7 @@ LAST = "model.layers.1.mlp.down_proj.weight"
 )
 def test_bad_checkpoints(checkpoint: Path, spoil: Callable[[Path], Any], complaint: str) -> None:
     spoil(checkpoint)
-    recipe = Recipe(mode="qlora", seq_len=32)
+    recipe = Recipe(trainer="peft", mode="qlora", seq_len=32)
     job = make_job(str(checkpoint), recipe, Run(), device="cpu", weights=str(checkpoint))
     with pytest.raises(MemplanError, match=complaint) as caught:
         training.train(job, Host(), lambda kind, value: None)

@@ -26,7 +26,7 @@ from memplan.tape import Category, Part, Phase, Tape, replay
 from memplan.tape.file import decode, encode
 from memplan.tape.writer import Writer, sound
 
-RECIPE = Recipe(mode="qlora", seq_len=16, optimizer="adamw_torch").resolved()
+RECIPE = Recipe(trainer="peft", mode="qlora", seq_len=16, optimizer="adamw_torch").resolved()
 
 
 def tell(writer: Writer) -> None:
@@ -126,7 +126,7 @@ def test_tapes_are_sound_and_everything_reads_them(writer: str) -> None:
 
 @pytest.mark.parametrize("mode", ["full", "lora", "qlora"])
 def test_loading_and_evaluations_are_tapes_too(mode: str) -> None:
-    spec, recipe = SPECS["llama"](2), Recipe(mode=mode, seq_len=16).resolved()
+    spec, recipe = SPECS["llama"](2), Recipe(trainer="peft", mode=mode, seq_len=16).resolved()
     step = write_long_tape(spec, recipe)
     loaded = loading(spec, recipe, step)
     left = {event for event in loaded.events if event >= 0} - {~event for event in loaded.events if event < 0}
@@ -138,7 +138,7 @@ def test_loading_and_evaluations_are_tapes_too(mode: str) -> None:
 def test_the_allocator_reads_marks_and_no_names() -> None:
     """With every name changed the run reserves the same."""
     run = predicted.run(
-        SPECS["llama"](3), Recipe(mode="lora", seq_len=64, optimizer="adamw_torch").resolved()
+        SPECS["llama"](3), Recipe(trainer="peft", mode="lora", seq_len=64, optimizer="adamw_torch").resolved()
     )
     tape, loaded = run.tape, run.loading(None)
     before = simulate(tape, loaded)

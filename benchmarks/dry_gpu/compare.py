@@ -22,7 +22,9 @@ ROOT = Path(__file__).resolve().parents[2]
 def row(measured: Measurement) -> dict[str, Any]:
     """A run: what is not the default of its recipe, and both sides in bytes."""
     found = compare(measured)
-    usual = Recipe(mode=measured.recipe.mode).resolved().model_dump(mode="json")
+    usual = (
+        Recipe(mode=measured.recipe.mode, trainer=measured.recipe.trainer).resolved().model_dump(mode="json")
+    )
     options = {
         name: value
         for name, value in measured.recipe.model_dump(mode="json").items()

@@ -36,7 +36,7 @@ def recipe(row: dict[str, Any]) -> Recipe:
         }
     if row["framework_config"] in QLORA:
         options |= {"mode": "qlora", "autocast": True, "kbit_prep": QLORA[row["framework_config"]]}
-    return Recipe(**options)
+    return Recipe(trainer="peft", **options)
 
 
 def moments(tape: Tape) -> dict[str, int]:

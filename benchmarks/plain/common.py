@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallba
 STEPS = 3
 
 
-def options() -> argparse.Namespace:
+def options(dtype: str | None = "bfloat16") -> argparse.Namespace:
+    """The command line; ``dtype``: where it names none."""
     parser = argparse.ArgumentParser()
     parser.add_argument("model", help="folder of a checkpoint")
     parser.add_argument("--out", type=Path, required=True, help="where the peaks go, in JSON")
@@ -22,7 +23,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--r", type=int, default=8)
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--targets", nargs="+", default=["all-linear"])
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", default=dtype)
+    parser.add_argument("--compute-dtype", help="of 4-bit layers (default: that of --dtype)")
+    parser.add_argument("--bare", action="store_true", help="BitsAndBytesConfig(load_in_4bit=True)")
     parser.add_argument("--attention", default="sdpa")
     parser.add_argument("--optim", default="adamw_torch_fused")
     parser.add_argument("--batch", type=int, default=1)
@@ -42,21 +45,25 @@ def load(asked: argparse.Namespace) -> Any:
     """The model as a script loads it: 4-bit ones onto the card, others onto the host."""
     if asked.history:
         torch.cuda.memory._record_memory_history(max_entries=10_000_000, stacks="python")
-    dtype = getattr(torch, asked.dtype)
-    quantised = {}
-    if asked.mode == "qlora":
-        quantised["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=asked.double_quant,
-            bnb_4bit_compute_dtype=dtype,
-        )
+    quantised = {"quantization_config": quantisation(asked)} if asked.mode == "qlora" else {}
     return AutoModelForCausalLM.from_pretrained(
         asked.model,
-        dtype=dtype,
+        dtype=getattr(torch, asked.dtype),
         attn_implementation=asked.attention,
         device_map=asked.device_map,
         **quantised,
+    )
+
+
+def quantisation(asked: argparse.Namespace) -> Any:
+    """In 4 bits; ``--bare`` says no more than that."""
+    if asked.bare:
+        return BitsAndBytesConfig(load_in_4bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=asked.double_quant,
+        bnb_4bit_compute_dtype=asked.compute_dtype or asked.dtype or "float32",
     )
 
 

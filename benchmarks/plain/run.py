@@ -26,6 +26,11 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RESULTS = ROOT / "data" / "plain.json"
 ALLOCATED, RESERVED = 64 << 10, 0.005  # bytes; a share
+TRAINERS = {
+    "hf_trainer": "peft",
+    "trl_sft": "trl",
+    "trl_guide": "trl",
+}  # whose defaults a script's recipe has
 QUIET = {
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -77,9 +82,11 @@ def _memplan(settings: dict[str, str], *arguments: str) -> None:
 def row(case: dict[str, Any], checkpoint: Path, found: dict[str, Any]) -> dict[str, Any]:
     """Both sides of a case, in bytes: what the plan of the checkpoint's ``config.json`` says, and what the
     script took. Allocated is the second step's, which the plan plays; a third may place blocks otherwise."""
-    predicted = plan(checkpoint, Recipe(**case["recipe"]), gpus=[]).allocator
+    recipe = {"trainer": TRAINERS[case["script"]], **case["recipe"]}
+    predicted = plan(checkpoint, Recipe(**recipe), gpus=[]).allocator
     return {
-        **{name: case[name] for name in ("name", "script", "model", "run", "recipe")},
+        **{name: case[name] for name in ("name", "script", "model", "run")},
+        "recipe": recipe,
         "allocated": {"predicted": predicted.allocated_bytes, "emulated": found["steps"][1]["allocated"]},
         "reserved": {"predicted": predicted.reserved_bytes, "emulated": found["reserved"]},
         "steps": found["steps"],

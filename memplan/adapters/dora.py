@@ -18,11 +18,11 @@ class Dora(Lora):
 
     __slots__ = ("magnitude",)
 
-    def __init__(self, base: Base, r: int, dtype: DType, dropout: float) -> None:
+    def __init__(self, base: Base, r: int, dtype: DType, dropout: float, *, of: DType) -> None:
         super().__init__(base, r, dtype, dropout)
         outputs = base.shape[0]
         name = base.name + ".lora_magnitude_vector"
-        self.magnitude = parameter((outputs,), dtype, name, Category.ADAPTERS, True)
+        self.magnitude = parameter((outputs,), of, name, Category.ADAPTERS, True)
 
     def __call__(self, x: Tensor) -> Tensor:
         result = self.base(x)
@@ -74,7 +74,9 @@ class Dora(Lora):
 
 
 def _around(base: Base, recipe: Recipe, dtype: DType) -> Dora:
-    return Dora(base, recipe.r, dtype, recipe.lora_dropout)
+    # TRL casts all adapters but this vector back (trl/trainer/sft_trainer.py, 1.16)
+    of = float32 if recipe.casts_adapters_back else dtype
+    return Dora(base, recipe.r, dtype, recipe.lora_dropout, of=of)
 
 
 ADAPTER = Adapter(_around, lambda shape, recipe: recipe.r * sum(shape) + shape[0])

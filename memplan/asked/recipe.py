@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from memplan import rooms
+from memplan import rooms, stacks
 from memplan.asked.options import (
     SHORT_DTYPES,
     Option,
@@ -59,6 +59,10 @@ class Kernels(str, Enum):
 _LONG_DTYPES = {short: long for long, short in SHORT_DTYPES.items()}
 
 OPTIMIZER_ALIASES = {"adamw_8bit": "adamw_bnb_8bit", "paged_adamw": "paged_adamw_32bit"}
+TRAINER_ALIASES = {"llama-factory": "llama_factory", "llamafactory": "llama_factory", "hf": "peft"}
+
+_TRAINERS = "The trainer's ([trainers.md](trainers.md))."
+_AS_TRAINER = "the trainer's"
 
 _RECORD = 20  # options; the first records had 24
 _MAX_TOKENS = 1 << 26  # in one step; logits of a vocabulary of 32,000 would be 4 TiB
@@ -76,6 +80,13 @@ def _named(room: str, kind: str, aliases: Mapping[str, str] | None = None) -> Be
     return BeforeValidator(known)
 
 
+def _played(trainer: Any) -> Any:
+    told = stacks.NOT_PLAYED.get(trainer) if isinstance(trainer, str) else None
+    if told is not None:
+        raise RecipeError(f"{told}, which memplan does not play: `memplan dry-run` runs it as it is")
+    return trainer
+
+
 def _listed(room: str) -> Any:
     return Field(json_schema_extra=lambda schema: schema.update(enum=[*rooms.names(room)]))
 
@@ -83,6 +94,9 @@ def _listed(room: str) -> Any:
 OptimizerName = Annotated[str, _named("optimizers", "optimizer", OPTIMIZER_ALIASES), _listed("optimizers")]
 AttentionName = Annotated[str, _named("attention", "attention implementation"), _listed("attention")]
 LossName = Annotated[str, _named("losses", "loss"), _listed("losses")]
+TrainerName = Annotated[
+    str, _named("stacks", "trainer", TRAINER_ALIASES), BeforeValidator(_played), _listed("stacks")
+]
 
 
 def _kind_of_adapters(recipe: Recipe) -> str:
@@ -119,6 +133,17 @@ class Recipe(BaseModel):
             source="memplan's own: the mode in which most people ask whether it fits.",
         ),
     ] = Mode.QLORA
+    trainer: Annotated[
+        TrainerName,
+        Option(
+            group="",
+            help="whose defaults the run has: {names}",
+            metavar="NAME",
+            room="stacks",
+            phrase=lambda r: stacks.find(r.trainer).title,
+            source="memplan's own: the trainer that most people fine-tune with ([trainers.md](trainers.md)).",
+        ),
+    ] = stacks.DEFAULT
     r: Annotated[
         int,
         of_adapters(
@@ -201,12 +226,10 @@ class Recipe(BaseModel):
         DTypeName,
         of_adapters(
             help="adapters' dtype",
+            default=_AS_TRAINER,
             short=_LONG_DTYPES,
             phrase=lambda r: f"{SHORT_DTYPES[r.adapter_dtype.value]} adapters",
-            source=(
-                "PEFT, `peft/mapping_func.py`, `get_peft_model(autocast_adapter_dtype=True)`: 16-bit "
-                "adapters become fp32 (`peft/tuners/tuners_utils.py`, `cast_adapter_dtype`)."
-            ),
+            source=_TRAINERS,
         ),
     ] = DTypeName.FLOAT32
     quant_type: Annotated[
@@ -236,13 +259,10 @@ class Recipe(BaseModel):
         bool | None,
         of_four_bits(
             help="PEFT's prepare_model_for_kbit_training, which upcasts what is not 4-bit",
-            default="on in qlora",
+            default=_AS_TRAINER,
             rest=False,
             phrase=lambda r: "kbit prep" if r.kbit_prep else "no kbit prep",
-            source=(
-                "PEFT's guide calls `prepare_model_for_kbit_training` (`peft/utils/other.py`) on every "
-                "4-bit model. False in modes lora and full, which have none."
-            ),
+            source=f"{_TRAINERS} False in modes lora and full, which have nothing to prepare.",
         ),
     ] = None
     kernels: Annotated[
@@ -260,24 +280,39 @@ class Recipe(BaseModel):
     dtype: Annotated[
         DTypeName,
         of_precision(
-            help="weights' dtype; bf16, fp16 and fp32 will do",
+            help="what weights are loaded in; bf16, fp16 and fp32 will do",
             first=True,
+            default=_AS_TRAINER,
             short=_LONG_DTYPES,
             phrase=lambda r: SHORT_DTYPES[r.dtype.value],
-            source=(
-                'transformers, `modeling_utils.py`, `from_pretrained(dtype="auto")` loads what the '
-                "checkpoint has: bfloat16 for nearly every model listed (Llama 1 and 2 are float16, of "
-                "the same size)."
-            ),
+            source=_TRAINERS,
         ),
     ] = DTypeName.BFLOAT16
+    compute_dtype: Annotated[
+        DTypeName | None,
+        of_four_bits(
+            help="what 4-bit layers multiply in, bnb_4bit_compute_dtype",
+            default="as --dtype",
+            short=_LONG_DTYPES,
+            phrase=lambda r: (
+                None
+                if r.compute_dtype in (None, r.dtype)
+                else f"computes in {SHORT_DTYPES[r.compute_dtype.value]}"
+            ),
+            source=(
+                "The weights' dtype, as TRL's `get_quantization_config` has it (`trl/trainer/utils.py`). "
+                "`BitsAndBytesConfig.bnb_4bit_compute_dtype` is float32 where nothing is said."
+            ),
+        ),
+    ] = None
     autocast: Annotated[
         bool,
         of_precision(
             help="run under torch.autocast, the Trainer's bf16=True",
             first=True,
+            default=_AS_TRAINER,
             phrase=lambda r: "autocast" if r.autocast else "no autocast",
-            source="transformers, `training_args.py`, `TrainingArguments.bf16` and `fp16` are False.",
+            source=_TRAINERS,
         ),
     ] = False
     optimizer: Annotated[
@@ -287,7 +322,7 @@ class Recipe(BaseModel):
             metavar="NAME",
             room="optimizers",
             phrase=lambda r: r.optimizer + (f" with momentum {r.momentum:g}" if r.momentum else ""),
-            source="transformers, `training_args.py`, `TrainingArguments.optim` with torch 2.8 or newer.",
+            source=_TRAINERS,
         ),
     ] = "adamw_torch_fused"
     momentum: Annotated[
@@ -324,25 +359,21 @@ class Recipe(BaseModel):
         bool | None,
         of_step(
             help="keep each layer's input only and recompute the rest",
-            default="on for qlora, else off",
+            default=_AS_TRAINER,
             phrase=_checkpointing,
-            source=(
-                "For qlora: `prepare_model_for_kbit_training(use_gradient_checkpointing=True)`; it "
-                "stays on with `--no-kbit-prep`, which drops the upcasts only. For lora and full False: "
-                "`TrainingArguments.activation_checkpointing` (older name: `gradient_checkpointing`)."
-            ),
+            source=_TRAINERS,
         ),
     ] = None
     use_reentrant: Annotated[
         bool | None,
         of_step(
             help="which of torch's two ways of checkpointing",
-            default="docs/recipe.md",
+            default=_AS_TRAINER,
             told_with="gradient_checkpointing",
             source=(
-                "Where `kbit_prep` turns checkpointing on, it passes no kwargs and torch 2.13 takes the "
-                "reentrant way, with a warning (`torch/utils/checkpoint.py`, `checkpoint`). Where the "
-                "Trainer turns it on: False (`modeling_utils.py`, `_activation_checkpointing_enable`)."
+                "Where the Trainer turns checkpointing on: False (`modeling_utils.py`, "
+                "`_activation_checkpointing_enable`). Where PEFT's preparation does, it passes no kwargs and "
+                "torch 2.13 is reentrant, with a warning (`torch/utils/checkpoint.py`, `checkpoint`)."
             ),
         ),
     ] = None
@@ -373,12 +404,12 @@ class Recipe(BaseModel):
         LossName,
         of_step(
             help="standard: as transformers; chunked: as TRL; liger: fused with lm_head",
+            default=_AS_TRAINER,
             room="losses",
             phrase=lambda r: f"{r.loss} loss",
             source=(
-                "transformers, `loss/loss_utils.py`, `ForCausalLMLoss`. TRL's SFTTrainer never makes "
-                "the full logits (`trl/trainer/utils.py`, `add_fused_lm_head`): ask for `chunked`, "
-                "which for a mixture of experts has the load-balancing loss that SFTTrainer adds "
+                f"{_TRAINERS} "
+                "`chunked` has, for a mixture of experts, the load-balancing loss that SFTTrainer adds "
                 "(`aux_loss_enabled`; not where the config's `router_aux_loss_coef` is 0). `liger` is "
                 "Liger-Kernel's fused linear cross entropy without its other kernels."
             ),
@@ -438,10 +469,12 @@ class Recipe(BaseModel):
     if not TYPE_CHECKING:  # there, the fields are the signature
 
         def __init__(self, /, **options: Any) -> None:
+            options = _with_trainer(options)
             try:
-                super().__init__(**options)
+                super().__init__(**{**_settings(options), **options})
             except ValidationError as error:
                 raise RecipeError(_sentence(error)) from None
+            object.__setattr__(self, "__pydantic_fields_set__", set(options))  # the rest is the trainer's
             self._check_foreign(options)
 
     @field_validator("alloc_conf")
@@ -466,7 +499,7 @@ class Recipe(BaseModel):
             raise ValueError(
                 "full fine-tuning under autocast needs fp32 weights: use --dtype float32 --autocast"
             )
-        if self.mode is not Mode.FULL and self.adapter_dtype not in (DTypeName.FLOAT32, self.dtype):
+        if self.mode is not Mode.FULL and not self._has_adapters_of(self.adapter_dtype):
             raise ValueError(
                 f"adapters are float32, or of the base's dtype with PEFT's autocast_adapter_dtype=False: "
                 f"{self.adapter_dtype.value} on a {self.dtype.value} base can't be had"
@@ -479,6 +512,15 @@ class Recipe(BaseModel):
                 "lower the batch size or the sequence length"
             )
         return self
+
+    def _has_adapters_of(self, dtype: DTypeName) -> bool:
+        if dtype in (DTypeName.FLOAT32, self.dtype):
+            return True
+        # PEFT moves adapters of 4-bit layers to what those multiply in; TRL casts them
+        return self.mode is Mode.QLORA and (
+            dtype is self.compute_dtype
+            or (dtype is DTypeName.BFLOAT16 and stacks.find(self.trainer).casts_adapters_back)
+        )
 
     def _check_foreign(self, options: Mapping[str, Any]) -> None:
         """Refuse options that say nothing in the mode. Who says as many as nobody types has a record of a
@@ -528,33 +570,63 @@ class Recipe(BaseModel):
         return "bnb_4bit" if self.mode is Mode.QLORA else None
 
     @property
+    def casts_adapters_back(self) -> bool:
+        """Whether its trainer casts what PEFT made fp32 to bf16."""
+        return (
+            self.mode is Mode.QLORA
+            and self.adapter_dtype is DTypeName.BFLOAT16
+            and stacks.find(self.trainer).casts_adapters_back
+        )
+
+    @property
     def adapter(self) -> str:
         """The file in :mod:`memplan.adapters`."""
         return "dora" if self.use_dora else "lora"
 
     def resolved(self) -> Recipe:
-        """The same recipe with every None replaced by what the stack does (docs/recipe.md)."""
-        kbit_prep = self.mode is Mode.QLORA if self.kbit_prep is None else self.kbit_prep
-        # prepare_model_for_kbit_training(use_gradient_checkpointing=True) is PEFT's default
-        # (peft/utils/other.py, 0.21), so QLoRA checkpoints, with the upcasts or without them;
-        # TrainingArguments leaves checkpointing off.
+        """The same recipe with every None replaced by what its trainer does (docs/trainers.md)."""
+        stack = stacks.find(self.trainer)
+        has = stack.of(self.mode.value)
         checkpointing = self.gradient_checkpointing
         if checkpointing is None:
-            checkpointing = self.mode is Mode.QLORA
-        # transformers 5 checkpoints without reentrance when the Trainer is asked to; PEFT's preparation
-        # leaves the choice to torch, whose default is still reentrant (torch/utils/checkpoint.py, 2.13).
-        reentrant = self.use_reentrant
-        if reentrant is None:
-            reentrant = kbit_prep and self.gradient_checkpointing is None
+            checkpointing = has["gradient_checkpointing"]
+        known = self.model_copy(
+            update={"kbit_prep": has.get("kbit_prep", False) if self.kbit_prep is None else self.kbit_prep}
+        )
+        reentrant = stack.reentrant(known) if self.use_reentrant is None else self.use_reentrant
+        compute = self.dtype if self.compute_dtype is None else self.compute_dtype
         return self.model_copy(
             update={
                 "lora_alpha": 2.0 * self.r if self.lora_alpha is None else self.lora_alpha,
-                "kbit_prep": kbit_prep,
+                "kbit_prep": known.kbit_prep,
+                "compute_dtype": compute if self.mode is Mode.QLORA else None,
                 "gradient_checkpointing": checkpointing,
                 "use_reentrant": reentrant if checkpointing else None,
                 "attn": self.attn or "sdpa",
             }
         )
+
+
+_RESOLVED = frozenset({"kbit_prep", "gradient_checkpointing"})  # None is the trainer's until it is resolved
+
+
+def _settings(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What the trainer sets, of the fields that can't be None. Nothing where the trainer or the mode is
+    wrong, which the fields say."""
+    trainer, mode = options.get("trainer", stacks.DEFAULT), options.get("mode", Mode.QLORA)
+    if isinstance(trainer, str):
+        trainer = TRAINER_ALIASES.get(trainer, trainer)
+    if not isinstance(trainer, str) or trainer not in rooms.names("stacks"):
+        return {}
+    found = stacks.find(trainer).of(str(getattr(mode, "value", mode)))
+    return {name: value for name, value in found.items() if name not in _RESOLVED}
+
+
+def _with_trainer(options: dict[str, Any]) -> dict[str, Any]:
+    """Records of before there were trainers are of PEFT's, and of TRL's where they have its loss."""
+    if "trainer" in options or len(options) < _RECORD:
+        return options
+    return {"trainer": "trl" if options.get("loss") == "chunked" else "peft", **options}
 
 
 @cache

@@ -124,9 +124,8 @@ def add_run(group: argparse._ArgumentGroup) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Train, write the measurement, print the comparison; 0 if it trained."""
     from memplan import libraries
-    from memplan.asked.recipe import Recipe
     from memplan.verify.compare import compare
-    from memplan.verify.job import make_job
+    from memplan.verify.job import make_job, recipe_of
     from memplan.verify.measurement import SEEDS, keep, make_ready
     from memplan.verify.runner import run_job
 
@@ -139,7 +138,7 @@ def run(arguments: argparse.Namespace) -> int:
         remark(f"warning: {warning}")
     job = make_job(
         arguments.model,
-        Recipe(**given_options(arguments)),
+        recipe_of(arguments.loop, given_options(arguments)),
         settings_of(arguments),
         device=arguments.device,
         layers=arguments.layers,

@@ -34,6 +34,7 @@ def recipe_of(args: Any, model: Any, seq_len: int) -> Recipe:
     base = base_of(model)
     options: dict[str, Any] = {
         "mode": "full",
+        "trainer": "trl" if type(args).__module__.partition(".")[0] == "trl" else "peft",
         "batch_size": args.per_device_train_batch_size,
         "seq_len": seq_len,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
@@ -82,18 +83,29 @@ def _adapter(model: Any, base: Any) -> dict[str, Any]:
             "quant_type": weight.quant_type,
             "double_quant": weight.quant_state.nested,
             # prepare_model_for_kbit_training leaves no norm in 16 bits (peft/utils/other.py)
-            "kbit_prep": bool(norms) and all(_name(p.dtype) == "float32" for p in norms),
+            "kbit_prep": bool(norms)
+            and all(_name(p.dtype) == "float32" for p in norms)
+            and _dtype(base) != "float32",
+            "compute_dtype": _compute_dtype(base),
         }
     return options
 
 
 def _dtype(base: Any) -> str:
-    """What the model was loaded in; of 4-bit layers, what they compute in."""
+    """What the model was loaded in, which 4-bit weights remember."""
+    for parameter in base.parameters():
+        if getattr(parameter, "quant_state", None) is not None:
+            return _name(parameter.quant_state.dtype)
+    return _name(next(p.dtype for p in base.parameters() if p.is_floating_point()))
+
+
+def _compute_dtype(base: Any) -> str | None:
+    """What 4-bit layers multiply in; None where they have not been told."""
     for module in base.modules():
         compute = getattr(module, "compute_dtype", None)
-        if getattr(module, "quant_state", None) is not None and compute is not None:
+        if getattr(getattr(module, "weight", None), "quant_state", None) is not None and compute is not None:
             return _name(compute)
-    return _name(next(p.dtype for p in base.parameters() if p.is_floating_point()))
+    return None
 
 
 def _name(dtype: Any) -> str:

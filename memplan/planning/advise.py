@@ -380,7 +380,7 @@ def _changed(recipe: Recipe, idea: _Idea, pricer: _Pricer) -> Recipe | None:
     if fields is None:
         return None
     try:
-        changed = Recipe(**{**recipe.model_dump(), **fields})
+        changed = Recipe(**{**recipe.model_dump(exclude_unset=True), **fields})
         pricer.resolved(changed)
     except MemplanError:
         return None
@@ -458,7 +458,7 @@ def _room(recipe: Recipe, pricer: _Pricer) -> Iterable[str]:
 
     # with use_reentrant given, the option that turns checkpointing off would contradict it
     if pricer.resolved(recipe).gradient_checkpointing and recipe.use_reentrant is None:
-        asked = {**recipe.model_dump(), "gradient_checkpointing": False}
+        asked = {**recipe.model_dump(exclude_unset=True), "gradient_checkpointing": False}
         if pricer.verdict(Recipe(**asked)) == "fits":
             yield "no checkpointing: about a quarter less time (--no-gradient-checkpointing)"
     peaks = pricer.peaks(recipe)

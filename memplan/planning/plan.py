@@ -23,6 +23,7 @@ from memplan.planning.records import (
     ParameterCounts,
     PeakInfo,
     Record,
+    Slipped,
     StaticBytes,
     Summary,
 )
@@ -39,6 +40,7 @@ class Told(Record):
     fits: tuple[Fit, ...] | None = None
     advice: tuple[Advice, ...] = ()
     evaluation: Evaluation | None = None
+    slip: Slipped | None = None
 
 
 class Plan(Record):
@@ -89,6 +91,14 @@ class Plan(Record):
         if self._told.evaluation is not None or self._study is None:
             return self._told.evaluation
         return self._study.evaluation
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def slip(self) -> Slipped | None:
+        """What the trainer's users leave out, and its price; null where it was said, or costs nothing."""
+        if self._told.slip is not None or self._study is None:
+            return self._told.slip
+        return self._study.slip
 
     def telling(self, **told: Any) -> Plan:
         """The same plan with answers (:class:`Told`) in the place of those that its study would find."""

@@ -144,6 +144,16 @@ class Evaluation(BaseModel):
     fits: tuple[Fit, ...] = ()
 
 
+class Slipped(BaseModel):
+    """What people who use this trainer leave out, ``told`` in a clause, and what it costs: bytes of tensors
+    at the peak, more than the plan's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    told: str
+    more_bytes: int
+
+
 class Change(BaseModel):
     """One change. Bytes: ``tensor_bytes`` at the peak after it, ``saves_bytes`` less than before;
     ``needed_bytes`` with the allocator simulated, None where the peak alone is too large. ``cost`` in words;

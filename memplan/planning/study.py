@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
+from memplan import stacks
 from memplan.asked.alloc_conf import parse_settings
 from memplan.asked.gpus import Gpu
 from memplan.asked.recipe import Recipe
@@ -14,7 +15,7 @@ from memplan.asked.spec import ModelSpec
 from memplan.cuda.card import Card
 from memplan.device.fit import Evaluated, Fit, Run, Verdict, glance, judge, recast_bytes
 from memplan.planning import cards, predicted
-from memplan.planning.records import AllocatorInfo, Evaluation
+from memplan.planning.records import AllocatorInfo, Evaluation, Slipped
 from memplan.tape import Category, Peak, Tape, replay, static_bytes
 
 DEFAULT_BATCH = 8  # TrainingArguments.per_device_eval_batch_size (transformers 5.23)
@@ -129,6 +130,11 @@ class Study:
         """The same with verdicts."""
         return None
 
+    @property
+    def slip(self) -> Slipped | None:
+        """What people leave out with this trainer; None where nobody can say."""
+        return None
+
 
 class Prediction(Study):
     """A study whose tapes memplan's own writer writes: for any card, and for other recipes of the model."""
@@ -170,6 +176,18 @@ class Prediction(Study):
             module=peak.module,
             with_one_bytes=one.allocated_bytes,
         )
+
+    @cached_property
+    def slip(self) -> Slipped | None:
+        """What people leave out with this trainer, unless they said it."""
+        found = stacks.find(self.recipe.trainer).slip
+        if found is None or self.recipe.mode.value not in found.modes:
+            return None
+        if found.changes.keys() & self.asked.given.model_fields_set:
+            return None
+        changed = Recipe(**{**self.recipe.model_dump(), **found.changes})  # 4-bit layers multiply as before
+        peak = replay(predicted.write(self.asked.spec, changed))
+        return Slipped(told=found.told, more_bytes=peak.allocated_bytes - self.peak.allocated_bytes)
 
     @cached_property
     def judged_evaluation(self) -> Evaluation | None:

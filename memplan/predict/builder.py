@@ -16,7 +16,7 @@ from memplan.predict import blueprint
 from memplan.predict.fold import Played
 from memplan.predict.targets import is_saved, is_target
 from memplan.predict.unlike import Standing
-from memplan.shadow.tensor import DTYPES, DType, Tensor, float32, state
+from memplan.shadow.tensor import DTYPES, DType, Tensor, bfloat16, float32, state
 from memplan.tape import Category, Part, Phase
 
 
@@ -44,6 +44,8 @@ class Builder:
         self.dtype: DType = DTYPES[recipe.dtype.value]
         # prepare_model_for_kbit_training casts every parameter that is not 4-bit to fp32.
         self.rest_dtype = float32 if recipe.kbit_prep else self.dtype
+        # of the copies that modules_to_save trains
+        self.saved_dtype = bfloat16 if recipe.casts_adapters_back else self.rest_dtype
         self.full = recipe.mode is Mode.FULL
         self.quantised = weights.of(recipe)
         self.adapter = adapters.of(recipe)
@@ -65,7 +67,7 @@ class Builder:
         tensor = parameter(shape, self.rest_dtype, name, Category.WEIGHTS, self.full)
         if is_saved(self.recipe.modules_to_save, full_name or name):
             self.buffers.append(tensor)
-            tensor = parameter(shape, self.rest_dtype, name, Category.ADAPTERS, True)
+            tensor = parameter(shape, self.saved_dtype, name, Category.ADAPTERS, True)
         if tensor.requires_grad:
             self.trainable.append(tensor)
         return tensor
@@ -106,7 +108,9 @@ class Builder:
 
     def adapter_dtype(self, base: DType) -> DType:
         """fp32, or the dtype of what is adapted (peft/tuners/tuners_utils.py, cast_adapter_dtype and
-        _move_adapter_to_device_of_base_layer)."""
+        _move_adapter_to_device_of_base_layer), or bf16 where the trainer casts all of them."""
+        if self.recipe.casts_adapters_back:
+            return bfloat16
         return float32 if self.recipe.adapter_dtype is DTypeName.FLOAT32 else base
 
     def adapted(self, base: Base, full_name: str) -> Any:
@@ -159,7 +163,7 @@ class Builder:
         if spec.tie_word_embeddings:
             # one tensor under two names; as a module to save each gets a copy of its own
             if is_saved(recipe.modules_to_save, "lm_head"):
-                copy = parameter(table.shape, self.rest_dtype, "lm_head", Category.ADAPTERS, True)
+                copy = parameter(table.shape, self.saved_dtype, "lm_head", Category.ADAPTERS, True)
                 self.trainable.append(copy)
                 head = Linear("lm_head", copy, None)
             else:

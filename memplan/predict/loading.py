@@ -31,7 +31,7 @@ import re
 from collections.abc import Iterator
 from math import prod
 
-from memplan import losses, weights
+from memplan import weights
 from memplan.asked.recipe import DTypeName, Recipe
 from memplan.asked.spec import ModelSpec
 from memplan.device.allocator import SMALL_SEGMENT
@@ -186,29 +186,42 @@ def _onto_card(
 
 
 def _adapters(recipe, adapters, tape, quantised, temporary) -> Iterator[LoadStep]:  # type: ignore[no-untyped-def]
-    """Adapters as PEFT brings them onto the card; ``quantised``: the names of quantised weights."""
-    in_16_bits = recipe.dtype is not DTypeName.FLOAT32
-    back = losses.find(recipe.loss).sft and recipe.adapter_dtype is DTypeName.BFLOAT16
-    moved: list[tuple[int, int]] = []
+    """Adapters as PEFT brings them onto the card, and as a trainer casts them afterwards, each time one after
+    the other; ``quantised``: the names of quantised weights."""
+    back = recipe.casts_adapters_back
+    widened = recipe.adapter_dtype is DTypeName.FLOAT32 or back
+    stays: dict[int, list[int]] = {}  # by storage, bytes: as it arrives, after PEFT, after the trainer
     for index, name in adapters:
-        narrow = name.partition(".lora_")[0] + ".weight" in quantised or not recipe.kbit_prep
-        if not (in_16_bits and narrow and ".lora_" in name):
-            yield "alloc", index
-        elif recipe.adapter_dtype is DTypeName.FLOAT32 or back:
-            take, number = temporary(tape.sizes[index] if back else tape.sizes[index] // 2)
-            yield take
-            moved.append((index, number))
-        else:
-            yield "alloc", index
-    for wide in range(1 + back):
-        for at, (index, number) in enumerate(moved):
-            if back and not wide:
-                take, upcast = temporary(2 * tape.sizes[index])
-                yield take
-                moved[at] = index, upcast
-            else:
+        size = tape.sizes[index]
+        stays[index] = [size] * 3
+        if ".lora_" not in name:
+            continue
+        wide = 2 * size if back and ".lora_magnitude" not in name else size
+        if widened:
+            base = _ITEMSIZE[_of_base(recipe, name.partition(".lora_")[0] + ".weight" in quantised)]
+            stays[index] = [wide * base // 4, wide, size]
+    lies: dict[int, int] = {}
+    for when in range(3):
+        for index, sizes in stays.items():
+            if when and sizes[when] == sizes[when - 1]:
+                continue
+            if len(set(sizes[when:])) == 1:
                 yield "alloc", index
-            yield "drop", number
+                number = None
+            else:
+                take, number = temporary(sizes[when])
+                yield take
+            if when:
+                yield "drop", lies[index]
+            if number is not None:
+                lies[index] = number
+
+
+def _of_base(recipe: Recipe, quantised: bool) -> DTypeName:
+    """What PEFT makes an adapter of: the dtype of the weight, or what a quantised one multiplies in."""
+    if quantised:
+        return recipe.compute_dtype or recipe.dtype
+    return DTypeName.FLOAT32 if recipe.kbit_prep else recipe.dtype
 
 
 def _take(storages: dict[str, list[int]], name: str) -> list[int]:

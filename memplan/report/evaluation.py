@@ -12,6 +12,14 @@ if TYPE_CHECKING:
     from memplan.planning.plan import Plan
 
 
+def slipped(plan: Plan) -> str | None:
+    """What the usual slip with this trainer costs; else None."""
+    if plan.slip is None or plan.slip.more_bytes <= 0:
+        return None
+    told = plan.slip.told
+    return f"{told[0].upper()}{told[1:]}: {gib(plan.slip.more_bytes)} GiB more."
+
+
 def evaluating(plan: Plan) -> str | None:
     """The warning where the Trainer's default evaluation takes more than a training step; else None."""
     found = plan.evaluation

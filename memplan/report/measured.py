@@ -137,7 +137,7 @@ def _line(measured: Measurement, found: Comparison) -> list[str]:
     from memplan.asked.recipe import Recipe
     from memplan.report.wording import asked_and_default
 
-    usual = Recipe(mode=measured.recipe.mode).resolved()
+    usual = Recipe(mode=measured.recipe.mode, trainer=measured.recipe.trainer).resolved()
     options = [name for name, value in measured.recipe if value != getattr(usual, name)]
     asked, _ = asked_and_default(measured.recipe, options)
     outcome = found.outcome

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from memplan.report.console import QUIET, Cell, bar, heading, note, paragraph, speaks_unicode, table, warning
-from memplan.report.evaluation import evaluating
+from memplan.report.evaluation import evaluating, slipped
 from memplan.report.headline import Line, accumulating, at_a_glance, verdicts
 from memplan.report.screen import DETAIL, Part, blank, show
 from memplan.report.wording import asked_and_default, short_card
@@ -95,6 +95,7 @@ def show_plan(
         Part(cards, DETAIL, "each card"),
         Part(lambda console: warn(accumulating(plan, fits), console), 4, "accumulation"),
         Part(lambda console: _show_next(plan, console), 3) if not fits else Part(blank, DETAIL),
+        Part(lambda console: warn(slipped(plan), console), 2, "the usual slip"),
         Part(lambda console: warn(evaluating(plan), console), 5, "evaluation"),
     ]
     show(parts, console, verbose=verbose)

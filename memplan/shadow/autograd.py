@@ -28,10 +28,13 @@ class Node:
 
     ``edges`` lead to the nodes that made the inputs (None where no gradient is wanted), ``meta`` has
     shape and dtype of each output, ``saved`` what backward needs, ``context`` numbers that are not memory.
+    ``python``: a ``torch.autograd.Function``, whose incoming gradients are gone when it returns; others hold
+    them until what they return has been cast.
     """
 
     __slots__ = (
-        "backward", "category", "context", "edges", "grads", "meta", "module", "saved", "scope", "sequence",
+        "backward", "category", "context", "edges", "grads", "meta", "module", "python", "saved", "scope",
+        "sequence",
     )  # fmt: skip
 
     def __init__(self, backward: Backward, *inputs: Tensor | None) -> None:
@@ -44,6 +47,7 @@ class Node:
         self.saved: Any = None
         self.context: Any = None
         self.grads: list[Tensor | None] | None = None
+        self.python = False
         self.scope = state.scope
         self.module = state.tape.module
         self.category = state.category
@@ -240,6 +244,8 @@ def _evaluate(node: Node, dependencies: dict[Node, int]) -> list[Node]:
     incoming: Any = node.grads
     node.grads = None
     outgoing = list(node.backward(node, incoming[0] if len(incoming) == 1 else incoming))
+    if node.python:
+        incoming = None
     for position, target in enumerate(node.edges):
         grad = outgoing[position]
         if target is not None and grad is not None:

@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 
-_BELOW_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+BELOW_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 
 # AT_FORALL_FP32, those that language models call
 _FP32 = (
@@ -54,7 +54,7 @@ def _casting(name: str) -> Callable[..., Any]:
     overload = _overload(name)
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        with torch._C._ExcludeDispatchKeyGuard(_BELOW_AUTOCAST):
+        with torch._C._ExcludeDispatchKeyGuard(BELOW_AUTOCAST):
             return overload(*_to_fp32(args), **kwargs)
 
     return kernel
@@ -67,7 +67,7 @@ def _setting_dtype(name: str) -> Callable[..., Any]:
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         given = args[position] if len(args) > position else kwargs.get("dtype")
-        with torch._C._ExcludeDispatchKeyGuard(_BELOW_AUTOCAST):
+        with torch._C._ExcludeDispatchKeyGuard(BELOW_AUTOCAST):
             if given is None and args[0].is_floating_point() and args[0].dtype is not torch.float64:
                 args = args[:position]
                 kwargs = {**kwargs, "dtype": torch.float32}
@@ -82,7 +82,7 @@ def _promoting(name: str) -> Callable[..., Any]:
     def kernel(*args: Any, **kwargs: Any) -> Any:
         tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
         widest = any(tensor.dtype is torch.float32 for tensor in tensors)
-        with torch._C._ExcludeDispatchKeyGuard(_BELOW_AUTOCAST):
+        with torch._C._ExcludeDispatchKeyGuard(BELOW_AUTOCAST):
             if widest:
                 args, kwargs = _to_fp32(args), {key: _to_fp32(value) for key, value in kwargs.items()}
             return overload(*args, **kwargs)
@@ -94,7 +94,7 @@ def _plain(name: str) -> Callable[..., Any]:
     overload = _overload(name)
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        with torch._C._ExcludeDispatchKeyGuard(_BELOW_AUTOCAST):
+        with torch._C._ExcludeDispatchKeyGuard(BELOW_AUTOCAST):
             return overload(*args, **kwargs)
 
     return kernel

@@ -252,7 +252,14 @@ def with_adapters(model: nn.Module, recipe: Recipe, *, initialised: bool = False
         task_type="CAUSAL_LM",
         init_lora_weights=initialised,
     )
-    return get_peft_model(model, config, autocast_adapter_dtype=recipe.adapter_dtype is DTypeName.FLOAT32)
+    back = recipe.casts_adapters_back
+    widened = recipe.adapter_dtype is DTypeName.FLOAT32 or back
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=widened)
+    if back:  # trl/trainer/sft_trainer.py, 1.16
+        for name, parameter in adapted.named_parameters():
+            if parameter.requires_grad and "lora_magnitude_vector" not in name:
+                parameter.data = parameter.data.to(torch.bfloat16)
+    return adapted
 
 
 def target_modules(model: nn.Module, recipe: Recipe) -> str | list[str]:

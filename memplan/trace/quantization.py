@@ -6,12 +6,15 @@ import ast
 import functools
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from memplan.trace.autocast import BELOW_AUTOCAST
 from memplan.trace.operators import operator
 
 _disabled = logging.root.manager.disable
@@ -59,6 +62,29 @@ def fused(recorder: Any, A: Any, N: int, blocksize: int) -> bool:
     return _fused_heuristic(card.capability, card.multiprocessors)(0, A.dtype, M, N, K)
 
 
+_region: ContextVar[torch.dtype | None] = ContextVar("autocast", default=None)
+
+
+@contextmanager
+def told_of_autocast() -> Iterator[None]:
+    """``gemm_4bit`` learns of the region that it is called in, which a stand-in, below it, does not see."""
+    library = torch.library.Library("bitsandbytes", "IMPL")
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        before = _region.set(torch.get_autocast_dtype("cpu"))
+        try:
+            with torch._C._ExcludeDispatchKeyGuard(BELOW_AUTOCAST):
+                return bnb.gemm_4bit.default(*args, **kwargs)
+        finally:
+            _region.reset(before)
+
+    library.impl("gemm_4bit", kernel, "AutocastCPU")
+    try:
+        yield
+    finally:
+        library._destroy()
+
+
 @operator(bnb.gemm_4bit.default)
 def gemm_4bit(
     recorder: Any,
@@ -82,7 +108,13 @@ def gemm_4bit(
         _absmax_dq = torch.empty_like(absmax_8bit, dtype=torch.float32)
         _absmax = _absmax_dq + absmax_offset
     weight = torch.empty(tuple(shape), dtype=A.dtype)
-    return torch.nn.functional.linear(A, weight, bias)
+    dtype = _region.get()
+    if dtype is None:
+        return torch.nn.functional.linear(A, weight, bias)
+    # the linear is under autocast, too, which casts its arguments from the last
+    cast_bias = None if bias is None else bias.to(dtype)
+    cast_weight = weight.to(dtype)
+    return torch.nn.functional.linear(A.to(dtype), cast_weight, cast_bias)
 
 
 @operator(bnb.dequantize_blockwise.default)

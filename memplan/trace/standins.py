@@ -27,7 +27,7 @@ from memplan.trace.operators import OPERATORS
 from memplan.trace.optimizers import as_on_cuda, fake_safe
 
 __all__ = ["ANSWERS", "OPERATORS", "in_force"]
-assert indexing and nf4 and quantization  # imported for the operators that they register
+assert indexing and nf4  # imported for the operators that they register
 
 
 # Values that the libraries ask for, by the function that asks: the mask is all ones, nothing is packed.
@@ -81,6 +81,7 @@ def in_force(card: Card, *, data: bool = False) -> Iterator[None]:
         ):
             stack.enter_context(mock.patch.object(owner, name, replacement))
         stack.enter_context(cuda_rules())
+        stack.enter_context(quantization.told_of_autocast())
         stack.enter_context(kernels.half_to_float())
         stack.enter_context(as_on_cuda() if data else fake_safe())
         yield

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from memplan.asked.recipe import Recipe
 from memplan.errors import MemplanError, first_complaint, reason, shown
-from memplan.verify.job import Job, cap, gets_through, make_job
+from memplan.verify.job import Job, cap, gets_through, make_job, recipe_of
 from memplan.verify.measurement import SEEDS, Measurement, Run, read_all
 
 _MAX_BYTES = 256 << 10  # benchmarks/campaign.yaml, of 60 runs, has 9 KiB; PyYAML reads 100 KiB a second
@@ -176,7 +176,7 @@ def _named(entry: Entry, defaults: Defaults, device: str | None) -> list[Planned
 
 
 def _expand(entry: Entry, defaults: Defaults, device: str | None) -> list[Planned]:
-    recipe = Recipe(**_tuples(entry.recipe))
+    recipe = recipe_of(entry.loop, _tuples(entry.recipe))
     if entry.frontier is None:
         return [_planned(entry, entry.name, recipe, defaults, device)]
     fits = frontier(entry, recipe, defaults, device)
@@ -185,7 +185,7 @@ def _expand(entry: Entry, defaults: Defaults, device: str | None) -> list[Planne
         _planned(
             entry.model_copy(update={"anyway": True}),
             f"{entry.name}-{what}-{option}-{value}",
-            Recipe(**{**_tuples(entry.recipe), option: value}),
+            recipe_of(entry.loop, {**_tuples(entry.recipe), option: value}),
             defaults,
             device,
         )

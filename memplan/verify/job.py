@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -73,6 +74,12 @@ def make_job(
         predicted_bytes=peak_bytes(what, resolved),
         anyway=anyway,
     )
+
+
+def recipe_of(loop: str, options: Mapping[str, Any]) -> Recipe:
+    """A recipe of whoever trains in that loop: TRL's SFTTrainer, or the Hugging Face Trainer, as which
+    memplan's own does."""
+    return Recipe(**{"trainer": "trl" if loop == "sft" else "peft", **options})
 
 
 def _is_text(name: str) -> bool:

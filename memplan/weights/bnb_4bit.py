@@ -14,7 +14,7 @@ from memplan.parts.leaves import Base, buffer
 from memplan.shadow import ops
 from memplan.shadow.autograd import Node, attach
 from memplan.shadow.matmul import product
-from memplan.shadow.tensor import DType, Shape, Tensor, empty, float32, state, uint8
+from memplan.shadow.tensor import DTYPES, DType, Shape, Tensor, empty, float32, state, uint8
 from memplan.tape import Category
 from memplan.weights import LoadStep, Quantised, Temporary
 
@@ -39,12 +39,13 @@ class Linear4bit(Base):
         shape: Shape,
         bias: bool,
         compute_dtype: DType,
+        state_dtype: DType,
         *,
         nested: bool,
         blocks: int = NF4_BLOCK,
     ) -> None:
         self.name, self.shape, self.compute_dtype, self.nested = name, shape, compute_dtype, nested
-        self.state_dtype = compute_dtype  # QuantState.dtype: that of the weight it was made from
+        self.state_dtype = state_dtype  # QuantState.dtype: that of the weight it was made from
         count = prod(shape)
         scales = -(-count // blocks)
         self.quantized = buffer(((count + 1) // 2, 1), uint8, name + ".weight", Category.WEIGHTS)
@@ -71,7 +72,7 @@ class Linear4bit(Base):
         node = Node(_matmul_4bit_backward, x) if ops.tracked(x) else None
         out = self._product(x)
         if node is not None:
-            node.context = self, x.shape
+            node.context, node.python = (self, x.shape), True
             attach(node, out)
         return out
 
@@ -82,8 +83,12 @@ class Linear4bit(Base):
             return empty(shape, x.dtype, "gemm_4bit")
         scales = self._forward_scales()
         weight = empty(self.shape, x.dtype, "gemm_4bit")
-        out = product(shape, x.dtype, "gemm_4bit")
-        del scales, weight
+        # the fallback ends in F.linear, which autocast sees where the compute dtype is another than its own
+        dtype = state.autocast or x.dtype
+        operands = [*([] if self.bias is None else [self.bias.shape]), self.shape, x.shape]
+        cast = [empty(of, dtype, "gemm_4bit") for of in operands if dtype is not x.dtype]
+        out = product(shape, dtype, "gemm_4bit")
+        del scales, weight, cast
         return out
 
     def _forward_scales(self) -> list[Tensor]:
@@ -123,7 +128,8 @@ def _linear(name: str, shapes: Mapping[str, Shape], recipe: Recipe, dtype: DType
         from memplan.weights._memplan_kernels import NF4Linear
 
         kind = NF4Linear
-    return kind(name, shapes["weight"], "bias" in shapes, dtype, nested=recipe.double_quant)
+    compute = DTYPES[(recipe.compute_dtype or recipe.dtype).value]
+    return kind(name, shapes["weight"], "bias" in shapes, compute, dtype, nested=recipe.double_quant)
 
 
 def _shared(recipe: Recipe) -> list[Tensor]:
@@ -208,12 +214,19 @@ def _fake(source: nn.Linear, recipe: Recipe) -> nn.Module:
     layer.bias = source.bias
     if layer.bias is not None:
         layer.bias.requires_grad_(False)
-    layer.compute_dtype = getattr(torch, recipe.dtype.value)
+    layer.compute_dtype = _compute_dtype(recipe)
     layer.compute_type_is_set = True
     layer.quant_state = state
     layer.quant_storage = torch.uint8
     layer.support_avx512bf16_for_cpu = False
     return layer
+
+
+def _compute_dtype(recipe: Recipe) -> torch.dtype:
+    import torch
+
+    dtype: torch.dtype = getattr(torch, (recipe.compute_dtype or recipe.dtype).value)
+    return dtype
 
 
 def _quant_state(source: nn.Linear, recipe: Recipe) -> Any:
@@ -257,7 +270,7 @@ def _real(source: nn.Linear, recipe: Recipe) -> nn.Module:
         source.in_features,
         source.out_features,
         bias=False,
-        compute_dtype=getattr(torch, recipe.dtype.value),
+        compute_dtype=_compute_dtype(recipe),
         device="meta",
         **options,
     )
@@ -303,7 +316,6 @@ def _settle(module: nn.Module) -> None:
 
 def _quantizer(recipe: Recipe) -> Any:
     """transformers' own, which has done nothing here but which a Trainer asks whether it may train."""
-    import torch
     from transformers import BitsAndBytesConfig
     from transformers.quantizers import AutoHfQuantizer
 
@@ -312,7 +324,7 @@ def _quantizer(recipe: Recipe) -> Any:
             load_in_4bit=True,
             bnb_4bit_quant_type=recipe.quant_type.value,
             bnb_4bit_use_double_quant=recipe.double_quant,
-            bnb_4bit_compute_dtype=getattr(torch, recipe.dtype.value),
+            bnb_4bit_compute_dtype=_compute_dtype(recipe),
         )
     )
 

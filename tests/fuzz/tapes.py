@@ -32,9 +32,9 @@ FORMS: tuple[tuple[str, ...], ...] = ((), ("--json",), ("--markdown",))
 @cache
 def corpus() -> tuple[dict[str, Any], ...]:
     """Documents of folded and of played tapes."""
-    recipe = Recipe(seq_len=64)
+    recipe = Recipe(trainer="peft", seq_len=64)
     tapes: list[Tape] = [example_tape(2), write(SPECS["llama"](12), recipe.resolved())]
-    tapes.append(predicted_tape(SPECS["gemma2"](2), Recipe(mode="full", seq_len=16)))
+    tapes.append(predicted_tape(SPECS["gemma2"](2), Recipe(trainer="peft", mode="full", seq_len=16)))
     info = TapeInfo(
         memplan_version="0", model="a/b", recipe=recipe.model_dump(mode="json"), libraries={"torch": "2"}
     )

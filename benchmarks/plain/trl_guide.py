@@ -1,0 +1,30 @@
+"""TRL's SFTTrainer given a model's name, as TRL's guide to QLoRA writes it: what is not asked for is left to
+TRL. Knows nothing of memplan."""
+
+from __future__ import annotations
+
+from common import STEPS, Peaks, lora, options, quantisation, rows
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+
+asked = options(dtype=None)
+peaks = Peaks(asked)
+trainer = SFTTrainer(
+    model=asked.model,
+    args=SFTConfig(
+        output_dir=str(asked.out.with_suffix("")),
+        max_steps=STEPS,
+        max_length=asked.length,
+        per_device_train_batch_size=asked.batch,
+        gradient_accumulation_steps=asked.accumulate,
+        model_init_kwargs=None if asked.dtype is None else {"dtype": asked.dtype},
+        report_to="none",
+        save_strategy="no",
+    ),
+    train_dataset=Dataset.from_list([{"input_ids": row["input_ids"]} for row in rows(asked)]),
+    quantization_config=quantisation(asked) if asked.mode == "qlora" else None,
+    peft_config=None if asked.mode == "full" else lora(asked),
+    callbacks=[peaks],
+)
+trainer.train()
+peaks.write()
