@@ -42,7 +42,7 @@ def test_a_model_alone_is_a_question(memplan: Run, arguments: tuple[str, ...]) -
         "meta-llama/Llama-3.2-1B",
         "predicted",
         "GiB allocated",
-        "activations",
+        "weights",
         "defaults",
         "at the peak",
     ):

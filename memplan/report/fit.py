@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 # Of the defaults, what changes most: the others are told with --verbose.
 _TOLD = (
+    "trainer",
     "target_modules",
     "kbit_prep",
     "kernels",
