@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from pathlib import Path
 from typing import TextIO
 
 from memplan.errors import MemplanError, reason
@@ -73,12 +74,11 @@ def _called() -> str:
     """How memplan is called: by its name where the shell finds that, else as it was called this time."""
     from shutil import which
 
-    program = sys.argv[0] if sys.argv else ""
-    match os.path.basename(program):  # noqa: PTH119 – a stranger's word, not yet a path
-        case "memplan" if which("memplan") is None:
-            return program
-        case "__main__.py" if which("memplan") is None:
-            return f"{min(sys.executable, os.path.relpath(sys.executable), key=len)} -m memplan"
+    program = Path(sys.argv[0] if sys.argv else "")
+    if which("memplan") is None and program.name == "memplan":
+        return str(program)
+    if which("memplan") is None and program.parts[-2:] == ("memplan", "__main__.py"):
+        return f"{min(sys.executable, os.path.relpath(sys.executable), key=len)} -m memplan"
     return "memplan"
 
 

@@ -42,7 +42,7 @@ def test_a_model_alone_is_a_question(memplan: Run, arguments: tuple[str, ...]) -
         "meta-llama/Llama-3.2-1B",
         "predicted",
         "GiB allocated",
-        "activations",
+        "weights",
         "defaults",
         "at the peak",
     ):
@@ -142,6 +142,63 @@ def test_compare_puts_modes_side_by_side(memplan: Run) -> None:
     document = json.loads(memplan("compare", SMALL, "--modes", "lora,qlora", "--r", "4", "--json").out)
     assert [plan["recipe"]["mode"] for plan in document["plans"]] == ["lora", "qlora"]
     assert {plan["recipe"]["r"] for plan in document["plans"]} == {4}
+
+
+def test_compare_compares_like_with_like(memplan: Run) -> None:
+    def checkpointed(*options: str) -> list[bool]:
+        plans = json.loads(memplan("compare", SMALL, *options, "--json").out)["plans"]
+        return [plan["recipe"]["gradient_checkpointing"] for plan in plans]
+
+    assert len(set(checkpointed())) == 1
+    assert checkpointed("--no-gradient-checkpointing") == [False] * 3
+    assert checkpointed("--gradient-checkpointing") == [True] * 3
+
+
+def test_compare_takes_several_models(memplan: Run) -> None:
+    outcome = memplan("compare", SMALL, "qwen2.5-0.5b", "--mode", "lora", "--gpu", "4090")
+    assert (outcome.status, outcome.err) == (0, "")
+    for model in (SMALL, "qwen2.5-0.5b"):
+        (line,) = [line for line in outcome.out.splitlines() if line.startswith(f"  {model} ")]
+        assert line.endswith("fits")
+    one = json.loads(memplan(SMALL, "--mode", "lora", "--gpu", "4090", "--json").out)
+    both = json.loads(
+        memplan("compare", SMALL, "qwen2.5-0.5b", "--mode", "lora", "--gpu", "4090", "--json").out
+    )
+    assert both["plans"][0] == one
+
+
+def test_a_sweep_goes_through_every_value(memplan: Run) -> None:
+    asked = ("compare", SMALL, "--sweep", "r=8,16", "seq-len=1k..4k", "--gpu", "4090")
+    outcome = memplan(*asked)
+    assert (outcome.status, outcome.err) == (0, "")
+    assert all(len(line) <= 80 for line in outcome.out.splitlines())
+    plans = json.loads(memplan(*asked, "--json").out)["plans"]
+    swept = [(plan["recipe"]["r"], plan["recipe"]["seq_len"]) for plan in plans]
+    assert swept == [(r, length) for r in (8, 16) for length in (1024, 2048, 4096)]
+    assert len([line for line in outcome.out.splitlines() if line.endswith(("fits", " no"))]) == len(plans)
+    switched = memplan(
+        "compare", SMALL, "--sweep", "gradient-checkpointing=on,off", "attn=fa2,sdpa", "--json"
+    )
+    recipes = [plan["recipe"] for plan in json.loads(switched.out)["plans"]]
+    assert [recipe["gradient_checkpointing"] for recipe in recipes] == [True, True, False, False]
+    assert [recipe["attn"] for recipe in recipes] == ["flash_attention_2", "sdpa"] * 2
+
+
+@pytest.mark.parametrize(
+    ("sweep", "complaint"),
+    [
+        (("r",), "OPTION=VALUE"),
+        (("r=",), "OPTION=VALUE"),
+        (("foo=1,2",), "no option is called '--foo'"),
+        (("r=8,eight",), "eight"),
+        (("seq-len=8k..1k",), "to a larger one"),
+        (("r=1..512", "seq-len=1..32k", "batch-size=1,2"), "more than the 200"),
+        (("mode=lora,qlora", "--modes", "full"), "say the same"),
+        (("deepspeed=a,b",), "one GPU without sharding"),
+    ],
+)
+def test_a_sweep_that_makes_no_sense(memplan: Run, sweep: tuple[str, ...], complaint: str) -> None:
+    check_refusal(memplan("compare", SMALL, "--sweep", *sweep), complaint)
 
 
 def test_compare_leaves_out_what_a_mode_has_no_use_for(memplan: Run) -> None:

@@ -13,10 +13,10 @@ from rich.console import Console
 
 from memplan.planning.plan import Plan
 from memplan.report.compare import show_comparison
-from memplan.report.console import paragraph, table
+from memplan.report.console import bar, paragraph, table
 from memplan.report.fit import show_fit
 from memplan.report.headline import verdicts
-from memplan.report.plan import bar, show_plan
+from memplan.report.plan import show_plan
 from memplan.report.screen import DETAIL, Part, show
 from memplan.report.wording import asked_and_default, phrases, short_card
 from memplan.units import count, gib, ratio, share

@@ -49,9 +49,9 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=30, **settings)
 
 
-def parse(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
+def parse(parser: Parser, arguments: Sequence[str], *, quiet: bool = False) -> argparse.Namespace:
     """The arguments as a namespace, in the words of any trainer. Raises UsageError, or Unplanned for what
-    memplan has no meaning for."""
+    memplan has no meaning for. What was made of others' words is said unless ``quiet``."""
     options = parser._option_string_actions
     reading = synonyms.read(arguments, options)
     namespace, unknown = parser.parse_known_args(reading.words)
@@ -62,7 +62,7 @@ def parse(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
             meant = f"did you mean {near}? See" if near else "see"
             raise UsageError(f"no option is called {shown(name)} here; {meant} {parser.prog} --help")
         raise UsageError(f"unexpected argument {unknown[0]!r} (see {parser.prog} --help)")
-    for sentence in reading.remarks():
+    for sentence in () if quiet else reading.remarks():
         remark(sentence)
     return namespace
 
@@ -76,11 +76,13 @@ def add_model(parser: Parser) -> None:
     )
 
 
-def add_run_file(parser: Parser) -> None:
-    """The positional argument MODEL where it may be a trainer's file, and the option --config."""
+def add_run_file(parser: Parser, *, several: bool = False) -> None:
+    """The positional argument MODEL where it may be a trainer's file, or ``several`` of them, and the option
+    --config."""
     parser.add_argument(
         "model",
         metavar="MODEL",
+        nargs="+" if several else None,
         help="an alias (memplan models), a Hub id, a path to a config.json, or the file of a trainer: "
         "axolotl's or LLaMA-Factory's YAML, what trl sft --config takes (docs/files.md)",
     )

@@ -286,10 +286,10 @@ class _Reader:
             if typed != ours and _plain(typed) != ours:
                 self._echo(typed, None, ours)
             return
-        if given is None:
+        if given is None and action.nargs is None:
             given = self._take_value()
         if given is None:
-            words.append(ours)  # argparse says that a value is missing
+            words.append(ours)  # which takes several values, or argparse says that one is missing
             return
         typed_value = given
         if ours == "--target-modules":

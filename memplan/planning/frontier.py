@@ -227,35 +227,31 @@ def _last_not_above_zero(excess: Callable[[int], int], last: int, hint: int, slo
     own is not; 0 if that of 1 is). ``hint`` is where to look first; ``slope``: how steep it is about there,
     where that is known.
 
-    Excess is nearly straight. From one side a line leads to the place that is sought; between both, the end
-    that stays where it is counts half each time (the Illinois algorithm), so that a bend or a step does not
-    hold the search up; the last few are halved.
+    Excess is nearly straight, with steps. From one side a line leads to the place that is sought; between
+    both, a line does where the one before took half of what was left, and half of it is taken where not.
     """
     low, high = 0, last + 1  # not asked about themselves
-    below: list[tuple[int, float]] = []
-    above: list[tuple[int, float]] = []
-    stayed: list[tuple[int, float]] | None = None
-    guess = hint
+    below: list[tuple[int, int]] = []
+    above: list[tuple[int, int]] = []
+    guess, left = hint, 2 * last + 2
     for turn in range(200):
         if high - low <= 1:
             break
         guess = min(max(guess, low + 1), high - 1)
         over = excess(guess)
-        ours, theirs = (above, below) if over > 0 else (below, above)
-        if theirs and stayed is theirs:
-            theirs[-1] = theirs[-1][0], theirs[-1][1] / 2
-        stayed = theirs
+        ours = above if over > 0 else below
         ours.append((guess, over))
         if over > 0:
             high = guess
         else:
             low = guess
         if below and above:
-            halved = turn > 12 or high - low <= 8
-            guess = (low + high) // 2 if halved else _crossing(below[-1], above[-1])
+            halves = high - low <= 8 or 2 * (high - low) > left
+            guess = (low + high) // 2 if halves else _crossing(below[-1], above[-1])
+            left = high - low
         elif slope:
             # further each time: where it is flat, a line leads nowhere
-            guess -= int(max(abs(over / slope), 4**turn)) * (1 if over > 0 else -1)
+            guess -= int(max(abs(over / slope), 8**turn)) * (1 if over > 0 else -1)
         elif len(ours) > 1:
             guess = _crossing(ours[-2], ours[-1]) + (-turn if over > 0 else 1)
         else:
@@ -263,10 +259,10 @@ def _last_not_above_zero(excess: Callable[[int], int], last: int, hint: int, slo
     return low
 
 
-def _crossing(one: tuple[int, float], two: tuple[int, float]) -> int:
+def _crossing(one: tuple[int, int], two: tuple[int, int]) -> int:
     """Where the line through two points is zero."""
     (x1, y1), (x2, y2) = one, two
-    return x1 if y2 == y1 else int(x1 - y1 * (x2 - x1) / (y2 - y1))
+    return x1 if y2 == y1 else x1 - y1 * (x2 - x1) // (y2 - y1)
 
 
 class Peaks:

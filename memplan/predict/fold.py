@@ -290,7 +290,16 @@ class _Unfolding:
         """A segment outside the layers."""
         self.tape.begin(segment.phase, segment.name, None, segment.part)
         events = self.tape.events
-        for event in self.old.events[segment.start : segment.stop]:
+        position = segment.start
+        while position < segment.stop:
+            event = self.old.events[position]
+            left = self._left_behind(position, segment.stop)
+            if left:
+                if not self._releases(position, left, segment):
+                    return False
+                position += left
+                continue
+            position += 1
             if event >= 0:
                 self.moved[event] = len(self.origin)
                 events.append(len(self.origin))
@@ -299,10 +308,37 @@ class _Unfolding:
             made = self.moved.get(~event)
             if made is None:
                 run, layer, number = self.home[~event]
-                if self._in_unit(layer):
-                    return False  # of each repetition, or of one?
                 made = self.bases[run][layer] + number
             events.append(~made)
+        return True
+
+    def _left_behind(self, position: int, stop: int) -> int:
+        """How many events in a row release what repeated layers made and left behind."""
+        end = position
+        while end < stop and (event := self.old.events[end]) < 0 and ~event not in self.moved:
+            if not self._in_unit(self.home[~event][1]):
+                break
+            end += 1
+        return end - position
+
+    def _releases(self, position: int, count: int, segment: Segment) -> bool:
+        """Releases of what each repetition left behind (autocast's cache of casts), layer by layer upwards.
+        False where the layers beside them do not say that it goes so, or it is not all of a layer at once.
+        """
+        homes = [self.home[~event] for event in self.old.events[position : position + count]]
+        layers = [layer for _, layer, _ in homes]
+        if layers != sorted(layers) or set(layers) != set(range(self.first, self.last)):
+            return False
+        before, after = (
+            self.home.get(~self.old.events[at]) if segment.start <= at < segment.stop else None
+            for at in (position - 1, position + count)
+        )
+        if (before is None or before[1] >= self.first) and (after is None or after[1] < self.last):
+            return False  # of each repetition, or of one, and in which order?
+        for round_ in range(self.played.repeat):
+            for run, layer, number in homes:
+                base = self.bases[run][layer + round_ * self.played.period]
+                self.tape.events.append(~(base + number))
         return True
 
     def _layers(self, segment: Segment, parts: list[_Part]) -> bool:

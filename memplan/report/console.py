@@ -102,6 +102,14 @@ def speaks_unicode(console: Console) -> bool:
     return console.encoding.lower().startswith("utf")
 
 
+def bar(part: int, whole: int, width: int, *, unicode: bool = True) -> str:
+    """A bar as long as the part of the whole, which is ``width`` columns; never quite nothing."""
+    if not unicode:
+        return "#" * max(1, round(width * part / whole))
+    eighths = max(1, round(8 * width * part / whole))
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+
+
 def heading(console: Console, title: str, rest: str = "") -> None:
     """Print the first line of a part of the report."""
     console.print(Text.assemble((title, HEADING), GAP if rest else "", rest))

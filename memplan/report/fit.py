@@ -18,6 +18,7 @@ from memplan.report.plan import (
     needed,
     show_headline,
     show_model,
+    show_note,
     show_recipe,
     warn,
 )
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 # Of the defaults, what changes most: the others are told with --verbose.
 _TOLD = (
+    "trainer",
     "target_modules",
     "kbit_prep",
     "kernels",
@@ -67,6 +69,7 @@ def show_fit(
         Part(lambda console: show_headline(lines, console)),
         Part(blank),
         Part(lambda console: show_model(plan.model, console)),
+        Part(lambda console: show_note(plan.model, console)),
         Part(lambda console: show_read(plan, console, whole=verbose)),
         Part(lambda console: show_recipe(plan, given, console, () if verbose else _TOLD)),
         Part(blank),

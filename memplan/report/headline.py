@@ -31,6 +31,22 @@ def verdicts(fits: Sequence[Fit]) -> list[Line]:
     return [_together([(fit.gpu, fit.verdict, fit.total_bytes) for fit in fits])]
 
 
+def of_modes(plans: Sequence[Plan], cards: Sequence[Sequence[tuple[Gpu, Verdict]]]) -> list[Line]:
+    """A line for each mode of a model; ``cards``: each plan's, with verdicts."""
+    lines = []
+    for plan, glances in zip(plans, cards, strict=True):
+        told = [(gpu.name, verdict, gpu.visible_bytes) for gpu, verdict in glances]
+        mode = f"{plan.recipe.mode.value:5}"
+        if len(told) == 1:
+            ((name, verdict, size),) = told
+            sizes = f"{gib(plan.peak.allocated_bytes)} at the peak, {gib(size)} usable"
+            lines.append(Line(f"{mode} {verdict} on the {short_card(name)} ({sizes})", verdict))
+        elif told:
+            line = _together(told)
+            lines.append(line._replace(text=f"{mode} {line.text[0].lower()}{line.text[1:]}"))
+    return lines
+
+
 def at_a_glance(plan: Plan, glances: Iterable[tuple[Gpu, Verdict]]) -> list[Line]:
     """The same where nobody named a card, without the allocator's simulation."""
     cards = [(gpu.name, verdict, gpu.visible_bytes) for gpu, verdict in glances]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from memplan.errors import UnknownName
-from memplan.report.console import QUIET, Cell, heading, note, paragraph, speaks_unicode, table, warning
+from memplan.report.console import QUIET, Cell, bar, heading, note, paragraph, speaks_unicode, table, warning
 from memplan.report.evaluation import evaluating, slipped
 from memplan.report.headline import Line, accumulating, at_a_glance, verdicts
 from memplan.report.read import show_differences, show_read
@@ -89,6 +89,7 @@ def show_plan(
         Part(lambda console: show_headline(lines, console)),
         Part(blank),
         Part(lambda console: show_model(plan.model, console)),
+        Part(lambda console: show_note(plan.model, console)),
         Part(lambda console: show_read(plan, console, whole=verbose)),
         Part(lambda console: _show_parameters(plan, console), 6),
         Part(lambda console: show_recipe(plan, given, console)),
@@ -184,6 +185,10 @@ def show_model(model: ModelInfo, console: Console) -> None:
     """Print which model it is about."""
     hub_id = f"  {model.hub_id}" if model.hub_id and model.hub_id != model.name else ""
     console.print(Text.assemble((model.name, "bold"), hub_id, (f"  {model.architecture}", QUIET)))
+
+
+def show_note(model: ModelInfo, console: Console) -> None:
+    """Print how its name was understood, and what surprises."""
     if model.note:
         note(console, model.note)
 
@@ -223,14 +228,6 @@ def moment(peak: PeakInfo) -> str:
     module = peak.module.partition(f".{peak.layer}.")[2] or peak.module  # the layer is said already
     module = f" in {module}" if module else ""
     return f"{peak.phase}{layer}, at {peak.operation}{module}"
-
-
-def bar(part: int, whole: int, width: int, *, unicode: bool = True) -> str:
-    """A bar as long as the part of the whole, which is ``width`` columns; never quite nothing."""
-    if not unicode:
-        return "#" * max(1, round(width * part / whole))
-    eighths = max(1, round(8 * width * part / whole))
-    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
 
 
 def _show_peak(plan: Plan, console: Console, *, whole: bool) -> None:
