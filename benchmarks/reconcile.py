@@ -97,12 +97,14 @@ FACTORS: dict[str, list[Any]] = {
     "double_quant": [None, True, False],
     "quant_type": [None, "nf4", "fp4"],
     "kernels": [None, "stock", "memplan"],
+    "compute_dtype": [None, "bfloat16", "float16", "float32"],
+    "trainer": ["peft", "trl"],
     "gradient_accumulation_steps": [1, 2],
     "max_grad_norm": [0.0, 1.0],
     "momentum": [None, 0.0, 0.9],
 }  # fmt: skip
 _OF_ADAPTERS = ("target_modules", "adapter_dtype", "lora_dropout", "use_dora", "modules_to_save")
-_OF_FOUR_BITS = ("kbit_prep", "double_quant", "quant_type", "kernels")
+_OF_FOUR_BITS = ("kbit_prep", "double_quant", "quant_type", "kernels", "compute_dtype")
 
 FULL_DEPTH: list[Case] = [
     {"model": "llama-3.2-1b", "mode": "full"},
@@ -122,6 +124,10 @@ FULL_DEPTH: list[Case] = [
         "seq_len": 8192,
     },
     {"model": "qwen3-30b-a3b", "mode": "qlora", "target_modules": "attention", "loss": "chunked"},
+    {"model": "llama-3.3-70b", "mode": "qlora", "trainer": "trl"},
+    {"model": "llama-3.1-8b", "mode": "lora", "trainer": "trl"},
+    {"model": "llama-3.2-1b", "mode": "full", "trainer": "trl"},
+    {"model": "llama-3.1-8b", "mode": "qlora", "trainer": "llama_factory"},
 ]
 
 

@@ -33,14 +33,19 @@ def gb(count: int) -> str:
 
 def seventy() -> str:
     """The lesson's table for a 70B."""
-    fp32: dict[str, Any] = {"dtype": "float32", "gradient_checkpointing": True}
+    by_name: dict[str, Any] = {"dtype": "float32", "compute_dtype": "bfloat16"}
+    upcasts: dict[str, Any] = {"trainer": "peft"}
     rows: list[tuple[str, str, str, dict[str, Any]]] = [
-        ("full", "1.4 TB", "bf16 weights, AdamW (defaults)", {}),
-        ("full", "1.4 TB", "fp32 weights, AdamW, checkpointing", fp32),
-        ("lora", "160 GB", "defaults: no checkpointing", {}),
-        ("lora", "160 GB", "with checkpointing", {"gradient_checkpointing": True}),
-        ("qlora", "48 GB", "defaults: PEFT's preparation with its fp32 upcasts", {}),
-        ("qlora", "48 GB", "without the upcasts", {"kbit_prep": False}),
+        ("full", "1.4 TB", "TRL: fp32 weights, AdamW, checkpointing", {}),
+        ("full", "1.4 TB", "TRL with bf16 weights", {"dtype": "bfloat16"}),
+        ("lora", "160 GB", 'TRL with `dtype="bfloat16"`', {}),
+        ("lora", "160 GB", "the same without checkpointing", {"gradient_checkpointing": False}),
+        ("lora", "160 GB", "TRL, no dtype said", {"dtype": "float32"}),
+        ("qlora", "48 GB", 'TRL with `dtype="bfloat16"`', {}),
+        ("qlora", "48 GB", "TRL, no dtype said", by_name),
+        ("qlora", "48 GB", "PEFT's guide, HF Trainer: fp32 upcasts", upcasts),
+        ("qlora", "48 GB", "the same without the upcasts", {**upcasts, "kbit_prep": False}),
+        ("qlora", "48 GB", "LLaMA-Factory", {"trainer": "llama_factory"}),
     ]  # fmt: skip
     lines = [
         "| mode | claimed | recipe | planned peak | RTX A6000 (48 GB) | H100 80 GB |",
@@ -123,20 +128,21 @@ def page() -> str:
 # Popular claims, held against the plan
 
 Made by `python docs/generate.py`; every number below is *predicted* by memplan for one sequence of 2,048
-tokens unless stated, and none is measured. Defaults are in [recipe.md](recipe.md).
+tokens unless stated, and none is measured. Where no trainer is named it is TRL's SFTTrainer, with adapters on a
+base loaded with `dtype="bfloat16"`; what others do is in [trainers.md](trainers.md).
 
 ## "A 70B takes 1.4 TB in full, 160 GB with LoRA, 48 GB with QLoRA"
 
 {seventy()}
 
-- **Full: no.** 1.4 TB is 20 bytes a parameter. Training in bf16 with fused AdamW takes 8 (weights 2,
-  gradients 2, two states of 2), with fp32 weights 16. 20 need fp32 master weights beside bf16 ones and more,
+- **Full: no.** 1.4 TB is 20 bytes a parameter. With fp32 weights and fused AdamW it is 16 (weights 4,
+  gradients 4, two states of 4), in bf16 throughout 8. 20 need fp32 master weights beside bf16 ones and more,
   which the Trainer does not keep on one GPU.
-- **LoRA: only with checkpointing**, and then it is less. Without it activations add
-  {gib(planned("llama-70b", "lora").summary.activations)}, for one sequence.
-- **QLoRA: if.** It fits 48 GB without the fp32 upcasts of `prepare_model_for_kbit_training`, and does not
-  with them: they double embeddings and output layer, make the residual stream fp32, and send grouped-query
-  attention to the kernel that writes its scores.
+- **LoRA: only with checkpointing**, which TRL turns on and the HF Trainer does not. Without it activations are
+  {gib(planned("llama-70b", "lora", gradient_checkpointing=False).summary.activations)}, for one sequence.
+- **QLoRA: if.** It fits 48 GB where embeddings, output layer and norms stay in 16 bits. They do not in TRL if
+  nobody says `dtype="bfloat16"`, nor after PEFT's `prepare_model_for_kbit_training`, which doubles them,
+  makes the residual stream fp32, and sends grouped-query attention to the kernel that writes its scores.
 
 ## "Memory is weights, LoRA parameters, optimizer state and activations"
 
@@ -149,8 +155,8 @@ tokens unless stated, and none is measured. Defaults are in [recipe.md](recipe.m
 
 {optimizer_states()}
 
-With LoRA the parameters are fp32 (PEFT's rule), so it is 8 bytes a parameter; in full bf16 fine-tuning it
-is 4.
+With LoRA the parameters are fp32 (PEFT's rule), so it is 8 bytes a parameter; in QLoRA TRL makes them bf16,
+so it is 4, as in full bf16 fine-tuning.
 
 ## "all-linear has 4 to 7 times the parameters of q,v"
 
@@ -166,7 +172,7 @@ half the factor.
 ## "NF4 makes weights 4 times smaller"
 
 **Never quite.** Scales take 0.016 to 0.0625 bytes a weight, and embeddings, output layer and norms are not
-quantised; PEFT's preparation even doubles them. The smaller the model and the larger its vocabulary, the less
+quantised; PEFT's preparation (upcasts) even doubles them. The smaller the model and the larger its vocabulary, the less
 is left of the factor.
 
 {weights()}

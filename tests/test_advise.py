@@ -147,12 +147,12 @@ def test_cheap_changes_come_first() -> None:
 
 
 def test_fit_advises_where_it_does_not_fit(memplan: Run) -> None:
-    result = memplan("fit", "llama-3.1-8b", "--mode", "lora", "--batch-size", "4", "--gpu", "4090")
+    result = memplan("fit", "llama-3.1-8b", "--mode", "lora", "--batch-size", "32", "--gpu", "4090")
     assert result.status == 1
     assert "To fit the RTX 4090" in result.out
     assert max(map(len, result.out.splitlines())) <= 80
     quiet = memplan(
-        "fit", "llama-3.1-8b", "--mode", "lora", "--batch-size", "4", "--gpu", "4090", "--no-advise"
+        "fit", "llama-3.1-8b", "--mode", "lora", "--batch-size", "32", "--gpu", "4090", "--no-advise"
     )
     assert "To fit" not in quiet.out
     as_json = memplan("fit", "llama-3.2-1b", "--gpu", "a6000", "--advise", "--json")

@@ -277,7 +277,7 @@ def test_option_names_that_scripts_rely_on() -> None:
 def test_options_become_fields(arguments: list[str], options: dict[str, Any]) -> None:
     given = given_options(parse(plan_parser(), ["llama-70b", *arguments]))
     assert given == options
-    assert Recipe(trainer="peft", **given)
+    assert Recipe(**given)
 
 
 # -- help --------------------------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ EMULATED = [
 
 def judged(model, recipe=None, *, gpus):
     """The plan as `memplan fit` has it."""
-    study = Prediction(ask(model, recipe, gpus))
+    study = Prediction(ask(model, recipe or Recipe(trainer="peft"), gpus))
     return plan_of(study).telling(evaluation=study.judged_evaluation)
 
 

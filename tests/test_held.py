@@ -57,7 +57,7 @@ def test_a_larger_card_of_the_same_kind_never_gets_a_worse_verdict(
 @pytest.mark.parametrize("gpu", ["t4", "4090", "a6000", "h100"])
 @pytest.mark.parametrize(("model", "options"), QUESTIONS, ids=str)
 def test_plan_and_fit_agree(model: str, options: dict[str, Any], gpu: str, memplan: Memplan) -> None:
-    asked = [model, "--json", "--gpu", gpu]
+    asked = [model, "--json", "--gpu", gpu, "--trainer", "peft"]
     for name, value in options.items():
         option = name.replace("_", "-")
         asked += (

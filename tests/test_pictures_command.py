@@ -54,7 +54,7 @@ def test_each_file_tells_the_same_step(memplan: Run, model: Path, tmp_path: Path
 def about_recipe(recipe: dict[str, object]) -> object:
     from memplan.asked.recipe import Recipe
 
-    return Recipe(trainer="peft", **recipe)
+    return Recipe(**recipe)
 
 
 def test_a_trace_is_compressed_if_its_name_says_so(memplan: Run, model: Path, tmp_path: Path) -> None:

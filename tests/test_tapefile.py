@@ -236,8 +236,8 @@ def test_plan_writes_its_tape_with_every_layer(memplan: Run, tmp_path: Path) -> 
     tape, info = load(path)
     assert tape.provenance == "predicted"
     assert info.model == "meta-llama/Llama-3.2-1B"
-    assert Recipe(trainer="peft", **info.recipe).mode.value == "lora"
+    assert Recipe(**info.recipe).mode.value == "lora"
     assert info.libraries == {}
     assert all(segment.repeat == 1 for segment in tape.segments)
-    answer = plan("llama-3.2-1b", Recipe(trainer="peft", mode="lora"))
+    answer = plan("llama-3.2-1b", Recipe(mode="lora"))
     assert replay(tape).allocated_bytes == answer.peak.tensor_bytes

@@ -8,7 +8,7 @@ from memplan.asked.recipe import Recipe
 from memplan.parts.leaves import Base, parameter
 from memplan.shadow import ops
 from memplan.shadow.matmul import linear
-from memplan.shadow.tensor import DType, Tensor, empty, float32, no_grad, state
+from memplan.shadow.tensor import DTYPES, DType, Tensor, empty, float32, no_grad, state
 from memplan.tape import Category
 
 
@@ -74,8 +74,10 @@ class Dora(Lora):
 
 
 def _around(base: Base, recipe: Recipe, dtype: DType) -> Dora:
-    # TRL casts all adapters but this vector back (trl/trainer/sft_trainer.py, 1.16)
-    of = float32 if recipe.casts_adapters_back else dtype
+    # It is made of weight plus update, which in two 16-bit dtypes add up to fp32; and TRL casts all adapters
+    # but this vector back (trl/trainer/sft_trainer.py, 1.16).
+    mixed = base.quantised and dtype is not DTYPES[recipe.dtype.value]
+    of = float32 if recipe.casts_adapters_back or mixed else dtype
     return Dora(base, recipe.r, dtype, recipe.lora_dropout, of=of)
 
 

@@ -17,7 +17,7 @@ def slipped(plan: Plan) -> str | None:
     if plan.slip is None or plan.slip.more_bytes <= 0:
         return None
     told = plan.slip.told
-    return f"{told[0].upper()}{told[1:]}: {gib(plan.slip.more_bytes)} GiB more."
+    return f"{told[0].upper()}{told[1:]}: {plan.slip.more_bytes / 2**30:.1f} GiB more."
 
 
 def evaluating(plan: Plan) -> str | None:

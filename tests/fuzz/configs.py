@@ -83,7 +83,7 @@ def check(value: dict[str, Any]) -> None:
     """Plan it, or ask one of the questions that take many plans."""
     path = Path("config.json")
     path.write_bytes(encoded(value["config"]))
-    recipe, card = Recipe(trainer="peft", **value["recipe"]), find_gpu("a6000")
+    recipe, card = Recipe(**value["recipe"]), find_gpu("a6000")
     match value["question"]:
         case "plan" | "cards" as question:
             gpus = ["a6000"] if question == "plan" else ["t4", "a6000", "mi300x"]

@@ -66,5 +66,5 @@ def _known(annotation: Any) -> list[Any]:
 def check(value: dict[str, Any]) -> None:
     """Plan it on cards with and without FlashAttention."""
     family, layers = value["model"]
-    recipe = Recipe(trainer="peft", **value["recipe"])
+    recipe = Recipe(**value["recipe"])
     sound_plan(plan(SPECS[family](layers), recipe, gpus=["t4", "4090", "mi300x"]), cards=value["cards"])
