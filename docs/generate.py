@@ -1,5 +1,5 @@
 """Writes the docs that are made from code and results: cli.md, claims.md, accuracy.md, kernels.md,
-dry-run.md, trainers.md, the table in recipe.md and the three schemas.
+dry-run.md, trainers.md, the table in recipe.md and the four schemas.
 
 Run it after a change of options or of the plan's records; tests/test_docs.py fails while they are behind.
 """
@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import accuracy
 import claims
 import dry_runs
+import json_answers
 import kernels_page
 import trainers
 from pydantic import BaseModel
@@ -77,6 +78,7 @@ def schema(record: type[BaseModel]) -> str:
 
 PAGES: dict[str, Callable[[], str]] = {
     "accuracy.md": accuracy.page,
+    "answers.schema.json": json_answers.page,
     "cli.md": command_line,
     "claims.md": claims.page,
     "dry-run.md": dry_runs.page,
