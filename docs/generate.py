@@ -1,5 +1,5 @@
 """Writes the docs that are made from code and results: cli.md, claims.md, accuracy.md, kernels.md,
-dry-run.md, trainers.md, the table in recipe.md and the four schemas.
+dry-run.md, files.md, trainers.md, the table in recipe.md and the four schemas.
 
 Run it after a change of options or of the plan's records; tests/test_docs.py fails while they are behind.
 """
@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import accuracy
 import claims
 import dry_runs
+import files
 import json_answers
 import kernels_page
 import trainers
@@ -82,6 +83,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "cli.md": command_line,
     "claims.md": claims.page,
     "dry-run.md": dry_runs.page,
+    "files.md": files.page,
     "kernels.md": kernels_page.page,
     "dry-run.schema.json": partial(schema, DryRun),
     "measurement.schema.json": partial(schema, Measurement),

@@ -28,7 +28,8 @@ Usage: memplan MODEL [options]
        memplan COMMAND ...
 
 Will this fine-tuning run fit on my GPU, and where does every byte go?
-MODEL is an alias (llama-70b), a Hub id, or a path to a config.json or folder.
+MODEL is an alias (llama-70b), a Hub id, a path to a config.json or folder, or
+the file of a trainer (axolotl.yaml, what `trl sft --config` takes).
 
 Commands:
   plan MODEL          memory of one training step; the same as memplan MODEL

@@ -70,15 +70,22 @@ def shown(value: object) -> str:
 
 
 class UnknownName(MemplanError):
-    """A name that is not known, with up to three close ones."""
+    """A name that is not known, with up to three close ones: ``close``, or those spelled most like it."""
 
-    def __init__(self, kind: str, name: str, known: Iterable[str], hint: str = "") -> None:
+    def __init__(
+        self,
+        kind: str,
+        name: str,
+        known: Iterable[str],
+        hint: str = "",
+        close: list[str] | None = None,
+    ) -> None:
         import difflib
 
         self.kind, self.name = kind, name
         lowered = {candidate.lower(): candidate for candidate in known}
         matches = difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.4)
-        self.close = [lowered[match] for match in matches]
+        self.close = [lowered[match] for match in matches] if close is None else close
         text = f"unknown {kind} {shown(name)}"
         if self.close:
             *head, last = self.close

@@ -19,6 +19,8 @@ THINGS = {
     "adapters": "ADAPTER",
     "optimizers": "OPTIMIZER",
     "losses": "LOSS",
+    "stacks": "STACK",
+    "runfiles": "RUNFILE",
 }
 
 

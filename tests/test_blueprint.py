@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from memplan.importers.resolve import registry, resolve
+from memplan.importers.registry import registry
+from memplan.importers.resolve import resolve
 from memplan.predict import blueprint
 
 torch = pytest.importorskip("torch")

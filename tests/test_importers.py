@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from hypothesis import strategies as st
 from small_specs import SPECS, config
 
 from memplan import Recipe, plan
-from memplan.asked.spec import ModelSpec
-from memplan.errors import MemplanError, SpecError, UnsupportedArchitecture
+from memplan.asked.spec import ModelSpec, Quantization
+from memplan.errors import MemplanError, RecipeError, SpecError, UnsupportedArchitecture
 from memplan.importers.hf import spec_from_config, supported_architectures
-from memplan.importers.resolve import resolve
+from memplan.importers.resolve import resolve, resolve_config
+from memplan.predict.parameters import resolve_recipe
 from memplan.resources import data_file
 
 ENTRIES = json.loads(data_file("model_specs.json").read_bytes())["models"]
@@ -325,9 +327,57 @@ def test_gemma_3_with_images_is_read_as_its_language_model() -> None:
     assert read(config) == spec
 
 
-def test_a_quantised_checkpoint_has_the_shapes_of_the_original() -> None:
-    quantised = {**LLAMA, "quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}}
-    assert read(quantised) == read(LLAMA)
+FOUR_BITS = {
+    "quant_method": "bitsandbytes",
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": "bfloat16",
+    "llm_int8_skip_modules": ["lm_head", "multi_modal_projector", "vision_tower.layers.0.self_attn"],
+}
+
+
+def test_a_quantised_checkpoint_has_the_shapes_of_the_original_and_its_own_settings() -> None:
+    spec = read({**LLAMA, "quantization_config": FOUR_BITS})
+    assert spec.model_copy(update={"quantization": None}) == read(LLAMA)
+    assert spec.quantization == Quantization(quant_type="nf4", double_quant=True, compute_dtype="bfloat16")
+    bare = read({**LLAMA, "quantization_config": {"_load_in_4bit": True}}).quantization
+    assert bare == Quantization(quant_type="fp4", double_quant=False, compute_dtype="float32")
+
+
+def test_the_settings_of_a_checkpoint_in_four_bits_are_those_of_the_plan() -> None:
+    given = {**FOUR_BITS, "bnb_4bit_use_double_quant": False, "bnb_4bit_compute_dtype": "torch.float32"}
+    small = {**LLAMA, "num_hidden_layers": 2}
+    answer = plan(read({**small, "quantization_config": given}), Recipe(seq_len=64), gpus=[])
+    said = Recipe(seq_len=64, double_quant=False, compute_dtype="float32")
+    assert answer.peak.by_category == plan(read(small), said, gpus=[]).peak.by_category
+    assert answer.recipe == plan(read(small), said, gpus=[]).recipe
+    resolved = resolve_recipe(read({**small, "quantization_config": given}), answer.recipe)
+    assert resolved == answer.recipe
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"mode": "lora"}, "adapters on them are QLoRA: give --mode qlora"),
+        ({"mode": "full"}, "nothing trains them in full: give --mode qlora"),
+        (
+            {"double_quant": False},
+            "quantised already, with double_quant True, and transformers keeps to that",
+        ),
+        ({"quant_type": "fp4"}, "with quant_type nf4"),
+        ({"compute_dtype": "float32"}, "with compute_dtype bfloat16"),
+    ],
+)
+def test_what_contradicts_a_checkpoint_in_four_bits_is_said(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        plan(read({**LLAMA, "quantization_config": FOUR_BITS}), Recipe(**options), gpus=[])
+
+
+def test_experts_in_four_bits_are_left_to_a_dry_run() -> None:
+    spec = read({**config("qwen3_moe", 2), "quantization_config": FOUR_BITS})
+    with pytest.raises(RecipeError, match=r"holds experts in 4 bits.*memplan dry-run"):
+        plan(spec, gpus=[])
 
 
 def test_an_architecture_may_be_known_by_its_model_type_alone() -> None:
@@ -501,13 +551,48 @@ def test_any_mutation_is_a_spec_or_a_memplan_error(
     never_anything_else({key: value for key, value in config.items() if key not in dropped})
 
 
-@pytest.mark.parametrize("given", [{"quant_method": "gptq", "bits": 4}, "gptq", [1]])
-def test_a_checkpoint_that_is_quantised_is_said_to_be_planned_otherwise(given: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            {"quant_method": "gptq", "bits": 4},
+            "holds GPTQ weights, which memplan doesn't plan: `memplan dry-run",
+        ),
+        ({"quant_method": "awq"}, "holds AWQ weights"),
+        ({"quant_method": "fp8"}, "holds FP8 weights"),
+        ({"quant_method": "fbgemm_fp8"}, "holds FP8 weights"),
+        ({"quant_method": "mxfp4"}, "holds MXFP4 weights"),
+        ({"quant_method": "compressed-tensors"}, "holds compressed-tensors weights"),
+        ({"quant_method": "of_my_own"}, "holds 'of-my-own' weights"),
+        ({}, "holds quantised weights"),
+        ({"load_in_8bit": True}, "holds 8-bit bitsandbytes weights"),
+        ({**FOUR_BITS, "load_in_4bit": False}, "neither load_in_4bit nor load_in_8bit"),
+        ({**FOUR_BITS, "bnb_4bit_quant_type": "nf5"}, "'nf5', but it must be nf4 or fp4"),
+        ({**FOUR_BITS, "bnb_4bit_compute_dtype": 8}, "'8', but it must be one of bfloat16"),
+        (
+            {**FOUR_BITS, "llm_int8_skip_modules": ["lm_head", "model.layers.3.mlp.down_proj"]},
+            "but for 1 of its layers",
+        ),
+        ("gptq", "has a quantization_config that is 'gptq', not an object"),
+        ([1], "has a quantization_config that is a list, not an object"),
+    ],
+)
+@pytest.mark.parametrize("command", [resolve, plan])
+def test_a_checkpoint_of_another_kind_is_one_clear_sentence(
+    command: Callable[..., Any], given: Any, said: str, tmp_path: Path
+) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**LLAMA, "quantization_config": given}), encoding="utf-8")
-    note = resolve(path).note
-    assert note is not None and note.startswith("its quantization_config")
-    assert ("(gptq)" in note) is isinstance(given, dict)
+    with pytest.raises(SpecError) as caught:
+        command(path)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_trace_says_what_it_leaves_out(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**LLAMA, "quantization_config": {"quant_method": "mxfp4"}}))
+    assert "its quantization_config (MXFP4) is not traced" in str(resolve_config(path).note)
 
 
 def test_a_mixture_without_a_layer_of_experts_is_dense() -> None:

@@ -6,16 +6,24 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from conftest import Outcome
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memplan.asked.recipe import Recipe
+from memplan.asked.spec import Quantization
 from memplan.errors import MemplanError, SpecError, UnknownName, UnsupportedArchitecture
-from memplan.importers.resolve import registry, resolve
+from memplan.importers.registry import registry
+from memplan.importers.resolve import hub_id_of, resolve, resolve_config
+from memplan.planning.plan import plan
+
+SEES = ("gemma-3-4b", "gemma-3-12b", "gemma-3-27b")  # published with a vision tower
 
 TINY = {
     "architectures": ["LlamaForCausalLM"],
@@ -65,14 +73,23 @@ def test_llama_70b_is_llama_3_3_and_the_note_names_the_others() -> None:
     )
 
 
+def test_models_are_listed_however_they_are_spelled(memplan: Callable[..., Outcome]) -> None:
+    for wanted in ("llama3:8b", "Llama 3 8B", "llama-3-8b"):
+        found = json.loads(memplan("models", wanted, "--json").out)["models"]
+        assert [one["alias"] for one in found] == ["llama-3-8b"]
+    assert memplan("models", "qwen3").out.count("Qwen/Qwen3") > 8
+    outcome = memplan("models", "gpt-oss")
+    assert (outcome.status, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+
+
 @pytest.mark.parametrize("entry", registry(), ids=lambda entry: entry.alias)
 def test_every_name_of_a_registered_model_finds_it(entry: Any) -> None:
     for name in (entry.alias, *entry.aliases, entry.hub_id, entry.alias.upper(), entry.hub_id.lower()):
         spec = resolve(name).spec
         assert (spec.name, spec.hub_id) == (entry.alias, entry.hub_id)
         assert spec.published_parameters == entry.parameters
-    assert resolve(entry.alias).note is None
-    assert resolve(entry.hub_id).note is None
+    for name in (entry.alias, entry.hub_id):
+        assert (resolve(name).note is not None) is (entry.alias in SEES)
 
 
 def test_no_two_models_share_a_name() -> None:
@@ -110,6 +127,203 @@ def test_an_unknown_name_brings_three_close_ones() -> None:
     assert "llama-70b" in caught.value.close
     assert len(caught.value.close) == 3
     assert "memplan models" in str(caught.value)
+
+
+# -- names as people write them ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "alias"),
+    [
+        ("llama70b", "llama-3.3-70b"),
+        ("Llama 70B", "llama-3.3-70b"),
+        ("llama3:8b", "llama-3-8b"),
+        ("Llama-3-8B", "llama-3-8b"),
+        ("llama 3.1 8 B", "llama-3.1-8b"),
+        ("llama_3.1_8b", "llama-3.1-8b"),
+        ("qwen3 8b", "qwen3-8b"),
+        ("Qwen3:30b-a3b", "qwen3-30b-a3b"),
+        ("qwen2.5:0.5b", "qwen2.5-0.5b"),
+        ("mistral-7b-v0.3", "mistral-7b-v0.3"),
+        ("mistral 7b 0.3", "mistral-7b-v0.3"),
+        ("mixtral:8x7b", "mixtral-8x7b"),
+        ("gemma2:9b", "gemma-2-9b"),
+        ("phi3:mini", "phi-3-mini-4k"),
+        ("PHI4", "phi-4"),
+        ("ollama.com/library/llama3.2:1b", "llama-3.2-1b"),
+    ],
+)
+def test_spelling_does_not_matter(name: str, alias: str) -> None:
+    found = resolve(name)
+    assert found.spec is resolve(alias).spec
+    assert found.note is None or found.note.startswith(f"{name.lower()} means {alias} ")
+
+
+@pytest.mark.parametrize(
+    ("name", "alias"),
+    [
+        ("Llama-3-8B-Instruct", "llama-3-8b"),
+        ("Meta-Llama-3.1-70B-Instruct", "llama-3.1-70b"),
+        ("llama 2 7b chat hf", "llama-2-7b"),
+        ("qwen3-8b-base", "qwen3-8b"),
+        ("gemma-2-9b-it", "gemma-2-9b"),
+        ("gemma2:27b-instruct", "gemma-2-27b"),
+        ("mistral-7b-instruct-v0.1", "mistral-7b-v0.1"),
+        ("mixtral-8x22b-instruct", "mixtral-8x22b-instruct"),
+        ("meta-llama/Llama-2-7b-chat-hf", "llama-2-7b"),
+        ("mistralai/Mistral-Nemo-Base-2407", "mistral-nemo-12b"),
+        ("Qwen/Qwen2.5-Coder-14B-Instruct", "qwen2.5-14b"),
+        ("unsloth/llama-3-8b", "llama-3-8b"),
+        ("unsloth/Meta-Llama-3.1-8B-Instruct", "llama-3.1-8b"),
+        ("unsloth/mistral-7b", "mistral-7b-v0.1"),
+        ("unsloth/Qwen2.5-Coder-32B-Instruct", "qwen2.5-32b"),
+        ("unsloth/tinyllama-chat", "tinyllama-1.1b"),
+        ("NousResearch/Llama-2-7b-chat-hf", "llama-2-7b"),
+        ("NousResearch/Meta-Llama-3-8B-Instruct", "llama-3-8b"),
+        ("01-ai/Yi-34B-Chat", "yi-1.5-34b"),
+        ("https://huggingface.co/unsloth/gemma-2-9b-it", "gemma-2-9b"),
+    ],
+)
+def test_a_copy_of_known_shapes_needs_no_network_and_says_what_it_is_taken_for(name: str, alias: str) -> None:
+    found, known = resolve(name), resolve(alias)
+    assert found.spec.model_copy(update={"hub_id": known.spec.hub_id}) == known.spec
+    called = name.removeprefix("https://huggingface.co/")
+    if name != alias:
+        assert found.note == f"{called} is planned with the configuration of {known.spec.hub_id}"
+    if "/" in called:
+        assert found.spec.hub_id == called
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "unsloth/Phi-3-mini-4k-instruct",  # rewritten as Mistral
+        "unsloth/phi-4",  # as Llama
+        "NousResearch/Hermes-2-Pro-Llama-3-8B",  # 128,288 words
+        "codellama/CodeLlama-7b-Python-hf",  # 32,000, where CodeLlama-7b has 32,016
+        "Qwen/Qwen2.5-7B-Instruct-1M",
+        "google/gemma-3n-E4B-it",
+        "somebody/llama-3-8b",
+        "Qwen/Qwen-27B",
+        "01-ai/Yi-34B-200K",
+    ],
+)
+def test_what_is_not_known_to_have_the_shapes_is_not_taken_for_it(name: str) -> None:
+    assert "neither in memplan's list nor in the Hub cache" in sentence(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "near", "far"),
+    [
+        ("lama-70b", "llama-70b", "llama-8b"),
+        ("qwen-27b", "qwen2.5-32b", "qwen2-7b"),
+        ("llama3", "llama3-8b", "gemma"),
+        ("gemma-3-20b", "gemma-3-27b", "gemma-3-4b"),
+        ("mistal-7b", "mistral-7b", "mistral-large"),
+        ("qwen3-7b", "qwen3-8b", "qwen3-0.6b"),
+        ("deepseek-r1:70b", "deepseek-r1-distill-llama-70b", "qwen"),
+    ],
+)
+def test_neighbours_are_near_in_family_and_size(name: str, near: str, far: str) -> None:
+    with pytest.raises(UnknownName) as caught:
+        resolve(name)
+    assert near in caught.value.close
+    assert not any(close.startswith(far) for close in caught.value.close)
+    assert len(caught.value.close) <= 3
+
+
+@pytest.mark.parametrize("name", ["gpt-oss-20b", "kimi-k2", "bert-large", "llama-4000b", "x"])
+def test_what_has_no_neighbour_is_said_to_go_by_other_ways(name: str) -> None:
+    with pytest.raises(UnknownName) as caught:
+        resolve(name)
+    assert caught.value.close == []
+    assert "memplan trace or memplan dry-run" in str(caught.value)
+    assert "did you mean" not in str(caught.value)
+
+
+# -- pages of the Hub --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("host", ["https://huggingface.co", "http://www.huggingface.co", "hf.co", "hf:/"])
+@pytest.mark.parametrize(
+    "rest", ["", "/", "/tree/main", "/blob/main/config.json", "/resolve/main/config.json?download=true", "#x"]
+)
+def test_a_page_is_its_model(host: str, rest: str) -> None:
+    assert resolve(f"{host}/Qwen/Qwen3-8B{rest}").spec is resolve("qwen3-8b").spec
+
+
+def test_a_page_of_another_revision_is_fetched_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = hub(monkeypatch, write(tmp_path / "downloaded" / "config.json"))
+    assert resolve("https://huggingface.co/some/model/blob/v2/config.json").spec.hub_id == "some/model"
+    assert asked == ["v2", "v2"]
+
+
+@pytest.mark.parametrize(
+    ("page", "said"),
+    [
+        ("https://huggingface.co/datasets/tatsu-lab/alpaca", "is a data set, not a model"),
+        ("huggingface.co/datasets/tatsu-lab/alpaca", "is a data set, not a model"),
+        ("https://huggingface.co/spaces/a/b", "is a Space, not a model"),
+        ("https://huggingface.co/meta-llama", "shows no one model"),
+        ("https://huggingface.co/", "shows no one model"),
+        ("https://github.com/meta-llama/llama3", "is no page of the Hub"),
+        ("s3://bucket/model", "is no page of the Hub"),
+    ],
+)
+def test_a_page_of_something_else_is_one_clear_sentence(page: str, said: str) -> None:
+    assert said in sentence(page)
+    assert "give the page of a model, its Hub id or the path of its config.json" in sentence(page)
+
+
+# -- copies that are quantised -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["unsloth/llama-3-8b-bnb-4bit", "llama-3-8b-bnb-4bit", "unsloth/llama-3-8b-Instruct-bnb-4bit"]
+)
+def test_a_copy_in_four_bits_is_planned_so(name: str) -> None:
+    found, whole = resolve(name), resolve("llama-3-8b").spec
+    assert found.spec.quantization == Quantization(
+        quant_type="nf4", double_quant=True, compute_dtype="bfloat16"
+    )
+    assert found.spec.hidden_size == whole.hidden_size
+    assert found.note is not None
+    assert "is planned with the configuration of meta-llama/Meta-Llama-3-8B" in found.note
+    assert "its weights are in 4 bits already (nf4, double-quantised), and planned so" in found.note
+    if "/" in name:
+        assert hub_id_of(f"https://huggingface.co/{name}") == name
+    peaks = [plan(model, Recipe(), gpus=[]).peak.tensor_bytes for model in (name, "llama-3-8b")]
+    assert peaks[0] == peaks[1]
+
+
+def test_a_dynamic_copy_is_said_to_take_more() -> None:
+    note = resolve("unsloth/Qwen3-8B-unsloth-bnb-4bit").note
+    assert note is not None and "this is the least that they take" in note
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("TheBloke/Llama-2-7B-GPTQ", "holds GPTQ weights"),
+        ("Qwen/Qwen2.5-7B-Instruct-AWQ", "holds AWQ weights"),
+        ("Qwen/Qwen2.5-7B-Instruct-GPTQ-Int4", "holds GPTQ weights"),
+        ("RedHatAI/Meta-Llama-3.1-8B-Instruct-FP8", "holds FP8 weights"),
+        ("RedHatAI/Meta-Llama-3.1-8B-Instruct-quantized.w4a16", "holds compressed-tensors weights"),
+        ("unsloth/llama-3-8b-bnb-8bit", "holds 8-bit bitsandbytes weights"),
+        ("unsloth/Qwen3-8B-GGUF", "holds GGUF files"),
+    ],
+)
+def test_a_copy_of_another_kind_is_refused_with_what_to_do(name: str, what: str) -> None:
+    assert what in sentence(name)
+    assert "memplan dry-run" in sentence(name) or "GGUF" in name
+
+
+def test_a_vision_tower_that_is_left_out_is_named() -> None:
+    for name in ("gemma-3-4b", "google/gemma-3-12b-it", "unsloth/gemma-3-27b-it", "gemma3:4b"):
+        assert "its vision tower is not counted" in str(resolve(name).note)
+        assert "its vision tower is not counted" in str(resolve_config(name).note)
+    for name in ("gemma-3-4b-text", "gemma-3-1b"):
+        assert "vision" not in str(resolve(name).note)
 
 
 # -- files -----------------------------------------------------------------------------------------------
@@ -295,9 +509,14 @@ class NoLocalEntry(NoEntry):
     pass
 
 
-def hub(monkeypatch: pytest.MonkeyPatch, answer: Exception | Path) -> None:
-    def ask(*_: object, **options: float) -> str:
+def hub(monkeypatch: pytest.MonkeyPatch, answer: Exception | Path) -> list[str | None]:
+    """Put another in the place of huggingface_hub; the revisions that it is asked for."""
+    revisions: list[str | None] = []
+
+    def ask(*_: object, revision: str | None = None, **options: float) -> str:
         assert 0 < min(options.values()) <= 10  # seconds
+        if revision is not None:
+            revisions.append(revision)
         if isinstance(answer, Exception):
             raise answer
         return str(answer)
@@ -309,12 +528,13 @@ def hub(monkeypatch: pytest.MonkeyPatch, answer: Exception | Path) -> None:
             EntryNotFoundError=NoEntry,
             LocalEntryNotFoundError=NoLocalEntry,
         ),
-        hf_hub_url=lambda *_: "url",
+        hf_hub_url=lambda *_, revision=None: revisions.append(revision),
         get_hf_file_metadata=ask,
         hf_hub_download=ask,
     )
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setitem(sys.modules, "huggingface_hub", module)  # type: ignore[arg-type]
+    return revisions
 
 
 @pytest.mark.parametrize(
@@ -370,8 +590,10 @@ def test_nothing_heavy_is_imported_to_resolve_a_model(tmp_path: Path) -> None:
     config = write(tmp_path / "config.json")
     code = f"""
 import sys
-from memplan.importers.resolve import registry, resolve
-resolve("llama-70b"), resolve({str(config)!r}), registry()
+from memplan.importers.registry import registry
+from memplan.importers.resolve import resolve
+resolve("llama-70b"), resolve("unsloth/Qwen3-8B-bnb-4bit"), resolve("hf.co/google/gemma-2-9b-it"), registry()
+resolve({str(config)!r})
 print([name for name in ("torch", "transformers", "huggingface_hub", "numpy") if name in sys.modules])
 """
     root = str(Path(__file__).parent.parent)

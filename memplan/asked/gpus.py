@@ -14,8 +14,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StringConstraints, model_validator
 
-from memplan.errors import MemplanError, UnknownName
+from memplan.errors import MemplanError, UnknownName, printable
 from memplan.resources import data_file
+from memplan.units import gib
 
 MIB = 2**20
 
@@ -26,6 +27,13 @@ _LIST_HINT = "`memplan gpus` lists all cards."
 # "Quadro" stays: without it a Quadro RTX 6000 (24 GB) would answer to the name of newer 48 GB cards.
 _NOT_DISTINCTIVE = re.compile(r"nvidia|geforce|tesla|amd|radeon|instinct|[^a-z0-9]")
 _MANY = 8  # candidates that one sentence can name
+# 24, 24GB, 24 GiB; cards are sold in GB and have as many GiB. A number of four digits is a card's name.
+_SIZE = re.compile(
+    r"([+-]?\d{1,9}(?:\.\d{1,3})?) ?(gb|gib|g)( card)?|([+-]?\d{1,3}(?:\.\d{1,3})?)", re.IGNORECASE
+)
+_MOST_GB = 512  # of a size that is asked about; the largest card that is listed has 288
+_SEVERAL = re.compile(r"(\d{1,3}) ?[x×*] ?(.+)|(.+?) ?[x×*] ?(\d{1,3})", re.IGNORECASE)
+_AMPERE = (8, 0)  # the compute capability from which on FlashAttention runs and bf16 is there
 
 Slug = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
 
@@ -38,12 +46,14 @@ class Gpu(BaseModel):
     name: str
     aliases: Annotated[tuple[Slug, ...], Field(min_length=1)]
     vendor: Literal["nvidia", "amd"]
+    gb: PositiveInt
     total_mib: PositiveInt
     torch_visible_mib: PositiveInt | None
     compute_capability: str
-    kind: Literal["consumer", "workstation", "datacenter"]
+    kind: Literal["consumer", "workstation", "datacenter", "slice", "shared"]
     ecc: Literal["on", "off", "n.a."]
     source: Annotated[str, Field(min_length=1)]
+    assumed: str | None = None  # what is taken for it, of a card that is asked about by its size alone
 
     @model_validator(mode="after")
     def _visible_is_below_total(self) -> Gpu:
@@ -70,7 +80,7 @@ class Gpu(BaseModel):
         if self.torch_visible_mib is not None:
             return self.torch_visible_mib * MIB
         # Too little is the safe error here: a plan may say "tight" of a run that fits, never the reverse.
-        return max(self.total_mib - largest_gap_mib(), 0) * MIB
+        return max(self.total_mib - largest_gap_mib(self.total_mib), 0) * MIB
 
     @property
     def visible_is_estimate(self) -> bool:
@@ -91,16 +101,21 @@ def load_gpus() -> tuple[Gpu, ...]:
     return _GpuFile.model_validate_json(data_file("gpus.json").read_bytes()).gpus
 
 
-@cache
-def largest_gap_mib() -> int:
-    """The most that any card with both numbers known hides from PyTorch."""
+def largest_gap_mib(total_mib: int) -> int:
+    """The most that a card of ``total_mib`` or less with both numbers known hides from PyTorch: larger ones
+    hide more. Slices and shared memory are called by sizes that they don't have."""
     return max(
-        gpu.total_mib - gpu.torch_visible_mib for gpu in load_gpus() if gpu.torch_visible_mib is not None
+        gpu.total_mib - gpu.torch_visible_mib
+        for gpu in load_gpus()
+        if gpu.torch_visible_mib is not None
+        and gpu.total_mib <= max(total_mib, 8192)
+        and gpu.kind not in ("slice", "shared")
     )
 
 
 def find_gpu(name: str) -> Gpu:
-    """The card of that name or alias; case, spaces, dashes, underscores and vendor words do not matter.
+    """The card of that name or alias; case, spaces, dashes, underscores and vendor words do not matter. Of a
+    size, such as 24GB, the one card of it that leaves a program the least.
 
     The whole name must match. Completing "2080" to the only 2080 in the list, a 2080 Ti, would plan for a
     card with 3 GB more than the user has.
@@ -109,10 +124,88 @@ def find_gpu(name: str) -> Gpu:
     key = _key(name)
     if key in gpus_by_key:
         return gpus_by_key[key]
+    size = size_of(name)
+    if size is not None:
+        return _of_size(size)
+    alone = _alone(name)
+    if alone is not None:
+        return alone
     begun = {gpu.name: gpu for known, gpu in gpus_by_key.items() if key and known.startswith(key)}
+    # slices are called by their card's name and more
+    begun = {name: gpu for name, gpu in begun.items() if gpu.kind != "slice"} or begun
     if len(begun) > 1:
         raise MemplanError(f"GPU name {name!r} could be {_alternatives(begun.values())}; {_LIST_HINT}")
     raise UnknownName("GPU", name, [_closest_alias(gpu, name) for gpu in load_gpus()], _LIST_HINT)
+
+
+def size_of(text: str) -> float | None:
+    """The GB that a card is asked for by, None of a name. Raises MemplanError for a size that no card has."""
+    found = _SIZE.fullmatch(text.strip())
+    if found is None:
+        return None
+    size = float(found[1] or found[4])
+    if not 1 <= size <= _MOST_GB:
+        raise MemplanError(f"a card has from 1 to {_MOST_GB} GB, not {printable(text.strip())}")
+    return size
+
+
+def of_size(size: float) -> list[Gpu]:
+    """The listed cards that are sold as having so many GB."""
+    return [gpu for gpu in load_gpus() if gpu.gb == size]
+
+
+def _of_size(size: float) -> Gpu:
+    """A card that stands for all of a size: which of them it is was not said, so it is the least."""
+    name = f"{size:g} GB card"
+    whole = [
+        gpu
+        for gpu in of_size(size)
+        if gpu.capability is not None and gpu.capability >= _AMPERE and gpu.kind not in ("slice", "shared")
+    ]
+    seen = [gpu for gpu in whole if not gpu.visible_is_estimate] or whole
+    if not seen:
+        return Gpu(
+            name=name,
+            aliases=("gb",),
+            vendor="nvidia",
+            gb=max(round(size), 1),
+            total_mib=int(size * 1024),
+            torch_visible_mib=None,
+            compute_capability="8.6",
+            kind="datacenter",  # of which a process is taken to have the most beside the allocator
+            ecc="n.a.",
+            source="a size that was asked for",
+            assumed="no NVIDIA card of this size is listed; what PyTorch sees of one is a cautious estimate",
+        )
+    least, most = (pick(seen, key=lambda gpu: gpu.visible_bytes) for pick in (min, max))
+    assumed = f"taken as the {least.name}"
+    if most.visible_bytes > least.visible_bytes:
+        assumed += (
+            f", the least of this size ({gib(least.visible_bytes)} GiB usable, {gib(most.visible_bytes)} of "
+            f"the {most.name}); `memplan gpus {size:g}GB` names all"
+        )
+    return least.model_copy(update={"name": name, "assumed": assumed})
+
+
+def _alone(name: str) -> Gpu | None:
+    """The card of which there is one, as in 1xA100; None of a name without a count. Raises MemplanError for
+    several cards."""
+    found = _SEVERAL.fullmatch(name.strip())
+    if found is None:
+        return None
+    count, rest = int(found[1] or found[4]), found[2] or found[3]
+    if found[3] and _key(rest) not in _gpus_by_key():
+        return None  # an x in a card's own name
+    if count == 1:
+        return find_gpu(rest)
+    if count == 0:
+        raise MemplanError(f"{printable(name.strip())} is no card: give one, such as {rest}")
+    gpu = find_gpu(rest)
+    alias = gpu.aliases[0]
+    raise MemplanError(
+        f"memplan plans for one card so far: ask about one {alias}, which then holds the whole model, or let "
+        f"`memplan dry-run --gpu {count}x{alias} -- COMMAND` run your program on {count} that are emulated"
+    )
 
 
 def _key(name: str) -> str:

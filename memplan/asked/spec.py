@@ -9,6 +9,16 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 LayerKind = Literal["full_attention", "sliding_attention"]
 
 
+class Quantization(BaseModel):
+    """Weights that are stored in 4 bits of bitsandbytes already, and the settings that they bring along."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    quant_type: Literal["nf4", "fp4"]
+    double_quant: bool
+    compute_dtype: Literal["bfloat16", "float16", "float32"]
+
+
 class ModelSpec(BaseModel):
     """A decoder-only language model. Names are those of transformers' configurations.
 
@@ -51,6 +61,8 @@ class ModelSpec(BaseModel):
     norm_topk_prob: bool = False
     router_aux_loss_coef: float = 0.0  # the weight of the load-balancing loss, where a trainer asks for it
     sparse_layers: tuple[bool, ...] = ()
+
+    quantization: Quantization | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelSpec:

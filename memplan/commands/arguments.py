@@ -70,7 +70,27 @@ def parse(parser: Parser, arguments: Sequence[str], *, quiet: bool = False) -> a
 def add_model(parser: Parser) -> None:
     """The positional argument MODEL."""
     parser.add_argument(
-        "model", metavar="MODEL", help="an alias (memplan models), a Hub id, or a path to a config.json"
+        "model",
+        metavar="MODEL",
+        help="a name (memplan models), a Hub id or its page, or a path to a config.json",
+    )
+
+
+def add_run_file(parser: Parser, *, several: bool = False) -> None:
+    """The positional argument MODEL where it may be a trainer's file, or ``several`` of them, and the option
+    --config."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="+" if several else None,
+        help="an alias (memplan models), a Hub id, a path to a config.json, or the file of a trainer: "
+        "axolotl's or LLaMA-Factory's YAML, what trl sft --config takes (docs/files.md)",
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        default=None,
+        help="the file of a trainer, beside a model; options that are given override it",
     )
 
 
@@ -150,7 +170,8 @@ def add_gpus(parser: Parser, *, required: bool = False) -> None:
         metavar="NAME",
         required=required,
         default=None,
-        help="a card to judge, such as a6000 (memplan gpus); may be given several times",
+        help="a card to judge, such as a6000 (memplan gpus), a size such as 24GB, or auto: the one in this "
+        "machine; may be given several times",
     )
 
 

@@ -14,6 +14,7 @@ from memplan.commands.arguments import (
     add_gpus,
     add_json,
     add_recipe,
+    add_run_file,
     add_verbose,
     applicable,
     given_options,
@@ -47,12 +48,7 @@ def parser() -> Parser:
     result = Parser(
         "compare", "Plans of several modes, models or settings side by side.", "MODEL... [options]", EXAMPLES
     )
-    result.add_argument(
-        "model",
-        metavar="MODEL",
-        nargs="+",
-        help="aliases (memplan models), Hub ids, or paths to a config.json",
-    )
+    add_run_file(result, several=True)
     result.add_argument(
         "--modes",
         "--mode",
@@ -104,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
     if options.get("kernels") == "memplan":  # the cards on which they run, for all modes alike
         arguments.gpu = [card.name for card in able(Recipe(kernels="memplan"), arguments.gpu)]
     plans = [
-        plan(model, recipe, gpus=arguments.gpu)
+        plan(model, recipe, gpus=arguments.gpu, config=arguments.config)
         for (model, *_), recipe in zip(points, _alike(recipes), strict=True)
     ]
     _show(plans, arguments, by_mode)

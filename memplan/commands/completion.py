@@ -64,7 +64,7 @@ class Command:
 def _commands() -> list[Command]:
     from memplan.asked.gpus import load_gpus
     from memplan.commands import COMMANDS, module_of
-    from memplan.importers.resolve import registry
+    from memplan.importers.registry import registry
 
     listed = {
         "model": tuple(name for entry in registry() for name in (entry.alias, *entry.aliases)),

@@ -57,7 +57,7 @@ def parser() -> Parser:
         action=_Once,
         metavar="NAME",
         required=True,
-        help="the card, such as a6000 (memplan gpus), or 8xh100 for eight of them",
+        help="the card, such as a6000 (memplan gpus), auto, or 8xh100 for eight of them",
     )
     result.add_argument(
         "--steps",
@@ -116,8 +116,8 @@ def parser() -> Parser:
 def run(arguments: argparse.Namespace) -> int:
     """Run the program and print the answer; 0 if it fits, 1 if it does not."""
     from memplan import __version__
-    from memplan.asked.gpus import find_gpu
     from memplan.device.fit import CONTEXT_BYTES
+    from memplan.device.here import find_card
     from memplan.emulate import launch
     from memplan.emulate.answer import answer, read
     from memplan.emulate.taped import read_step
@@ -133,7 +133,7 @@ def run(arguments: argparse.Namespace) -> int:
     ):
         raise UsageError("with --no-watch nothing is watched: leave out what asks for an answer")
     count, name = _counted(arguments.gpu)
-    gpu, command = find_gpu(name), list(arguments.command)
+    gpu, command = find_card(name), list(arguments.command)
     if arguments.no_watch:
         env = launch.environment(gpu, command, count=count)
         status = launch.run(command, env, quiet_stdout=False)

@@ -11,8 +11,8 @@ from memplan.commands.arguments import (
     UsageError,
     add_gpus,
     add_json,
-    add_model,
     add_recipe,
+    add_run_file,
     add_verbose,
     given_options,
 )
@@ -45,7 +45,7 @@ def parser() -> Parser:
         "MODEL --gpu NAME [options]",
         EXAMPLES,
     )
-    add_model(result)
+    add_run_file(result)
     add_gpus(result, required=True)
     result.add_argument(
         "--maximize",
@@ -71,8 +71,9 @@ def run(arguments: argparse.Namespace) -> int:
     from memplan.planning.plan import plan_of
     from memplan.planning.study import Prediction, ask
 
-    given = given_options(arguments)
-    asked = ask(arguments.model, Recipe(**given), arguments.gpu)
+    recipe = Recipe(**given_options(arguments))
+    asked = ask(arguments.model, recipe, arguments.gpu, arguments.config)
+    given = asked.given.model_dump(exclude_unset=True)
     what: What | None = None
     if arguments.maximize is not None:
         what = "seq_len" if arguments.maximize == "seq-len" else "batch_size"
@@ -87,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
         from memplan.planning.advise import advise
 
         try:
-            answer = answer.telling(advice=tuple(advise(study, name) for name in arguments.gpu))
+            answer = answer.telling(advice=tuple(advise(study, gpu.name) for gpu in asked.gpus))
         except MemplanError as error:
             if arguments.advise:
                 raise

@@ -9,15 +9,17 @@ from memplan.commands.arguments import (
     Parser,
     UsageError,
     add_json,
-    add_model,
     add_recipe,
+    add_run_file,
     applicable,
     given_options,
     modes,
 )
+from memplan.streams import remark
 
 if TYPE_CHECKING:
     from memplan.asked.recipe import Recipe
+    from memplan.runfiles import Reading
 
 BATCHES = "1,2,4,8"
 MODES = "full,lora,qlora"
@@ -40,8 +42,10 @@ def parser() -> Parser:
     result = Parser(
         "frontier", "The longest sequences that a card has room for.", "MODEL --gpu NAME [options]", EXAMPLES
     )
-    add_model(result)
-    result.add_argument("--gpu", metavar="NAME", required=True, help="the card, such as a6000 (memplan gpus)")
+    add_run_file(result)
+    result.add_argument(
+        "--gpu", metavar="NAME", required=True, help="the card, such as a6000 or 24GB (memplan gpus), or auto"
+    )
     for options, default, what in (
         (("--batch-sizes",), BATCHES, "batch sizes"),
         (("--modes", "--mode"), MODES, "modes"),
@@ -69,18 +73,25 @@ def parser() -> Parser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the table; 0."""
-    from memplan.asked.gpus import find_gpu
+    from memplan.device.here import find_card
     from memplan.importers.resolve import resolve
     from memplan.planning.apart import processes
     from memplan.planning.frontier import frontier
+    from memplan.planning.study import opened
     from memplan.report.progress import points
 
-    gpu = find_gpu(arguments.gpu)
+    gpu = find_card(arguments.gpu)
     batches = _batches(BATCHES if arguments.batch_sizes is None else arguments.batch_sizes)
-    recipes = _recipes(arguments)
+    named, read = opened(arguments.model, arguments.config)
+    recipes = _recipes(arguments, read)
     if len(batches) * len(recipes) > MOST_POINTS:
         raise UsageError(f"{len(batches) * len(recipes)} points are more than the {MOST_POINTS} of a table")
-    spec = resolve(arguments.model).spec
+    spec = resolve(named).spec
+    if read is not None:
+        remark(
+            f"read from {read.name}, {read.kind.replace('_', '-')}: {'; '.join(read.left_out) or 'all of it'}"
+        )
+        recipes = [read.suited(read.recipe(given), spec, given) for given in recipes]
     workers = processes()
     with points(len(batches) * len(recipes), shown=arguments.exact) as progress:
         answer = frontier(
@@ -98,8 +109,9 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _recipes(arguments: argparse.Namespace) -> list[Recipe]:
-    """Every mode with and without checkpointing and with each optimizer, as far as they were not given."""
+def _recipes(arguments: argparse.Namespace, read: Reading | None) -> list[Recipe]:
+    """Every mode with and without checkpointing and with each optimizer, as far as they were not given; of a
+    trainer's file its own mode."""
     from memplan.asked.recipe import Recipe
 
     options = given_options(arguments)
@@ -122,6 +134,7 @@ def _recipes(arguments: argparse.Namespace) -> list[Recipe]:
     reentrant: dict[str, Any] = {}
     if "use_reentrant" in options:
         reentrant = {"use_reentrant": options.pop("use_reentrant")}
+    own = MODES if read is None else read.recipe().mode.value
     return [
         Recipe(
             mode=mode,
@@ -130,7 +143,7 @@ def _recipes(arguments: argparse.Namespace) -> list[Recipe]:
             **(reentrant if on else {}),
             **applicable(options, mode),
         )
-        for mode in modes(MODES if arguments.modes is None else arguments.modes)
+        for mode in modes(own if arguments.modes is None else arguments.modes)
         for on in checkpointing
         for optimizer in optimizers
     ]

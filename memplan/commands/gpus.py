@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from memplan.commands.arguments import Parser, UsageError, add_json
+from memplan.errors import printable
 
 if TYPE_CHECKING:
     from memplan.asked.gpus import Gpu
@@ -14,6 +15,7 @@ EXAMPLES = """\
 examples:
   memplan gpus
   memplan gpus h100
+  memplan gpus 24GB
 """
 
 
@@ -25,7 +27,8 @@ def parser() -> Parser:
         metavar="FILTER",
         nargs="?",
         default="",
-        help="part of a name, alias, vendor or kind (consumer, workstation, datacenter)",
+        help="a size, such as 24GB, or part of a name, alias, vendor or kind (consumer, workstation, "
+        "datacenter, slice, shared)",
     )
     add_json(result)
     return result
@@ -33,21 +36,27 @@ def parser() -> Parser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the cards; 0."""
-    from memplan.asked.gpus import load_gpus
+    from memplan.asked.gpus import load_gpus, of_size, size_of
 
-    wanted = arguments.filter.lower()
+    wanted = arguments.filter.strip().lower()
+    size = size_of(wanted)
 
     def matches(gpu: Gpu) -> bool:
         return any(wanted in text.lower() for text in (gpu.name, *gpu.aliases, gpu.vendor, gpu.kind))
 
-    cards = [gpu for gpu in load_gpus() if matches(gpu)]
+    cards = (of_size(size) if size is not None else []) or [gpu for gpu in load_gpus() if matches(gpu)]
     if not cards:
-        raise UsageError(f"no card has {arguments.filter!r} in its name; `memplan gpus` lists all")
+        what = f"{size:g} GB" if size is not None else f"{printable(arguments.filter)!r} in its name"
+        raise UsageError(f"no card has {what}; `memplan gpus` lists all")
     if arguments.json:
         from memplan.report.machine import print_list
 
         print_list(
-            "gpus", [card.model_dump(mode="json") | {"usable_bytes": card.visible_bytes} for card in cards]
+            "gpus",
+            [
+                card.model_dump(mode="json", exclude={"assumed"}) | {"usable_bytes": card.visible_bytes}
+                for card in cards
+            ],
         )
     else:
         from memplan.report.console import terminal

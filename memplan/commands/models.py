@@ -6,9 +6,10 @@ import argparse
 from typing import TYPE_CHECKING
 
 from memplan.commands.arguments import Parser, UsageError, add_json
+from memplan.errors import printable
 
 if TYPE_CHECKING:
-    from memplan.importers.resolve import RegistryEntry
+    from memplan.importers.registry import RegistryEntry
 
 EXAMPLES = """\
 Any other model of a known family works too: give its Hub id or the path to its
@@ -17,6 +18,7 @@ config.json.
 examples:
   memplan models
   memplan models qwen3
+  memplan models llama3:8b
 """
 
 
@@ -30,19 +32,27 @@ def parser() -> Parser:
     return result
 
 
+def _within(wanted: tuple[str, ...], there: tuple[str, ...]) -> bool:
+    """Whether a name begins with these words, however both are spelled."""
+    return bool(wanted) and there[: len(wanted)] == wanted
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Print the models; 0."""
-    from memplan.importers.resolve import registry
+    from memplan.importers.names import words
+    from memplan.importers.registry import registry
 
-    wanted = arguments.filter.lower()
+    wanted = arguments.filter.strip().lower()
 
     def matches(entry: RegistryEntry) -> bool:
         names = (entry.alias, *entry.aliases, entry.hub_id, entry.architecture)
-        return any(wanted in name.lower() for name in names)
+        return any(wanted in name.lower() or _within(words(wanted), words(name)) for name in names)
 
     models = [entry for entry in registry() if matches(entry)]
     if not models:
-        raise UsageError(f"no model has {arguments.filter!r} in its name; `memplan models` lists all")
+        raise UsageError(
+            f"no model has {printable(arguments.filter)!r} in its name; `memplan models` lists all"
+        )
     if arguments.json:
         from dataclasses import asdict
 

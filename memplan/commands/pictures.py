@@ -34,6 +34,11 @@ def check(arguments: argparse.Namespace) -> None:
     for name in named if source is not None else ():
         if same_twice([str(source), name]) is not None:
             raise UsageError(f"{shown(name)} is the model's configuration, which would be written over")
+    for file in filter(None, (arguments.model, getattr(arguments, "config", None))):
+        if file.endswith((".yaml", ".yml")) or file == getattr(arguments, "config", None):
+            for name in named:
+                if same_twice([file, name]) is not None:
+                    raise UsageError(f"{shown(name)} is what the question is in, and would be written over")
     twice = same_twice(named)
     if twice is not None:
         one, other = (shown(name) for name in twice)

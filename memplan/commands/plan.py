@@ -8,9 +8,9 @@ from memplan.commands.arguments import (
     Parser,
     add_gpus,
     add_json,
-    add_model,
     add_pictures,
     add_recipe,
+    add_run_file,
     add_switch,
     add_tape,
     add_verbose,
@@ -28,7 +28,7 @@ examples:
 def parser() -> Parser:
     """The arguments that ``memplan plan`` takes."""
     result = Parser("plan", "The memory of one training step, byte by byte.", "MODEL [options]", EXAMPLES)
-    add_model(result)
+    add_run_file(result)
     add_gpus(result)
     add_json(result)
     add_verbose(result)
@@ -54,13 +54,14 @@ def run(arguments: argparse.Namespace) -> int:
     from memplan.planning.plan import plan_of
     from memplan.planning.study import Prediction, ask
 
-    options = given_options(arguments)
-    study = Prediction(ask(arguments.model, Recipe(**options), arguments.gpu))
+    given = Recipe(**given_options(arguments))
+    study = Prediction(ask(arguments.model, given, arguments.gpu, arguments.config))
+    options = study.asked.given.model_dump(exclude_unset=True)
     answer = plan_of(study)
     if arguments.html is not None and arguments.gpu:
         from memplan.planning.advise import advise
 
-        answer = answer.telling(advice=tuple(advise(study, name) for name in arguments.gpu))
+        answer = answer.telling(advice=tuple(advise(study, gpu.name) for gpu in study.asked.gpus))
     tape = study.run().tape if pictures.asked(arguments) else None
     trace.answer(answer, tape, arguments, options)
     return 0

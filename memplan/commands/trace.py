@@ -9,9 +9,9 @@ from memplan.commands.arguments import (
     Parser,
     add_gpus,
     add_json,
-    add_model,
     add_pictures,
     add_recipe,
+    add_run_file,
     add_tape,
     add_verbose,
     given_options,
@@ -39,7 +39,7 @@ def parser() -> Parser:
     result = Parser(
         "trace", "The memory of one training step of the real libraries.", "MODEL [options]", EXAMPLES
     )
-    add_model(result)
+    add_run_file(result)
     add_gpus(result)
     add_json(result)
     add_verbose(result)
@@ -55,26 +55,35 @@ def run(arguments: argparse.Namespace) -> int:
 
     pictures.check(arguments)
     options = given_options(arguments)
-    plan, tape = traced(arguments.model, options, arguments.gpu)
+    plan, tape = traced(arguments.model, options, arguments.gpu, arguments.config)
+    if plan.read is not None:
+        options = plan.recipe.model_dump(exclude_unset=True)
     answer(plan, tape, arguments, options)
     return 0
 
 
-def traced(model: str, options: dict[str, Any], gpus: list[str] | None) -> tuple[Plan, Tape]:
+def traced(
+    model: str, options: dict[str, Any], gpus: list[str] | None, config: str | None = None
+) -> tuple[Plan, Tape]:
     """The answer and its tape, with progress and warnings on standard error."""
     from memplan import libraries, losses
     from memplan.asked.recipe import Recipe
     from memplan.importers.resolve import resolve_config
+    from memplan.planning.study import opened, read_from
     from memplan.planning.traced import layers, trace_plan
     from memplan.report.progress import tracing
 
     recipe = Recipe(**options)
-    found = resolve_config(model)
+    named, read = opened(model, config)
+    if read is not None:
+        recipe = read.recipe(recipe)
+    found = resolve_config(str(named))
     library = losses.find(recipe.loss).library
     for warning in libraries.untested(libraries.installed(library), library):
         remark(f"warning: {warning}")
     with tracing(layers(found.config)) as progress:
-        return trace_plan(found, recipe, gpus=gpus, progress=progress)
+        plan, tape = trace_plan(found, recipe, gpus=gpus, progress=progress)
+    return plan.model_copy(update={"read": read_from(read)}), tape
 
 
 def answer(plan: Plan, tape: Tape | None, arguments: argparse.Namespace, options: dict[str, Any]) -> None:

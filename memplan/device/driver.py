@@ -8,13 +8,28 @@ from __future__ import annotations
 import ctypes
 import sys
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
+
+# CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR (cuda.h)
+_CAPABILITY = (75, 76)
+
+
+class Installed(NamedTuple):
+    """A card of this machine: what PyTorch can see of it, and its compute capability, if it says."""
+
+    nbytes: int
+    capability: tuple[int, int] | None
 
 
 @cache
 def present() -> dict[str, int]:
     """Bytes that PyTorch can see of each card of this machine, by the driver's name for it; of several alike
     the smallest. Empty without a driver."""
+    return {name: card.nbytes for name, card in installed().items()}
+
+
+def installed() -> dict[str, Installed]:
+    """The cards of this machine by the driver's names for them; of several alike the smallest."""
     driver = _library()
     if driver is None:
         return {}
@@ -32,8 +47,8 @@ def _library() -> Any:
         return None
 
 
-def _ask(driver: Any) -> dict[str, int]:
-    found: dict[str, int] = {}
+def _ask(driver: Any) -> dict[str, Installed]:
+    found: dict[str, Installed] = {}
     count = ctypes.c_int()
     if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
         return found
@@ -47,5 +62,17 @@ def _ask(driver: Any) -> dict[str, int]:
         ):
             continue
         text = name.value.decode(errors="replace")
-        found[text] = min(total.value, found.get(text, total.value))
+        one = Installed(total.value, _capability(driver, device))
+        found[text] = min(one, found.get(text, one), key=lambda card: card.nbytes)
     return found
+
+
+def _capability(driver: Any, device: ctypes.c_int) -> tuple[int, int] | None:
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    try:
+        for number, attribute in zip((major, minor), _CAPABILITY, strict=True):
+            if driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, device):
+                return None
+    except AttributeError:
+        return None
+    return major.value, minor.value

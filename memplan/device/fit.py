@@ -27,7 +27,10 @@ MIB = 1 << 20
 # (in use - allocated - reserved but unallocated) give 0.24 to 0.60 GiB on RTX cards and an A6000, 0.50 and
 # 0.51 on A100s, 0.73 on an H100, 0.51 on an H200; published nvidia-smi figures of an A100 leave up to 0.80
 # (docs/fit.md, docs/accuracy.md).
-CONTEXT_BYTES = {"consumer": 640 * MIB, "workstation": 640 * MIB, "datacenter": 832 * MIB}
+CONTEXT_BYTES = {
+    "consumer": 640 * MIB, "workstation": 640 * MIB, "datacenter": 832 * MIB, "slice": 832 * MIB,
+    "shared": 832 * MIB,
+}  # fmt: skip
 
 # A run that leaves less than this share of what it reserves is called tight: what memplan promises for
 # reserved bytes is 2 % (docs/fit.md).

@@ -20,6 +20,7 @@ from memplan.asked.fields import MAX_LAYERS, MAX_POSITIONS, Fields
 from memplan.asked.spec import ModelSpec
 from memplan.errors import SpecError, UnsupportedArchitecture, shown
 from memplan.families import Family
+from memplan.importers.quantization import quantization_of
 from memplan.parts.config import Config
 
 # Activations whose memory is known: element-wise, and each saves its input only.
@@ -59,6 +60,7 @@ def spec_from_config(
         raise SpecError(
             f"the configuration of {shown(name)} is {shown(config)}, but it must be a JSON object"
         )
+    published = config
     model_type, family, config = _family(config, name)
     fields = Fields(config, family.defaults, frozenset(family.nullable), name)
     _refuse_variants(fields)
@@ -105,6 +107,7 @@ def spec_from_config(
             hidden_act=_ACTIVATIONS[activation],
             partial_rotary_factor=partial_rotary_factor,
             longrope=longrope,
+            quantization=quantization_of({**config, **published}, name),
             attention_dropout=fields.probability("attention_dropout"),
             resid_dropout=fields.probability("resid_pdrop") if "resid_pdrop" in family.defaults else 0.0,
             sliding_window=window,

@@ -1,7 +1,7 @@
-"""What a user calls a model -> its ModelSpec: a spec, a path, an alias, a Hub id.
+"""What a user calls a model -> its ModelSpec: a spec, a path, a name, a Hub id, a page of the Hub.
 
-Nothing is imported for it but the standard library, until a Hub id is neither in the registry nor in
-the local Hub cache; then ``huggingface_hub``, if installed, fetches its ``config.json``.
+Nothing is imported for it but the standard library, until a Hub id is neither in the registry nor a copy of
+something there nor in the local Hub cache; then ``huggingface_hub`` fetches its ``config.json``.
 """
 
 from __future__ import annotations
@@ -11,22 +11,30 @@ import os
 import re
 import stat
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from memplan import families
 from memplan.asked.spec import ModelSpec
 from memplan.bounded import TooManyParts, read_json
-from memplan.errors import MemplanError, SpecError, UnknownName, UnsupportedArchitecture, reason, shown
+from memplan.errors import SpecError, UnknownName, UnsupportedArchitecture, reason, shown
+from memplan.importers import names, registry
 from memplan.importers.hf import has_vision_tower, spec_from_config
-from memplan.resources import data_file
+from memplan.importers.quantization import method_of
+from memplan.importers.registry import Registered
 
 _MAX_CONFIG_BYTES = 16 << 20  # the largest on the Hub are some hundred KiB (labels of classifiers)
 _HUB_TIMEOUT_SECONDS = 5.0
 _LONGEST_REVISION = 200  # characters; a commit has 40
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-_VERSION = re.compile(r"-v?\d+(\.\d+)*(?=-|$)")
+_UNKNOWN = (
+    "`memplan models` lists those that have one; of any other give the Hub id or the path of its "
+    "config.json, and for a family without a plan ask memplan trace or memplan dry-run"
+)
+_MIXED = (
+    "copies called unsloth-bnb-4bit keep some layers in 16 bits, which are planned in 4, so this is the "
+    "least that they take"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,17 +57,6 @@ class ResolvedConfig:
     registered: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class RegistryEntry:
-    """A model that has a name of its own here (``data/model_specs.json``)."""
-
-    alias: str
-    aliases: tuple[str, ...]
-    hub_id: str
-    parameters: int | None
-    architecture: str
-
-
 def resolve(model: str | Path | ModelSpec) -> ResolvedModel:
     """Find a model by spec, path, alias or Hub id, in this order.
 
@@ -75,12 +72,12 @@ def resolve(model: str | Path | ModelSpec) -> ResolvedModel:
         return ResolvedModel(model)
     found = _find(model)
     if found.registered is not None:
-        spec = _registered(found.registered)
+        spec = registry.spec_of(found.registered)
         if found.hub_id != spec.hub_id:
             spec = spec.model_copy(update={"hub_id": found.hub_id})
         return ResolvedModel(spec, found.note)
     spec = spec_from_config(found.config, found.name, found.hub_id)
-    notes = (found.note or _language_model_note(found), _quantised_note(found))
+    notes = (found.note or _language_model_note(found), _stored_note(spec))
     return ResolvedModel(spec, "; ".join(filter(None, notes)) or None)
 
 
@@ -98,9 +95,11 @@ def resolve_config(model: str | Path) -> ResolvedConfig:
         )
     if _plain_names(config) and has_vision_tower(config) and isinstance(config.get("text_config"), dict):
         tied = {key: config[key] for key in ("tie_word_embeddings",) if config.get(key) is not None}
+        kept = {key: config[key] for key in ("quantization_config",) if config.get(key) is not None}
         note = found.note or _language_model_note(found)
-        return replace(found, config={**tied, **config["text_config"]}, note=note)
-    return found
+        found = replace(found, config={**tied, **kept, **config["text_config"]}, note=note)
+    notes = (found.note, _not_traced(found.config))
+    return replace(found, note="; ".join(filter(None, notes)) or None)
 
 
 def _plain_names(config: dict[str, Any]) -> bool:
@@ -108,16 +107,26 @@ def _plain_names(config: dict[str, Any]) -> bool:
     return isinstance(config.get("architectures") or [], list)
 
 
-def _quantised_note(found: ResolvedConfig) -> str | None:
-    """What a checkpoint that is quantised already is planned as."""
-    given = found.config.get("quantization_config")
-    if given is None:
+def _stored_note(spec: ModelSpec) -> str | None:
+    """How a checkpoint that is quantised already is planned."""
+    stored = spec.quantization
+    if stored is None:
         return None
-    method = given.get("quant_method") if isinstance(given, dict) else None
-    kind = f" ({method})" if isinstance(method, str) and re.fullmatch(r"[\w.-]{1,30}", method) else ""
+    twice = ", double-quantised" if stored.double_quant else ""
     return (
-        f"its quantization_config{kind} is not planned: the figures are of the model as it was before, in 16 "
-        "or 32 bits, or in 4 as mode qlora quantises it"
+        f"its weights are in 4 bits already ({stored.quant_type}{twice}), and planned so; loading is played "
+        "as if they were quantised on the way"
+    )
+
+
+def _not_traced(config: dict[str, Any]) -> str | None:
+    """What a trace leaves out of a checkpoint that is quantised: it makes the layers of the recipe."""
+    given = config.get("quantization_config")
+    if given is None or method_of(given) == "bitsandbytes":
+        return None
+    return (
+        f"its quantization_config ({method_of(given)}) is not traced: the figures are of its weights in 16 "
+        "or 32 bits, or in 4 as mode qlora quantises them"
     )
 
 
@@ -134,14 +143,17 @@ def _find(model: str | Path) -> ResolvedConfig:
             "the name of the model is empty; give an alias, a Hub id or the path of a config.json"
         )
 
-    path = _expanded(text)
+    path, revision = _expanded(text), None
+    if not isinstance(model, Path) and _kind(path) == "nothing" and (page := names.of_page(text)):
+        (text, revision), path = page, Path(page[0])
     pathlike = isinstance(model, Path) or _looks_like_a_path(text)
     if _kind(path / "config.json") == "file":
         return _from_file(path / "config.json")
     if _kind(path) == "file" and pathlike:
         return _from_file(path)
     if not pathlike:
-        found = _from_registry(text) or _from_cache(text) or _from_sibling(text)
+        found = _registered(registry.by_name(text), text) or _from_cache(text, revision)
+        found = found or _registered(registry.copy_of(text), text)
         if found:
             return found
     match _kind(path):
@@ -156,12 +168,29 @@ def _find(model: str | Path) -> ResolvedConfig:
             f"there is no {shown(text)}; give the path of a config.json or of the folder it is in"
         )
     if not _HUB_ID.fullmatch(text):
-        raise UnknownName("model", text[:100], _index(), hint="Run `memplan models` for the list")
-    return _from_hub(text)
+        close = registry.neighbours(text)
+        raise UnknownName("model", text[:100], (), hint=_UNKNOWN, close=close)
+    return _from_hub(text, revision)
+
+
+def _registered(found: Registered | None, called: str) -> ResolvedConfig | None:
+    """The configuration of a model of the registry; of a copy that is quantised, with what tells so."""
+    if found is None:
+        return None
+    config, note = registry.config_of(found.number), found.note
+    if found.stored is None:
+        return ResolvedConfig(config, registry.alias_of(found.number), found.hub_id, note, found.number)
+    if found.stored.mixed:
+        note = f"{note}; {_MIXED}"
+    config = {**config, "quantization_config": found.stored.config}
+    return ResolvedConfig(config, called.strip(), called.strip() if "/" in called else None, note)
 
 
 def hub_id_of(model: str) -> str | None:
-    """The Hub's name of a model, if that is what it is called by."""
+    """The Hub's name of a model, if that or its page is what it is called by."""
+    page = names.of_page(model) if _kind(_expanded(model)) == "nothing" else None
+    if page is not None:
+        model = page[0]
     is_name = (
         _HUB_ID.fullmatch(model) and not _looks_like_a_path(model) and _kind(_expanded(model)) == "nothing"
     )
@@ -175,94 +204,6 @@ def read_from(model: str) -> Path | None:
     return next((file for file in named if _kind(file) == "file"), None)
 
 
-def registry() -> tuple[RegistryEntry, ...]:
-    """All models with an alias, in the order of the file."""
-    return tuple(
-        RegistryEntry(
-            alias=entry["alias"],
-            aliases=tuple(entry["aliases"]),
-            hub_id=entry["hub_id"],
-            parameters=entry["parameters"],
-            architecture=entry["config"]["architectures"][0],
-        )
-        for entry in _entries()
-    )
-
-
-# -- the registry ----------------------------------------------------------------------------------------
-
-
-@cache
-def _entries() -> list[dict[str, Any]]:
-    try:
-        content = data_file("model_specs.json").read_bytes()
-    except OSError as error:
-        raise MemplanError(f"the list of models can't be read: {error}") from None
-    models: list[dict[str, Any]] = json.loads(content)["models"]
-    return models
-
-
-@cache
-def _index() -> dict[str, int]:
-    """Number of the entry for each name in lower case. Where two entries share one, the first has it."""
-    index: dict[str, int] = {}
-    for number, entry in enumerate(_entries()):
-        for alias in (entry["alias"], *entry["aliases"]):
-            index.setdefault(alias.lower(), number)
-    return index
-
-
-@cache
-def _registered(number: int) -> ModelSpec:
-    entry = _entries()[number]
-    return spec_from_config(entry["config"], entry["alias"], entry["hub_id"], entry["parameters"])
-
-
-def _from_registry(text: str) -> ResolvedConfig | None:
-    number = _index().get(text.lower())
-    if number is not None:
-        return _entry(number, note=_note(text.lower(), _entries()[number]))
-    for number, entry in enumerate(_entries()):
-        if entry["hub_id"].lower() == text.lower():
-            return _entry(number)
-    return None
-
-
-def _entry(number: int, hub_id: str | None = None, note: str | None = None) -> ResolvedConfig:
-    entry = _entries()[number]
-    return ResolvedConfig(entry["config"], entry["alias"], hub_id or entry["hub_id"], note, number)
-
-
-def _note(name: str, entry: dict[str, Any]) -> str | None:
-    """What an alias stands for, unless it is plain to see; and the other versions that it may mean."""
-    alias: str = entry["alias"]
-    plain = (alias, entry["hub_id"].lower().partition("/")[2])
-    if name.replace("-", "") in [known.replace("-", "") for known in plain]:
-        return None
-    note = f"{name} means {alias} ({entry['hub_id']})"
-    others = [
-        other["alias"]
-        for other in _entries()
-        if other["alias"] != alias and _VERSION.sub("", other["alias"], count=1) == name
-    ]
-    if others:
-        *head, last = others
-        note += (
-            f"; other versions are {', '.join(head)} and {last}" if head else f"; another version is {last}"
-        )
-    return note
-
-
-def _from_sibling(text: str) -> ResolvedConfig | None:
-    """A Hub id whose last part is an alias of the same organisation's: a variant of the same shapes."""
-    organisation, _, last = text.lower().partition("/")
-    number = _index().get(last)
-    if number is None or _entries()[number]["hub_id"].lower().partition("/")[0] != organisation:
-        return None
-    planned = _entries()[number]["hub_id"]
-    return _entry(number, text, f"{text} is planned with the configuration of {planned}")
-
-
 # -- the Hub and its cache -------------------------------------------------------------------------------
 
 
@@ -273,11 +214,11 @@ def _hub_cache() -> Path:
     return _expanded(os.path.expandvars(cache))
 
 
-def _from_cache(text: str) -> ResolvedConfig | None:
+def _from_cache(text: str, revision: str | None) -> ResolvedConfig | None:
     if not _HUB_ID.fullmatch(text):
         return None
     folder = _hub_cache() / f"models--{text.replace('/', '--')}"
-    head = folder / "refs" / "main"
+    head = folder / "refs" / (revision or "main")
     if _kind(head) != "file":
         return None
     try:
@@ -289,7 +230,7 @@ def _from_cache(text: str) -> ResolvedConfig | None:
     return _from_file(config, hub_id=text) if _kind(config) == "file" else None
 
 
-def _from_hub(hub_id: str) -> ResolvedConfig:
+def _from_hub(hub_id: str, revision: str | None) -> ResolvedConfig:
     instead = "or give the path of its config.json"
     for switch in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         if os.environ.get(switch, "").upper() in ("1", "ON", "YES", "TRUE"):
@@ -306,8 +247,12 @@ def _from_hub(hub_id: str) -> ResolvedConfig:
         ) from None
     try:
         # One request without retries first: hf_hub_download would try for half a minute without a network.
-        get_hf_file_metadata(hf_hub_url(hub_id, "config.json"), timeout=_HUB_TIMEOUT_SECONDS)
-        downloaded = hf_hub_download(hub_id, "config.json", etag_timeout=_HUB_TIMEOUT_SECONDS)
+        get_hf_file_metadata(
+            hf_hub_url(hub_id, "config.json", revision=revision), timeout=_HUB_TIMEOUT_SECONDS
+        )
+        downloaded = hf_hub_download(
+            hub_id, "config.json", revision=revision, etag_timeout=_HUB_TIMEOUT_SECONDS
+        )
     except Exception as error:  # an HTTP library's own exceptions, broken caches, certificates, proxies ...
         match error:
             case errors.GatedRepoError():

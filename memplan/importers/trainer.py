@@ -25,6 +25,8 @@ def spec_of(model: Any) -> ModelSpec:
         raise MemplanError(f"a {type(base).__name__} has no configuration of transformers'")
     config = base.config.to_dict()
     config["architectures"] = [type(base).__name__]
+    if getattr(base, "is_loaded_in_4bit", False):
+        config.pop("quantization_config", None)  # the layers tell, more exactly (recipe_of)
     return spec_from_config(config, config.get("_name_or_path") or type(base).__name__)
 
 

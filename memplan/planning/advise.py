@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from memplan.device.fit import Verdict
     from memplan.planning.frontier import Peaks
     from memplan.planning.study import Prediction
+    from memplan.runfiles import RunFile
 
 
 class Cost(IntEnum):
@@ -272,18 +273,20 @@ def advise(study: Prediction, gpu: str) -> Advice:
 
     Raises MemplanError if the recipe can't be had on that card, or pricing changes of it takes too long.
     """
-    from memplan.asked.gpus import find_gpu
+    from memplan.device.here import find_card
 
-    card, recipe = find_gpu(gpu), study.asked.given
+    card = next((one for one in study.asked.gpus if one.name == gpu), None) or find_card(gpu)
+    recipe = study.asked.given
+    file = _file(study)
     _check_size(study)
     pricer = _Pricer(study, card)
     asked = study.recipe
     if pricer.verdict(recipe) != "does not fit":
-        return Advice(gpu=card.name, room=tuple(_room(recipe, pricer)))
+        return Advice(gpu=card.name, room=tuple(_room(recipe, pricer, file)))
     changes = []
     before = pricer.allocated(recipe)
     for idea in IDEAS:
-        changed = _changed(recipe, idea, pricer)
+        changed = _changed(recipe, idea, pricer, file)
         if changed is None:
             continue
         after = pricer.allocated(changed)
@@ -296,7 +299,7 @@ def advise(study: Prediction, gpu: str) -> Advice:
             title=idea.title(asked),
             cost=idea.cost,
             command=idea.command(asked),
-            config=idea.config(asked),
+            config=idea.config(asked) if file is None else _lines(idea, asked, file),
             tensor_bytes=after,
             saves_bytes=before - after,
             needed_bytes=pricer.needed(changed),
@@ -306,8 +309,23 @@ def advise(study: Prediction, gpu: str) -> Advice:
     )
     combination = None
     if not any(change.verdict != "does not fit" for change in listed):
-        combination = _combination(recipe, pricer)
+        combination = _combination(recipe, pricer, file)
     return Advice(gpu=card.name, changes=listed, combination=combination, cards=_cards_for(study, card))
+
+
+def _file(study: Prediction) -> RunFile | None:
+    """The kind of file that the recipe is from: what is advised is a change of it."""
+    if study.asked.read is None:
+        return None
+    from memplan.runfiles import find
+
+    return find(study.asked.read.kind)
+
+
+def _lines(idea: _Idea, recipe: Recipe, file: RunFile) -> str:
+    """A change as lines of the file; ``recipe`` as :meth:`_Idea.apply` takes it."""
+    fields = file.sayable(idea.apply(recipe) or {})
+    return "" if fields is None else file.change(fields, recipe)
 
 
 def _check_size(study: Prediction) -> None:
@@ -373,10 +391,12 @@ class _Pricer:
         return self._fits[recipe]
 
 
-def _changed(recipe: Recipe, idea: _Idea, pricer: _Pricer) -> Recipe | None:
-    """The recipe (as asked, not resolved) after a change; None where it does not apply, or can't be had of
-    the model or on the card."""
+def _changed(recipe: Recipe, idea: _Idea, pricer: _Pricer, file: RunFile | None = None) -> Recipe | None:
+    """The recipe (as asked, not resolved) after a change; None where it does not apply, can't be had of the
+    model or on the card, or can't be said in the file that was asked about."""
     fields = idea.apply(pricer.resolved(recipe))
+    if fields is not None and file is not None:
+        fields = file.sayable(fields)
     if fields is None:
         return None
     try:
@@ -387,17 +407,18 @@ def _changed(recipe: Recipe, idea: _Idea, pricer: _Pricer) -> Recipe | None:
     return changed
 
 
-def _combination(recipe: Recipe, pricer: _Pricer) -> Combination | None:
+def _combination(recipe: Recipe, pricer: _Pricer, file: RunFile | None) -> Combination | None:
     """Changes are added from cheap to dear, each where it saves something, until the run fits; then those are
     taken out again that it can do without, the dearest first."""
 
-    def applied(ideas: list[_Idea]) -> tuple[Recipe, list[tuple[str, str]]]:
+    def applied(ideas: list[_Idea]) -> tuple[Recipe, list[tuple[str, str, str]]]:
         changed, told = recipe, []
         for idea in ideas:
-            after = _changed(changed, idea, pricer)
+            after = _changed(changed, idea, pricer, file)
             if after is not None:
                 resolved = pricer.resolved(changed)
-                told.append((idea.title(resolved), idea.command(resolved)))
+                lines = "" if file is None else _lines(idea, resolved, file)
+                told.append((idea.title(resolved), idea.command(resolved), lines))
                 changed = after
         return changed, told
 
@@ -421,8 +442,9 @@ def _combination(recipe: Recipe, pricer: _Pricer) -> Combination | None:
     needed = pricer.needed(changed)
     assert needed is not None
     return Combination(
-        titles=tuple(title for title, _ in told),
-        command=" ".join(command for _, command in told),
+        titles=tuple(title for title, _, _ in told),
+        command=" ".join(command for _, command, _ in told),
+        config=None if file is None else "; ".join(lines for _, _, lines in told),
         needed_bytes=needed,
         verdict=pricer.verdict(changed),
     )
@@ -437,7 +459,7 @@ def _cards_for(study: Prediction, than: Gpu) -> tuple[str, ...]:
     found: list[str] = []
     sizes: set[int] = set()
     for gpu in sorted(load_gpus(), key=lambda gpu: gpu.visible_bytes):
-        if gpu.visible_bytes <= than.visible_bytes or gpu.total_mib >> 10 in sizes:
+        if gpu.visible_bytes <= than.visible_bytes or gpu.gb in sizes or gpu.kind == "slice":
             continue
         try:
             if written_for(study.recipe, gpu) is not None:
@@ -446,25 +468,30 @@ def _cards_for(study: Prediction, than: Gpu) -> tuple[str, ...]:
             continue  # its kernels don't run there
         if judge(gpu, study.run(), explain=False).verdict == "fits":
             found.append(gpu.name)
-            sizes.add(gpu.total_mib >> 10)
+            sizes.add(gpu.gb)
         if len(found) == 3:
             break
     return tuple(found)
 
 
-def _room(recipe: Recipe, pricer: _Pricer) -> Iterable[str]:
+def _room(recipe: Recipe, pricer: _Pricer, file: RunFile | None) -> Iterable[str]:
     """What a run that fits leaves room for."""
     from memplan.planning.frontier import largest
+
+    def how(field: str, value: object, option: str) -> str:
+        fields = None if file is None else file.sayable({field: value})
+        return option if file is None or fields is None else file.change(fields, recipe)
 
     # with use_reentrant given, the option that turns checkpointing off would contradict it
     if pricer.resolved(recipe).gradient_checkpointing and recipe.use_reentrant is None:
         asked = {**recipe.model_dump(exclude_unset=True), "gradient_checkpointing": False}
         if pricer.verdict(Recipe(**asked)) == "fits":
-            yield "no checkpointing: about a quarter less time (--no-gradient-checkpointing)"
+            how_said = how("gradient_checkpointing", False, "--no-gradient-checkpointing")
+            yield f"no checkpointing: about a quarter less time ({how_said})"
     peaks = pricer.peaks(recipe)
     longest = largest(peaks, "seq_len", recipe.batch_size)
     if longest > recipe.seq_len:
-        yield f"sequences of up to {longest:,} tokens (--seq-len {longest})"
+        yield f"sequences of up to {longest:,} tokens ({how('seq_len', longest, f'--seq-len {longest}')})"
     most = largest(peaks, "batch_size", recipe.seq_len)
     if most > recipe.batch_size:
-        yield f"up to {most} sequences at once (--batch-size {most})"
+        yield f"up to {most} sequences at once ({how('batch_size', most, f'--batch-size {most}')})"

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from memplan import attention
-from memplan.asked.gpus import DEFAULT_GPUS, Gpu, find_gpu
+from memplan.asked.gpus import DEFAULT_GPUS, Gpu
 from memplan.asked.recipe import DTypeName, Kernels, Recipe
 from memplan.cuda.card import FLASH_CAPABILITY, KERNELS_CAPABILITY, Card
+from memplan.device.here import find_cards
 from memplan.errors import MemplanError
 from memplan.tape import Tape
 
@@ -15,25 +16,33 @@ from memplan.tape import Tape
 _FLASH = ("_flash_attn_forward", "_scaled_dot_product_flash_attention")
 _EFFICIENT = "_scaled_dot_product_efficient_attention"
 
+# The compute capability from which on PyTorch's builds for CUDA 12.8 and later have kernels
+# (pytorch/pytorch#172352, #190385).
+_IN_DEFAULT_BUILDS = (7, 5)
+
 
 def judged(gpus: Iterable[str] | None) -> list[Gpu]:
-    """The cards of these names, or the representative set."""
+    """The cards of these names, each once, or the representative set."""
     if isinstance(gpus, str):
         gpus = [gpus]
-    return [find_gpu(name) for name in (DEFAULT_GPUS if gpus is None else gpus)]
+    found = (gpu for name in (DEFAULT_GPUS if gpus is None else gpus) for gpu in find_cards(name))
+    return list({gpu.name: gpu for gpu in found}.values())
 
 
 def able(recipe: Recipe, gpus: Iterable[str] | None) -> list[Gpu]:
     """The cards to judge; without those of the representative set on which memplan's kernels, if the recipe
     has them, don't run. Raises MemplanError if one of those was asked for."""
-    cards = judged(gpus)
+    return _able(recipe, judged(gpus), named=gpus is not None)
+
+
+def _able(recipe: Recipe, cards: list[Gpu], *, named: bool) -> list[Gpu]:
     if recipe.kernels is Kernels.STOCK:
         return cards
     found = []
     for card in cards:
         if card.capability is not None and card.capability >= KERNELS_CAPABILITY:
             found.append(card)
-        elif gpus is not None:
+        elif named:
             raise MemplanError(
                 f"memplan's kernels run on NVIDIA GPUs from Ampere on, which the {card.name} is not: "
                 "use stock kernels"
@@ -44,13 +53,35 @@ def able(recipe: Recipe, gpus: Iterable[str] | None) -> list[Gpu]:
 def written_for(recipe: Recipe, gpu: Gpu) -> Card | None:
     """The card that a step has to be written for, None for the reference card: before Ampere other kernels
     run. Raises MemplanError if the recipe's kernels don't run on it."""
-    if recipe.kernels is not Kernels.STOCK:
-        able(recipe, [gpu.name])
+    _able(recipe, [gpu], named=True)
     if gpu.capability is None or gpu.capability >= FLASH_CAPABILITY:
         return None
     if attention.of(recipe).package:
         raise MemplanError(f"this step runs FlashAttention, which the {gpu.name} can't: use attn 'sdpa'")
     return Card(gpu.capability)
+
+
+def remark(gpu: Gpu, recipe: Recipe) -> str | None:
+    """What a verdict about a card has to say beside its figures: what was taken for it, whose its memory is,
+    what it lacks and what PyTorch does there."""
+    told = [gpu.assumed] if gpu.assumed else []
+    if gpu.kind == "shared":
+        told.append(
+            "its memory is the host's, too: what the system and the program hold there is not counted"
+        )
+    if gpu.capability is not None and gpu.capability < FLASH_CAPABILITY:
+        lacks = "has no FlashAttention"
+        if _in_bf16(recipe):  # torch/cuda/__init__.py, is_bf16_supported(including_emulation=True)
+            lacks += " and no bf16, which PyTorch emulates there, slowly (--dtype fp16 is fast)"
+        told.append(lacks)
+        if gpu.capability < _IN_DEFAULT_BUILDS:
+            told.append("needs PyTorch's build for CUDA 12.6, the last with kernels for it")
+    return "; ".join(told) or None
+
+
+def _in_bf16(recipe: Recipe) -> bool:
+    dtypes = (recipe.dtype, recipe.compute_dtype)
+    return DTypeName.BFLOAT16 in dtypes or (recipe.autocast and recipe.dtype is not DTypeName.FLOAT16)
 
 
 def as_told(

@@ -30,7 +30,7 @@ from memplan.device.fit import context_bytes, usable_bytes
 from memplan.errors import MemplanError
 from memplan.planning import predicted
 from memplan.planning.apart import each
-from memplan.planning.cards import written_for
+from memplan.planning.cards import remark, written_for
 from memplan.predict.parameters import resolve_recipe
 from memplan.tape import Tape, replay
 
@@ -80,6 +80,7 @@ class Frontier(BaseModel):
     usable_bytes: int
     simulated: bool
     rows: tuple[Row, ...]
+    note: str | None = None  # what is to say of the card
 
 
 def frontier(
@@ -137,6 +138,7 @@ def frontier(
         rows=tuple(
             Row(recipe=sizes.recipe, cells=tuple(cells)) for sizes, cells in zip(every, rows, strict=True)
         ),
+        note=remark(gpu, every[0].recipe) if every else None,
     )
 
 

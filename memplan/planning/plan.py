@@ -22,12 +22,13 @@ from memplan.planning.records import (
     ModelInfo,
     ParameterCounts,
     PeakInfo,
+    ReadFrom,
     Record,
     Slipped,
     StaticBytes,
     Summary,
 )
-from memplan.planning.study import Prediction, Study, ask
+from memplan.planning.study import Prediction, Study, ask, read_from
 from memplan.tape import Category, Peak, Point, Tape, replay, timeline
 
 SCHEMA_VERSION = 1
@@ -62,6 +63,7 @@ class Plan(Record):
     summary: Summary
     # the versions of the libraries that ran, unless predicted
     libraries: dict[str, str] = Field(default_factory=dict)
+    read: ReadFrom | None = None  # where a trainer's file was asked about
 
     _study: Study | None = PrivateAttr(default=None)
     _told: Told = PrivateAttr(default_factory=Told)
@@ -161,14 +163,16 @@ def plan(
     recipe: Recipe | None = None,
     *,
     gpus: Iterable[str] | None = None,
+    config: str | Path | None = None,
 ) -> Plan:
     """Predict the memory of one steady-state training step.
 
-    ``model`` is an alias (``llama-70b``), a Hub id, a path to a config.json or its folder, or a spec.
+    ``model`` is an alias (``llama-70b``), a Hub id, a path to a config.json or its folder, a spec, or the
+    file of a trainer (docs/files.md), which ``config`` may be, too; what ``recipe`` was given overrides it.
     ``gpus`` are names of cards to judge (default: a representative set).
     Raises MemplanError (UnknownName, SpecError, RecipeError, UnsupportedArchitecture).
     """
-    return plan_of(Prediction(ask(model, recipe, gpus)))
+    return plan_of(Prediction(ask(model, recipe, gpus, config)))
 
 
 def plan_of(study: Prediction) -> Plan:
@@ -179,7 +183,7 @@ def plan_of(study: Prediction) -> Plan:
     spec, recipe = asked.spec, asked.recipe
     base, adapters, trainable = parameters.count(spec, recipe)
     notes = (asked.note, _experts(spec, recipe), _too_long(spec, recipe), _saved(spec, recipe, study.peak))
-    return plan_from_study(
+    answer = plan_from_study(
         study,
         ModelInfo(
             name=spec.name,
@@ -189,6 +193,7 @@ def plan_of(study: Prediction) -> Plan:
         ),
         ParameterCounts(total=base + adapters, trainable=trainable),
     )
+    return answer.model_copy(update={"read": read_from(asked.read)})
 
 
 def _experts(spec: ModelSpec, recipe: Recipe) -> str | None:

@@ -24,6 +24,17 @@ class ModelInfo(Record):
     note: str | None = None
 
 
+class ReadFrom(Record):
+    """The file of a trainer that was asked about: the keys that moved the recipe, with their values; those
+    that move no memory; and what the run does beside that no figure counts."""
+
+    file: str
+    kind: str
+    understood: dict[str, Any]
+    ignored: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+
 class ParameterCounts(Record):
     """Parameters (tied weights counted once), adapters included in both counts."""
 
@@ -157,7 +168,8 @@ class Slipped(BaseModel):
 class Change(BaseModel):
     """One change. Bytes: ``tensor_bytes`` at the peak after it, ``saves_bytes`` less than before;
     ``needed_bytes`` with the allocator simulated, None where the peak alone is too large. ``cost`` in words;
-    ``command``: memplan's option; ``config``: the same in PEFT, TRL or the Trainer."""
+    ``command``: memplan's option; ``config``: the same in the file that was asked about, else in PEFT, TRL or
+    the Trainer."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -173,12 +185,13 @@ class Change(BaseModel):
 
 class Combination(BaseModel):
     """Several changes that together make a run fit; none of them can be left out. ``command``: memplan's
-    options."""
+    options; ``config``: the same in the file that was asked about, if one was."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     titles: tuple[str, ...]
     command: str
+    config: str | None = None
     needed_bytes: int
     verdict: Verdict
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from memplan import stacks
 from memplan.asked.alloc_conf import parse_settings
@@ -14,9 +15,13 @@ from memplan.asked.recipe import Recipe
 from memplan.asked.spec import ModelSpec
 from memplan.cuda.card import Card
 from memplan.device.fit import Evaluated, Fit, Run, Verdict, glance, judge, recast_bytes
+from memplan.errors import MemplanError, shown
 from memplan.planning import cards, predicted
-from memplan.planning.records import AllocatorInfo, Evaluation, Slipped
+from memplan.planning.records import AllocatorInfo, Evaluation, ReadFrom, Slipped
 from memplan.tape import Category, Peak, Tape, replay, static_bytes
+
+if TYPE_CHECKING:
+    from memplan.runfiles import Reading
 
 DEFAULT_BATCH = 8  # TrainingArguments.per_device_eval_batch_size (transformers 5.23)
 
@@ -24,7 +29,8 @@ DEFAULT_BATCH = 8  # TrainingArguments.per_device_eval_batch_size (transformers 
 @dataclass(frozen=True)
 class Asked:
     """A model, a recipe as it was given and as the model has it (resolved), and cards; ``named`` if somebody
-    named those. ``note``: how the model's name was understood, where that needs saying."""
+    named those. ``note``: how the model's name was understood, where that needs saying; ``read``: the file
+    that the recipe is from, if it is from one."""
 
     spec: ModelSpec
     given: Recipe
@@ -32,6 +38,7 @@ class Asked:
     gpus: tuple[Gpu, ...]
     named: bool
     note: str | None = None
+    read: Reading | None = None
 
     def otherwise(self, given: Recipe) -> Asked:
         """The same of another recipe. Raises RecipeError if it does not suit the model."""
@@ -41,17 +48,68 @@ class Asked:
 
 
 def ask(
-    model: str | Path | ModelSpec, recipe: Recipe | None = None, gpus: Iterable[str] | None = None
+    model: str | Path | ModelSpec,
+    recipe: Recipe | None = None,
+    gpus: Iterable[str] | None = None,
+    config: str | Path | None = None,
 ) -> Asked:
     """What :func:`memplan.plan` is asked, understood. Raises MemplanError (UnknownName, SpecError,
     RecipeError, UnsupportedArchitecture)."""
     from memplan.importers.resolve import resolve
     from memplan.predict.parameters import resolve_recipe
 
+    named, read = opened(model, config)
     given = recipe or Recipe()
+    if read is not None:
+        given = read.recipe(recipe)
     judged = tuple(cards.able(given, gpus))  # names that are wrong are said to be before anything is played
-    found = resolve(model)
-    return Asked(found.spec, given, resolve_recipe(found.spec, given), judged, gpus is not None, found.note)
+    found = resolve(named)
+    if read is not None:
+        given = read.suited(given, found.spec, recipe)
+    resolved = resolve_recipe(found.spec, given)
+    return Asked(found.spec, given, resolved, judged, gpus is not None, found.note, read)
+
+
+def opened(
+    model: str | Path | ModelSpec, config: str | Path | None = None
+) -> tuple[str | Path | ModelSpec, Reading | None]:
+    """The model, and the file of a trainer that the recipe is from: ``config``, or the model's own name is
+    that of one, which names its model. Raises MemplanError."""
+    if config is None and (
+        isinstance(model, ModelSpec) or not str(model).endswith((".yaml", ".yml", ".json"))
+    ):
+        return model, None
+    from memplan import runfiles
+
+    if config is not None:
+        read = runfiles.read(config)
+        if read is None:
+            raise MemplanError(f"{shown(str(config))} is no file that a trainer is configured with")
+        asked = {key: value for key, value in read.understood.items() if value != read.model}
+        return model, replace(read, understood=asked)
+    assert not isinstance(model, ModelSpec)
+    read = runfiles.read(model)
+    if read is None:
+        return model, None
+    if read.model is None:
+        raise MemplanError(
+            f"{read.name} ({runfiles.find(read.kind).title}) names no model: ask `memplan MODEL --config "
+            f"{read.path}`"
+        )
+    return read.model, read
+
+
+def read_from(read: Reading | None) -> ReadFrom | None:
+    """What a plan says of the file."""
+    if read is None:
+        return None
+    return ReadFrom(
+        file=read.name,
+        kind=read.kind,
+        understood=dict(read.understood),
+        ignored=read.ignored,
+        left_out=read.left_out,
+    )
 
 
 class Study:
@@ -99,7 +157,9 @@ class Study:
     @cached_property
     def fits(self) -> tuple[Fit, ...]:
         """A verdict for each card."""
-        return tuple(_with_kernels(judge(gpu, self.run(card)), card) for gpu, card in self.cards)
+        return tuple(
+            _remarked(judge(gpu, self.run(card)), gpu, card, self.recipe) for gpu, card in self.cards
+        )
 
     def glances(self) -> Iterator[tuple[Gpu, Verdict]]:
         """The verdict for each card, without the allocator's simulation where it can be told without."""
@@ -165,17 +225,25 @@ class Prediction(Study):
 
     @cached_property
     def evaluation(self) -> Evaluation | None:
-        """What the Trainer's default evaluation takes: it is made in batches of 8 unless told otherwise."""
-        peak, one = (
-            replay(predicted.evaluation(self.asked.spec, self.recipe, size)) for size in (DEFAULT_BATCH, 1)
-        )
+        """What the Trainer's default evaluation takes: it is made in batches of 8 unless told otherwise, as a
+        trainer's file may."""
+        batch = self._evaluated_in
+        if not batch:
+            return None
+        peak, one = (replay(predicted.evaluation(self.asked.spec, self.recipe, size)) for size in (batch, 1))
         return Evaluation(
-            batch_size=DEFAULT_BATCH,
+            batch_size=batch,
             tensor_bytes=peak.allocated_bytes,
             operation=peak.operation,
             module=peak.module,
             with_one_bytes=one.allocated_bytes,
         )
+
+    @property
+    def _evaluated_in(self) -> int:
+        """Sequences in a batch of an evaluation; 0 where none is made."""
+        read = self.asked.read
+        return DEFAULT_BATCH if read is None or read.evaluates is None else read.evaluates
 
     @cached_property
     def slip(self) -> Slipped | None:
@@ -194,7 +262,8 @@ class Prediction(Study):
         """The same with verdicts of the run with such an evaluation in it, for the cards on which that is
         higher than a step: where other kernels run than on the reference card, both are others too."""
         found = self.evaluation
-        assert found is not None
+        if found is None:
+            return None
         higher = found.tensor_bytes > self.peak.allocated_bytes
         asked = [
             (gpu, card)
@@ -208,7 +277,7 @@ class Prediction(Study):
 
     def _longer(self, card: Card | None) -> Evaluated:
         tape = partial(
-            predicted.evaluation, self.asked.spec, self.recipe, DEFAULT_BATCH, card=card, folded=False
+            predicted.evaluation, self.asked.spec, self.recipe, self._evaluated_in, card=card, folded=False
         )
         return self.run(card).with_evaluation(tape)
 
@@ -217,9 +286,10 @@ def _not_loaded(_capacity: int | None) -> None:
     """How a model comes onto the card whose tape is all there is: as it lies there."""
 
 
-def _with_kernels(fit: Fit, card: Card | None) -> Fit:
-    """Says so where the verdict is about another run than the plan's own figures."""
-    if card is None:
-        return fit
-    note = "has no FlashAttention, so its step takes another amount than the plan's, which is an A100's"
-    return fit.model_copy(update={"note": "; ".join(filter(None, (fit.note, note)))})
+def _remarked(fit: Fit, gpu: Gpu, card: Card | None, recipe: Recipe) -> Fit:
+    """With what a verdict has to say of the card; where the verdict is about another run than the plan's own
+    figures, that too."""
+    told = [fit.note, cards.remark(gpu, recipe)]
+    if card is not None:
+        told.append("its step takes another amount than the plan's, which is an A100's")
+    return fit.model_copy(update={"note": "; ".join(filter(None, told)) or None})

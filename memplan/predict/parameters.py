@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from memplan import adapters, families, optimizers
 from memplan.asked.options import TARGET_PRESETS
-from memplan.asked.recipe import Mode, Recipe
+from memplan.asked.recipe import DTypeName, Mode, QuantType, Recipe
 from memplan.asked.spec import ModelSpec
 from memplan.errors import RecipeError
 from memplan.predict import blueprint, targets
@@ -15,6 +15,7 @@ from memplan.predict import blueprint, targets
 
 def resolve_recipe(spec: ModelSpec, recipe: Recipe) -> Recipe:
     """``recipe.resolved()`` with what depends on the model, checked against it. Raises RecipeError."""
+    recipe = _as_stored(spec, recipe)
     attn = families.find(spec.model_type).attention(recipe.attn)
     resolved = recipe.model_copy(update={"attn": attn}).resolved()
     if recipe.momentum and not optimizers.find(recipe.optimizer).momentum:
@@ -23,6 +24,39 @@ def resolve_recipe(spec: ModelSpec, recipe: Recipe) -> Recipe:
         _check_experts(spec, resolved)
         targets.check(resolved, _adapted(spec, resolved), _linear_shapes(spec), _names(spec))
     return resolved
+
+
+def _as_stored(spec: ModelSpec, recipe: Recipe) -> Recipe:
+    """The recipe with the settings that a checkpoint in 4 bits brings along: transformers keeps to them,
+    whatever a script says."""
+    stored = spec.quantization
+    if stored is None:
+        return recipe
+    if recipe.mode is not Mode.QLORA:
+        way = "nothing trains them in full" if recipe.mode is Mode.FULL else "adapters on them are QLoRA"
+        raise RecipeError(
+            f"{spec.name} holds weights in 4 bits, and {way}: give --mode qlora, or the model that they were "
+            "made of"
+        )
+    if spec.num_experts:
+        raise RecipeError(
+            f"{spec.name} holds experts in 4 bits, which memplan doesn't plan: `memplan dry-run -- COMMAND` "
+            "runs your own program with them"
+        )
+    settings = {
+        "quant_type": QuantType(stored.quant_type),
+        "double_quant": stored.double_quant,
+        "compute_dtype": DTypeName(stored.compute_dtype),
+    }
+    for field, value in settings.items():
+        given = getattr(recipe, field)
+        if field in recipe.model_fields_set and given is not None and given != value:
+            told = getattr(value, "value", value)
+            raise RecipeError(
+                f"{spec.name} is quantised already, with {field} {told}, and transformers keeps to that: "
+                f"leave {field} out"
+            )
+    return recipe.model_copy(update=settings)
 
 
 def _check_experts(spec: ModelSpec, recipe: Recipe) -> None:

@@ -9,7 +9,17 @@ from rich.text import Text
 
 from memplan.report.console import HEADING, QUIET, Cell, note, paragraph, table
 from memplan.report.headline import FEW, of_modes
-from memplan.report.plan import FOOTNOTE, SUMMARY, VERDICT_STYLES, known, show_headline, show_model, show_note
+from memplan.report.plan import (
+    FOOTNOTE,
+    SUMMARY,
+    VERDICT_STYLES,
+    known,
+    lacking,
+    show_headline,
+    show_model,
+    show_note,
+)
+from memplan.report.read import show_differences, show_read
 from memplan.report.screen import DETAIL, Part, blank, show
 from memplan.report.wording import common_and_own, short_card
 from memplan.units import count, gib, ratio
@@ -35,9 +45,12 @@ def show_comparison(plans: Sequence[Plan], console: Console, *, verbose: bool = 
         Part(blank) if lines else Part(lambda console: None),
         Part(lambda console: show_model(plans[0].model, console)),
         Part(lambda console: show_note(plans[0].model, console), 5, "which model"),
+        Part(lambda console: show_read(plans[0], console, whole=verbose)),
         Part(lambda console: _show_recipes(plans, console)),
         Part(blank),
         Part(lambda console: _show_sizes(plans, console, cards if few or verbose else ())),
+        Part(lambda console: _show_lacking(plans, console), 3),
+        Part(lambda console: show_differences(plans[0], console), 1),
         Part(lambda console: note(console, FOOTNOTE), DETAIL),
         Part(lambda console: None if few else blank(console), DETAIL, "each card"),
     ]
@@ -71,6 +84,12 @@ def _show_sizes(
         cells = (Text(_WORDS[verdict], VERDICT_STYLES[verdict]) for _, verdict in verdicts)
         rows.append([f"  {short_card(gpu.name)}, {gib(gpu.visible_bytes)}", *cells])
     table(console, rows, "<" + ">" * len(plans))
+
+
+def _show_lacking(plans: Sequence[Plan], console: Console) -> None:
+    """Print what cards that were asked about lack."""
+    for line in dict.fromkeys(line for plan in plans for line in lacking(plan, named=False)):
+        note(console, line)
 
 
 def _summary_cell(field: str) -> Callable[[Plan], str]:

@@ -25,21 +25,25 @@ def evaluating(plan: Plan) -> str | None:
     found = plan.evaluation
     if found is None:
         return None
+    whose, smaller = "the Trainer's default batch", "per_device_eval_batch_size=1"
+    if plan.read is not None:
+        key = "eval_batch_size" if plan.read.kind == "axolotl" else "per_device_eval_batch_size"
+        whose, smaller = "its batch", f"{key}: 1"
     if found.tensor_bytes <= plan.peak.tensor_bytes:
         if not found.fits:
             return None
         return (
-            f"Evaluating with the Trainer's default batch of {found.batch_size} takes more than a training "
-            f"step there ({_cards(plan)}): set per_device_eval_batch_size=1."
+            f"Evaluating with {whose} of {found.batch_size} takes more than a training "
+            f"step there ({_cards(plan)}): set {smaller}."
         )
     sentence = (
-        f"Evaluating with the Trainer's default batch of {found.batch_size} takes at "
+        f"Evaluating with {whose} of {found.batch_size} takes at "
         f"least {gib(found.tensor_bytes)} GiB, more than a training step"
     )
     if found.fits:
         sentence += f" ({_cards(plan)})"
     if found.with_one_bytes < found.tensor_bytes:
-        sentence += f": set per_device_eval_batch_size=1 ({gib(found.with_one_bytes)} GiB)"
+        sentence += f": set {smaller} ({gib(found.with_one_bytes)} GiB)"
     return sentence + "."
 
 

@@ -13,6 +13,7 @@ from memplan.report.headline import FEW, Line, accumulating, remedies, verdicts
 from memplan.report.plan import (
     TIGHT,
     VERDICT_STYLES,
+    lacking,
     moment,
     needed,
     show_headline,
@@ -21,6 +22,7 @@ from memplan.report.plan import (
     show_recipe,
     warn,
 )
+from memplan.report.read import show_differences, show_read
 from memplan.report.screen import DETAIL, Part, blank, show
 from memplan.report.wording import short_card
 from memplan.units import gib
@@ -68,13 +70,19 @@ def show_fit(
         Part(blank),
         Part(lambda console: show_model(plan.model, console)),
         Part(lambda console: show_note(plan.model, console)),
+        Part(lambda console: show_read(plan, console, whole=verbose)),
         Part(lambda console: show_recipe(plan, given, console, () if verbose else _TOLD)),
         Part(blank),
         Part(lambda console: _show_sizes(plan, console)),
         Part(lambda console: _show_cards(plan, console), 1 if len(plan.fits) > FEW else DETAIL, "each card"),
-        Part(lambda console: _show_notes(plan, console, verbose), 6, "where it runs out"),
+        Part(
+            lambda console: _show_notes(plan, console, verbose),
+            1 if lacking(plan, named=True) else 6,
+            "where it runs out",
+        ),
         Part(lambda console: note(console, needed(plan)), DETAIL),
         Part(lambda console: warn(accumulating(plan, plan.fits), console), 3, "accumulation"),
+        Part(lambda console: show_differences(plan, console)),
         Part(lambda console: warn(slipped(plan), console), 2, "the usual slip"),
         Part(lambda console: warn(evaluating(plan), console), 4, "evaluation"),
         Part(lambda console: warn(varying(plan.recipe), console), 7, "lengths that vary"),
@@ -84,7 +92,7 @@ def show_fit(
             parts += [Part(blank), Part(lambda console, advice=advice: show_advice(advice, console))]  # type: ignore[misc]
         else:
             parts.append(
-                Part(lambda console, advice=advice: _show_first(advice, console), 2, "all changes")  # type: ignore[misc]
+                Part(lambda console, advice=advice: _show_first(plan, advice, console), 2, "all changes")  # type: ignore[misc]
             )
     show(parts, console, verbose=verbose)
 
@@ -123,7 +131,7 @@ def _show_notes(plan: Plan, console: Console, verbose: bool) -> None:
         note(console, TIGHT)
 
 
-def _show_first(advice: Advice, console: Console) -> None:
+def _show_first(plan: Plan, advice: Advice, console: Console) -> None:
     """Print the changes that come first, a line each; of a run that fits, what there is room for."""
     if advice.room:
         show_advice(advice, console)
@@ -133,7 +141,7 @@ def _show_first(advice: Advice, console: Console) -> None:
         [
             "" if change.needed_bytes is None else f"{gib(change.needed_bytes)} GiB",
             Text(change.verdict, VERDICT_STYLES[change.verdict]),
-            change.command,
+            change.command if plan.read is None else change.config,
             Text(change.title, QUIET),
         ]
         for change in good[:_MOST_CHANGES]
@@ -175,6 +183,8 @@ def show_advice(advice: Advice, console: Console) -> None:
         together = advice.combination
         heading(console, "Together", f"{gib(together.needed_bytes)} GiB needed: {together.verdict}")
         note(console, f"  {together.command}")
+        if together.config:
+            note(console, f"  {together.config}")
         note(console, f"  {'; '.join(together.titles)}")
     elif advice.changes[0].verdict == "does not fit":
         note(console, "No combination of these fits.")

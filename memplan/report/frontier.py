@@ -53,6 +53,8 @@ def show_frontier(frontier: Frontier, console: Console) -> None:
         longest = max(cell.seq_len or 0 for row in frontier.rows for cell in row.cells)
         note(console, CAPPED_BY_US if longest == LONGEST else CAPPED)
     note(console, EXACT if frontier.simulated else AT_MOST)
+    if frontier.note is not None:
+        note(console, f"{short_card(frontier.gpu)}: {frontier.note}")
 
 
 def _pages(lines: list[list[Cell]], width: int) -> Iterator[range]:

@@ -59,7 +59,11 @@ def at_a_glance(plan: Plan, glances: Iterable[tuple[Gpu, Verdict]]) -> list[Line
 
 def remedies(plan: Plan) -> list[Line]:
     """What to change for each card on which it does not fit."""
-    found = [(advice.gpu, line) for advice in plan.advice if (line := _remedy(advice)) is not None]
+    found = [
+        (advice.gpu, line)
+        for advice in plan.advice
+        if (line := _remedy(advice, plan.read is not None)) is not None
+    ]
     if len(plan.fits) == 1:
         return [line for _, line in found]
     return [
@@ -67,18 +71,20 @@ def remedies(plan: Plan) -> list[Line]:
     ]
 
 
-def _remedy(advice: Advice) -> Line | None:
+def _remedy(advice: Advice, of_a_file: bool) -> Line | None:
     for change in advice.changes[:1]:
         if change.verdict != "does not fit" and change.needed_bytes is not None:
             how = "fits" if change.verdict == "fits" else "gets through, just,"
+            said = change.config if of_a_file else change.command
             return Line(
-                f"It {how} with {change.command} ({gib(change.needed_bytes)} GiB): {change.title}",
+                f"It {how} with {said} ({gib(change.needed_bytes)} GiB): {change.title}",
                 change.verdict,
             )
     if advice.combination is not None:
         together = advice.combination
         how = "fits" if together.verdict == "fits" else "gets through, just,"
-        return Line(f"It {how} with {together.command} ({gib(together.needed_bytes)} GiB)", together.verdict)
+        changes = together.config or together.command
+        return Line(f"It {how} with {changes} ({gib(together.needed_bytes)} GiB)", together.verdict)
     if advice.cards:
         return Line(f"No change makes it fit; a larger card does: {short_card(advice.cards[0])}")
     return Line("No change makes it fit, and no larger card that is listed") if advice.changes else None

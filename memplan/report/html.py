@@ -18,6 +18,7 @@ from memplan.report.plan import (
     SUMMARY,
     TIGHT,
     known,
+    lacking,
     moment,
     needed,
     rests,
@@ -293,7 +294,7 @@ def _fits(plan: Plan) -> str:
 <h2>Cards</h2>
 <table class="cards"><thead><tr><th>GiB</th>{head}<th></th></tr></thead><tbody>{"".join(rows)}</tbody></table>
 <p class="quiet small">{needed(plan)}{tight}</p>
-</section>
+{paragraph("; ".join(lacking(plan, named=True)), "quiet small")}</section>
 """
 
 

@@ -13,7 +13,7 @@ from memplan.units import count
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from memplan.importers.resolve import RegistryEntry
+    from memplan.importers.registry import RegistryEntry
 
 FOOTNOTE = "Any other model of these families: its Hub id, or the path to its config.json."
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from memplan.errors import UnknownName
 from memplan.report.console import QUIET, Cell, bar, heading, note, paragraph, speaks_unicode, table, warning
 from memplan.report.evaluation import evaluating, slipped
 from memplan.report.headline import Line, accumulating, at_a_glance, verdicts
+from memplan.report.read import show_differences, show_read
 from memplan.report.screen import DETAIL, Part, blank, show
 from memplan.report.wording import asked_and_default, short_card
 from memplan.units import count, gib, ratio, share
@@ -87,14 +90,21 @@ def show_plan(
         Part(blank),
         Part(lambda console: show_model(plan.model, console)),
         Part(lambda console: show_note(plan.model, console)),
+        Part(lambda console: show_read(plan, console, whole=verbose)),
         Part(lambda console: _show_parameters(plan, console), 6),
         Part(lambda console: show_recipe(plan, given, console)),
         Part(blank),
         Part(lambda console: _show_peak(plan, console, whole=verbose)),
         Part(lambda console: _show_summary(plan, console), DETAIL, "the four categories"),
         Part(cards, DETAIL, "each card"),
+        Part(
+            lambda console: _show_lacking(plan, console, named=bool(fits)),
+            1 if fits else 4,
+            "what cards lack",
+        ),
         Part(lambda console: warn(accumulating(plan, fits), console), 4, "accumulation"),
         Part(lambda console: _show_next(plan, console), 3) if not fits else Part(blank, DETAIL),
+        Part(lambda console: show_differences(plan, console)),
         Part(lambda console: warn(slipped(plan), console), 2, "the usual slip"),
         Part(lambda console: warn(evaluating(plan), console), 5, "evaluation"),
     ]
@@ -151,6 +161,24 @@ def _show_glances(plan: Plan, glances: Iterable[tuple[Gpu, Verdict]], console: C
         )
     table(console, rows, "<>><", _LABEL_WIDTH)
     note(console, LEFT)
+
+
+def lacking(plan: Plan, *, named: bool) -> list[str]:
+    """What the cards lack, and what was taken for them; of cards that nobody named, if it fits them."""
+    from memplan.planning.cards import remark
+
+    found = []
+    with suppress(UnknownName):  # a plan read from JSON may be of a card that only its machine knew
+        for gpu, verdict in plan.glances():
+            said = remark(gpu, plan.recipe) if named or verdict != "does not fit" else None
+            if said:
+                found.append(f"{short_card(gpu.name)}: {said}")
+    return found
+
+
+def _show_lacking(plan: Plan, console: Console, *, named: bool) -> None:
+    for line in lacking(plan, named=named):
+        note(console, line)
 
 
 def show_model(model: ModelInfo, console: Console) -> None:

@@ -11,14 +11,12 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from memplan.asked.recipe import Recipe
+from memplan.bounded import TooManyParts, read_yaml
 from memplan.errors import MemplanError, first_complaint, reason, shown
 from memplan.verify.job import Job, cap, gets_through, make_job, recipe_of
 from memplan.verify.measurement import SEEDS, Measurement, Run, read_all
 
 _MAX_BYTES = 256 << 10  # benchmarks/campaign.yaml, of 60 runs, has 9 KiB; PyYAML reads 100 KiB a second
-_MAX_PARTS = 100_000  # with every alias written out
-_MAX_NESTED = 32
-_MAX_DIGITS = 40
 
 
 class _Record(BaseModel):
@@ -92,8 +90,8 @@ def load(path: Path) -> Plan:
             content = file.read(_MAX_BYTES + 1)
         if len(content) > _MAX_BYTES:
             raise MemplanError(f"{where} is larger than {_MAX_BYTES >> 10} KiB, so it is no campaign")
-        document = _document(content.decode("utf-8"))
-    except _TooMuch as error:
+        document = read_yaml(content.decode("utf-8"))
+    except TooManyParts as error:
         raise MemplanError(f"{where} is no campaign: {error}") from None
     except (OSError, ValueError) as error:
         raise MemplanError(f"the campaign {where} can't be read: {reason(error)}") from None
@@ -111,55 +109,6 @@ def load(path: Path) -> Plan:
     if double is not None:
         raise MemplanError(f"{where} has two runs of the name {double!r}")
     return plan
-
-
-class _TooMuch(Exception):
-    pass
-
-
-def _document(text: str) -> Any:
-    """The value of a YAML text, which is measured before it is made: a few aliases of aliases unfold to more
-    than there is memory for."""
-    import yaml
-
-    loader = yaml.SafeLoader(text)
-    known: dict[int, int] = {}  # parts, aliases written out, of nodes that are done
-    open_: set[int] = set()
-
-    def parts(node: yaml.Node, depth: int) -> int:
-        if id(node) in known:
-            return known[id(node)]
-        if id(node) in open_:
-            raise _TooMuch("an alias stands inside of what it names")
-        if depth > _MAX_NESTED:
-            raise _TooMuch("it is nested too deeply")
-        inside: list[yaml.Node] = []
-        if isinstance(node, yaml.ScalarNode):
-            if node.tag.endswith((":int", ":float")) and len(node.value) > _MAX_DIGITS:
-                raise _TooMuch("it holds a number that is too long")
-        else:
-            inside = [x for pair in node.value for x in (pair if isinstance(pair, tuple) else (pair,))]
-        open_.add(id(node))
-        count = 1 + sum(parts(one, depth + 1) for one in inside)
-        open_.discard(id(node))
-        if count > _MAX_PARTS:
-            raise _TooMuch(f"its aliases unfold to more than {_MAX_PARTS:,} parts")
-        known[id(node)] = count
-        return count
-
-    try:
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        parts(node, 0)
-        try:
-            return loader.construct_document(node)
-        except (AttributeError, KeyError, TypeError):  # PyYAML's, of `!!timestamp` before what is no time
-            raise _TooMuch("a tag in it does not suit what it stands before") from None
-    except RecursionError:  # while it is taken apart
-        raise _TooMuch("it is nested too deeply") from None
-    finally:
-        loader.dispose()
 
 
 def expand(plan: Plan, device: str | None = None) -> list[Planned]:

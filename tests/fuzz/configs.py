@@ -11,7 +11,8 @@ from small_specs import CONFIGS, config
 
 from memplan.asked.gpus import find_gpu
 from memplan.asked.recipe import Recipe
-from memplan.importers.resolve import registry, resolve, resolve_config
+from memplan.importers.registry import registry
+from memplan.importers.resolve import resolve, resolve_config
 from memplan.planning.advise import advise
 from memplan.planning.frontier import LONGEST, Peaks, frontier, largest
 from memplan.planning.plan import plan

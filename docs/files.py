@@ -1,0 +1,84 @@
+"""docs/files.md, from memplan/runfiles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from memplan import rooms, runfiles
+from memplan.errors import MemplanError
+from memplan.runfiles import RunFile
+from memplan.runfiles._keys import Keys
+
+TEMPLATE = Path(__file__).parent / "templates" / "files.md"
+
+# Files that between them have every key of their kind looked at.
+_AXOLOTL = {
+    "base_model": "x",
+    "attn_implementation": "flash_attention_2",
+    "lora_r": 8,
+    "lora_target_linear": True,
+}
+PROBES: Mapping[str, tuple[dict[str, Any], ...]] = {
+    "axolotl": (
+        {**_AXOLOTL, "adapter": "qlora", "load_in_4bit": True, "lora_mlp_kernel": True},
+        {**_AXOLOTL, "plugins": ["axolotl.integrations.liger.LigerPlugin", "cut_cross_entropy"]},
+    ),
+    "llama_factory": ({"stage": "sft", "quantization_bit": 4, "disable_gradient_checkpointing": False},),
+    "trl": ({"use_peft": True, "load_in_4bit": True}, {"use_peft": False}),
+    "training_arguments": ({},),
+    "accelerate": ({},),
+}
+
+
+def page() -> str:
+    """The page."""
+    kinds = [_kind(name, runfiles.find(name)) for name in rooms.names("runfiles")]
+    return TEMPLATE.read_text(encoding="utf-8").replace("{kinds}\n", "\n".join(kinds))
+
+
+def _kind(name: str, runfile: RunFile) -> str:
+    taken, told = _keys(name, runfile)
+    what = (runfile_doc(name) or "").partition("\n\n")[0].replace("\n", " ")
+    lines = [f"## {runfile.title}\n", f"{what} Run with `{runfile.launch}`.\n"]
+    if runfile.own:
+        lines.append(f"Known by: {_listed(runfile.own)}.\n")
+    for word, keys in (("Read", taken), ("Told", told), ("Ignored", set(runfile.ignored) - taken - told)):
+        if keys:
+            lines.append(f"**{word}**: {_listed(keys)}.\n")
+    by_reason: dict[str, list[str]] = {}
+    for key, why in runfile.refuses.items():
+        by_reason.setdefault(why, []).append(key)
+    if by_reason:
+        lines.append("**Refused**:\n")
+        lines += [f"- {_listed(keys)}: {why}" for why, keys in by_reason.items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def runfile_doc(name: str) -> str | None:
+    """What the file of a kind says of itself."""
+    from importlib import import_module
+
+    return import_module(f"memplan.runfiles.{name}").__doc__
+
+
+def _keys(name: str, runfile: RunFile) -> tuple[set[str], set[str]]:
+    """Keys that are read, and those of which something is said."""
+    known: set[str] = set()
+    apart: set[str] = set()
+    for probe in PROBES.get(name, ()):
+        keys = Keys("", probe, lambda: "")
+        try:
+            runfile.read(keys)
+        except MemplanError as error:
+            raise AssertionError(f"{name}: {error}") from None
+        known |= keys.looked_at
+        apart |= keys.apart
+    refused = set(runfile.refuses)
+    return known - apart - refused, apart - refused
+
+
+def _listed(keys: Any) -> str:
+    return ", ".join(f"`{key}`" for key in sorted(keys))

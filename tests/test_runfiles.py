@@ -1,0 +1,549 @@
+"""The files that people train from. tests/run_files has examples of the projects' own, by name and value:
+axolotl 0.18 and 0.21, LLaMA-Factory and TRL of July and August 2026."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memplan import Recipe, plan, rooms, runfiles, stacks
+from memplan.cli import main
+from memplan.errors import MemplanError, RecipeError
+from memplan.planning.study import ask
+from memplan.runfiles._trainer import IGNORED
+
+yaml = pytest.importorskip("yaml")
+
+FOLDER = Path(__file__).parent / "run_files"
+EXAMPLES = {
+    f"{file.stem}: {example['name']}": (file.stem, example)
+    for file in sorted(FOLDER.glob("*.json"))
+    for example in json.loads(file.read_text(encoding="utf-8"))
+}
+PLANNED = {name: example for name, example in EXAMPLES.items() if "options" in example[1]}
+
+QLORA = {
+    "base_model": "llama-3.2-1b",
+    "adapter": "qlora",
+    "load_in_4bit": True,
+    "lora_r": 32,
+    "lora_target_linear": True,
+    "micro_batch_size": 2,
+    "sequence_len": 1024,
+    "gradient_checkpointing": True,
+    "attn_implementation": "flash_attention_2",
+    "val_set_size": 0,
+    "datasets": [{"path": "tatsu-lab/alpaca", "type": "alpaca"}],
+}
+LORA_SFT = {
+    "model_name_or_path": "llama-3.2-1b",
+    "stage": "sft",
+    "do_train": True,
+    "finetuning_type": "lora",
+    "cutoff_len": 1024,
+    "per_device_train_batch_size": 1,
+    "bf16": True,
+    "template": "llama3",
+}
+TRL = {"model_name_or_path": "llama-3.2-1b", "dataset_name": "trl-lib/Capybara", "use_peft": True}
+
+Write = Callable[..., str]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def _write(values: dict[str, Any] | str, name: str = "run.yaml", **more: Any) -> str:
+        path = tmp_path / name
+        if isinstance(values, str):
+            path.write_text(values, encoding="utf-8")
+        else:
+            values = {key: value for key, value in {**values, **more}.items() if value != "left out"}
+            dump = json.dumps if name.endswith(".json") else yaml.safe_dump
+            path.write_text(dump(values), encoding="utf-8")
+        return str(path)
+
+    return _write
+
+
+def read(path: str) -> runfiles.Reading:
+    found = runfiles.read(path)
+    assert found is not None
+    return found
+
+
+# -- examples of the projects' own ------------------------------------------------------------------------
+
+
+def test_there_are_enough_of_each() -> None:
+    for kind in ("axolotl", "llama_factory", "trl"):
+        assert sum(of == kind for of, _ in EXAMPLES.values()) >= 15
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_is_read_or_refused_with_its_reason(name: str, write: Write) -> None:
+    kind, example = EXAMPLES[name]
+    path = write(example["file"])
+    if "refused" in example:
+        with pytest.raises(MemplanError) as refused:
+            runfiles.read(path)
+        assert example["refused"] in str(refused.value)
+        assert "\n" not in str(refused.value)
+        return
+    found = read(path)
+    assert found.kind == kind
+    options = {field: value for field, value in found.options.items() if field != "trainer"}
+    assert json.loads(json.dumps(options)) == example["options"]
+    assert len(found.left_out) == example["left_out"]
+    assert not any("unknown" in sentence for sentence in found.left_out)
+    assert set(found.understood) | set(found.ignored) <= set(example["file"])
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_an_example_plans(name: str, write: Write) -> None:
+    kind, example = PLANNED[name]
+    answer = plan("llama-3.2-1b", config=write(example["file"]), gpus=["h200"])
+    assert answer.peak.tensor_bytes > 0
+    assert answer.read is not None and answer.read.kind == kind
+    for field, value in example["options"].items():
+        said = getattr(answer.recipe, field)
+        assert json.loads(json.dumps(getattr(said, "value", said))) in (
+            value,
+            {"adamw_8bit": "adamw_bnb_8bit"}.get(str(value)),
+        )
+
+
+# -- what is read -----------------------------------------------------------------------------------------
+
+
+def test_a_file_stands_where_a_model_does(write: Write) -> None:
+    answer = plan(write(QLORA))
+    assert answer.model.name == "llama-3.2-1b"
+    recipe = answer.recipe
+    assert (recipe.mode.value, recipe.r, recipe.batch_size, recipe.seq_len) == ("qlora", 32, 2, 1024)
+    assert (recipe.trainer, recipe.autocast, recipe.kbit_prep) == ("axolotl", True, False)
+    assert answer.read is not None
+    assert answer.read.ignored == ("datasets",)
+    assert answer.read.understood["micro_batch_size"] == 2
+
+
+def test_what_is_given_overrides_the_file(write: Write) -> None:
+    path = write(QLORA)
+    asked = ask(path, Recipe(batch_size=4, gradient_checkpointing=False))
+    assert (asked.recipe.batch_size, asked.recipe.gradient_checkpointing) == (4, False)
+    assert asked.recipe.r == 32
+    full = ask(path, Recipe(mode="full")).recipe
+    assert (full.mode.value, full.seq_len) == ("full", 1024)  # what its adapters are means nothing then
+
+
+def test_checkpointing_that_is_turned_off_needs_no_kind(write: Write) -> None:
+    path = write(QLORA, gradient_checkpointing_kwargs={"use_reentrant": True})
+    assert ask(path).recipe.use_reentrant is True
+    assert ask(path, Recipe(gradient_checkpointing=False)).recipe.use_reentrant is None
+
+
+def test_a_model_beside_a_file_is_the_one_that_is_planned(write: Write) -> None:
+    path = write(QLORA, base_model="somebody/unknown")
+    answer = plan("llama-3.2-1b", config=path)
+    assert answer.model.name == "llama-3.2-1b"
+    assert answer.read is not None and "base_model" not in answer.read.understood
+
+
+@pytest.mark.parametrize(
+    ("trainer", "values", "mode"),
+    [
+        ("axolotl", {**QLORA, "micro_batch_size": "left out", "sequence_len": "left out"}, "qlora"),
+        ("llama_factory", {**LORA_SFT, "cutoff_len": None, "per_device_train_batch_size": None}, "lora"),
+        ("trl", TRL, "lora"),
+        ("trl", {**TRL, "load_in_4bit": True}, "qlora"),
+        ("trl", {**TRL, "use_peft": False}, "full"),
+    ],
+)
+def test_where_a_file_says_nothing_its_trainers_files_defaults_count(
+    trainer: str, values: dict[str, Any], mode: str, write: Write
+) -> None:
+    recipe = read(write(values)).recipe()
+    assert recipe.mode.value == mode
+    for field, setting in stacks.find(trainer).sizes.items():
+        if mode in setting.by_mode and field not in read(write(values)).options:
+            value = getattr(recipe, field)
+            assert getattr(value, "value", value) == setting.by_mode[mode], field
+
+
+def test_trl_loads_in_float32_unless_told_otherwise(write: Write) -> None:
+    assert read(write(TRL)).recipe().dtype.value == "float32"
+    assert read(write(TRL, dtype="bfloat16")).recipe().dtype.value == "bfloat16"
+    assert read(write(TRL, model_init_kwargs={"dtype": "bfloat16"})).recipe().dtype.value == "bfloat16"
+
+
+def test_an_sft_config_says_nothing_of_the_model(write: Write) -> None:
+    path = write({"max_length": 512, "loss_type": "nll", "packing_strategy": "bfd"}, "args.json")
+    found = read(path)
+    assert (found.kind, found.model, found.mode) == ("trl", None, None)
+    assert found.recipe(Recipe(mode="lora")).r == Recipe().r
+    with pytest.raises(MemplanError, match=r"names no model: ask `memplan MODEL --config"):
+        plan(path)
+    assert plan("llama-3.2-1b", config=path).recipe.seq_len == 512
+
+
+def test_training_arguments_as_the_trainer_writes_them(write: Write) -> None:
+    path = write(
+        {
+            "output_dir": "out", "per_device_train_batch_size": 4, "optim": "adamw_torch", "bf16": True,
+            "deepspeed": None, "fsdp": [], "fsdp_config": {"min_num_params": 0}, "label_smoothing_factor": 0,
+            "torch_compile": False, "neftune_noise_alpha": None, "num_train_epochs": 3.0, "use_cache": False,
+        },
+        "training_args.json",
+    )  # fmt: skip
+    answer = plan("llama-3.2-1b", Recipe(mode="lora"), config=path)
+    assert (answer.recipe.trainer, answer.recipe.batch_size, answer.recipe.autocast) == ("peft", 4, True)
+    assert answer.read is not None and answer.read.left_out == ()
+    assert answer.evaluation is None  # eval_strategy is no
+
+
+def test_accelerate_beside_a_model(write: Write) -> None:
+    path = write({"distributed_type": "NO", "mixed_precision": "bf16", "num_processes": 1})
+    assert plan("llama-3.2-1b", Recipe(trainer="peft", mode="lora"), config=path).recipe.autocast
+
+
+@pytest.mark.parametrize(
+    ("bf16", "fp16", "dtype", "autocast"),
+    [
+        ("auto", None, "bfloat16", True),
+        (True, False, "bfloat16", True),
+        ("full", None, "bfloat16", False),
+        (False, True, "float16", True),
+        (None, True, "float16", True),
+        (False, False, "float32", False),
+    ],
+)
+def test_axolotls_precision(bf16: Any, fp16: Any, dtype: str, autocast: bool, write: Write) -> None:
+    recipe = read(write(QLORA, bf16=bf16, fp16=fp16)).recipe()
+    assert (recipe.dtype.value, recipe.autocast) == (dtype, autocast)
+
+
+def test_layers_to_transform_become_a_pattern(write: Write) -> None:
+    some = write(
+        QLORA, lora_target_linear=False, lora_target_modules=["q_proj"], peft_layers_to_transform=[0, 3]
+    )
+    all_of = write(QLORA, "all.yaml", lora_target_linear=False, lora_target_modules=["q_proj"])
+    layers = 16
+    few, many = (plan(path).parameters.trainable for path in (some, all_of))
+    assert few * layers == many * 2
+
+
+def test_adapters_of_a_mixture_are_where_its_linear_layers_are(write: Write) -> None:
+    for values in (
+        {**QLORA, "base_model": "mixtral-8x7b", "adapter": "lora", "load_in_4bit": False},
+        {**LORA_SFT, "model_name_or_path": "mixtral-8x7b"},
+    ):
+        assert ask(write(values)).recipe.target_modules == "attention"
+    with pytest.raises(MemplanError, match="experts in float32"):
+        ask(write(QLORA, base_model="mixtral-8x7b"))
+
+
+def test_llama_factory_trains_in_float32_unless_it_is_pure(write: Write) -> None:
+    for pure, dtype in ((False, "float32"), (True, "bfloat16")):
+        path = write(LORA_SFT, finetuning_type="full", bf16=not pure, pure_bf16=pure)
+        assert read(path).recipe().dtype.value == dtype
+
+
+def test_evaluation_is_in_the_files_batch(write: Write) -> None:
+    assert plan(write(QLORA)).evaluation is None
+    evaluation = plan(write(QLORA, val_set_size=0.05)).evaluation
+    assert evaluation is not None and evaluation.batch_size == 2
+    evaluation = plan(write(LORA_SFT, eval_strategy="steps", per_device_eval_batch_size=3)).evaluation
+    assert evaluation is not None and evaluation.batch_size == 3
+    assert plan(write("model_name_or_path: llama-3.2-1b\nstage: sft\neval_strategy: no\n")).evaluation is None
+
+
+# -- what is wrong ----------------------------------------------------------------------------------------
+
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{b}: &{b} [{','.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefg", "bcdefgh", strict=True)
+)
+# fmt: off
+BAD = {
+    "two trainers": (
+        {**QLORA, "cutoff_len": 1024},
+        "has keys of two trainers: adapter is axolotl's, cutoff_len is LLaMA-Factory's",
+    ),
+    "a typo": (
+        {**QLORA, "micro_batchsize": 4},
+        "micro_batchsize is no key of axolotl's; did you mean micro_batch_size?",
+    ),
+    "a typo in a kind of checkpointing": (
+        {**LORA_SFT, "disable_gradient_checkpoint": True}, "did you mean disable_gradient_checkpointing?",
+    ),
+    "no number": (
+        {**QLORA, "micro_batch_size": "two"},
+        "micro_batch_size must be a whole number of at least 1, not 'two'",
+    ),
+    "zero": ({**QLORA, "lora_r": 0}, "lora_r must be a whole number of at least 1, not 0"),
+    "a fraction": ({**LORA_SFT, "cutoff_len": 10.5}, "cutoff_len must be a whole number"),
+    "no flag": (
+        {**QLORA, "gradient_checkpointing": 3},
+        "gradient_checkpointing must be true or false, not 3",
+    ),
+    "a list": ({**TRL, "model_name_or_path": ["a"]}, "model_name_or_path must be a text, not a list"),
+    "no rank": ({**QLORA, "lora_r": None}, "needs lora_r"),
+    "no targets": ({**QLORA, "lora_target_linear": None}, "names no modules"),
+    "qlora of 16 bits": ({**QLORA, "load_in_4bit": False}, "needs load_in_4bit: true"),
+    "lora on 4 bits": ({**QLORA, "adapter": "lora"}, "is not heard with adapter: lora"),
+    "4 bits in full": ({**QLORA, "adapter": None}, "load_in_4bit: true needs an adapter"),
+    "8 bits": ({**QLORA, "adapter": "lora", "load_in_4bit": False, "load_in_8bit": True}, "is an 8-bit base"),
+    "full without flash": (
+        {"base_model": "llama-3.2-1b", "micro_batch_size": 1, "attn_implementation": "sdpa"},
+        "lm_head and norms in float32",
+    ),
+    "unsloth": ({**LORA_SFT, "use_unsloth": True}, "memplan dry-run --gpu NAME -- llamafactory-cli train"),
+    "offload": ({**QLORA, "gradient_checkpointing": "offload"}, "keeps activations on the host"),
+    "an optimizer": ({**QLORA, "optimizer": "muon"}, "optimizer: muon is not planned"),
+    "sharding": (
+        {**QLORA, "fsdp_config": {"fsdp_version": 2}},
+        "fsdp_config spreads the run over several cards",
+    ),
+    "cards": ({**QLORA, "tensor_parallel_size": 2}, "tensor_parallel_size: 2 spreads the run"),
+    "a wrong precision": ({**QLORA, "bf16": "yes please"}, "bf16 must be true, false, auto or full"),
+    "fp16 in full": (
+        {**LORA_SFT, "finetuning_type": "full", "quantization_bit": 4}, "can't be trained in full",
+    ),
+    "GPTQ": ({**LORA_SFT, "model_name_or_path": "a/b-GPTQ-Int4"}, "is a base in GPTQ"),
+    "nobody's": ({"hello": "world"}, "no key that would tell whose it is"),
+    "torchtune": (
+        {"model": {"_component_": "torchtune.models.llama3_1.qlora_llama3_1_8b"}, "batch_size": 2},
+        "is torchtune's own code",
+    ),
+    "no model": ({"distributed_type": "NO"}, "(accelerate) names no model"),
+    "several processes": ({"distributed_type": "MULTI_GPU", "num_processes": 2}, "spreads the run"),
+    "nothing": ("", "holds null, but a run file has keys and values"),
+    "a list of things": ("- a\n- b\n", "holds a list"),
+    "a key that is no name": ("base_model: x\n1: 2\n", "has the key 1"),
+    "a key twice": ("base_model: x\nlora_r: 1\nlora_r: 2\n", "has the key lora_r twice"),
+    "no YAML": ("base_model: [x\n", "is no valid YAML"),
+    "a bomb": (BOMB, "aliases unfold"),
+    "an alias of itself": ("base_model: &a [*a]\n", "is no run file: an alias stands inside"),
+    "depth": ("base_model: " + "[" * 3000, "is no"),
+    "a tag": ("base_model: !!python/object/apply:os.system ['true']\n", "is no valid YAML"),
+    "a long number": ("base_model: x\nmicro_batch_size: " + "9" * 50, "number that is too long"),
+    "too much": ("base_model: x\n" + "# filler\n" * 40_000, "larger than 256 KiB"),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_wrong_is_one_sentence(name: str, write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    values, said = BAD[name]
+    assert main(["plan", write(values)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert said in err
+    assert err.count("\n") == 1 and "Traceback" not in err and "bug" not in err
+
+
+def test_deepspeeds_auto_resolves_to_nothing(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    values = {"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": 2}}
+    for arguments in (["llama-3.2-1b", "--config", write(values, "ds.json")], [write(values, "ds.json")]):
+        assert main(arguments) == 2
+        err = capsys.readouterr().err
+        assert "ZeRO stage 2" in err and "is auto, which nothing here resolves" in err
+
+
+def test_a_file_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "nowhere.yaml", "--gpu", "4090"]) == 2
+    assert "nowhere.yaml" in capsys.readouterr().err
+    assert main(["llama-3.2-1b", "--config", "nowhere.json"]) == 2
+    assert "is no file that a trainer is configured with" in capsys.readouterr().err
+
+
+def test_a_models_configuration_is_none(write: Write, tmp_path: Path) -> None:
+    path = write(
+        {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "optim": "sgd"}, "config.json"
+    )
+    assert runfiles.read(path) is None
+
+
+def test_what_contradicts_itself_names_the_file(write: Write) -> None:
+    path = write(
+        {
+            "base_model": "llama-3.2-1b",
+            "micro_batch_size": 1,
+            "fp16": True,
+            "bf16": False,
+            "flash_attention": True,
+        }
+    )
+    with pytest.raises(RecipeError, match=r"^run.yaml: full fine-tuning under autocast"):
+        plan(path)
+
+
+def test_an_unknown_key_that_may_matter_is_named(write: Write) -> None:
+    answer = plan(write(QLORA, holographic_attention=True))
+    assert answer.read is not None
+    assert "holographic_attention: unknown, so not counted" in answer.read.left_out
+
+
+ANYTHING: tuple[Any, ...] = (
+    True, False, 0, -1, 2.5, 10**30, float("nan"), "x", "", "1e400", [], ["a", 1], {}, {"use_reentrant": 7},
+    {"stage": []}, {"bnb_4bit_quant_type": []}, {"dtype": ["x"]}, [True], [10**30],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("values", [QLORA, LORA_SFT, {**TRL, "load_in_4bit": True}], ids=str)
+def test_any_value_of_any_key_is_read_or_refused(values: dict[str, Any], write: Write) -> None:
+    kind = read(write(values)).kind
+    runfile = runfiles.find(kind)
+    probe = runfiles.Keys("x", values, lambda: "")
+    runfile.read(probe)
+    for key in sorted({*probe.looked_at, *runfile.refuses}):
+        for value in ANYTHING:
+            keys = runfiles.Keys("x", {**values, key: value}, lambda: "")
+            try:
+                keys.refuse_any(runfile.refuses)
+                runfile.read(keys)
+                keys.finish(runfile.ignored)
+                found = runfiles.Reading(
+                    name="x", path="x", kind=kind, model=keys.model, options=keys.options, stack=keys.sizes,
+                    understood=keys.understood, ignored=(), left_out=(),
+                )  # fmt: skip
+                found.recipe()
+            except MemplanError:
+                continue  # one of its sentences
+
+
+# -- on the command line ----------------------------------------------------------------------------------
+
+
+def test_what_was_read_is_said(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(QLORA, torch_compile=True)
+    assert main([path]) == 0
+    out = capsys.readouterr().out
+    assert "read from run.yaml (axolotl):" in out and "ignored, no memory:" in out
+    assert "torch_compile: what torch.compile keeps is another amount." in out
+    assert main([path, "--verbose"]) == 0
+    assert "micro_batch_size: 2" in capsys.readouterr().out
+
+
+def test_json_says_the_file_its_trainer_and_what_was_ignored(
+    write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([write(QLORA), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["read"]["file"], answer["read"]["kind"]) == ("run.yaml", "axolotl")
+    assert answer["recipe"]["trainer"] == "axolotl"
+    assert answer["read"]["ignored"] == ["datasets"]
+    assert main(["llama-3.2-1b", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["read"] is None
+
+
+def test_options_override_the_file(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([write(QLORA), "--batch-size", "1", "--json"]) == 0
+    recipe = json.loads(capsys.readouterr().out)["recipe"]
+    assert (recipe["batch_size"], recipe["seq_len"]) == (1, 1024)
+
+
+def test_every_command_takes_a_file(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(QLORA)
+    for arguments in (
+        ["fit", path, "--gpu", "4090"],
+        ["fit", path, "--gpu", "4090", "--maximize", "seq-len"],
+        ["compare", path],
+        ["frontier", path, "--gpu", "4090", "--batch-sizes", "1"],
+    ):
+        assert main([*arguments, "--json"]) == 0, arguments
+        answer = json.loads(capsys.readouterr().out)
+        assert "axolotl" in json.dumps(answer)
+
+
+def test_a_frontier_is_of_the_files_own_mode(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(QLORA, optimizer="paged_adamw_8bit")
+    assert main(["frontier", path, "--gpu", "4090", "--batch-sizes", "1", "--json"]) == 0
+    told = capsys.readouterr().out
+    assert "paged_adamw_8bit" in told and '"full"' not in told
+
+
+def test_a_file_is_not_written_over(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(QLORA)
+    assert main([path, "--html", path]) == 2
+    assert "would be written over" in capsys.readouterr().err
+    assert main(["llama-3.2-1b", "--config", path, "--tape", path]) == 2
+    assert "would be written over" in capsys.readouterr().err
+
+
+# -- advice -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({**QLORA, "base_model": "llama-8b", "micro_batch_size": 16},
+         "micro_batch_size: 1; gradient_accumulation_steps: 16"),
+        ({**LORA_SFT, "model_name_or_path": "llama-8b", "per_device_train_batch_size": 16},
+         "per_device_train_batch_size: 1; gradient_accumulation_steps: 16"),
+        ({**TRL, "model_name_or_path": "llama-8b"}, "dtype: bfloat16; bf16: false"),
+    ],
+)  # fmt: skip
+def test_advice_is_a_change_of_that_file(
+    values: dict[str, Any], key: str, write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(values)
+    assert main(["fit", path, "--gpu", "4090", "--json"]) == 1
+    (advice,) = json.loads(capsys.readouterr().out)["advice"]
+    changes = [change["config"] for change in advice["changes"]]
+    assert key in changes
+    assert not any("(" in change and "=" in change for change in changes)  # no Python
+
+
+@pytest.mark.parametrize("kind", ["axolotl", "llama_factory", "trl"])
+def test_what_a_file_is_advised_to_say_it_reads(kind: str, write: Write) -> None:
+    values = {"axolotl": QLORA, "llama_factory": LORA_SFT, "trl": TRL}[kind]
+    before = read(write(values)).recipe()
+    wanted = {
+        "batch_size": 3, "seq_len": 777, "gradient_accumulation_steps": 5, "optimizer": "paged_adamw_8bit",
+        "gradient_checkpointing": True, "r": 4, "target_modules": "q,v", "attn": "flash_attention_2",
+    }  # fmt: skip
+    for field, value in wanted.items():
+        lines = runfiles.find(kind).change({field: value}, before)
+        changed = {**values, **yaml.safe_load(lines.replace("; ", "\n"))}
+        told = read(write(changed)).recipe()
+        got = getattr(told, field)
+        assert got == value or (field == "target_modules" and set(got) == {"q_proj", "v_proj"}), field
+
+
+def test_what_a_file_cannot_say_is_not_advised(write: Write) -> None:
+    axolotl = runfiles.find("axolotl")
+    assert axolotl.sayable({"kernels": "memplan"}) is None
+    assert axolotl.sayable({"loss": "chunked"}) is None
+    assert axolotl.sayable({"r": 4, "lora_alpha": None}) == {"r": 4, "lora_alpha": None}
+    before = Recipe(mode="full", trainer="axolotl")
+    assert "lora_target_linear: true" in axolotl.change({"mode": "lora"}, before)
+
+
+# -- the room ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", rooms.names("runfiles"))
+def test_a_key_means_one_thing(kind: str) -> None:
+    runfile = runfiles.find(kind)
+    assert not runfile.ignored & runfile.refuses.keys()
+    assert runfile.launch
+    assert set(runfile.says) <= set(Recipe.model_fields)
+    keys = runfiles.Keys("x", {}, lambda: "")
+    keys.refuse_any(runfile.refuses)
+    if kind not in ("deepspeed", "torchtune", "llama_factory_v1"):  # which refuse whatever they hold
+        try:
+            runfile.read(keys)
+        except MemplanError:
+            return
+    taken = keys.looked_at - set(runfile.refuses)
+    assert not taken & (runfile.ignored - IGNORED)
+
+
+def test_no_two_kinds_own_a_key() -> None:
+    kinds = [runfiles.find(kind) for kind in rooms.names("runfiles")]
+    for one in kinds:
+        for other in kinds:
+            assert one is other or not one.own & other.own
