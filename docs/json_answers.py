@@ -11,7 +11,7 @@ from pydantic.json_schema import models_json_schema
 from memplan.asked.gpus import Gpu
 from memplan.commands.completion import Command
 from memplan.emulate.answer import DryRun
-from memplan.importers.resolve import RegistryEntry
+from memplan.importers.registry import RegistryEntry
 from memplan.planning.frontier import Frontier
 from memplan.planning.plan import Plan
 from memplan.tape.diff import Diff

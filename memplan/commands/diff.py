@@ -77,9 +77,9 @@ def _check_file(name: str) -> None:
     """Raise UsageError where a model's name stands for a file."""
     if Path(name).exists():
         return
-    from memplan.importers.resolve import registry
+    from memplan.importers.registry import by_name
 
-    if any(name.lower() in (entry.alias, *entry.aliases, entry.hub_id.lower()) for entry in registry()):
+    if by_name(name) is not None:
         raise UsageError(f"there is no file {shown(name)}; the plan of the model is plan:{name}")
 
 
