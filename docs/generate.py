@@ -1,5 +1,5 @@
 """Writes the docs that are made from code and results: cli.md, claims.md, accuracy.md, kernels.md,
-dry-run.md, files.md, trainers.md, the table in recipe.md and the three schemas.
+dry-run.md, files.md, trainers.md, the table in recipe.md and the four schemas.
 
 Run it after a change of options or of the plan's records; tests/test_docs.py fails while they are behind.
 """
@@ -21,6 +21,7 @@ import accuracy
 import claims
 import dry_runs
 import files
+import json_answers
 import kernels_page
 import trainers
 from pydantic import BaseModel
@@ -78,6 +79,7 @@ def schema(record: type[BaseModel]) -> str:
 
 PAGES: dict[str, Callable[[], str]] = {
     "accuracy.md": accuracy.page,
+    "answers.schema.json": json_answers.page,
     "cli.md": command_line,
     "claims.md": claims.page,
     "dry-run.md": dry_runs.page,

@@ -226,6 +226,34 @@ def test_every_command_takes_json(memplan: Run, arguments: tuple[str, ...], key:
     assert document[key]
 
 
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("plan", (SMALL,)),
+        ("fit", (SMALL, "--gpu", "4090")),
+        ("frontier", (SMALL, "--gpu", "4090", "--batch-sizes", "1", "--modes", "qlora", "--no-exact")),
+        ("compare", (SMALL, "--modes", "lora")),
+        ("diff", (f"plan:{SMALL}", f"plan:{SMALL}")),
+        ("models", ()),
+        ("gpus", ()),
+        ("completion", ("bash",)),
+    ],
+)
+def test_every_json_is_as_described(memplan: Run, command: str, arguments: tuple[str, ...]) -> None:
+    path = Path(__file__).parent.parent / "docs" / "answers.schema.json"
+    schema = json.loads(path.read_text(encoding="utf-8"))
+    assert set(schema["commands"]) == set(COMMANDS)
+    told = schema["$defs"][schema["commands"][command]["$ref"].rpartition("/")[2]]
+    document = json.loads(memplan(command, *arguments, "--json").out)
+    assert document["schema_version"] == 1
+    assert set(document) == set(told["properties"])
+
+
+def test_diff_of_two_models_says_how_they_are_called(memplan: Run) -> None:
+    check_refusal(memplan("diff", SMALL, "qwen2.5-0.5b"), f"plan:{SMALL}")
+    check_refusal(memplan("diff", "no-such-file.json", f"plan:{SMALL}"), "no-such-file.json")
+
+
 def test_models_and_gpus_are_listed(memplan: Run) -> None:
     models, gpus = memplan("models"), memplan("gpus")
     assert models.status == gpus.status == 0
@@ -238,7 +266,7 @@ def test_models_and_gpus_are_listed(memplan: Run) -> None:
 
 
 def test_every_field_of_a_recipe_has_an_option_and_every_option_a_field() -> None:
-    others = {"help", "model", "gpu", "json", "tape", "trace", "verbose"}
+    others = {"help", "model", "gpu", "json", "tape", "trace", "verbose", "config"}
     others |= {"timeline", "html", "trace_json", "snapshot"}
     destinations = {action.dest for action in plan_parser()._actions}
     assert destinations - others == set(Recipe.model_fields)

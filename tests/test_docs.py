@@ -91,6 +91,7 @@ def generator() -> ModuleType:
         "claims.md",
         "dry-run.md",
         "recipe.md",
+        "answers.schema.json",
         "plan.schema.json",
         "measurement.schema.json",
         "dry-run.schema.json",

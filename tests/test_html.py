@@ -130,7 +130,8 @@ def test_the_chart_is_the_tapes(mode: str) -> None:
 
 
 def test_a_large_model_stays_under_a_megabyte_and_keeps_its_peak() -> None:
-    answer, tape = plan("llama-70b"), predicted_tape("llama-70b")
+    recipe = Recipe(trainer="peft")
+    answer, tape = plan("llama-70b", recipe), predicted_tape("llama-70b", recipe)
     text = page(answer, tape)
     assert len(tape.events) > 50_000
     assert len(text.encode()) < 400_000

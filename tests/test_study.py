@@ -63,3 +63,25 @@ def test_a_plan_can_be_sent_to_another_process(before: Callable[[Plan], object])
     sent: Plan = pickle.loads(pickle.dumps(answer))
     assert sent.model_dump_json() == answer.model_dump_json()
     assert sent.study is not answer.study
+
+
+def test_a_notebook_shows_the_plan() -> None:
+    shown = plan("llama-3.2-1b", Recipe(mode="lora"))._repr_html_()
+    assert "llama-3.2-1b" in shown and "GiB at the peak" in shown and "RTX A6000" in shown
+    named = plan("llama-3.2-1b", Recipe(mode="lora"), gpus=["t4"])
+    evil = named.model_copy(update={"model": named.model.model_copy(update={"name": "<script>"})})
+    assert "<script>" not in evil._repr_html_()
+
+
+def test_accumulating_takes_more_where_weights_are_trained() -> None:
+    alone = plan("llama-3.2-1b", Recipe(mode="full"))
+    twice = plan("llama-3.2-1b", Recipe(mode="full", gradient_accumulation_steps=4))
+    assert alone.accumulated_bytes == twice.peak.tensor_bytes
+    assert twice.accumulated_bytes is None
+    assert plan("llama-3.2-1b", Recipe(mode="lora", r=1, target_modules="q,v")).accumulated_bytes is None
+
+
+def test_the_api_can_be_listed() -> None:
+    import memplan
+
+    assert set(memplan.__all__) <= set(dir(memplan))

@@ -71,14 +71,14 @@ def parser() -> Parser:
 def run(arguments: argparse.Namespace) -> int:
     """Run what is left, print how each ended; 0 if nothing is left."""
     from memplan import libraries
-    from memplan.commands.verify import default_folder
+    from memplan.commands.verify import FOLDER
     from memplan.verify import campaign
 
     began = time.monotonic()  # planning and reading what is done take of the budget, too
     planned = campaign.expand(campaign.load(Path(arguments.plan)), arguments.device)
     if arguments.only is not None:
         planned = [run for run in planned if arguments.only in run.name]
-    folder = Path(arguments.out) if arguments.out else default_folder()
+    folder = Path(arguments.out or FOLDER)
     if arguments.dry_run:
         rows, _ = _begin(planned, folder, resume=arguments.resume)
     else:

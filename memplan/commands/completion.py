@@ -53,13 +53,15 @@ class _Option:
 
 
 @dataclass(frozen=True)
-class _Command:
+class Command:
+    """A subcommand: its options, and the words that may stand for its positional argument."""
+
     name: str
     options: tuple[_Option, ...]
-    words: tuple[str, ...]  # that may stand for its positional argument
+    words: tuple[str, ...]
 
 
-def _commands() -> list[_Command]:
+def _commands() -> list[Command]:
     from memplan.asked.gpus import load_gpus
     from memplan.commands import COMMANDS, module_of
     from memplan.importers.registry import registry
@@ -81,11 +83,11 @@ def _commands() -> list[_Command]:
             if action.option_strings
         )
         words = tuple(word for action in actions if not action.option_strings for word in values(action))
-        commands.append(_Command(name, options, words))
+        commands.append(Command(name, options, words))
     return commands
 
 
-def _by_value(commands: Iterable[_Command]) -> dict[tuple[str, ...], tuple[str, ...]]:
+def _by_value(commands: Iterable[Command]) -> dict[tuple[str, ...], tuple[str, ...]]:
     """The values of each option that takes one; an option means the same in every command."""
     return {
         option.names: option.values
@@ -95,7 +97,7 @@ def _by_value(commands: Iterable[_Command]) -> dict[tuple[str, ...], tuple[str, 
     }
 
 
-def _cases(commands: list[_Command], command_word: str) -> str:
+def _cases(commands: list[Command], command_word: str) -> str:
     """The shell code that sets ``candidates``; bash and zsh read the same."""
     lines = ["    case $previous in"]
     for names, values in _by_value(commands).items():
@@ -109,7 +111,7 @@ def _cases(commands: list[_Command], command_word: str) -> str:
     return "\n".join(lines)
 
 
-def _bash(commands: list[_Command]) -> str:
+def _bash(commands: list[Command]) -> str:
     names = [command.name for command in commands]
     return f"""\
 # Completion of memplan for bash. In ~/.bashrc: eval "$(memplan completion bash)"
@@ -126,7 +128,7 @@ complete -o default -F _memplan memplan
 """
 
 
-def _zsh(commands: list[_Command]) -> str:
+def _zsh(commands: list[Command]) -> str:
     names = [command.name for command in commands]
     return f"""\
 #compdef memplan
@@ -144,7 +146,7 @@ compdef _memplan memplan
 """
 
 
-def _fish(commands: list[_Command]) -> str:
+def _fish(commands: list[Command]) -> str:
     names = [command.name for command in commands]
     lines = [
         "# Completion of memplan for fish: memplan completion fish > ~/.config/fish/completions/memplan.fish",

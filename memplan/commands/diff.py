@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memplan.commands.arguments import Parser, UsageError, add_json, add_recipe, add_switch, given_options
+from memplan.errors import shown
 from memplan.streams import say
 
 if TYPE_CHECKING:
@@ -52,12 +54,9 @@ def run(arguments: argparse.Namespace) -> int:
     a, b = (_tape(name, options) for name in names)
     found = diff(a, b)
     if arguments.json:
-        from memplan import __version__
-        from memplan.planning.plan import SCHEMA_VERSION
-        from memplan.report.machine import print_json
+        from memplan.report.machine import print_answer
 
-        head = {"schema_version": SCHEMA_VERSION, "memplan_version": __version__, "tapes": names}
-        print_json(head | found.model_dump(mode="json"))
+        print_answer({"tapes": names, **found.model_dump(mode="json")})
     elif arguments.markdown:
         from memplan.report.diff import markdown
 
@@ -74,9 +73,20 @@ def _asked(name: str) -> bool:
     return name.startswith(("plan:", "trace:"))
 
 
+def _check_file(name: str) -> None:
+    """Raise UsageError where a model's name stands for a file."""
+    if Path(name).exists():
+        return
+    from memplan.importers.registry import by_name
+
+    if by_name(name) is not None:
+        raise UsageError(f"there is no file {shown(name)}; the plan of the model is plan:{name}")
+
+
 def _tape(name: str, options: dict[str, Any]) -> Tape:
     writer, _, model = name.partition(":")
     if not _asked(name):
+        _check_file(name)
         from memplan.tape.file import load
         from memplan.verify.measurement import FORMAT, tape_of
 

@@ -32,7 +32,7 @@ def parser() -> Parser:
         metavar="FOLDER",
         nargs="?",
         default=None,
-        help="of measurements (default: as for memplan verify)",
+        help="of measurements (default: ./measurements, where memplan verify writes)",
     )
     result.add_argument(
         "--into",
@@ -46,12 +46,12 @@ def parser() -> Parser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the section, or write it into a file and say so; 0."""
-    from memplan.commands.verify import default_folder
+    from memplan.commands.verify import FOLDER
     from memplan.report.measured import section
     from memplan.verify.compare import as_json, compare
     from memplan.verify.measurement import read_all
 
-    folder = Path(arguments.folder) if arguments.folder is not None else default_folder()
+    folder = Path(arguments.folder if arguments.folder is not None else FOLDER)
     if arguments.folder is not None and not folder.is_dir():
         raise MemplanError(f"there is no folder {shown(str(folder))}")
     files = read_all(folder, remark) if folder.is_dir() else ()

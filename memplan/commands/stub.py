@@ -89,10 +89,10 @@ def run(arguments: argparse.Namespace) -> int:
         remark(lacking)
     data = None if arguments.data is None else write_rows(Path(arguments.data), rows, draw, folder)
     if arguments.json:
-        from memplan.report.machine import print_json
+        from memplan.report.machine import print_answer
 
         told = {"model": arguments.model, "hub_id": hub_id, "folder": str(folder)}
-        print_json({**told, "data": None if data is None else str(data)})
+        print_answer({**told, "data": None if data is None else str(data)})
     else:
         from memplan.streams import say
 

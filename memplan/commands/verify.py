@@ -20,6 +20,8 @@ from memplan.commands.arguments import (
 from memplan.errors import MemplanError
 from memplan.streams import remark, say
 
+FOLDER = "measurements"  # where they are kept unless told; into a checkout's own, with --out, knowingly
+
 if TYPE_CHECKING:
     from memplan.verify.compare import Comparison
     from memplan.verify.measurement import Measurement
@@ -56,7 +58,7 @@ def parser() -> Parser:
         "--out",
         metavar="FOLDER",
         default=None,
-        help="where to add the measurement (default: data/measurements of a checkout, else ./measurements)",
+        help="where to add the measurement (default: ./measurements)",
     )
     add_switch(result, "--no-save", "write no measurement, only print")
     add_run(result.add_argument_group("run"))
@@ -145,12 +147,15 @@ def run(arguments: argparse.Namespace) -> int:
         weights=arguments.weights,
         anyway=arguments.anyway,
     )
-    folder = Path(arguments.out) if arguments.out else default_folder()
+    folder = Path(arguments.out or FOLDER)
     if not arguments.no_save:
         make_ready(folder)
     from memplan.report.progress import training
+    from memplan.verify.campaign import estimate
 
-    with training(job.run.steps) as tell:
+    seconds = estimate(job)
+    remark(f"training {job.run.steps} steps on {arguments.device}: about {_duration(seconds)}, as a guess")
+    with training(job.run.steps, seconds) as tell:
         measured = run_job(job, tell=tell, seconds=arguments.timeout)
     trouble = None
     if not arguments.no_save:
@@ -162,6 +167,10 @@ def run(arguments: argparse.Namespace) -> int:
     if trouble is not None:
         raise MemplanError(trouble)
     return STATUS_TRAINED if found.outcome == "trained" and found.why is None else STATUS_NOT
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def settings_of(arguments: argparse.Namespace) -> Any:
@@ -182,19 +191,13 @@ def settings_of(arguments: argparse.Namespace) -> Any:
     )
 
 
-def default_folder() -> Path:
-    """Where measurements are kept."""
-    checkout = Path(__file__).resolve().parents[2] / "data" / "measurements"
-    return checkout if (checkout.parent / "gpus.json").is_file() else Path("measurements")
-
-
 def show(measured: Measurement, found: Comparison, arguments: argparse.Namespace) -> None:
     """Print a comparison in the format asked for."""
     if arguments.json:
-        from memplan.report.machine import print_json
+        from memplan.report.machine import print_answer
         from memplan.verify.compare import as_json
 
-        print_json(as_json(measured, found))
+        print_answer(as_json(measured, found))
     elif arguments.markdown or arguments.html:
         from memplan.report import verify
 

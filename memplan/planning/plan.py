@@ -123,6 +123,12 @@ class Plan(Record):
         """Live bytes by category after every event of the step (see :class:`memplan.tape.Point`)."""
         return timeline(self.study.tape)
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from memplan.planning.notebook import html
+
+        return html(self)
+
     @property
     def accumulated_bytes(self) -> int | None:
         """Bytes of tensors at the peak of a step that accumulates gradients, where this one does not; None

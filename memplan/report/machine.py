@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 
 def print_record(record: BaseModel) -> None:
     """A record on its own, with the version that wrote it."""
-    from memplan import __version__
-
-    print_json({"memplan_version": __version__, **record.model_dump(mode="json")})
+    print_answer(record.model_dump(mode="json"))
 
 
 def print_plan(plan: Plan) -> None:
@@ -29,10 +27,15 @@ def print_plan(plan: Plan) -> None:
 
 def print_list(name: str, records: Sequence[dict[str, Any]]) -> None:
     """Several records under a name, with the version that wrote them."""
+    print_answer({name: records})
+
+
+def print_answer(document: dict[str, Any]) -> None:
+    """A document of JSON values (docs/answers.schema.json), with the version that wrote it."""
     from memplan import __version__
     from memplan.planning.plan import SCHEMA_VERSION
 
-    print_json({"schema_version": SCHEMA_VERSION, "memplan_version": __version__, name: records})
+    print_json({"schema_version": SCHEMA_VERSION, "memplan_version": __version__, **document})
 
 
 def print_json(document: dict[str, Any]) -> None:

@@ -66,13 +66,15 @@ def tracing(layers: int | None) -> Iterator[Callable[[Phase, int | None], None] 
 
 
 @contextmanager
-def training(steps: int) -> Iterator[Callable[[str, Any], None] | None]:
-    """A function to tell what a training process says, or None where nobody watches."""
+def training(steps: int, seconds: float) -> Iterator[Callable[[str, Any], None] | None]:
+    """A function to tell what a training process says, or None where nobody watches. ``seconds``: what it
+    may take, as far as that can be guessed."""
     console = side_terminal()
     if not console.is_terminal:
         yield None
         return
-    columns = (TextColumn("{task.description:32}", markup=False), BarColumn(), TimeElapsedColumn())
+    told = TextColumn(f"of about {seconds:.0f} s", markup=False)
+    columns = (TextColumn("{task.description:32}", markup=False), BarColumn(), TimeElapsedColumn(), told)
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("starting", total=steps)
 
