@@ -128,8 +128,8 @@ def page() -> str:
 # Popular claims, held against the plan
 
 Made by `python docs/generate.py`; every number below is *predicted* by memplan for one sequence of 2,048
-tokens unless stated, and none is measured. Where no trainer is named it is TRL's SFTTrainer, with adapters on a
-base loaded with `dtype="bfloat16"`; what others do is in [trainers.md](trainers.md).
+tokens unless stated, and none is measured. Where no trainer is named it is TRL's SFTTrainer, with adapters
+on a base loaded with `dtype="bfloat16"`; what others do is in [trainers.md](trainers.md).
 
 ## "A 70B takes 1.4 TB in full, 160 GB with LoRA, 48 GB with QLoRA"
 
@@ -138,8 +138,8 @@ base loaded with `dtype="bfloat16"`; what others do is in [trainers.md](trainers
 - **Full: no.** 1.4 TB is 20 bytes a parameter. With fp32 weights and fused AdamW it is 16 (weights 4,
   gradients 4, two states of 4), in bf16 throughout 8. 20 need fp32 master weights beside bf16 ones and more,
   which the Trainer does not keep on one GPU.
-- **LoRA: only with checkpointing**, which TRL turns on and the HF Trainer does not. Without it activations are
-  {gib(planned("llama-70b", "lora", gradient_checkpointing=False).summary.activations)}, for one sequence.
+- **LoRA: only with checkpointing**, which TRL turns on and the HF Trainer does not. Without it activations
+  are {gib(planned("llama-70b", "lora", gradient_checkpointing=False).summary.activations)}, for one sequence.
 - **QLoRA: if.** It fits 48 GB where embeddings, output layer and norms stay in 16 bits. They do not in TRL if
   nobody says `dtype="bfloat16"`, nor after PEFT's `prepare_model_for_kbit_training`, which doubles them,
   makes the residual stream fp32, and sends grouped-query attention to the kernel that writes its scores.
@@ -172,8 +172,8 @@ half the factor.
 ## "NF4 makes weights 4 times smaller"
 
 **Never quite.** Scales take 0.016 to 0.0625 bytes a weight, and embeddings, output layer and norms are not
-quantised; PEFT's preparation (upcasts) even doubles them. The smaller the model and the larger its vocabulary, the less
-is left of the factor.
+quantised; PEFT's preparation (upcasts) even doubles them. The smaller the model and the larger its
+vocabulary, the less is left of the factor.
 
 {weights()}
 """
