@@ -14,7 +14,12 @@ _asked: Callable[[Any], Any] | None = None
 
 
 def processes() -> int:
-    """How many processes may share the work: one where a fork would leave threads behind, or can't be had."""
+    """How many processes may share the work: one where a fork would leave threads behind, or can't be had, as
+    in a worker of somebody's pool."""
+    import multiprocessing
+
+    if multiprocessing.current_process().daemon:
+        return 1
     tasks = Path("/proc/self/task")
     if not hasattr(os, "sched_getaffinity") or not tasks.is_dir() or len(list(tasks.iterdir())) > 1:
         return 1
