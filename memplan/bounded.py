@@ -22,8 +22,8 @@ class TooManyParts(ValueError):
     """A file holds more than any of its kind. ``str(error)`` goes on after the file's name."""
 
 
-def read_json(content: bytes) -> Any:
-    """The value of a JSON text, whose length the caller has bounded.
+def read_json(content: bytes, *, once: bool = False) -> Any:
+    """The value of a JSON text, whose length the caller has bounded; ``once``: no key may stand twice.
 
     Raises TooManyParts, and as ``json.loads`` does ValueError or RecursionError.
     """
@@ -31,7 +31,12 @@ def read_json(content: bytes) -> Any:
         raise TooManyParts(f"holds more than {MOST_CONTAINERS:,} lists and objects")
     if content.count(b'"') > 2 * MOST_TEXTS:
         raise TooManyParts(f"holds more than {MOST_TEXTS:,} texts")
-    return json.loads(content.decode("utf-8-sig"))
+    return json.loads(content.decode("utf-8-sig"), object_pairs_hook=_object if once else None)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    _once([key for key, _ in pairs])
+    return dict(pairs)
 
 
 def read_yaml(text: str) -> Any:
@@ -86,7 +91,7 @@ def read_yaml(text: str) -> Any:
 
 
 def _once(keys: list[str]) -> None:
-    """PyYAML takes the last of two equal keys and says nothing."""
+    """Readers take the last of two equal keys and say nothing."""
     seen: set[str] = set()
     for key in keys:
         if key in seen:

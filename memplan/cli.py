@@ -68,6 +68,7 @@ Examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    streams.drop_remarks()
     # pydantic looks through all installed packages for plugins: a tenth of a cold start, for nothing here.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     # Collecting cycles while modules load is another part of it (7 %), and a plan ends before it would help.
@@ -177,5 +178,6 @@ def _complain(sentence: str) -> int:
     line = " ".join(sentence.split())
     if len(line) > LONGEST_COMPLAINT:  # it quotes something long that was typed or read
         line = line[: LONGEST_COMPLAINT - 1] + "…"
+    streams.drop_remarks()
     streams.remark(line)
     return STATUS_BAD_QUESTION

@@ -20,6 +20,7 @@ from typing import TextIO
 from memplan.errors import MemplanError, reason
 
 # Categories of Unicode that move the cursor, command the terminal, reorder lines or can't be encoded.
+_held: list[str] = []  # remarks that an answer brings along
 _UNSEEN = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
 
 
@@ -64,6 +65,16 @@ def remark(sentence: str) -> None:
     aside(f"memplan: {visible(typable(sentence))}\n")
 
 
+def remark_with_answer(sentence: str) -> None:
+    """The same once an answer is written: a question that gets none is told why in one sentence."""
+    _held.append(sentence)
+
+
+def drop_remarks() -> None:
+    """Nothing more is to be said with an answer."""
+    _held.clear()
+
+
 def typable(sentence: str) -> str:
     """The sentence with the commands that it names as they can be typed where it is read."""
     return sentence.replace("`memplan ", f"`{_called()} ") if "`memplan " in sentence else sentence
@@ -85,6 +96,8 @@ def _called() -> str:
 @contextmanager
 def writing() -> Iterator[None]:
     """Where an answer is written: raises MemplanError if it can't be, BrokenPipeError if nobody reads it."""
+    while _held:
+        remark(_held.pop(0))
     try:
         yield
     except BrokenPipeError:

@@ -209,6 +209,17 @@ def test_a_size_that_no_card_has_is_said_to_be(name: str) -> None:
         find_gpu(name)
 
 
+@pytest.mark.parametrize("name", ["1e9GB", "24MB", "24 TB", "infGB", "nanGB", "1.2.3GB"])
+def test_a_size_in_other_words_is_no_card_misspelt(name: str) -> None:
+    with pytest.raises(MemplanError, match=f"a card has from 1 to 512 GB, written like 24GB, not {name}$"):
+        find_gpu(name)
+
+
+def test_cards_are_named_one_at_a_time() -> None:
+    with pytest.raises(MemplanError, match="one card at a time, not '4090,a6000': give it for each"):
+        find_gpu("4090,a6000")
+
+
 @given(st.text(max_size=12) | st.from_regex(r"[0-9.x -]{1,6}(gb|GiB|xa100)?", fullmatch=True))
 def test_any_text_is_a_card_or_a_memplan_error(text: str) -> None:
     try:

@@ -268,6 +268,7 @@ def test_a_page_of_another_revision_is_fetched_so(monkeypatch: pytest.MonkeyPatc
         ("https://huggingface.co/", "shows no one model"),
         ("https://github.com/meta-llama/llama3", "is no page of the Hub"),
         ("s3://bucket/model", "is no page of the Hub"),
+        ("https://me:secret@huggingface.co/a/b", "'https://…@huggingface.co/a/b' is no page of the Hub"),
     ],
 )
 def test_a_page_of_something_else_is_one_clear_sentence(page: str, said: str) -> None:

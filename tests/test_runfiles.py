@@ -356,7 +356,19 @@ def test_a_file_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "nowhere.yaml", "--gpu", "4090"]) == 2
     assert "nowhere.yaml" in capsys.readouterr().err
     assert main(["llama-3.2-1b", "--config", "nowhere.json"]) == 2
-    assert "is no file that a trainer is configured with" in capsys.readouterr().err
+    assert (
+        "is no file that a trainer is configured with: there is none of that name" in capsys.readouterr().err
+    )
+    assert main(["nowhere.yaml"]) == 2
+    assert "there is no 'nowhere.yaml'" in capsys.readouterr().err
+
+
+def test_what_json_says_twice_or_against_itself(write: Write, tmp_path: Path) -> None:
+    (tmp_path / "twice.json").write_text('{"optim": "sgd", "num_train_epochs": 1, "optim": "adamw_torch"}')
+    with pytest.raises(MemplanError, match="it has the key optim twice"):
+        runfiles.read(tmp_path / "twice.json")
+    with pytest.raises(MemplanError, match="fp16 must be false where bf16 is true"):
+        runfiles.read(write({"optim": "sgd", "bf16": True, "fp16": True}, "both.json"))
 
 
 def test_a_models_configuration_is_none(write: Write, tmp_path: Path) -> None:
@@ -376,7 +388,7 @@ def test_what_contradicts_itself_names_the_file(write: Write) -> None:
             "flash_attention": True,
         }
     )
-    with pytest.raises(RecipeError, match=r"^run.yaml: full fine-tuning under autocast"):
+    with pytest.raises(RecipeError, match=r"^run.yaml: full fine-tuning in fp16 under autocast"):
         plan(path)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from conftest import Outcome
 
+from memplan.asked.recipe import Recipe
 from memplan.commands import synonyms
 from memplan.commands.arguments import UsageError, given_options, parse
 from memplan.commands.plan import parser
@@ -88,6 +89,14 @@ def test_what_people_type_is_ours(typed: str, ours: str) -> None:
         ("--lora --full", "mode full has no adapters"),
         ("--full --load-in-4bit", "mode full has no 4-bit weights"),
         ("--bf16=maybe", "neither true nor false"),
+        ("--bf16 --fp16", "one of bf16 and fp16"),
+        ("--load_in_4bit false", "give --mode lora or full"),
+        ("--no-qlora --mode qlora", "give --mode lora or full"),
+        ("--quantization_bit none", "give --mode lora or full"),
+        ("--bs 0", "greater than or equal to 1"),  # what was read as what would be a second sentence
+        ("--optim muon", "The optimizers are adafactor"),
+        ("--trainer nobody", "The trainers are axolotl, llama-factory, peft, trl."),
+        ("--trainer Unsloth", "kernels and checkpoints of its own"),
         ("--seq-len 4q", "whole number"),
         ("--frobnicate 3", "no option is called '--frobnicate' here; see memplan plan --help"),
         ("--lora-rnk 3", "did you mean --r?"),
@@ -99,6 +108,19 @@ def test_what_has_no_meaning_is_one_sentence(memplan: Run, typed: str, complaint
     assert (outcome.status, outcome.out) == (2, "")
     assert complaint in outcome.err
     assert outcome.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "typed", ["--bf16 true --fp16 false", "--load_in_4bit false --lora", "--bits 16 --fft"]
+)
+def test_what_is_off_contradicts_nothing(typed: str) -> None:
+    assert options(typed)
+
+
+@pytest.mark.parametrize("name", ["TRL", "Axolotl", "LLaMA-Factory", "llama_factory", "LlamaFactory", "HF"])
+def test_a_trainer_is_known_however_it_is_written(name: str) -> None:
+    assert Recipe(trainer=name).trainer in ("trl", "axolotl", "llama_factory", "peft")
+    assert Recipe(trainer=name) == Recipe(trainer=Recipe(trainer=name).trainer)
 
 
 def test_no_guess_leads_to_an_unrelated_option() -> None:

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StringConstraints, model_validator
 
-from memplan.errors import MemplanError, UnknownName, printable
+from memplan.errors import MemplanError, UnknownName, printable, shown
 from memplan.resources import data_file
 from memplan.units import gib
 
@@ -31,6 +31,7 @@ _MANY = 8  # candidates that one sentence can name
 _SIZE = re.compile(
     r"([+-]?\d{1,9}(?:\.\d{1,3})?) ?(gb|gib|g)( card)?|([+-]?\d{1,3}(?:\.\d{1,3})?)", re.IGNORECASE
 )
+_NUMBER_WITH_UNIT = r"[+-]?(?:\d[\d.]*(?:e[+-]?\d+)?|inf|nan) ?[kmgt]i?b(?: card)?"
 _MOST_GB = 512  # of a size that is asked about; the largest card that is listed has 288
 _SEVERAL = re.compile(r"(\d{1,3}) ?[x×*] ?(.+)|(.+?) ?[x×*] ?(\d{1,3})", re.IGNORECASE)
 _AMPERE = (8, 0)  # the compute capability from which on FlashAttention runs and bf16 is there
@@ -130,6 +131,12 @@ def find_gpu(name: str) -> Gpu:
     alone = _alone(name)
     if alone is not None:
         return alone
+    if re.fullmatch(_NUMBER_WITH_UNIT, name.strip(), re.IGNORECASE):
+        raise MemplanError(
+            f"a card has from 1 to {_MOST_GB} GB, written like 24GB, not {printable(name.strip())}"
+        )
+    if "," in name:
+        raise MemplanError(f"--gpu takes one card at a time, not {shown(name)}: give it for each")
     begun = {gpu.name: gpu for known, gpu in gpus_by_key.items() if key and known.startswith(key)}
     # slices are called by their card's name and more
     begun = {name: gpu for name, gpu in begun.items() if gpu.kind != "slice"} or begun

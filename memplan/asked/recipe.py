@@ -29,7 +29,7 @@ from memplan.asked.options import (
     of_step,
     targets,
 )
-from memplan.errors import RecipeError, UnknownName, printable
+from memplan.errors import MemplanError, RecipeError, UnknownName, printable
 
 
 class Mode(str, Enum):
@@ -74,17 +74,27 @@ def _named(room: str, kind: str, aliases: Mapping[str, str] | None = None) -> Be
     def known(value: Any) -> Any:
         name = (aliases or {}).get(value, value) if isinstance(value, str) else value
         if isinstance(name, str) and name not in rooms.names(room):
-            raise UnknownName(kind, value, rooms.names(room))
+            every = f"The {kind}s are {', '.join(rooms.names(room))}."
+            error = UnknownName(kind, value, rooms.names(room))
+            raise error if error.close else UnknownName(kind, value, (), hint=every)
         return name
 
     return BeforeValidator(known)
 
 
-def _played(trainer: Any) -> Any:
-    told = stacks.NOT_PLAYED.get(trainer) if isinstance(trainer, str) else None
+def _trainer(name: Any) -> Any:
+    """Takes the name of a trainer, however it is written."""
+    if not isinstance(name, str):
+        return name
+    plain = name.strip().lower().replace("_", "-")
+    told = stacks.NOT_PLAYED.get(plain)
     if told is not None:
         raise RecipeError(f"{told}, which memplan does not play: `memplan dry-run` runs it as it is")
-    return trainer
+    found = TRAINER_ALIASES.get(plain, plain)
+    if found not in rooms.names("stacks"):
+        every = ", ".join(name.replace("_", "-") for name in rooms.names("stacks"))
+        raise UnknownName("trainer", name, (), hint=f"The trainers are {every}.")
+    return found
 
 
 def _listed(room: str) -> Any:
@@ -94,9 +104,7 @@ def _listed(room: str) -> Any:
 OptimizerName = Annotated[str, _named("optimizers", "optimizer", OPTIMIZER_ALIASES), _listed("optimizers")]
 AttentionName = Annotated[str, _named("attention", "attention implementation"), _listed("attention")]
 LossName = Annotated[str, _named("losses", "loss"), _listed("losses")]
-TrainerName = Annotated[
-    str, _named("stacks", "trainer", TRAINER_ALIASES), BeforeValidator(_played), _listed("stacks")
-]
+TrainerName = Annotated[str, BeforeValidator(_trainer), _listed("stacks")]
 
 
 def _kind_of_adapters(recipe: Recipe) -> str:
@@ -497,7 +505,7 @@ class Recipe(BaseModel):
             self._check_kernels()
         if self.autocast and self.dtype is DTypeName.FLOAT16 and self.mode is Mode.FULL:
             raise ValueError(
-                "full fine-tuning under autocast needs fp32 weights: use --dtype float32 --autocast"
+                "full fine-tuning in fp16 under autocast needs fp32 weights: use --dtype float32 --autocast"
             )
         if self.mode is not Mode.FULL and not self._has_adapters_of(self.adapter_dtype):
             raise ValueError(
@@ -614,9 +622,11 @@ def _settings(options: Mapping[str, Any]) -> dict[str, Any]:
     """What the trainer sets, of the fields that can't be None. Nothing where the trainer or the mode is
     wrong, which the fields say."""
     trainer, mode = options.get("trainer", stacks.DEFAULT), options.get("mode", Mode.QLORA)
-    if isinstance(trainer, str):
-        trainer = TRAINER_ALIASES.get(trainer, trainer)
-    if not isinstance(trainer, str) or trainer not in rooms.names("stacks"):
+    try:
+        trainer = _trainer(trainer)
+    except MemplanError:
+        return {}
+    if not isinstance(trainer, str):
         return {}
     found = stacks.find(trainer).of(str(getattr(mode, "value", mode)))
     return {name: value for name, value in found.items() if name not in _RESOLVED}

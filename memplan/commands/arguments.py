@@ -14,7 +14,7 @@ from memplan.asked.options import TARGET_PRESETS, Option
 from memplan.asked.recipe import OPTIMIZER_ALIASES, Mode, Recipe, recipe_options
 from memplan.commands import synonyms
 from memplan.errors import MemplanError, UnknownName, shown
-from memplan.streams import remark, say
+from memplan.streams import remark_with_answer, say
 
 
 class UsageError(MemplanError):
@@ -63,7 +63,7 @@ def parse(parser: Parser, arguments: Sequence[str], *, quiet: bool = False) -> a
             raise UsageError(f"no option is called {shown(name)} here; {meant} {parser.prog} --help")
         raise UsageError(f"unexpected argument {unknown[0]!r} (see {parser.prog} --help)")
     for sentence in () if quiet else reading.remarks():
-        remark(sentence)
+        remark_with_answer(sentence)
     return namespace
 
 

@@ -110,7 +110,7 @@ def _maximized(asked: Asked, what: What) -> Asked | None:
         kept = f"batch size {other}" if what == "seq_len" else f"{other} tokens a sequence"
         remark(
             f"not even 1 {'token' if what == 'seq_len' else 'sequence'} fits on the {gpu.name} with {kept} "
-            "and some to spare, though it may get through; ask without --maximize what would make it fit"
+            "and some to spare; ask without --maximize what would make it fit"
         )
         return None
     return asked.otherwise(recipe.model_copy(update={what: value}))

@@ -220,6 +220,8 @@ class _Reader:
         self.rest, self.actions = list(arguments), actions
         self.reading = Reading()
         self.modes: list[str] = []  # that switches stand for
+        self.unquantised: str | None = None  # what says that the base is not in 4 bits
+        self.halves: set[str] = set()  # which of bf16 and fp16 are on
 
     def read(self) -> Reading:
         while self.rest:
@@ -330,20 +332,32 @@ class _Reader:
             self.reading.echoed.append(f"{typed}: {_AS_PLANNED[bare]}")
             return
         stands_for = SWITCHES[bare][0 if on else 1]
+        if SWITCHES[bare][0] == "--mode qlora" and not on:
+            self.unquantised = f"{typed} false" if bare == name else typed
+        if bare in ("bf16", "fp16") and on:
+            self.halves.add(bare)
+            if len(self.halves) > 1:
+                raise Unplanned("a run is in one of bf16 and fp16: leave out the other")
         if stands_for.startswith("--mode "):
             self.modes.append(stands_for.split()[1])
         elif stands_for:
             if bare == "fp16" and on and self._full():  # full fine-tuning in fp16 keeps its weights in fp32
                 stands_for = "--dtype float32 --autocast"
             self.reading.words += stands_for.split()
-        self._echo(typed, None if on or bare != name else "false", stands_for or "the default")
+        self._echo(
+            typed,
+            None if on or bare != name else "false",
+            stands_for or ("no mode qlora" if self.unquantised else "the default"),
+        )
 
     def _bits(self, typed: str, given: str | None) -> None:
         bits = given or self._take_value() or ""
         if bits == "4":
             self.modes.append("qlora")
             self._echo(typed, bits, "--mode qlora")
-        elif bits not in ("16", "none"):
+        elif bits in ("16", "none"):
+            self.unquantised = f"{typed} {bits}"
+        else:
             raise Unplanned(
                 f"{typed} {bits}: weights of 4 bits (--mode qlora) and 16 bits are planned, no others"
             )
@@ -357,6 +371,10 @@ class _Reader:
         words = self.reading.words
         said = [word for word in words if word.startswith("--mode=")]
         modes = {*self.modes, *(word.removeprefix("--mode=") for word in said)}
+        if self.unquantised and "--mode" in self.actions and (not modes or "qlora" in modes):
+            raise Unplanned(
+                f"{self.unquantised}: the base is in 4 bits in mode qlora; give --mode lora or full"
+            )
         if not self.modes:
             return
         if "full" in modes and len(modes) > 1:

@@ -115,6 +115,7 @@ def of_page(text: str) -> tuple[str, str | None] | None:
     hub = _HUB.fullmatch(text)
     if hub is None:
         if re.match(r"[a-z][a-z0-9+.-]*://", text, re.IGNORECASE):
+            text = re.sub(r"//[^/@]*@", "//…@", text)  # a password is not repeated
             raise SpecError(f"{shown(text)} is no page of the Hub: {_INSTEAD}")
         return None
     parts = [part for part in re.split(r"[?#]", hub[1])[0].split("/") if part]

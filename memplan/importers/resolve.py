@@ -276,7 +276,7 @@ def _from_hub(hub_id: str, revision: str | None) -> ResolvedConfig:
 def _looks_like_a_path(text: str) -> bool:
     return (
         text.startswith((".", "~", os.sep))
-        or text.endswith((".json", "/", os.sep))
+        or text.endswith((".json", ".yaml", ".yml", "/", os.sep))
         or text.count("/") > 1
         or "\\" in text
     )

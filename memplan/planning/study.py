@@ -84,7 +84,9 @@ def opened(
     if config is not None:
         read = runfiles.read(config)
         if read is None:
-            raise MemplanError(f"{shown(str(config))} is no file that a trainer is configured with")
+            raise MemplanError(
+                f"{shown(str(config))} is no file that a trainer is configured with{_why(config)}"
+            )
         asked = {key: value for key, value in read.understood.items() if value != read.model}
         return model, replace(read, understood=asked)
     assert not isinstance(model, ModelSpec)
@@ -97,6 +99,14 @@ def opened(
             f"{read.path}`"
         )
     return read.model, read
+
+
+def _why(config: str | Path) -> str:
+    """Why there is nothing to be read in a file, where its name tells that."""
+    path = Path(config).expanduser()
+    if path.is_dir():
+        return ": it is a folder"
+    return "" if path.exists() else ": there is none of that name"
 
 
 def read_from(read: Reading | None) -> ReadFrom | None:

@@ -24,7 +24,7 @@ def document(path: str | Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RuntimeError) as error:
         raise MemplanError(f"{shown(str(path))} can't be read: {reason(error)}") from None
     if str(path).endswith(".json"):
-        return _json(content)
+        return _json(content, printable(file.name))
     if len(content) > _MOST_BYTES:
         raise MemplanError(f"{shown(str(path))} is larger than {_MOST_BYTES >> 10} KiB, so it is no run file")
     found = _yaml(content, printable(file.name))
@@ -33,7 +33,7 @@ def document(path: str | Path) -> dict[str, Any] | None:
     return _with_text_keys(found, printable(file.name))
 
 
-def _json(content: bytes) -> dict[str, Any] | None:
+def _json(content: bytes, name: str) -> dict[str, Any] | None:
     """A JSON object; None where it is none, or too long: a model's configuration has its own reader."""
     if len(content) > _MOST_BYTES:
         return None
@@ -41,7 +41,12 @@ def _json(content: bytes) -> dict[str, Any] | None:
         found = read_json(content)
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    if not isinstance(found, dict):
+        return None
+    try:
+        return found if {"architectures", "model_type"} & found.keys() else read_json(content, once=True)
+    except TooManyParts as error:
+        raise MemplanError(f"{name} is no run file: {error}") from None
 
 
 def _yaml(content: bytes, name: str) -> Any:

@@ -58,6 +58,8 @@ def arguments(keys: Keys) -> None:
     keys.put("gradient_accumulation_steps", keys.whole("gradient_accumulation_steps"))
     keys.put("max_grad_norm", keys.number("max_grad_norm"))
     keys.put_flag("use_cache", "use_cache")
+    if keys.flag("bf16") and keys.flag("fp16"):  # TrainingArguments.__post_init__
+        keys.wrong("fp16", "false where bf16 is true")
     optimizer(keys, "optim")
     _optimizer_arguments(keys)
     _evaluation(keys)
