@@ -49,7 +49,7 @@ def show_comparison(plans: Sequence[Plan], console: Console, *, verbose: bool = 
         Part(lambda console: _show_recipes(plans, console)),
         Part(blank),
         Part(lambda console: _show_sizes(plans, console, cards if few or verbose else ())),
-        Part(lambda console: _show_lacking(plans, console), 3),
+        Part(lambda console: _show_lacking(plans, console)),
         Part(lambda console: show_differences(plans[0], console), 1),
         Part(lambda console: note(console, FOOTNOTE), DETAIL),
         Part(lambda console: None if few else blank(console), DETAIL, "each card"),
