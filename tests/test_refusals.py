@@ -71,7 +71,7 @@ def test_of_an_architecture_without_a_plan_it_says_what_can_answer(
     from memplan.importers.hf import spec_from_config
 
     with pytest.raises(MemplanError) as refused:
-        spec_from_config(config)
+        spec_from_config(config, "model")
     assert answers in str(refused.value)
 
 

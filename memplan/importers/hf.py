@@ -127,7 +127,7 @@ def _instead(config: dict[str, Any], architecture: str | None) -> str:
     dry = "`memplan dry-run -- COMMAND` runs your own program"
     if has_vision_tower(config) or (architecture or "").endswith("ForConditionalGeneration"):
         return f"{dry} with it"
-    if "auto_map" in config:  # its code comes with it; transformers may have it as well, which a trace finds out
+    if "auto_map" in config:  # its code comes with it, but transformers may have it as well
         return f"`memplan MODEL --trace` traces transformers' code of it, if it has any, and {dry}"
     return "`memplan MODEL --trace` traces its own code"
 

@@ -1,4 +1,4 @@
-"""The files of TRL's other trainers (DPO, GRPO, RLOO, …): recognised, for most of their keys are SFT's, too."""
+"""The files of TRL's other trainers (DPO, GRPO and more): recognised, for their other keys are SFT's."""
 
 from __future__ import annotations
 
@@ -25,8 +25,11 @@ _REFUSED = dict.fromkeys(
 )
 
 
+_OFF = (None, False, 0, "", "no", "none", "None", "false", "False")  # as refuse_any has them
+
+
 def _holds(found: Mapping[str, Any]) -> bool:
-    return any(found.get(key) not in (None, False, 0, "", "no", "none", "None", "false", "False") for key in _REFUSED)
+    return any(found.get(key) not in _OFF for key in _REFUSED)
 
 
 def _read(keys: Keys) -> None:
