@@ -61,7 +61,7 @@ def test_a_spec_of_an_unknown_family() -> None:
         ({"architectures": ["Glm4MoeLiteForCausalLM"]}, "--trace` traces its own code;"),
         ({"architectures": ["QWenLMHeadModel"], "auto_map": {"AutoConfig": "x.Y"}}, "dry-run -- COMMAND`"),
         ({"architectures": ["Qwen2VLForConditionalGeneration"]}, ": `memplan dry-run -- COMMAND`"),
-        ({"architectures": ["Foo"], "vision_config": {}}, ": `memplan dry-run -- COMMAND`"),
+        ({"architectures": ["Foo"], "vision_config": {"depth": 2}}, ": `memplan dry-run -- COMMAND`"),
     ],
 )
 def test_of_an_architecture_without_a_plan_it_says_what_can_answer(

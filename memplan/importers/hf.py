@@ -125,7 +125,7 @@ def spec_from_config(
 def _instead(config: dict[str, Any], architecture: str | None) -> str:
     """What answers for a model that has no plan: a trace is of a causal language model of transformers'."""
     dry = "`memplan dry-run -- COMMAND` runs your own program"
-    if has_vision_tower(config) or (architecture or "").endswith("ForConditionalGeneration"):
+    if "vision_config" in config or (architecture or "").endswith("ForConditionalGeneration"):
         return f"{dry} with it"
     if "auto_map" in config:  # its code comes with it, but transformers may have it as well
         return f"`memplan MODEL --trace` traces transformers' code of it, if it has any, and {dry}"
