@@ -12,6 +12,7 @@ import emulated
 import measured
 import plain
 import published
+import reports
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -19,9 +20,10 @@ HEAD = """\
 # Accuracy
 
 Made by `python docs/generate.py` from `data/reconciliation.json`, `data/emulated.json`, `data/plain.json`,
-`data/measured_emulated.json` and `data/published_comparison.json`, which `benchmarks/reconcile.py`,
-`benchmarks/dry_gpu/compare.py`, `benchmarks/plain/run.py`, `benchmarks/dry_gpu/against_measured.py` and
-`benchmarks/published.py` write, and from the files of `data/measurements`, which `memplan verify` writes.
+`data/measured_emulated.json`, `data/published_comparison.json` and `data/reports_comparison.json`, which
+`benchmarks/reconcile.py`, `benchmarks/dry_gpu/compare.py`, `benchmarks/plain/run.py`,
+`benchmarks/dry_gpu/against_measured.py`, `benchmarks/published.py` and `benchmarks/reports.py` write, and
+from the files of `data/measurements`, which `memplan verify` writes.
 
 *Predicted* is the plan; *traced* is the real libraries' step under fake tensors on a CPU
 ([how-it-works.md](how-it-works.md)); *emulated* is the real step on PyTorch's CUDA build, without a GPU.
@@ -108,8 +110,8 @@ def page() -> str:
             if result["case"].get("kernels") == "memplan":
                 name += ", memplan's kernels"
             text += f"| {name} | {peaks[0]} | {peaks[1]} | `{result['traced']['operation']}` |\n"
-    sections = (emulated.section(), plain.section(), measured.section(), published.section())
-    return text + ABOUT_70B + "\n".join(sections)
+    sections = (emulated, plain, measured, published, reports)
+    return text + ABOUT_70B + "\n".join(part.section() for part in sections)
 
 
 def _losses(results: list[dict[str, Any]], versions: dict[str, str]) -> str:

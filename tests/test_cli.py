@@ -9,7 +9,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from importlib import import_module
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -617,3 +619,9 @@ def test_main_takes_the_process_arguments(
     monkeypatch.setattr(sys, "argv", ["memplan", "--version"])
     assert main() == 0
     assert capsys.readouterr().out.startswith("memplan ")
+
+
+def test_json_goes_into_a_stream_that_has_no_encoding() -> None:
+    with redirect_stdout(StringIO()) as out:
+        assert main(["llama-3.2-1b", "--seq-len", "64", "--json"]) == 0
+    assert json.loads(out.getvalue())["recipe"]["seq_len"] == 64

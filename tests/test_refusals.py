@@ -55,6 +55,26 @@ def test_a_spec_of_an_unknown_family() -> None:
         plan(spec)
 
 
+@pytest.mark.parametrize(
+    ("config", "answers"),
+    [
+        ({"architectures": ["Glm4MoeLiteForCausalLM"]}, "--trace` traces its own code;"),
+        ({"architectures": ["QWenLMHeadModel"], "auto_map": {"AutoConfig": "x.Y"}}, "dry-run -- COMMAND`"),
+        ({"architectures": ["Qwen2VLForConditionalGeneration"]}, ": `memplan dry-run -- COMMAND`"),
+        ({"architectures": ["Foo"], "vision_config": {"depth": 2}}, ": `memplan dry-run -- COMMAND`"),
+    ],
+)
+def test_of_an_architecture_without_a_plan_it_says_what_can_answer(
+    config: dict[str, Any], answers: str
+) -> None:
+    """A trace is of causal language models alone, so one that sees is not sent there to be refused again."""
+    from memplan.importers.hf import spec_from_config
+
+    with pytest.raises(MemplanError) as refused:
+        spec_from_config(config, "model")
+    assert answers in str(refused.value)
+
+
 def test_a_plan_from_json_has_no_timeline() -> None:
     answer = memplan.planning.plan.Plan.model_validate_json(plan("llama-3.2-1b").model_dump_json())
     with pytest.raises(MemplanError, match="call plan\\(\\) again"):

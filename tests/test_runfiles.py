@@ -534,6 +534,16 @@ def test_what_a_file_cannot_say_is_not_advised(write: Write) -> None:
     assert "lora_target_linear: true" in axolotl.change({"mode": "lora"}, before)
 
 
+def test_a_file_of_another_trainer_of_trls_is_never_planned_as_the_hf_trainers(write: Write) -> None:
+    """A GRPOConfig's keys are the HF Trainer's but for a few: a plan of its sizes would be another step's."""
+    grpo = {"model_name_or_path": "qwen3-0.6b", "per_device_train_batch_size": 4, "num_generations": 4}
+    for name in ("grpo.yaml", "grpo.json"):
+        with pytest.raises(MemplanError, match=r"num_generations: 4 is of another trainer .* trl TRAINER "):
+            runfiles.read(write(grpo, name))
+    assert read(write(grpo, num_generations="left out")).kind == "training_arguments"
+    assert read(write(TRL, beta=0.0)).kind == "trl"
+
+
 # -- the room ---------------------------------------------------------------------------------------------
 
 

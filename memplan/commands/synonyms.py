@@ -121,6 +121,7 @@ _NOT_PLANNED = {
     "pipeline-parallel-size context-parallel-size sequence-parallel-size sp-size ddp ddp-backend offload "
     "cpu-offload activation-offloading offload-optimizer offload-params",
     "8-bit weights are not planned, 4-bit ones (--mode qlora) and 16-bit ones are": "load-in-8bit 8bit",
+    "GPTQ and AWQ weights are not planned, bitsandbytes' 4-bit ones (--mode qlora) are": "gptq awq",
     "FP8 training is not planned": "fp8",
     "GaLore, BAdam, APOLLO and LoMo are not planned": "use-galore galore use-badam use-apollo lomo "
     "galore-rank optim-target-modules",

@@ -122,6 +122,16 @@ def spec_from_config(
         fields.fail(f"{where}: {message}" if where else message)
 
 
+def _instead(config: dict[str, Any], architecture: str | None) -> str:
+    """What answers for a model that has no plan: a trace is of a causal language model of transformers'."""
+    dry = "`memplan dry-run -- COMMAND` runs your own program"
+    if "vision_config" in config or (architecture or "").endswith("ForConditionalGeneration"):
+        return f"{dry} with it"
+    if "auto_map" in config:  # its code comes with it, but transformers may have it as well
+        return f"`memplan MODEL --trace` traces transformers' code of it, if it has any, and {dry}"
+    return "`memplan MODEL --trace` traces its own code"
+
+
 def _family(config: dict[str, Any], name: str) -> tuple[str, Config, dict[str, Any]]:
     """The family of a configuration, how it reads one, and the object that describes its decoder."""
     fields = Fields(config, {"architectures": None, "model_type": None}, frozenset(config), name)
@@ -146,8 +156,8 @@ def _family(config: dict[str, Any], name: str) -> tuple[str, Config, dict[str, A
     else:
         kind = f"architecture {shown(architecture)}" if architecture else f"model type {shown(model_type)}"
         raise UnsupportedArchitecture(
-            f"memplan has no predicted plan for {shown(name)}, which is of the {kind}: `memplan MODEL "
-            f"--trace` traces its own code; predicted are {', '.join(supported_architectures())}"
+            f"memplan has no predicted plan for {shown(name)}, which is of the {kind}: "
+            f"{_instead(config, architecture)}; predicted are {', '.join(supported_architectures())}"
         )
     expected = own.images[1] if images and own.images is not None else found
     if model_type and model_type != expected:

@@ -20,7 +20,7 @@ from memplan.report.plan import (
     show_note,
 )
 from memplan.report.read import show_differences, show_read
-from memplan.report.screen import DETAIL, Part, blank, show
+from memplan.report.screen import ALWAYS, DETAIL, Part, blank, show
 from memplan.report.wording import common_and_own, short_card
 from memplan.units import count, gib, ratio
 
@@ -49,7 +49,7 @@ def show_comparison(plans: Sequence[Plan], console: Console, *, verbose: bool = 
         Part(lambda console: _show_recipes(plans, console)),
         Part(blank),
         Part(lambda console: _show_sizes(plans, console, cards if few or verbose else ())),
-        Part(lambda console: _show_lacking(plans, console)),
+        Part(lambda console: _show_lacking(plans, console), ALWAYS if few else 3, "what cards lack"),
         Part(lambda console: show_differences(plans[0], console), 1),
         Part(lambda console: note(console, FOOTNOTE), DETAIL),
         Part(lambda console: None if few else blank(console), DETAIL, "each card"),

@@ -46,7 +46,7 @@ def print_json(document: dict[str, Any]) -> None:
 def _plain(text: str) -> str:
     """JSON of the same value that a terminal does not obey and any encoding can write."""
     try:
-        text.encode(sys.stdout.encoding)
+        text.encode(sys.stdout.encoding or "utf-8")  # a StringIO has none
     except UnicodeEncodeError:
         return _escaped(text, str.isascii)
     lines = text.split("\n")  # which stand between values: those in strings are escaped already

@@ -31,24 +31,9 @@ _OF_ADAPTERS = (
     "use_dora", "bnb_4bit_quant_type", "use_bnb_nested_quant",
 )  # fmt: skip
 _DTYPES = {"bfloat16": "bfloat16", "float16": "float16", "float32": "float32", "auto": "bfloat16"}
-_OTHER = "is of another trainer than SFTTrainer, which is all that memplan plans"
 _REFUSED = {
     "activation_offloading": "keeps activations on the host, which memplan does not plan",
     "lora_target_parameters": "names parameters, and memplan plans adapters on modules",
-    **dict.fromkeys(
-        (
-            "beta",
-            "num_generations",
-            "max_completion_length",
-            "reward_model_path",
-            "reward_funcs",
-            "reward_model_name_or_path",
-            "teacher_model_name_or_path",
-            "total_episodes",
-            "missing_eos_penalty",
-        ),
-        _OTHER,
-    ),
 }
 
 
