@@ -40,8 +40,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "data" / "reconciliation.json"
 DEVIATIONS = ROOT / "benchmarks" / "deviations.json"
 SOURCES = (
-    "asked", "cuda", "tape", "shadow", "parts", "weights", "adapters", "attention", "losses", "optimizers",
-    "families", "predict", "trace",
+    "asked", "stacks", "cuda", "tape", "shadow", "parts", "weights", "adapters", "attention", "losses",
+    "optimizers", "families", "predict", "trace",
 )  # fmt: skip
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl", "liger-kernel")
 

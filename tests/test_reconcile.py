@@ -97,6 +97,7 @@ def test_results_know_what_code_they_are_of() -> None:
         "snapshot",
         "device",
         "importers",
+        "runfiles",
         "kernels",
         "emulate",
     }
