@@ -87,6 +87,7 @@ FACTORS: dict[str, list[Any]] = {
     "attn": ["sdpa", "eager", "flash_attention_2"],
     "loss": ["standard", "chunked", "liger"],
     "shape": [(1, 2048), (2, 513), (3, 7), (4, 1), (1, 127)],
+    "batches": ["full", "padded", "packed"],
     "dtype": ["bfloat16", "float16", "float32"],
     "autocast": [False, True],
     "adapter_dtype": [None, "float32", "as base"],

@@ -30,6 +30,8 @@ def options(dtype: str | None = "bfloat16") -> argparse.Namespace:
     parser.add_argument("--optim", default="adamw_torch_fused")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--lengths", type=int, nargs="+", help="of the rows, one after the other")
+    parser.add_argument("--packing", action="store_true", help="rows of --lengths, packed to --length")
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--device-map")
     parser.add_argument("--history", type=Path, help="where the allocator's history goes, as a pickle")
@@ -82,14 +84,10 @@ def lora(asked: argparse.Namespace) -> Any:
 
 
 def rows(asked: argparse.Namespace) -> Iterator[dict[str, list[int]]]:
-    """Enough for the steps; all of one length, nothing padded."""
-    ids = list(range(1, 101)) * (asked.length // 100 + 1)
-    for _ in range(asked.batch * asked.accumulate * STEPS):
-        yield {
-            "input_ids": ids[: asked.length],
-            "attention_mask": [1] * asked.length,
-            "labels": ids[: asked.length],
-        }
+    """Enough for the steps; all of one length, or of the lengths that are named."""
+    for length in asked.lengths or [asked.length] * (asked.batch * asked.accumulate * STEPS):
+        ids = (list(range(1, 101)) * (length // 100 + 1))[:length]
+        yield {"input_ids": ids, "attention_mask": [1] * length, "labels": ids}
 
 
 def arguments(asked: argparse.Namespace) -> dict[str, Any]:

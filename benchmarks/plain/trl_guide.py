@@ -9,11 +9,15 @@ from trl import SFTConfig, SFTTrainer
 
 asked = options(dtype=None)
 peaks = Peaks(asked)
+data = Dataset.from_list([{"input_ids": row["input_ids"]} for row in rows(asked)])
+steps = STEPS if asked.lengths is None or asked.packing else len(data) // (asked.batch * asked.accumulate)
 trainer = SFTTrainer(
     model=asked.model,
     args=SFTConfig(
         output_dir=str(asked.out.with_suffix("")),
-        max_steps=STEPS,
+        max_steps=steps,
+        train_sampling_strategy="sequential" if asked.lengths else "random",
+        packing=asked.packing,
         max_length=asked.length,
         per_device_train_batch_size=asked.batch,
         gradient_accumulation_steps=asked.accumulate,
@@ -21,7 +25,7 @@ trainer = SFTTrainer(
         report_to="none",
         save_strategy="no",
     ),
-    train_dataset=Dataset.from_list([{"input_ids": row["input_ids"]} for row in rows(asked)]),
+    train_dataset=data,
     quantization_config=quantisation(asked) if asked.mode == "qlora" else None,
     peft_config=None if asked.mode == "full" else lora(asked),
     callbacks=[peaks],

@@ -49,6 +49,14 @@ class QuantType(str, Enum):
     FP4 = "fp4"
 
 
+class Batches(str, Enum):
+    """What a batch is made of: whole sequences, some that are shorter and so padded, or several in a row."""
+
+    FULL = "full"
+    PADDED = "padded"
+    PACKED = "packed"
+
+
 class Kernels(str, Enum):
     """What multiplies by 4-bit weights: bitsandbytes and PEFT as they are, or ``memplan.kernels``."""
 
@@ -450,6 +458,20 @@ class Recipe(BaseModel):
             ),
         ),
     ] = Field(default=2048, ge=1, le=1 << 24)
+    batches: Annotated[
+        Batches,
+        of_step(
+            help="full: sequences of --seq-len tokens; padded: some are shorter; packed: several to a row, kept "
+            "apart by their positions",
+            phrase=lambda r: None if r.batches is Batches.FULL else f"{r.batches.value} batches",
+            source=(
+                "Nothing is padded, so that SDPA is given no mask. `padded`: transformers, `masking_utils.py`, "
+                "`_ignore_causal_mask_sdpa`: a mask is made. `packed`: TRL's `packing` and `padding_free` "
+                "(`sft_trainer.py`, `DataCollatorForLanguageModeling`), `DataCollatorWithFlattening`: all rows "
+                "of a batch end to end in one."
+            ),
+        ),
+    ] = Batches.FULL
     device_map: Annotated[
         Literal["auto"] | None,
         of_step(
@@ -514,12 +536,35 @@ class Recipe(BaseModel):
             )
         if self.use_reentrant is not None and self.gradient_checkpointing is False:
             raise ValueError("use_reentrant says how to checkpoint, but gradient checkpointing is off")
+        if self.batches is not Batches.FULL:
+            self._check_batches()
         if self.batch_size * self.seq_len > _MAX_TOKENS:
             raise ValueError(
                 f"{self.batch_size} × {self.seq_len} tokens a step is more than any GPU can hold; "
                 "lower the batch size or the sequence length"
             )
         return self
+
+    def _check_batches(self) -> None:
+        kind = self.batches.value
+        if self.attn == "flash_attention_2":
+            raise ValueError(
+                f"what FlashAttention takes of {kind} batches hangs on how long each sequence is, and is not "
+                "planned: use --attn sdpa, or `memplan dry-run`"
+            )
+        if self.batches is Batches.PACKED and self.use_cache:
+            raise ValueError("packed sequences are told apart only without a cache: leave out use_cache")
+        if self.batches is Batches.PACKED and stacks.find(self.trainer).packed is None:
+            raise ValueError(
+                f"{stacks.find(self.trainer).title} packs with masks of its own, which are not planned: use "
+                "`memplan dry-run`"
+            )
+
+    def as_fed(self) -> Recipe:
+        """The same with rows as the model is given them: of packed batches, one with all tokens."""
+        if self.batches is not Batches.PACKED:
+            return self
+        return self.model_copy(update={"batch_size": 1, "seq_len": self.batch_size * self.seq_len})
 
     def _has_adapters_of(self, dtype: DTypeName) -> bool:
         if dtype in (DTypeName.FLOAT32, self.dtype):

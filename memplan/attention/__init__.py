@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from memplan import rooms
-from memplan.asked.recipe import Recipe
+from memplan.asked.recipe import Batches, Recipe
 from memplan.parts.context import Attend
 from memplan.shadow.tensor import DType, Tensor
 
@@ -18,15 +18,15 @@ from memplan.shadow.tensor import DType, Tensor
 class Attention:
     """An attention implementation.
 
-    ``masked``: whether a mask is made for a layer, whose window is shorter than the sequence or not;
-    ``mask``: the mask of a batch of a shape [B, S], for hidden states of a dtype, of a layer with a window or
-    without, made where it is wanted. ``fused``: it never makes all scores; ``package``: it is a library
+    ``masked``: whether a mask is made for a layer, whose window is shorter than the sequence or not, of such
+    batches; ``mask``: the mask of a batch of a shape [B, S], for hidden states of a dtype, of a layer with a
+    window or without, made where it is wanted, which ``Batches`` say where to look first. ``fused``: it never makes all scores; ``package``: it is a library
     beside PyTorch, whose kernels need Ampere.
     """
 
     attend: Attend
-    masked: Callable[[bool], bool]
-    mask: Callable[[tuple[int, int], DType, bool, bool], Tensor | None]
+    masked: Callable[[bool, Batches], bool]
+    mask: Callable[[tuple[int, int], DType, bool, bool, Batches], Tensor | None]
     fused: bool = True
     package: bool = False
 

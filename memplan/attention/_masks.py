@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from memplan.asked.recipe import Batches
 from memplan.shadow.tensor import Tensor, bool_, empty, int64
 
 
-def boolean(shape: tuple[int, int], local: bool) -> Tensor:
-    """sdpa_mask without vmap: ``and_masks`` of the pattern and the padding, by broadcasting."""
+def boolean(shape: tuple[int, int], local: bool, batches: Batches) -> Tensor:
+    """sdpa_mask without vmap: ``and_masks`` of the pattern and the padding, by broadcasting; of packed
+    batches of the sequences and the pattern."""
+    if batches is Batches.PACKED:
+        return _packed(shape[1], local)
     batch, length = shape
     square = (1, 1, length, length)
     ranges = [
@@ -28,6 +32,36 @@ def boolean(shape: tuple[int, int], local: bool) -> Tensor:
     result = _and(result, padding, (batch, 1, length, length))
     del padding, ranges
     return result
+
+
+def _packed(length: int, local: bool) -> Tensor:
+    """One row: ``packed_sequence_compatibility_function``."""
+    square = (1, 1, length, length)
+    _ranges = [
+        empty((1,), int64, "arange"),
+        empty((1,), int64, "arange"),
+        _positions(length),
+        _positions(length),
+    ]
+    result = empty((), bool_, "new_ones")
+    queries, keys = _each(length), _each(length)
+    alike = empty(square, bool_, "eq")
+    del queries, keys
+    result = _and(result, alike, square)
+    del alike
+    queries, keys = _each(length), _each(length)
+    pattern = _window(square) if local else empty(square, bool_, "le")
+    del queries, keys
+    result = _and(result, pattern, square)
+    return result
+
+
+def _each(length: int) -> Tensor:
+    """``x[batch_idx, idx]`` of one row: the batch's index is copied (above)."""
+    expanded = empty((1, 1, 1, length), int64, "index") if length > 1 else None
+    values = empty((1, 1, 1, length), int64, "index")
+    del expanded
+    return values
 
 
 def _positions(length: int) -> Tensor:

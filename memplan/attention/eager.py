@@ -5,6 +5,7 @@ It always has a mask: zero where attended, the dtype's minimum elsewhere.
 
 from __future__ import annotations
 
+from memplan.asked.recipe import Batches
 from memplan.attention import Attention
 from memplan.attention._groups import repeat_kv
 from memplan.attention._masks import boolean
@@ -32,9 +33,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, 
     return attn_output, attn_weights
 
 
-def _mask(shape: tuple[int, int], dtype: DType, local: bool, wanted: bool) -> Tensor:
+def _mask(shape: tuple[int, int], dtype: DType, local: bool, wanted: bool, batches: Batches) -> Tensor:
     """eager_mask: zero where attended, the dtype's minimum elsewhere."""
-    mask = boolean(shape, local)
+    mask = boolean(shape, local, batches)
     zero = empty((), dtype, "zeros")
     minimum = empty((), dtype, "scalar_tensor")
     additive = empty(mask.shape, dtype, "where")
@@ -42,4 +43,4 @@ def _mask(shape: tuple[int, int], dtype: DType, local: bool, wanted: bool) -> Te
     return additive
 
 
-ATTENTION = Attention(_attend, masked=lambda bites: True, mask=_mask, fused=False)
+ATTENTION = Attention(_attend, masked=lambda bites, batches: True, mask=_mask, fused=False)

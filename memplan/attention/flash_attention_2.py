@@ -6,6 +6,7 @@ It knows grouped queries and windows itself, so it is given no mask, and compute
 
 from __future__ import annotations
 
+from memplan.asked.recipe import Batches
 from memplan.attention import Attention
 from memplan.parts.context import Context
 from memplan.shadow import ops
@@ -41,10 +42,10 @@ def _is_packed_sequence(position_ids: Tensor, batch: int) -> None:
     del total, expected, answer
 
 
-def _mask(shape: tuple[int, int], dtype: DType, local: bool, wanted: bool) -> None:
+def _mask(shape: tuple[int, int], dtype: DType, local: bool, wanted: bool, batches: Batches) -> None:
     """flash_attention_mask: ``attention_mask.all()``."""
     every = empty((), bool_, "all")
     del every
 
 
-ATTENTION = Attention(_attend, masked=lambda bites: False, mask=_mask, package=True)
+ATTENTION = Attention(_attend, masked=lambda bites, batches: False, mask=_mask, package=True)

@@ -1,10 +1,12 @@
 """``torch.nn.functional.scaled_dot_product_attention`` (transformers/integrations/sdpa_attention.py, 5.23).
 
-Nothing is padded here, so it needs a mask only where a sliding window bites (``_ignore_causal_mask_sdpa``).
+It needs a mask only where a sliding window bites, a batch is padded (``_ignore_causal_mask_sdpa``) or
+sequences lie in one row (``create_causal_mask``).
 """
 
 from __future__ import annotations
 
+from memplan.asked.recipe import Batches
 from memplan.attention import Attention
 from memplan.attention._groups import repeat_kv
 from memplan.attention._masks import boolean
@@ -27,11 +29,18 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, 
     return ops.contiguous(ops.transpose(out, 1, 2)), None
 
 
-def _mask(shape: tuple[int, int], dtype: DType, local: bool, wanted: bool) -> Tensor | None:
-    if wanted:
-        return boolean(shape, local)
-    _all_ones(shape)
-    return None
+def _mask(shape: tuple[int, int], dtype: DType, local: bool, wanted: bool, batches: Batches) -> Tensor | None:
+    if not wanted:
+        _all_ones(shape)
+        return None
+    if batches is Batches.PADDED and not local:
+        for _ in range(2):  # also whether only what is to come is masked
+            _all_ones(shape)
+    return boolean(shape, local, batches)
+
+
+def _masked(bites: bool, batches: Batches) -> bool:
+    return bites or batches is not Batches.FULL
 
 
 def _all_ones(shape: tuple[int, int]) -> None:
@@ -41,4 +50,4 @@ def _all_ones(shape: tuple[int, int]) -> None:
     del total, equal
 
 
-ATTENTION = Attention(_attend, masked=lambda bites: bites, mask=_mask)
+ATTENTION = Attention(_attend, masked=_masked, mask=_mask)

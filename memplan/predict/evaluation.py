@@ -28,26 +28,29 @@ def write_evaluation(
     trains on, between two steps of it; ``folded`` as :func:`memplan.predict.step.write_tape` has it, else as
     ``write_long_tape``."""
     spec = spec.model_copy(update={"use_cache": False})
-    recipe = recipe.model_copy(update={"gradient_checkpointing": False, "lora_dropout": 0.0})
+    trained = recipe.as_fed()
+    evaluated = recipe.model_copy(
+        update={"gradient_checkpointing": False, "lora_dropout": 0.0, "batch_size": batch_size}
+    ).as_fed()
     return written(
-        lambda played: _play(spec, recipe, batch_size, card, played),
+        lambda played: _play(spec, trained, evaluated, card, played),
         spec,
-        recipe,
+        evaluated,
         folded=True,
         unfolded=not folded,
     )
 
 
 def _play(
-    spec: ModelSpec, recipe: Recipe, batch_size: int, card: Card | None, played: Played | Standing
+    spec: ModelSpec, trained: Recipe, evaluated: Recipe, card: Card | None, played: Played | Standing
 ) -> Tape:
-    model, _states, _workspaces = at_rest(spec, recipe, card, played)
+    model, _states, _workspaces = at_rest(spec, evaluated, card, played)
     tape = state.tape
-    _trained_on = batch(recipe.batch_size, recipe.seq_len)  # the training loop's name for it goes on
+    _trained_on = batch(trained)  # the training loop's name for it goes on
     tape.begin(Phase.FORWARD, "batch")
-    ids, attention_mask, labels = batch(batch_size, recipe.seq_len)
+    fed = batch(evaluated)
     with no_grad():
-        loss = forward(model, ids, attention_mask, labels, list(played.indices))
+        loss = forward(model, fed, list(played.indices))
     tape.begin(Phase.FORWARD, "end")
     del loss
     tape.finish()  # what dies with these names is no part of it

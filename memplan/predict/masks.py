@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from memplan import attention, families
-from memplan.asked.recipe import Recipe
+from memplan.asked.recipe import Batches, Recipe
 from memplan.asked.spec import ModelSpec
-from memplan.shadow.tensor import DType, Tensor, bool_, empty, state
+from memplan.shadow.tensor import DType, Tensor, bool_, empty, int64, state
 
 
 def layer_type(spec: ModelSpec, index: int) -> str:
@@ -21,7 +21,7 @@ def needed(spec: ModelSpec, recipe: Recipe) -> dict[str, bool]:
     window = spec.sliding_window
     bites = window is not None and recipe.seq_len >= window
     masked = attention.of(recipe).masked
-    return {kind: masked(kind == "sliding_attention" and bites) for kind in used}
+    return {kind: masked(kind == "sliding_attention" and bites, recipe.batches) for kind in used}
 
 
 def make(spec: ModelSpec, recipe: Recipe, shape: tuple[int, int], dtype: DType) -> dict[str, Tensor | None]:
@@ -29,8 +29,26 @@ def make(spec: ModelSpec, recipe: Recipe, shape: tuple[int, int], dtype: DType) 
     state.tape.module = "model"
     masks: dict[str, Tensor | None] = {}
     for kind, wanted in needed(spec, recipe).items():
-        padding = empty(shape, bool_, "_to_copy")
+        packed = recipe.batches is Batches.PACKED
+        told = _sequence_indices(shape[1]) if packed else empty(shape, bool_, "_to_copy")
         make_one = attention.of(recipe).mask
-        masks[kind] = make_one(shape, dtype, kind == "sliding_attention", wanted)
-        del padding
+        masks[kind] = make_one(shape, dtype, kind == "sliding_attention", wanted, recipe.batches)
+        del told
     return masks
+
+
+def _sequence_indices(length: int) -> Tensor:
+    """``find_packed_sequence_indices``: which sequence each position of the row belongs to."""
+    row = (1, length)
+    first = empty((1, 1), int64, "sub")
+    longer = empty((1, length + 1), int64, "cat")
+    differences = empty(row, int64, "sub")
+    del longer
+    begins = empty(row, bool_, "ne")
+    counted = empty(row, int64, "_to_copy")
+    indices = empty(row, int64, "cumsum")
+    del counted, begins
+    zero = empty((1,), bool_, "eq")
+    every = empty((), bool_, "all")
+    del zero, every, first, differences
+    return indices

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from memplan import attention, families, losses
-from memplan.asked.recipe import DTypeName, Mode, Recipe
+from memplan import attention, families, losses, stacks
+from memplan.asked.recipe import Batches, DTypeName, Mode, Recipe
 from memplan.asked.spec import ModelSpec
 from memplan.cuda.card import Card
 from memplan.optimizers import State
@@ -30,6 +30,7 @@ from memplan.shadow.tensor import (
     category,
     empty,
     float32,
+    int32,
     int64,
     no_grad,
     playing,
@@ -53,9 +54,8 @@ def write_long_tape(spec: ModelSpec, recipe: Recipe, *, card: Card | None = None
 
 
 def _written(spec: ModelSpec, recipe: Recipe, card: Card | None, *, folded: bool, unfolded: bool) -> Tape:
-    tape = written(
-        lambda played: _play(spec, recipe, card, played), spec, recipe, folded=folded, unfolded=unfolded
-    )
+    fed = recipe.as_fed()
+    tape = written(lambda played: _play(spec, fed, card, played), spec, fed, folded=folded, unfolded=unfolded)
     for segment in tape.segments:
         if segment.phase is Phase.OPTIMIZER:
             segment.layer = None  # an update goes by parameters, not by layers: folding alone needed to know
@@ -150,19 +150,27 @@ def at_rest(
     return model, states, workspaces
 
 
-def batch(size: int, length: int) -> list[Tensor]:
-    """Token ids, attention mask and labels."""
+def batch(recipe: Recipe) -> dict[str, Tensor]:
+    """Token ids and labels, and the attention mask, or the positions of what is packed and what the trainer's
+    collator says beside; of a recipe as it is fed."""
+    shape = (recipe.batch_size, recipe.seq_len)
     with category(Category.ACTIVATIONS):
-        return [empty((size, length), int64, "batch") for _ in range(3)]
+        if recipe.batches is not Batches.PACKED:
+            return {name: empty(shape, int64, "batch") for name in ("ids", "mask", "labels")}
+        made = {name: empty(shape, int64, "batch") for name in ("ids", "labels", "positions")}
+        for name in stacks.find(recipe.trainer).packed or ():
+            # up to 127 sequences begin in the block that two do
+            made[name] = empty(shape if name == "seq_idx" else (2,), int32, "batch")
+        return made
 
 
 def _play(spec: ModelSpec, recipe: Recipe, card: Card | None, played: Played | Standing) -> Tape:
     model, states, _workspaces = at_rest(spec, recipe, card, played)
     tape = state.tape
-    ids, attention_mask, labels = batch(recipe.batch_size, recipe.seq_len)
+    fed = batch(recipe)
     # every micro-step after the first finds gradients there, so the second shows what all the others do
     for _ in range(min(recipe.gradient_accumulation_steps, 2)):
-        loss = forward(model, ids, attention_mask, labels, list(played.indices))
+        loss = forward(model, fed, list(played.indices))
         if recipe.gradient_accumulation_steps > 1:
             with category(Category.LOGITS_AND_LOSS):
                 loss = ops.scale(loss, "div")
@@ -184,12 +192,12 @@ def _play(spec: ModelSpec, recipe: Recipe, card: Card | None, played: Played | S
     return tape
 
 
-def forward(model: Model, ids: Tensor, attention_mask: Tensor, labels: Tensor, played: list[int]) -> Tensor:
+def forward(model: Model, fed: dict[str, Tensor], played: list[int]) -> Tensor:
     """``model(**batch).loss``, under autocast as accelerate wraps it."""
     recipe = model.recipe
     if recipe.autocast:
         state.autocast = bfloat16 if recipe.dtype is DTypeName.FLOAT32 else DTYPES[recipe.dtype.value]
-    loss, logits, cache = _causal_lm(model, ids, attention_mask, labels, played)
+    loss, logits, cache = _causal_lm(model, fed, played)
     if recipe.autocast:
         state.autocast = None
         state.autocast_cache.clear()
@@ -202,36 +210,34 @@ def forward(model: Model, ids: Tensor, attention_mask: Tensor, labels: Tensor, p
     return loss
 
 
-def _causal_lm(
-    model: Model, ids: Tensor, attention_mask: Tensor, labels: Tensor, played: list[int]
-) -> tuple[Any, Tensor | None, Any]:
+def _causal_lm(model: Model, fed: dict[str, Tensor], played: list[int]) -> tuple[Any, Tensor | None, Any]:
     """``ForCausalLM.forward``: the loss, and the outputs that live until the caller drops them."""
     tape = state.tape
     tape.begin(Phase.FORWARD, "embed")
     router_logits: list[Tensor] | None = [] if router_loss(model.spec, model.recipe) else None
-    hidden, cache = _decoder(model, ids, attention_mask, played, router_logits)
+    hidden, cache = _decoder(model, fed, played, router_logits)
     tape.begin(Phase.FORWARD, "head")
     state.category = Category.LOGITS_AND_LOSS
     head = losses.find(model.recipe.loss).head
-    loss, logits = head(model.head, hidden, labels, router_logits, model.spec)
+    loss, logits = head(model.head, hidden, fed["labels"], router_logits, model.spec)
     return loss, logits, cache
 
 
 def _decoder(
     model: Model,
-    ids: Tensor,
-    attention_mask: Tensor,
+    fed: dict[str, Tensor],
     played: list[int],
     router_logits: list[Tensor] | None,
 ) -> tuple[Tensor, Any]:
     spec, recipe, tape = model.spec, model.recipe, state.tape
+    ids = fed["ids"]
     embeds = model.embedding(ids)
     tape.module = "model"
     cache: list[Tensor] | None = [] if uses_cache(recipe) else None
     with category(Category.ACTIVATIONS if recipe.gradient_checkpointing else Category.TEMPORARIES):
         # recomputation needs them
-        positions = _positions(recipe.seq_len)
-        attention_masks = masks.make(spec, recipe, attention_mask.shape, embeds.dtype)  # type: ignore[arg-type]
+        positions = fed["positions"] if "positions" in fed else _positions(recipe.seq_len)
+        attention_masks = masks.make(spec, recipe, ids.shape, embeds.dtype)  # type: ignore[arg-type]
     hidden = embeds
     tape.module = "model.rotary_emb"
     with no_grad():

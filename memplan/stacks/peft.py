@@ -53,6 +53,7 @@ STACK = Stack(
         ),
     },
     reentrant=_reentrant,
+    packed=(),  # transformers, `data/data_collator.py`, `DataCollatorWithFlattening`
     sizes={
         "r": only("PEFT, `peft/tuners/lora/config.py`, `LoraConfig.r`", lora=8, qlora=8),
         "lora_alpha": only("PEFT, `LoraConfig.lora_alpha`", lora=8, qlora=8),

@@ -50,6 +50,8 @@ STACK = Stack(
         "seq_len": always(1024, "TRL, `trl/trainer/sft_config.py`, `max_length`"),
     },
     casts_adapters_back=True,
+    # `trl/trainer/sft_trainer.py`, `DataCollatorForLanguageModeling.torch_call`
+    packed=("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"),
     slip=Slip(
         told='without dtype="bfloat16" TRL loads the base in float32',
         changes={"dtype": "float32"},

@@ -69,7 +69,7 @@ def trace_model(
         recipe = as_built(config, recipe.resolved())
     card = Card(compute_capability)
     loss = kinds.find(recipe.loss)
-    answers = {**standins.ANSWERS, **loss.answers}
+    answers = {**standins.ANSWERS, **standins.OF_BATCHES[recipe.batches], **loss.answers}
     recorder = Recorder(Tape(provenance="traced"), standins.OPERATORS, card, answers)
     recorder.on_segment = progress
     with ExitStack() as stack:

@@ -58,6 +58,15 @@ def _index_each_axis(x: Any, indices: Any) -> Any:
     return torch.empty(expanded[0].shape, dtype=x.dtype)
 
 
+@operator(aten.cumsum.default)
+def cumsum(recorder: Any, x: Any, dim: int, *, dtype: Any = None) -> Any:
+    """ReduceOps.cpp ``impl_func_cum_ops``, which converts what it adds up first: bools, here."""
+    if x.dtype is not torch.bool:
+        return NotImplemented
+    converted = x.to(dtype or torch.int64)
+    return torch.empty(x.shape, dtype=converted.dtype)
+
+
 @operator(aten.masked_scatter_backward.default)
 def masked_scatter_backward(recorder: Any, grad: Any, mask: Any, sizes: Any) -> Any:
     """``masked_select`` of the gradient (torch/csrc/autograd/FunctionsManual.cpp), which indexes by the mask

@@ -20,17 +20,18 @@ from unittest import mock
 import torch
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from memplan.asked.recipe import Batches
 from memplan.cuda.card import Card
 from memplan.trace import attention, indexing, kernels, nf4, quantization
 from memplan.trace.autocast import cuda_rules
 from memplan.trace.operators import OPERATORS
 from memplan.trace.optimizers import as_on_cuda, fake_safe
 
-__all__ = ["ANSWERS", "OPERATORS", "in_force"]
+__all__ = ["ANSWERS", "OF_BATCHES", "OPERATORS", "in_force"]
 assert indexing and nf4  # imported for the operators that they register
 
 
-# Values that the libraries ask for, by the function that asks: the mask is all ones, nothing is packed.
+# Values that the libraries ask for, by the function that asks: the mask is all ones, nothing is packed
 ANSWERS = {
     "_ignore_causal_mask_sdpa": True,  # transformers 5 masking_utils.py
     "flash_attention_mask": True,
@@ -38,6 +39,15 @@ ANSWERS = {
     "_is_packed_sequence": False,  # modeling_flash_attention_utils.py
     "_flash_attention_forward": False,  # which asks whether it is
 }
+
+# and where some of it is
+OF_BATCHES: dict[Batches, dict[str, Any]] = {
+    Batches.FULL: {},
+    Batches.PADDED: {"_ignore_causal_mask_sdpa": False},
+    Batches.PACKED: {"find_packed_sequence_indices": False},
+}
+
+_tensor = torch.tensor
 
 
 def not_compiling(_tensor: object = None) -> bool:
@@ -50,6 +60,12 @@ def initialise_sliding_cache(layer: DynamicSlidingWindowLayer, key_states: Any, 
     made on the host, is moved to the card."""
     super(DynamicSlidingWindowLayer, layer).lazy_initialization(key_states, value_states)
     layer._sliding_window_tensor = torch.ops.aten._to_copy.default(layer._sliding_window_tensor)
+
+
+def tensor_of(data: Any, *, device: Any = None, **options: Any) -> Any:
+    """``torch.tensor``: where some tensor's device is named, what was made on the host is copied to it."""
+    made = _tensor(data, device=device, **options)
+    return torch.ops.aten._to_copy.default(made) if isinstance(device, torch.device) else made
 
 
 def delta_weight(layer: Any, adapter: str) -> Any:
@@ -73,6 +89,7 @@ def in_force(card: Card, *, data: bool = False) -> Iterator[None]:
         for owner, name, replacement in (
             (torch.nn.functional, "scaled_dot_product_attention", attention.sdpa_for(card)),
             (torch.nn.functional, "dropout", kernels.dropout),
+            (torch, "tensor", tensor_of),
             # fake tensors would make transformers believe that it is being compiled, and make masks
             (masking_utils, "is_tracing", not_compiling),
             (DynamicSlidingWindowLayer, "lazy_initialization", initialise_sliding_cache),

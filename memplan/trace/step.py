@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from memplan import losses
-from memplan.asked.recipe import DTypeName, Recipe
+from memplan import losses, stacks
+from memplan.asked.recipe import Batches, DTypeName, Recipe
 from memplan.tape import Part, Phase
 
 AUTOCAST_DTYPES = {
@@ -29,13 +29,21 @@ class Listener(Protocol):
 
 
 def make_batch(recipe: Recipe) -> dict[str, torch.Tensor]:
-    """What a collator hands over: int64 ids, mask and labels."""
-    shape = (recipe.batch_size, recipe.seq_len)
-    return {
+    """What a collator hands over: int64 ids, mask and labels; of packed batches, positions in the place of
+    the mask, and what the trainer's collator says beside."""
+    fed = recipe.as_fed()
+    shape = (fed.batch_size, fed.seq_len)
+    made = {
         "input_ids": torch.zeros(shape, dtype=torch.int64),
         "attention_mask": torch.ones(shape, dtype=torch.int64),
         "labels": torch.zeros(shape, dtype=torch.int64),
     }
+    if recipe.batches is Batches.PACKED:
+        made["position_ids"] = made.pop("attention_mask")
+        for name in stacks.find(recipe.trainer).packed or ():
+            size = shape if name == "seq_idx" else (2,)
+            made[name] = torch.zeros(size, dtype=torch.int32)
+    return made
 
 
 def forward(model: nn.Module, recipe: Recipe, device: str) -> Callable[..., Any]:

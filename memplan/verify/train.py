@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from memplan import losses
-from memplan.asked.recipe import Recipe
+from memplan import losses, stacks
+from memplan.asked.recipe import Batches, Recipe
 from memplan.errors import MemplanError, reason, shown
 from memplan.tape import Tape
 from memplan.trace.losses import attach
@@ -129,14 +129,29 @@ def finite(loss: float | None) -> float | None:
 
 
 def make_batch(job: Job) -> dict[str, torch.Tensor]:
-    """What a collator hands over, on the host: int64 ids, mask and labels, from the seed or the text."""
-    shape = (job.recipe.batch_size, job.recipe.seq_len)
+    """What a collator hands over, on the host: int64 ids, mask and labels, from the seed or the text. Of padded
+    batches, the first row lacks one token; in packed ones two sequences share a row."""
+    recipe = job.recipe.as_fed()
+    shape = (recipe.batch_size, recipe.seq_len)
     if job.run.text is None:
         generator = torch.Generator().manual_seed(job.run.seed)
         ids = torch.randint(0, int(job.model.config["vocab_size"]), shape, generator=generator)
     else:
         ids = _tokens(job, shape[0] * shape[1]).reshape(shape)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+    if recipe.batches is Batches.PADDED:
+        batch["attention_mask"][0, -1] = 0
+    if recipe.batches is Batches.PACKED:
+        del batch["attention_mask"]
+        batch["position_ids"] = torch.cat([torch.arange(length) for length in halves(shape[1])])[None]
+        for name in stacks.find(recipe.trainer).packed or ():
+            batch[name] = torch.zeros(shape if name == "seq_idx" else (2,), dtype=torch.int32)
+    return batch
+
+
+def halves(length: int) -> tuple[int, int]:
+    """The lengths of two sequences that share a row."""
+    return length - length // 2, length // 2
 
 
 def _tokens(job: Job, count: int) -> torch.Tensor:

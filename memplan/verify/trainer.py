@@ -15,7 +15,7 @@ import torch
 from transformers import TrainerCallback
 
 from memplan import losses
-from memplan.asked.recipe import Recipe
+from memplan.asked.recipe import Batches, Recipe
 from memplan.errors import MemplanError
 from memplan.importers.trainer import tiled_by_trl
 from memplan.verify.callback import MEASURED_STEP, MemoryCallback
@@ -30,6 +30,7 @@ from memplan.verify.train import (
     count_changed,
     finite,
     frozen_tensors,
+    halves,
     make_batch,
     source_of,
 )
@@ -126,7 +127,7 @@ def _step(callback: MemoryCallback, logs: list[dict[str, Any]]) -> Step:
 
 
 def _trainer(job: Job, model: Any, callback: MemoryCallback, folder: str) -> Any:
-    recipe, run = job.recipe, job.run
+    recipe, run = job.recipe.as_fed(), job.run
     settings: dict[str, Any] = {
         "output_dir": folder,
         "max_steps": run.steps,
@@ -181,12 +182,18 @@ def _sft(settings: dict[str, Any], recipe: Recipe, model: Any, callback: Any, ba
         raise MemplanError("this TRL computes every loss in tiles: ask for --loss chunked")
     length = batch["input_ids"].shape[1]
     ids = batch["input_ids"].tolist()
-    table = InMemoryTable.from_pydict({"input_ids": [ids[row % len(ids)] for row in range(rows)]})
+    packed = recipe.batches is Batches.PACKED
+    columns: dict[str, list[Any]] = {"input_ids": [ids[row % len(ids)] for row in range(rows)]}
+    if recipe.batches is Batches.PADDED:
+        columns["input_ids"][:: recipe.batch_size] = [ids[0][:-1]] * (rows // recipe.batch_size)
+    if packed:
+        columns["seq_lengths"] = [halves(length)] * rows
+    table = InMemoryTable.from_pydict(columns)
     data = Dataset(table, fingerprint="memplan")  # it would be found by pickling pyarrow, which may fail
     arguments = SFTConfig(
         **settings,
         max_length=length,
-        packing=False,
+        packing=packed,
         loss_type="chunked_nll" if losses.find(recipe.loss).sft else "nll",  # one and the same in TRL 1.16
         dataset_kwargs={"skip_prepare_dataset": True},
     )
