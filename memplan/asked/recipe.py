@@ -461,14 +461,14 @@ class Recipe(BaseModel):
     batches: Annotated[
         Batches,
         of_step(
-            help="full: sequences of --seq-len tokens; padded: some are shorter; packed: several to a row, kept "
-            "apart by their positions",
+            help="full: sequences of --seq-len tokens; padded: some are shorter; packed: several to a row, "
+            "kept apart by their positions",
             phrase=lambda r: None if r.batches is Batches.FULL else f"{r.batches.value} batches",
             source=(
-                "Nothing is padded, so that SDPA is given no mask. `padded`: transformers, `masking_utils.py`, "
-                "`_ignore_causal_mask_sdpa`: a mask is made. `packed`: TRL's `packing` and `padding_free` "
-                "(`sft_trainer.py`, `DataCollatorForLanguageModeling`), `DataCollatorWithFlattening`: all rows "
-                "of a batch end to end in one."
+                "Nothing is padded, so that SDPA is given no mask. `padded`: transformers, "
+                "`masking_utils.py`, `_ignore_causal_mask_sdpa`: a mask is made. `packed`: TRL's `packing` "
+                "and `padding_free` (`sft_trainer.py`, `DataCollatorForLanguageModeling`), transformers' "
+                "`DataCollatorWithFlattening`: all rows of a batch end to end in one."
             ),
         ),
     ] = Batches.FULL

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from enum import Enum
-from typing import Any, NoReturn, get_args
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from memplan import rooms
 from memplan.asked.options import TARGET_PRESETS, Option
@@ -15,6 +15,9 @@ from memplan.asked.recipe import OPTIMIZER_ALIASES, Mode, Recipe, recipe_options
 from memplan.commands import synonyms
 from memplan.errors import MemplanError, UnknownName, shown
 from memplan.streams import remark_with_answer, say
+
+if TYPE_CHECKING:
+    from memplan.asked.lengths import Lengths
 
 
 class UsageError(MemplanError):
@@ -92,6 +95,26 @@ def add_run_file(parser: Parser, *, several: bool = False) -> None:
         default=None,
         help="the file of a trainer, beside a model; options that are given override it",
     )
+
+
+def add_lengths(parser: Parser) -> None:
+    """The option --lengths."""
+    parser.add_argument(
+        "--lengths",
+        metavar="L",
+        default=None,
+        help="play steps whose sequences differ: a file with a length in tokens on each line, in the run's "
+        "order, or lognormal:MEAN,SD,MAX; --seq-len is where they are cut",
+    )
+
+
+def given_lengths(arguments: argparse.Namespace) -> Lengths | None:
+    """What --lengths was given. Raises MemplanError."""
+    if arguments.lengths is None:
+        return None
+    from memplan.asked.lengths import read_lengths
+
+    return read_lengths(arguments.lengths)
 
 
 def add_switch(parser: argparse._ActionsContainer, name: str, words: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Collection
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from memplan.commands.arguments import (
@@ -11,9 +12,11 @@ from memplan.commands.arguments import (
     UsageError,
     add_gpus,
     add_json,
+    add_lengths,
     add_recipe,
     add_run_file,
     add_verbose,
+    given_lengths,
     given_options,
 )
 from memplan.errors import MemplanError
@@ -47,6 +50,7 @@ def parser() -> Parser:
     )
     add_run_file(result)
     add_gpus(result, required=True)
+    add_lengths(result)
     result.add_argument(
         "--maximize",
         choices=("batch-size", "seq-len"),
@@ -72,7 +76,10 @@ def run(arguments: argparse.Namespace) -> int:
     from memplan.planning.study import Prediction, ask
 
     recipe = Recipe(**given_options(arguments))
-    asked = ask(arguments.model, recipe, arguments.gpu, arguments.config)
+    lengths = given_lengths(arguments)
+    if lengths is not None and arguments.maximize is not None:
+        raise UsageError("--maximize looks for one length or batch, --lengths plays many: ask one of them")
+    asked = ask(arguments.model, recipe, arguments.gpu, arguments.config, lengths)
     given = asked.given.model_dump(exclude_unset=True)
     what: What | None = None
     if arguments.maximize is not None:
@@ -88,7 +95,8 @@ def run(arguments: argparse.Namespace) -> int:
         from memplan.planning.advise import advise
 
         try:
-            answer = answer.telling(advice=tuple(advise(study, gpu.name) for gpu in asked.gpus))
+            of_longest = study if lengths is None else Prediction(replace(asked, lengths=None))
+            answer = answer.telling(advice=tuple(advise(of_longest, gpu.name) for gpu in asked.gpus))
         except MemplanError as error:
             if arguments.advise:
                 raise

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 from memplan.commands.arguments import (
     Parser,
+    UsageError,
     add_gpus,
     add_json,
+    add_lengths,
     add_pictures,
     add_recipe,
     add_run_file,
     add_switch,
     add_tape,
     add_verbose,
+    given_lengths,
     given_options,
 )
 
@@ -30,6 +34,7 @@ def parser() -> Parser:
     result = Parser("plan", "The memory of one training step, byte by byte.", "MODEL [options]", EXAMPLES)
     add_run_file(result)
     add_gpus(result)
+    add_lengths(result)
     add_json(result)
     add_verbose(result)
     add_switch(
@@ -49,19 +54,22 @@ def run(arguments: argparse.Namespace) -> int:
 
     pictures.check(arguments)
     if arguments.trace:
+        if arguments.lengths is not None:
+            raise UsageError("a trace plays one step, and --lengths many: ask without one of them")
         return trace.run(arguments)
     from memplan.asked.recipe import Recipe
     from memplan.planning.plan import plan_of
     from memplan.planning.study import Prediction, ask
 
     given = Recipe(**given_options(arguments))
-    study = Prediction(ask(arguments.model, given, arguments.gpu, arguments.config))
+    study = Prediction(ask(arguments.model, given, arguments.gpu, arguments.config, given_lengths(arguments)))
     options = study.asked.given.model_dump(exclude_unset=True)
     answer = plan_of(study)
     if arguments.html is not None and arguments.gpu:
         from memplan.planning.advise import advise
 
-        answer = answer.telling(advice=tuple(advise(study, gpu.name) for gpu in study.asked.gpus))
+        of_longest = Prediction(replace(study.asked, lengths=None)) if arguments.lengths else study
+        answer = answer.telling(advice=tuple(advise(of_longest, gpu.name) for gpu in study.asked.gpus))
     tape = study.run().tape if pictures.asked(arguments) else None
     trace.answer(answer, tape, arguments, options)
     return 0

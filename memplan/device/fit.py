@@ -7,7 +7,7 @@ gives cached memory back before it gives up, so some runs that would rather have
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -110,8 +110,12 @@ class Run:
             )
         return self._simulations[bounds]
 
+    def steady(self, simulation: Simulation) -> Reserved:
+        """What is played of a simulation."""
+        return simulation.trained
+
     def _found(self, bounds: _Bounds) -> Reserved:
-        return self.simulation(bounds).trained
+        return self.steady(self.simulation(bounds))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_simulations": {}}  # which can be found again
@@ -125,7 +129,20 @@ class Evaluated(Run):
         self._run, self._evaluation = run, tape
 
     def _found(self, bounds: _Bounds) -> Reserved:
-        return self._run.simulation(bounds).evaluated(self._evaluation)
+        simulation = self._run.simulation(bounds)
+        return simulation.evaluated(self._run.steady(simulation), self._evaluation)
+
+
+class Varied(Run):
+    """A run whose steps differ: ``steps`` gives the unfolded tapes of those after its first, ``tape``."""
+
+    def __init__(self, run: Run, steps: Callable[[], Iterable[Tape]]) -> None:
+        super().__init__(run.tape, run.loading, run.settings, run.card)
+        self._steps = steps
+
+    def steady(self, simulation: Simulation) -> Reserved:
+        """All steps."""
+        return simulation.over(self._steps())
 
 
 def glance(gpu: Gpu, allocated: int, loaded: int, recast: int = 0) -> Verdict | None:

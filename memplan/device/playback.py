@@ -97,6 +97,7 @@ class Simulation:
         self._playback = Playback(tape, Allocator(settings, capacity=capacity, limit=limit))
         self._loading = loading
         self._evaluated: Reserved | None = None
+        self._later: Reserved | None = None
 
     @cached_property
     def begun(self) -> Reserved:
@@ -110,15 +111,29 @@ class Simulation:
             return self.begun
         return self._outcome(self._played(self._go_on))
 
-    def evaluated(self, tape: Callable[[], Tape]) -> Reserved:
-        """The same with an evaluation after the later step, of which ``tape`` gives the unfolded tape; what
-        was said of that step is then said of both. It is the same one whenever it is asked for."""
+    def evaluated(self, trained: Reserved, tape: Callable[[], Tape]) -> Reserved:
+        """The same with an evaluation after what was ``trained``, of which ``tape`` gives the unfolded tape;
+        what was said of the later steps is then said of both. It is the same one whenever it is asked for."""
         if self._evaluated is None:
-            self._evaluated = self.trained
-            if self.trained.ran_out is None:
+            self._evaluated = trained
+            if trained.ran_out is None:
                 evaluation = tape()
                 self._evaluated = self._outcome(self._played(lambda: self._playback.evaluate(evaluation)))
         return self._evaluated
+
+    def over(self, steps: Iterable[Tape]) -> Reserved:
+        """The run whose later steps are these, unfolded tapes of other batches. What is allocated is the most
+        of any step."""
+        if self._later is None:
+            self._later = self.begun
+            if self.begun.ran_out is None:
+                self._later = self._outcome(self._played(lambda: self._play_over(steps)))
+        return self._later
+
+    def _play_over(self, steps: Iterable[Tape]) -> None:
+        for number, tape in enumerate(steps, 2):
+            self._playback = self._playback.going_on(tape)
+            self._playback.step(f"step {number}")
 
     def _begin(self) -> None:
         self._playback.load(self._loading)
@@ -162,7 +177,7 @@ class Playback:
         setup = [segment for segment in tape.segments if segment.phase is Phase.SETUP]
         self.begin = setup[-1].stop if setup else 0
         self.update = next((s.start for s in tape.segments if s.part is Part.UPDATE), len(tape.events))
-        rest = [event for event in tape.events[: self.begin] if event >= 0]
+        self.resting = rest = [event for event in tape.events[: self.begin] if event >= 0]
         workspaces = [storage for storage in rest if storage in tape.workspaces]
         self.born = list(zip(self._first_products(), workspaces, strict=False))
         self.states = [e for e in rest if tape.categories[e] is Category.OPTIMIZER_STATE]
@@ -221,6 +236,18 @@ class Playback:
         for block in self.live.values():
             self.allocator.free(block)
         self.tape, self.live = training, resting
+
+    def going_on(self, tape: Tape) -> Playback:
+        """The same run before a step of another batch, whose ``tape`` has the same at rest but for that."""
+        result = Playback(tape, self.allocator)
+        for here, there in zip(self.resting, result.resting, strict=True):
+            block = self.live[here]
+            if self.tape.sizes[here] != tape.sizes[there]:  # the loop's name holds the last one until then
+                result.live[there] = self.allocator.malloc(tape.sizes[there])
+                self.allocator.free(block)
+            else:
+                result.live[there] = block
+        return result
 
     def _at(self, index: int) -> None:
         self.start, self.allocator.position = index, 0

@@ -15,9 +15,20 @@ from memplan.cuda.card import Card
 from memplan.libraries import Library
 from memplan.shadow.tensor import Tensor
 
-# The output layer, hidden states [B, S, E], labels [B, S], what the routers said where their loss is added,
+# The output layer, hidden states [B, S, E], labels, what the routers said where their loss is added,
 # and the model's spec -> the loss, and the logits, which live until the caller drops them.
-Head = Callable[[Any, Tensor, Tensor, "list[Tensor] | None", ModelSpec], tuple[Any, "Tensor | None"]]
+Head = Callable[[Any, Tensor, "Labels", "list[Tensor] | None", ModelSpec], tuple[Any, "Tensor | None"]]
+
+
+class Labels(Tensor):
+    """Labels [B, S], of which ``counted`` count."""
+
+    __slots__ = ("counted",)
+
+    def __init__(self, of: Tensor, counted: int) -> None:
+        super().__init__(of.shape, of.dtype, of.storage, of.strides)
+        self.counted = counted
+
 
 Patch = tuple[Any, str, Any]  # an object, its attribute, and what stands there while a step is traced
 

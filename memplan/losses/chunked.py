@@ -2,7 +2,7 @@
 
 Sources (trl 1.16): trainer/utils.py ``add_fused_lm_head``, kernels/chunked_logprob.py
 ``ChunkedLogProbFunction``, trainer/sft_trainer.py ``SFTTrainer.compute_loss``. The Triton kernels that fold a
-tile into the running sums work in place. N tokens whose label counts: all but the last of each row.
+tile into the running sums work in place. N tokens whose label counts: all but the last of each sequence.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from memplan.asked.spec import ModelSpec
 from memplan.cuda.card import Card
 from memplan.libraries import Library
-from memplan.losses import Loss, Patch, StandIns
+from memplan.losses import Labels, Loss, Patch, StandIns
 from memplan.parts.experts import top_k
 from memplan.shadow import ops
 from memplan.shadow.autograd import Node, attach, save, save_output, split_sum, unpack
@@ -38,19 +38,22 @@ class Output(NamedTuple):
 
 
 def _head(
-    head: Any, hidden: Tensor, labels: Tensor, router_logits: list[Tensor] | None, spec: ModelSpec
+    head: Any, hidden: Tensor, labels: Labels, router_logits: list[Tensor] | None, spec: ModelSpec
 ) -> tuple[Output, None]:
     state.tape.module = "loss"
     return fused_head(hidden, head.weight, labels, router_logits, spec), None
 
 
 def fused_head(
-    hidden: Tensor, weight: Tensor, labels: Tensor, router_logits: list[Tensor] | None, spec: ModelSpec
+    hidden: Tensor, weight: Tensor, labels: Labels, router_logits: list[Tensor] | None, spec: ModelSpec
 ) -> Output:
     """``_fused_forward`` after the decoder; ``router_logits`` where the load-balancing loss is added."""
     hidden_states = _all_but_last(hidden)
     mask = empty((labels.shape[0], labels.shape[1] - 1), bool_, "ne")
-    per_token = _log_probabilities(by_mask(hidden_states, mask), weight, by_mask(labels, mask))
+    counted = labels.counted
+    per_token = _log_probabilities(
+        by_mask(hidden_states, mask, counted), weight, by_mask(labels, mask, counted)
+    )
     log_probs, entropy, is_top1 = (masked_scatter(mask, x) for x in per_token)
     del per_token
     loss = ops.divide(ops.neg(_total(log_probs)), _count(mask))

@@ -16,7 +16,7 @@ from memplan.asked.spec import ModelSpec
 from memplan.cuda.card import Card
 from memplan.errors import TraceError
 from memplan.libraries import Library
-from memplan.losses import Loss, Patch, StandIns
+from memplan.losses import Labels, Loss, Patch, StandIns
 from memplan.shadow import ops
 from memplan.shadow.autograd import Node, attach, save_output, unpack
 from memplan.shadow.matmul import autocast, product
@@ -24,7 +24,7 @@ from memplan.shadow.tensor import Tensor, bool_, empty, float32, int64, state
 
 
 def _head(
-    head: Any, hidden: Tensor, labels: Tensor, router_logits: list[Tensor] | None, spec: ModelSpec
+    head: Any, hidden: Tensor, labels: Labels, router_logits: list[Tensor] | None, spec: ModelSpec
 ) -> tuple[Tensor, None]:
     state.tape.module = "loss"
     return liger_loss(hidden, head.weight, labels), None

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from memplan.asked.spec import ModelSpec
-from memplan.losses import Loss
+from memplan.losses import Labels, Loss
 from memplan.shadow import ops
 from memplan.shadow.autograd import Node, attach, save, save_output, unpack
 from memplan.shadow.tensor import Tensor, empty, float32, int64, state
 
 
 def _head(
-    head: Any, hidden: Tensor, labels: Tensor, router_logits: list[Tensor] | None, spec: ModelSpec
+    head: Any, hidden: Tensor, labels: Labels, router_logits: list[Tensor] | None, spec: ModelSpec
 ) -> tuple[Tensor, Tensor]:
     """``lm_head``, caps, ``loss_function``."""
     logits = head(hidden)

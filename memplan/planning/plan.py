@@ -22,6 +22,7 @@ from memplan.planning.records import (
     ModelInfo,
     ParameterCounts,
     PeakInfo,
+    Played,
     ReadFrom,
     Record,
     Slipped,
@@ -42,6 +43,7 @@ class Told(Record):
     advice: tuple[Advice, ...] = ()
     evaluation: Evaluation | None = None
     slip: Slipped | None = None
+    played: Played | None = None
 
 
 class Plan(Record):
@@ -101,6 +103,14 @@ class Plan(Record):
         if self._told.slip is not None or self._study is None:
             return self._told.slip
         return self._study.slip
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def played(self) -> Played | None:
+        """Which steps were played, where their sequences differ in length; else null."""
+        if self._told.played is not None or self._study is None:
+            return self._told.played
+        return self._study.played
 
     def telling(self, **told: Any) -> Plan:
         """The same plan with answers (:class:`Told`) in the place of those that its study would find."""
@@ -164,15 +174,21 @@ def plan(
     *,
     gpus: Iterable[str] | None = None,
     config: str | Path | None = None,
+    lengths: str | Iterable[int] | None = None,
 ) -> Plan:
     """Predict the memory of one steady-state training step.
 
     ``model`` is an alias (``llama-70b``), a Hub id, a path to a config.json or its folder, a spec, or the
     file of a trainer (docs/files.md), which ``config`` may be, too; what ``recipe`` was given overrides it.
-    ``gpus`` are names of cards to judge (default: a representative set).
+    ``gpus`` are names of cards to judge (default: a representative set). ``lengths``: tokens of sequences
+    that differ, in the order in which they are trained on, or what ``--lengths`` takes: then the steps that
+    these make are played one after the other, and ``recipe.seq_len``, if it was given, is where they are cut.
     Raises MemplanError (UnknownName, SpecError, RecipeError, UnsupportedArchitecture).
     """
-    return plan_of(Prediction(ask(model, recipe, gpus, config)))
+    from memplan.asked.lengths import lengths_of
+
+    found = None if lengths is None else lengths_of(lengths)
+    return plan_of(Prediction(ask(model, recipe, gpus, config, found)))
 
 
 def plan_of(study: Prediction) -> Plan:

@@ -5,21 +5,40 @@ The shadow is imported when a step is played, not before.
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
-from memplan.asked.recipe import Recipe
+from memplan.asked.lengths import Lengths, Step
+from memplan.asked.recipe import Batches, Recipe
 from memplan.asked.spec import ModelSpec
 from memplan.cuda.card import Card
-from memplan.device.fit import Run
+from memplan.device.fit import Run, Varied
 from memplan.tape import Tape
 
 
-def write(spec: ModelSpec, recipe: Recipe, card: Card | None = None) -> Tape:
-    """The folded tape of a step of a resolved recipe."""
+def write(spec: ModelSpec, recipe: Recipe, card: Card | None = None, lengths: Lengths | None = None) -> Tape:
+    """The folded tape of a step of a resolved recipe; with ``lengths``, of the step with the longest rows."""
     from memplan.predict.step import write_tape
 
-    return write_tape(spec, recipe, card=card)
+    step = None if lengths is None else longest(steps(recipe, lengths), recipe)
+    return write_tape(spec, recipe, card=card, lengths=step)
+
+
+def steps(recipe: Recipe, lengths: Lengths) -> list[Step]:
+    """The steps of a run of such lengths, cut at ``seq_len``. Raises MemplanError."""
+    return lengths.steps(recipe.batch_size, recipe.gradient_accumulation_steps, recipe.seq_len)
+
+
+def longest(found: list[Step], recipe: Recipe) -> Step:
+    """The step with the most tokens in a forward pass."""
+    return max(found, key=lambda step: tokens(step, recipe))
+
+
+def tokens(step: Step, recipe: Recipe) -> int:
+    """The most tokens that a forward pass of a step has, padding counted."""
+    if recipe.batches is Batches.PACKED:
+        return max(map(sum, step))
+    return max(len(rows) * max(rows) for rows in step)
 
 
 def evaluation(
@@ -31,14 +50,18 @@ def evaluation(
     return write_evaluation(spec, recipe, batch_size, card=card, folded=folded)
 
 
-def run(spec: ModelSpec, recipe: Recipe, card: Card | None = None) -> Run:
-    """The whole run of a resolved recipe, for the allocator: loading, and a step with every layer played."""
+def run(spec: ModelSpec, recipe: Recipe, card: Card | None = None, lengths: Lengths | None = None) -> Run:
+    """The whole run of a resolved recipe, for the allocator: loading, and a step with every layer played;
+    with ``lengths``, all steps that these make."""
     from memplan.asked.alloc_conf import parse_settings
     from memplan.predict.loading import loading
     from memplan.predict.step import write_long_tape
 
-    tape = write_long_tape(spec, recipe, card=card)
-    return Run(tape, partial(loading, spec, recipe, tape), parse_settings(recipe.alloc_conf), card)
+    played = [None] if lengths is None else steps(recipe, lengths)
+    written = cache(lambda step: write_long_tape(spec, recipe, card=card, lengths=step))
+    tape = written(played[0])
+    run = Run(tape, partial(loading, spec, recipe, tape), parse_settings(recipe.alloc_conf), card)
+    return run if lengths is None else Varied(run, lambda: map(written, played[1:]))
 
 
 def predicted_tape(model: str | Path | ModelSpec, recipe: Recipe | None = None) -> Tape:

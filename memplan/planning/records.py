@@ -155,6 +155,19 @@ class Evaluation(BaseModel):
     fits: tuple[Fit, ...] = ()
 
 
+class Played(Record):
+    """Steps whose sequences differ in length, as they were played: ``source``, how many, the tokens of the
+    shortest and of the longest sequence, and of the longest forward pass, padding counted; ``alone_bytes``:
+    what would be reserved if all were as the longest."""
+
+    source: str
+    steps: int
+    shortest: int
+    longest: int
+    tokens: int
+    alone_bytes: int
+
+
 class Slipped(BaseModel):
     """What people who use this trainer leave out, ``told`` in a clause, and what it costs: bytes of tensors
     at the peak, more than the plan's."""

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 from memplan import stacks
 from memplan.asked.alloc_conf import parse_settings
 from memplan.asked.gpus import Gpu
+from memplan.asked.lengths import Lengths
 from memplan.asked.recipe import Recipe
 from memplan.asked.spec import ModelSpec
 from memplan.cuda.card import Card
 from memplan.device.fit import Evaluated, Fit, Run, Verdict, glance, judge, recast_bytes
-from memplan.errors import MemplanError, shown
+from memplan.errors import MemplanError, RecipeError, shown
 from memplan.planning import cards, predicted
-from memplan.planning.records import AllocatorInfo, Evaluation, ReadFrom, Slipped
+from memplan.planning.records import AllocatorInfo, Evaluation, Played, ReadFrom, Slipped
 from memplan.tape import Category, Peak, Tape, replay, static_bytes
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ DEFAULT_BATCH = 8  # TrainingArguments.per_device_eval_batch_size (transformers 
 class Asked:
     """A model, a recipe as it was given and as the model has it (resolved), and cards; ``named`` if somebody
     named those. ``note``: how the model's name was understood, where that needs saying; ``read``: the file
-    that the recipe is from, if it is from one."""
+    that the recipe is from, if it is from one; ``lengths``: of sequences, where they differ (``seq_len`` is
+    then the longest's)."""
 
     spec: ModelSpec
     given: Recipe
@@ -39,6 +41,7 @@ class Asked:
     named: bool
     note: str | None = None
     read: Reading | None = None
+    lengths: Lengths | None = None
 
     def otherwise(self, given: Recipe) -> Asked:
         """The same of another recipe. Raises RecipeError if it does not suit the model."""
@@ -52,6 +55,7 @@ def ask(
     recipe: Recipe | None = None,
     gpus: Iterable[str] | None = None,
     config: str | Path | None = None,
+    lengths: Lengths | None = None,
 ) -> Asked:
     """What :func:`memplan.plan` is asked, understood. Raises MemplanError (UnknownName, SpecError,
     RecipeError, UnsupportedArchitecture)."""
@@ -66,8 +70,24 @@ def ask(
     found = resolve(named)
     if read is not None:
         given = read.suited(given, found.spec, recipe)
+    if lengths is not None:
+        given = _as_long(given, lengths)
     resolved = resolve_recipe(found.spec, given)
-    return Asked(found.spec, given, resolved, judged, gpus is not None, found.note, read)
+    return Asked(found.spec, given, resolved, judged, gpus is not None, found.note, read, lengths)
+
+
+def _as_long(given: Recipe, lengths: Lengths) -> Recipe:
+    """The recipe with the longest sequence for its ``seq_len``, which is where others are cut if somebody
+    said so."""
+    if given.attn == "flash_attention_2":
+        raise RecipeError(
+            "what FlashAttention takes of sequences of different lengths is not planned: use --attn sdpa, or "
+            "`memplan dry-run`"
+        )
+    cut = given.seq_len if "seq_len" in given.model_fields_set else None
+    steps = lengths.steps(given.batch_size, given.gradient_accumulation_steps, cut)
+    longest = max(length for step in steps for rows in step for length in rows)
+    return Recipe(**{**given.model_dump(exclude_unset=True), "seq_len": longest})
 
 
 def opened(
@@ -180,7 +200,7 @@ class Study:
             # of a card that runs other kernels only what rests is known; settings may take more than a glance
             # allows for
             told = glance(gpu, self.peak.allocated_bytes if card is None else resting, loaded, recast)
-            if told == "fits" and (card is not None or self.recipe.alloc_conf):
+            if told == "fits" and (card is not None or self.recipe.alloc_conf or self.played is not None):
                 told = None
             yield gpu, told or judge(gpu, self.run(card)).verdict
 
@@ -205,6 +225,11 @@ class Study:
         """What people leave out with this trainer; None where nobody can say."""
         return None
 
+    @property
+    def played(self) -> Played | None:
+        """Which steps were played, where they differ."""
+        return None
+
 
 class Prediction(Study):
     """A study whose tapes memplan's own writer writes: for any card, and for other recipes of the model."""
@@ -214,7 +239,7 @@ class Prediction(Study):
     def __init__(self, asked: Asked) -> None:
         self.asked = asked
         self._runs: dict[tuple[Recipe, Card | None], Run] = {}
-        tape = predicted.write(asked.spec, asked.recipe)
+        tape = predicted.write(asked.spec, asked.recipe, lengths=asked.lengths)
         super().__init__(tape, asked.recipe, asked.gpus, named=asked.named)
 
     def run(self, card: Card | None = None, recipe: Recipe | None = None) -> Run:
@@ -222,8 +247,27 @@ class Prediction(Study):
         verdicts and the advice for several cards ask about the same ones."""
         key = recipe or self.recipe, card
         if key not in self._runs:
-            self._runs[key] = predicted.run(self.asked.spec, *key)
+            self._runs[key] = predicted.run(self.asked.spec, *key, self.asked.lengths)
         return self._runs[key]
+
+    @cached_property
+    def played(self) -> Played | None:
+        """Which steps were played, where their sequences differ in length."""
+        lengths = self.asked.lengths
+        if lengths is None:
+            return None
+        steps = predicted.steps(self.recipe, lengths)
+        every = [length for step in steps for rows in step for length in rows]
+        longest = predicted.longest(steps, self.recipe)
+        alone = predicted.run(self.asked.spec, self.recipe, lengths=lengths.only(longest))
+        return Played(
+            source=lengths.told,
+            steps=len(steps),
+            shortest=min(every),
+            longest=max(every),
+            tokens=predicted.tokens(longest, self.recipe),
+            alone_bytes=alone.free.reserved,
+        )
 
     @cached_property
     def accumulated_bytes(self) -> int | None:
@@ -231,7 +275,7 @@ class Prediction(Study):
         if self.recipe.gradient_accumulation_steps > 1:
             return None
         twice = self.recipe.model_copy(update={"gradient_accumulation_steps": 2})
-        return replay(predicted.write(self.asked.spec, twice)).allocated_bytes
+        return replay(predicted.write(self.asked.spec, twice, lengths=self.asked.lengths)).allocated_bytes
 
     @cached_property
     def evaluation(self) -> Evaluation | None:
@@ -264,7 +308,7 @@ class Prediction(Study):
         if found.changes.keys() & self.asked.given.model_fields_set:
             return None
         changed = Recipe(**{**self.recipe.model_dump(), **found.changes})  # 4-bit layers multiply as before
-        peak = replay(predicted.write(self.asked.spec, changed))
+        peak = replay(predicted.write(self.asked.spec, changed, lengths=self.asked.lengths))
         return Slipped(told=found.told, more_bytes=peak.allocated_bytes - self.peak.allocated_bytes)
 
     @cached_property

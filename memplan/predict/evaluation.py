@@ -14,8 +14,9 @@ from __future__ import annotations
 from memplan.asked.recipe import Recipe
 from memplan.asked.spec import ModelSpec
 from memplan.cuda.card import Card
+from memplan.predict.fed import Rows, batch, whole
 from memplan.predict.fold import Played
-from memplan.predict.step import at_rest, batch, forward, written
+from memplan.predict.step import at_rest, forward, written
 from memplan.predict.unlike import Standing
 from memplan.shadow.tensor import no_grad, state
 from memplan.tape import Phase, Tape
@@ -28,24 +29,25 @@ def write_evaluation(
     trains on, between two steps of it; ``folded`` as :func:`memplan.predict.step.write_tape` has it, else as
     ``write_long_tape``."""
     spec = spec.model_copy(update={"use_cache": False})
-    trained = recipe.as_fed()
     evaluated = recipe.model_copy(
         update={"gradient_checkpointing": False, "lora_dropout": 0.0, "batch_size": batch_size}
-    ).as_fed()
+    )
+    rows = whole(recipe), whole(evaluated)
     return written(
-        lambda played: _play(spec, trained, evaluated, card, played),
+        lambda played: _play(spec, evaluated, rows, card, played),
         spec,
-        evaluated,
+        rows[1].recipe,
         folded=True,
         unfolded=not folded,
     )
 
 
 def _play(
-    spec: ModelSpec, trained: Recipe, evaluated: Recipe, card: Card | None, played: Played | Standing
+    spec: ModelSpec, recipe: Recipe, rows: tuple[Rows, Rows], card: Card | None, played: Played | Standing
 ) -> Tape:
-    model, _states, _workspaces = at_rest(spec, evaluated, card, played)
+    model, _states, _workspaces = at_rest(spec, recipe, card, played)
     tape = state.tape
+    trained, evaluated = rows
     _trained_on = batch(trained)  # the training loop's name for it goes on
     tape.begin(Phase.FORWARD, "batch")
     fed = batch(evaluated)

@@ -24,8 +24,10 @@ def needed(spec: ModelSpec, recipe: Recipe) -> dict[str, bool]:
     return {kind: masked(kind == "sliding_attention" and bites, recipe.batches) for kind in used}
 
 
-def make(spec: ModelSpec, recipe: Recipe, shape: tuple[int, int], dtype: DType) -> dict[str, Tensor | None]:
-    """The masks of a batch of ``shape`` [B, S]: bool [B, 1, S, S] for SDPA, ``dtype`` for eager."""
+def make(spec: ModelSpec, recipe: Recipe, dtype: DType) -> dict[str, Tensor | None]:
+    """The masks of a batch [B, S], of a recipe as it is fed: bool [B, 1, S, S] for SDPA, ``dtype`` for
+    eager."""
+    shape = (recipe.batch_size, recipe.seq_len)
     state.tape.module = "model"
     masks: dict[str, Tensor | None] = {}
     for kind, wanted in needed(spec, recipe).items():

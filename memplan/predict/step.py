@@ -7,11 +7,11 @@ and cuBLAS's workspaces are there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from memplan import attention, families, losses, stacks
-from memplan.asked.recipe import Batches, DTypeName, Mode, Recipe
+from memplan import attention, families, losses
+from memplan.asked.recipe import DTypeName, Mode, Recipe
 from memplan.asked.spec import ModelSpec
 from memplan.cuda.card import Card
 from memplan.optimizers import State
@@ -19,6 +19,7 @@ from memplan.parts.context import Context
 from memplan.predict import blueprint, fold, masks, parameters, unlike, update
 from memplan.predict.builder import Builder, Model
 from memplan.predict.checkpoint import checkpoint
+from memplan.predict.fed import Batch, Lengths, Rows, batch, of_lengths, whole, widest
 from memplan.predict.fold import Played
 from memplan.predict.unlike import Standing, standing
 from memplan.shadow import autograd, ops
@@ -30,7 +31,6 @@ from memplan.shadow.tensor import (
     category,
     empty,
     float32,
-    int32,
     int64,
     no_grad,
     playing,
@@ -39,23 +39,53 @@ from memplan.shadow.tensor import (
 from memplan.tape import Category, Part, Phase, Tape
 
 
-def write_tape(spec: ModelSpec, recipe: Recipe, *, card: Card | None = None, folded: bool = True) -> Tape:
+def write_tape(
+    spec: ModelSpec,
+    recipe: Recipe,
+    *,
+    card: Card | None = None,
+    lengths: Sequence[Lengths] | None = None,
+    folded: bool = True,
+) -> Tape:
     """Play a step of ``recipe`` (resolved) on ``spec``.
 
-    ``card`` is the reference card unless given. ``folded=False`` plays every layer.
+    ``card`` is the reference card unless given; ``lengths``: those of the sequences of each forward pass of
+    the step, which else are ``seq_len``. ``folded=False`` plays every layer.
     Raises RecipeError if the recipe does not suit the model.
     """
-    return _written(spec, recipe, card, folded=folded, unfolded=False)
+    return _written(spec, recipe, card, lengths, folded=folded, unfolded=False)
 
 
-def write_long_tape(spec: ModelSpec, recipe: Recipe, *, card: Card | None = None) -> Tape:
-    """The tape of ``write_tape(folded=False)``, written out from the folded one where that can be done."""
-    return _written(spec, recipe, card, folded=True, unfolded=True)
+def write_long_tape(
+    spec: ModelSpec, recipe: Recipe, *, card: Card | None = None, lengths: Sequence[Lengths] | None = None
+) -> Tape:
+    """The tape of ``write_tape(folded=False)``, written out from the folded one where that can be done.
+
+    ``lengths``: those of the sequences of each forward pass of the step, which else are ``seq_len``.
+    """
+    return _written(spec, recipe, card, lengths, folded=True, unfolded=True)
 
 
-def _written(spec: ModelSpec, recipe: Recipe, card: Card | None, *, folded: bool, unfolded: bool) -> Tape:
-    fed = recipe.as_fed()
-    tape = written(lambda played: _play(spec, fed, card, played), spec, fed, folded=folded, unfolded=unfolded)
+def _written(
+    spec: ModelSpec,
+    recipe: Recipe,
+    card: Card | None,
+    lengths: Sequence[Lengths] | None,
+    *,
+    folded: bool,
+    unfolded: bool,
+) -> Tape:
+    # every micro-step after the first finds gradients there, so the second shows what all others do that are
+    # alike
+    micro_steps = min(recipe.gradient_accumulation_steps, 2)
+    step = [whole(recipe)] * micro_steps if lengths is None else [of_lengths(recipe, one) for one in lengths]
+    tape = written(
+        lambda played: _play(spec, recipe, step, card, played),
+        spec,
+        widest(step),
+        folded=folded,
+        unfolded=unfolded,
+    )
     for segment in tape.segments:
         if segment.phase is Phase.OPTIMIZER:
             segment.layer = None  # an update goes by parameters, not by layers: folding alone needed to know
@@ -150,27 +180,14 @@ def at_rest(
     return model, states, workspaces
 
 
-def batch(recipe: Recipe) -> dict[str, Tensor]:
-    """Token ids and labels, and the attention mask, or the positions of what is packed and what the trainer's
-    collator says beside; of a recipe as it is fed."""
-    shape = (recipe.batch_size, recipe.seq_len)
-    with category(Category.ACTIVATIONS):
-        if recipe.batches is not Batches.PACKED:
-            return {name: empty(shape, int64, "batch") for name in ("ids", "mask", "labels")}
-        made = {name: empty(shape, int64, "batch") for name in ("ids", "labels", "positions")}
-        for name in stacks.find(recipe.trainer).packed or ():
-            # up to 127 sequences begin in the block that two do
-            made[name] = empty(shape if name == "seq_idx" else (2,), int32, "batch")
-        return made
-
-
-def _play(spec: ModelSpec, recipe: Recipe, card: Card | None, played: Played | Standing) -> Tape:
+def _play(
+    spec: ModelSpec, recipe: Recipe, step: Sequence[Rows], card: Card | None, played: Played | Standing
+) -> Tape:
     model, states, _workspaces = at_rest(spec, recipe, card, played)
     tape = state.tape
-    fed = batch(recipe)
-    # every micro-step after the first finds gradients there, so the second shows what all the others do
-    for _ in range(min(recipe.gradient_accumulation_steps, 2)):
-        loss = forward(model, fed, list(played.indices))
+    batches = {id(rows): batch(rows) for rows in step}
+    for rows in step:
+        loss = forward(model, batches[id(rows)], list(played.indices))
         if recipe.gradient_accumulation_steps > 1:
             with category(Category.LOGITS_AND_LOSS):
                 loss = ops.scale(loss, "div")
@@ -192,7 +209,7 @@ def _play(spec: ModelSpec, recipe: Recipe, card: Card | None, played: Played | S
     return tape
 
 
-def forward(model: Model, fed: dict[str, Tensor], played: list[int]) -> Tensor:
+def forward(model: Model, fed: Batch, played: list[int]) -> Tensor:
     """``model(**batch).loss``, under autocast as accelerate wraps it."""
     recipe = model.recipe
     if recipe.autocast:
@@ -210,7 +227,7 @@ def forward(model: Model, fed: dict[str, Tensor], played: list[int]) -> Tensor:
     return loss
 
 
-def _causal_lm(model: Model, fed: dict[str, Tensor], played: list[int]) -> tuple[Any, Tensor | None, Any]:
+def _causal_lm(model: Model, fed: Batch, played: list[int]) -> tuple[Any, Tensor | None, Any]:
     """``ForCausalLM.forward``: the loss, and the outputs that live until the caller drops them."""
     tape = state.tape
     tape.begin(Phase.FORWARD, "embed")
@@ -219,29 +236,29 @@ def _causal_lm(model: Model, fed: dict[str, Tensor], played: list[int]) -> tuple
     tape.begin(Phase.FORWARD, "head")
     state.category = Category.LOGITS_AND_LOSS
     head = losses.find(model.recipe.loss).head
-    loss, logits = head(model.head, hidden, fed["labels"], router_logits, model.spec)
+    loss, logits = head(model.head, hidden, fed.labels, router_logits, model.spec)
     return loss, logits, cache
 
 
 def _decoder(
     model: Model,
-    fed: dict[str, Tensor],
+    fed: Batch,
     played: list[int],
     router_logits: list[Tensor] | None,
 ) -> tuple[Tensor, Any]:
     spec, recipe, tape = model.spec, model.recipe, state.tape
-    ids = fed["ids"]
-    embeds = model.embedding(ids)
+    rows = fed.rows.recipe
+    embeds = model.embedding(fed.ids)
     tape.module = "model"
     cache: list[Tensor] | None = [] if uses_cache(recipe) else None
     with category(Category.ACTIVATIONS if recipe.gradient_checkpointing else Category.TEMPORARIES):
         # recomputation needs them
-        positions = fed["positions"] if "positions" in fed else _positions(recipe.seq_len)
-        attention_masks = masks.make(spec, recipe, ids.shape, embeds.dtype)  # type: ignore[arg-type]
+        positions = fed.positions or _positions(rows.seq_len)
+        attention_masks = masks.make(spec, rows, embeds.dtype)
     hidden = embeds
     tape.module = "model.rotary_emb"
     with no_grad():
-        rotary = _rotary_tables(spec, recipe.seq_len, hidden)
+        rotary = _rotary_tables(spec, rows.seq_len, hidden)
     layer = families.find(spec.model_type).layer
     attend = attention.of(recipe).attend
     for modules, index in zip(model.layers, played, strict=True):

@@ -8,7 +8,6 @@ from memplan.report.wording import short_card
 from memplan.units import gib
 
 if TYPE_CHECKING:
-    from memplan.asked.recipe import Recipe
     from memplan.planning.plan import Plan
 
 
@@ -55,16 +54,32 @@ def _cards(plan: Plan) -> str:
     )
 
 
+def lengths(plan: Plan) -> str | None:
+    """What sequences of different lengths make of the reserved bytes, where they were played; else None."""
+    found = plan.played
+    if found is None:
+        return None
+    more = plan.allocator.reserved_bytes - found.alone_bytes
+    apart = f"{gib(abs(more))} GiB {'more' if more > 0 else 'less'} than" if more else "as much as"
+    return (
+        f"Lengths ({found.source}): {found.steps} steps of {found.shortest:,} to {found.longest:,} tokens a "
+        f"sequence reserve {gib(plan.allocator.reserved_bytes)} GiB, {apart} if all were as the longest step."
+    )
+
+
 # Emulated (A100 80 GB, torch 2.13): batch 4, lengths uniform up to 1024, 40 steps, LoRA; docs/fit.md.
 _VARYING = (
     "Steps are taken to be of one length. Where lengths vary, the allocator keeps blocks of each and may "
-    "reserve 2.5 times as much (seen in emulated runs); PYTORCH_ALLOC_CONF=expandable_segments:True keeps it "
-    "within 1.1 times."
+    "reserve 2.5 times as much (seen in emulated runs), which --lengths plays; "
+    "PYTORCH_ALLOC_CONF=expandable_segments:True keeps it within 1.1 times."
 )
 
 
-def varying(recipe: Recipe) -> str | None:
-    """What lengths that vary from step to step do, unless the recipe has the setting against it."""
+def varying(plan: Plan) -> str | None:
+    """What lengths that vary from step to step do, unless the recipe has the setting against it or they were
+    played."""
     from memplan.asked.alloc_conf import parse_settings
 
-    return None if parse_settings(recipe.alloc_conf).expandable_segments else _VARYING
+    if plan.played is not None or parse_settings(plan.recipe.alloc_conf).expandable_segments:
+        return None
+    return _VARYING

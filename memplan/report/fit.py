@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from memplan.report.console import QUIET, Cell, heading, note, table
-from memplan.report.evaluation import evaluating, slipped, varying
+from memplan.report.evaluation import evaluating, lengths, slipped, varying
 from memplan.report.headline import FEW, Line, accumulating, remedies, verdicts
 from memplan.report.plan import (
     TIGHT,
@@ -84,8 +84,9 @@ def show_fit(
         Part(lambda console: warn(accumulating(plan, plan.fits), console), 3, "accumulation"),
         Part(lambda console: show_differences(plan, console)),
         Part(lambda console: warn(slipped(plan), console), 2, "the usual slip"),
+        Part(lambda console: warn(lengths(plan), console)),
         Part(lambda console: warn(evaluating(plan), console), 4, "evaluation"),
-        Part(lambda console: warn(varying(plan.recipe), console), 7, "lengths that vary"),
+        Part(lambda console: warn(varying(plan), console), 7, "lengths that vary"),
     ]
     for advice in plan.advice:
         if verbose:

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from memplan.errors import UnknownName
 from memplan.report.console import QUIET, Cell, bar, heading, note, paragraph, speaks_unicode, table, warning
-from memplan.report.evaluation import evaluating, slipped
+from memplan.report.evaluation import evaluating, lengths, slipped
 from memplan.report.headline import Line, accumulating, at_a_glance, verdicts
 from memplan.report.read import show_differences, show_read
 from memplan.report.screen import DETAIL, Part, blank, show
@@ -106,6 +106,7 @@ def show_plan(
         Part(lambda console: _show_next(plan, console), 3) if not fits else Part(blank, DETAIL),
         Part(lambda console: show_differences(plan, console)),
         Part(lambda console: warn(slipped(plan), console), 2, "the usual slip"),
+        Part(lambda console: warn(lengths(plan), console)),
         Part(lambda console: warn(evaluating(plan), console), 5, "evaluation"),
     ]
     show(parts, console, verbose=verbose)

@@ -18,10 +18,10 @@ def by_rows(x: Tensor, rows: Tensor) -> Tensor:
     return _index(x, rows, (rows.shape[0], *x.shape[1:]))
 
 
-def by_mask(x: Tensor, mask: Tensor) -> Tensor:
-    """``x[mask]`` along the mask's axes, where all of it is true."""
-    indices = _nonzero(mask, "index")
-    out = _index(x, mask, (prod(mask.shape), *x.shape[len(mask.shape) :]))
+def by_mask(x: Tensor, mask: Tensor, count: int) -> Tensor:
+    """``x[mask]`` along the mask's axes, where ``count`` of it are true."""
+    indices = _nonzero(mask, "index", count)
+    out = _index(x, mask, (count, *x.shape[len(mask.shape) :]))
     del indices
     return out
 
@@ -41,18 +41,17 @@ def _index_backward(node: Node, grad: Tensor) -> Any:
     """Rows added to zeros in place (cuda/Indexing.cu, index_put_with_sort_kernel)."""
     by = unpack(node.saved)
     out = empty(node.context, grad.dtype, "new_zeros")
-    linear = _linear_index(by)
+    linear = _linear_index(by, grad.shape[0])
     _values = ops.contiguous(grad)
     _sorting = [empty((nbytes,), uint8, "index_put_") for nbytes in cuda.sorting(prod(linear.shape))]
     return (out,)
 
 
-def _linear_index(by: Tensor) -> Tensor:
+def _linear_index(by: Tensor, count: int) -> Tensor:
     """``makeLinearIndex``: each axis's index modulo its size, times its stride; one sum."""
     operation = "index_put_"
     mask = by.dtype is bool_
-    indices = _nonzero(by, operation) if mask else by
-    count = prod(by.shape)
+    indices = _nonzero(by, operation, count) if mask else by
     linear: Tensor | None = None
     for _ in range(len(by.shape) if mask else 1):
         remainder = empty((count,), int64, operation)
@@ -66,11 +65,11 @@ def _linear_index(by: Tensor) -> Tensor:
     return linear
 
 
-def _nonzero(mask: Tensor, operation: str) -> Tensor:
+def _nonzero(mask: Tensor, operation: str, count: int) -> Tensor:
     """cuda/Nonzero.cu: how many, then a row of indices for each axis."""
-    count = empty((cuda.COUNT,), uint8, operation)
-    indices = empty((cuda.nonzero(len(mask.shape), prod(mask.shape)),), uint8, operation)
-    del count
+    counted = empty((cuda.COUNT,), uint8, operation)
+    indices = empty((cuda.nonzero(len(mask.shape), count),), uint8, operation)
+    del counted
     return indices
 
 
@@ -91,5 +90,5 @@ def masked_scatter(mask: Tensor, source: Tensor) -> Tensor:
 def _masked_scatter_backward(node: Node, grad: Tensor) -> Any:
     """``masked_select`` of the gradient: indexing by the mask."""
     operation = "masked_scatter_backward"
-    _indices = _nonzero(unpack(node.saved), operation)
+    _indices = _nonzero(unpack(node.saved), operation, node.context[0])
     return (empty(node.context, grad.dtype, operation),)

@@ -61,9 +61,9 @@ class Stack:
     recipe; ``reentrant``: whether it checkpoints the reentrant way, from a recipe as it is given;
     ``casts_adapters_back``: adapters that PEFT made fp32 become bf16 where the base is quantised;
     ``sizes``: of its own files and commands, by field, where they say nothing (a question that names no
-    batch, length or rank has memplan's own instead: docs/recipe.md); ``packed``: what its collator puts on the
-    card of packed sequences beside ids, labels and positions, None where it packs otherwise; ``slip``: see
-    there.
+    batch, length or rank has memplan's own instead: docs/recipe.md); ``packed``: what its collator puts on
+    the card of packed sequences beside ids, labels and positions, None where it packs otherwise; ``slip``:
+    see there.
     """
 
     title: str

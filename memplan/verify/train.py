@@ -129,8 +129,8 @@ def finite(loss: float | None) -> float | None:
 
 
 def make_batch(job: Job) -> dict[str, torch.Tensor]:
-    """What a collator hands over, on the host: int64 ids, mask and labels, from the seed or the text. Of padded
-    batches, the first row lacks one token; in packed ones two sequences share a row."""
+    """What a collator hands over, on the host: int64 ids, mask and labels, from the seed or the text. Of
+    padded batches, the first row lacks one token; in packed ones two sequences share a row."""
     recipe = job.recipe.as_fed()
     shape = (recipe.batch_size, recipe.seq_len)
     if job.run.text is None:
