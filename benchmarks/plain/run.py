@@ -61,12 +61,31 @@ def emulated(case: dict[str, Any], folder: Path, gpu: str) -> dict[str, Any]:
         _memplan({}, "stub", case["model"], str(checkpoint), *layers)
     asked = [str(checkpoint), "--out", str(out), *case["run"].split()]
     script = [sys.executable, str(HERE / f"{case['script']}.py"), *asked]
-    _memplan(settings, "dry-run", "--no-watch", "--gpu", gpu, "--", *script)
+    if "lengths" in case:  # shapes depend on values, which are worked out where the run is watched
+        watched = [
+            "--steps",
+            "99",
+            "--json",
+            "--gpu",
+            gpu,
+            "--",
+            *script,
+            "--lengths",
+            *map(str, case["lengths"]),
+        ]
+        told = json.loads(_memplan(settings, "dry-run", *watched))
+        steps = [
+            {kind: step[f"{kind}_bytes"] for kind in ("allocated", "reserved")} for step in told["steps"]
+        ]
+    else:
+        _memplan(settings, "dry-run", "--no-watch", "--gpu", gpu, "--", *script)
     found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+    if "lengths" in case:  # in which memplan, and not the script, takes what each step has at most
+        found |= {"steps": steps, "reserved": max(step["reserved"] for step in steps)}
     return found
 
 
-def _memplan(settings: dict[str, str], *arguments: str) -> None:
+def _memplan(settings: dict[str, str], *arguments: str) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "memplan", *arguments],
         cwd=ROOT,
@@ -77,17 +96,22 @@ def _memplan(settings: dict[str, str], *arguments: str) -> None:
     )
     if done.returncode:
         raise RuntimeError(f"{' '.join(arguments)}: {done.stderr.strip()[-800:]}")
+    return done.stdout
 
 
 def row(case: dict[str, Any], checkpoint: Path, found: dict[str, Any]) -> dict[str, Any]:
     """Both sides of a case, in bytes: what the plan of the checkpoint's ``config.json`` says, and what the
-    script took. Allocated is the second step's, which the plan plays; a third may place blocks otherwise."""
+    script took. Allocated is the second step's, which the plan plays; a third may place blocks otherwise. Of
+    lengths that differ, it is the most of any step."""
     recipe = {"trainer": TRAINERS[case["script"]], **case["recipe"]}
-    predicted = plan(checkpoint, Recipe(**recipe), gpus=[]).allocator
+    lengths = case.get("lengths") if recipe.get("batches") != "packed" else None
+    predicted = plan(checkpoint, Recipe(**recipe), gpus=[], lengths=lengths).allocator
+    steps = found["steps"]
+    allocated = steps[1]["allocated"] if lengths is None else max(step["allocated"] for step in steps)
     return {
-        **{name: case[name] for name in ("name", "script", "model", "run")},
+        **{name: case[name] for name in ("name", "script", "model", "run", "lengths") if name in case},
         "recipe": recipe,
-        "allocated": {"predicted": predicted.allocated_bytes, "emulated": found["steps"][1]["allocated"]},
+        "allocated": {"predicted": predicted.allocated_bytes, "emulated": allocated},
         "reserved": {"predicted": predicted.reserved_bytes, "emulated": found["reserved"]},
         "steps": found["steps"],
         "device": found["device"],

@@ -90,7 +90,7 @@ def _content(asked: str) -> str:
     try:
         if not path.is_file():
             raise MemplanError(
-                "lengths are a file of them, or lognormal:MEAN,SD,MAX such as lognormal:600,400,4096; there is "
+                "lengths are a file of them or lognormal:MEAN,SD,MAX, as in lognormal:600,400,4096; there is "
                 f"no file {shown(asked)}"
             )
         with path.open("rb") as opened:

@@ -139,8 +139,12 @@ def quantised_in_8_bits(keys: Keys, key: str = "load_in_8bit") -> None:
     keys.refuse_any({key: "is an 8-bit base, which memplan does not plan"})
 
 
-def packed(keys: Keys, key: str, length: str) -> None:
-    """Say how packed rows are planned."""
+def packed(keys: Keys, key: str, length: str, *, own_mask: bool = True) -> None:
+    """Say how packed rows are planned: with the mask that transformers makes, unless FlashAttention needs
+    none or the trainer has its own."""
+    if not own_mask and keys.options.get("attn") != "flash_attention_2":
+        keys.options["batches"] = "packed"
+        return
     if keys.options.get("attn") == "flash_attention_2":
         keys.left_out.append(f"{key}: planned as full rows of {length}")
     else:

@@ -124,7 +124,8 @@ def _adapter(keys: Keys) -> None:
 
 def _leave_out(keys: Keys) -> None:
     if keys.flag("packing") or keys.flag("padding_free"):
-        packed(keys, "packing" if keys.given("packing") else "padding_free", "max_length tokens")
+        key = "packing" if keys.given("packing") else "padding_free"
+        packed(keys, key, "max_length tokens", own_mask=keys.value("packing_strategy") == "wrapped")
     keys.leave_out("Liger's kernels are not played, so activations may be fewer", "use_liger_kernel")
     keys.leave_out("is planned from the configuration", "router_aux_loss_coef")
 
