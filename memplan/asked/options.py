@@ -45,6 +45,13 @@ class Option:
     short: dict[str, str] | None = None
 
 
+def loads_onto(text: str) -> str | None:
+    """A ``device_map`` as it is typed. Raises ValueError."""
+    if text not in ("auto", "none"):
+        raise ValueError(f"it takes auto or none, not {text[:40]!r}")
+    return None if text == "none" else text
+
+
 def of_step(**told: Any) -> Option:
     """An option of what is run."""
     return Option(group="step", **told)

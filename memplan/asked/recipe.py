@@ -21,6 +21,7 @@ from memplan import rooms, stacks
 from memplan.asked.options import (
     SHORT_DTYPES,
     Option,
+    loads_onto,
     names,
     of_adapters,
     of_four_bits,
@@ -475,13 +476,16 @@ class Recipe(BaseModel):
     device_map: Annotated[
         Literal["auto"] | None,
         of_step(
-            help="from_pretrained's: weights are loaded onto the card",
-            default="by the host, except in 4 bits",
+            help="from_pretrained's. auto: weights are loaded onto the card; none: by the host, except in 4 "
+            "bits",
+            default=_AS_TRAINER,
+            metavar="MAP",
+            read=loads_onto,
             phrase=lambda r: f"device map {r.device_map}" if r.device_map else None,
             source=(
-                "transformers, `modeling_utils.py`, `from_pretrained`: weights go to the host, and the "
-                "Trainer moves the model; 4-bit ones go to the card in any case. `auto` loads all onto "
-                "the card: block placement differs, by some MB."
+                f"{_TRAINERS} transformers, `modeling_utils.py`, `from_pretrained` has none: weights go to "
+                "the host, and the Trainer moves the model; 4-bit ones go to the card in any case. `auto` "
+                "loads all onto the card: block placement differs, by some MB."
             ),
         ),
     ] = None

@@ -15,6 +15,11 @@ STACK = Stack(
             lora="bfloat16",
             qlora="bfloat16",
         ),
+        "device_map": always(
+            "auto",
+            "TRL, `trl/trainer/utils.py`, `create_model_from_path`, of a model that is given by name; one "
+            "that a script loads itself has `from_pretrained`'s, which is none",
+        ),
         "kbit_prep": only("TRL never calls PEFT's preparation (`trl/trainer/sft_trainer.py`)", qlora=False),
         "adapter_dtype": only(
             "TRL, `trl/trainer/sft_trainer.py`: adapters on a quantised base are cast to bfloat16; others "
