@@ -76,11 +76,13 @@ SWITCHES: dict[str, tuple[str, str]] = {
     "eager-attention": ("--attn eager", ""),
     "packing": ("", ""),
     "sample-packing": ("", ""),
+    "padding-free": ("--batches packed", ""),
 }
-_AS_PLANNED = {
-    "packing": "every sequence is as long as --seq-len, which is what is planned",
-    "sample-packing": "every sequence is as long as --seq-len, which is what is planned",
-}
+_FULL = (
+    "every sequence is as long as --seq-len, which is what is planned; --batches packed has the mask that "
+    "packing takes without FlashAttention"
+)
+_AS_PLANNED = {"packing": _FULL, "sample-packing": _FULL}
 
 # Values that are called otherwise, of ours; compared in small letters, with - for _.
 VALUES: dict[str, dict[str, str]] = {
