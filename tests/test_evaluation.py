@@ -146,9 +146,14 @@ def test_a_plan_read_from_json_says_the_same():
 
 
 def test_lengths_that_vary_are_warned_of_unless_the_setting_is_there():
-    assert "PYTORCH_ALLOC_CONF=expandable_segments:True" in varying(Recipe(trainer="peft"))
-    assert varying(Recipe(trainer="peft", alloc_conf="expandable_segments:True")) is None
-    assert varying(Recipe(trainer="peft", alloc_conf="expandable_segments:False")) is not None
+    def told(alloc_conf: str = "", lengths=None):
+        recipe = Recipe(trainer="peft", seq_len=64, alloc_conf=alloc_conf)
+        return varying(plan("smollm2-135m", recipe, gpus=["a100"], lengths=lengths))
+
+    assert "PYTORCH_ALLOC_CONF=expandable_segments:True" in told()
+    assert told("expandable_segments:True") is None
+    assert told("expandable_segments:False") is not None
+    assert told(lengths=[10, 20, 30]) is None
 
 
 def test_cards_with_other_kernels_are_warned_of_for_themselves() -> None:
@@ -164,3 +169,14 @@ def test_cards_with_other_kernels_are_warned_of_for_themselves() -> None:
     assert "V100" in (evaluating(answer) or "")
     assert "FlashAttention" in (answer.fits[1].note or "")
     assert answer.fits[0].note is None
+
+
+def test_eval_gives_the_verdict_of_the_run_with_an_evaluation_in_it(memplan) -> None:
+    """The exit status, too: a step of 6.8 GiB fits where the logits of eight sequences do not."""
+    asked = ("fit", "llama-3.2-1b", "--trainer", "peft", "--gpu", "12GB", "--no-advise")
+    without, with_one = memplan(*asked, "--json"), memplan(*asked, "--eval", "--json")
+    assert (without.status, with_one.status) == (0, 1)
+    told = json.loads(with_one.out)
+    assert told["fits"][0]["reserved_bytes"] == told["evaluation"]["fits"][0]["reserved_bytes"]
+    assert told["fits"][0]["note"].startswith("with an evaluation of 8 sequences; out of memory")
+    assert json.loads(without.out)["fits"][0]["verdict"] == "fits"

@@ -38,7 +38,7 @@ def options(dtype: str | None = "bfloat16") -> argparse.Namespace:
     parser.add_argument("--no-double-quant", dest="double_quant", action="store_false")
     parser.add_argument("--no-prepare", dest="prepare", action="store_false")
     parser.add_argument("--open", action="store_true", help="prepare without gradient checkpointing")
-    for name in ("checkpointing", "bf16", "fp16", "dora", "liger"):
+    for name in ("checkpointing", "bf16", "fp16", "dora", "liger", "save"):
         parser.add_argument(f"--{name}", action="store_true")
     return parser.parse_args()
 

@@ -15,6 +15,7 @@ from memplan.commands.arguments import (
     add_lengths,
     add_recipe,
     add_run_file,
+    add_switch,
     add_verbose,
     given_lengths,
     given_options,
@@ -23,6 +24,7 @@ from memplan.errors import MemplanError
 from memplan.streams import remark
 
 if TYPE_CHECKING:
+    from memplan.device.fit import Fit
     from memplan.planning.frontier import What
     from memplan.planning.plan import Plan
     from memplan.planning.study import Asked
@@ -57,6 +59,7 @@ def parser() -> Parser:
         default=None,
         help="find the largest that fits, with the allocator simulated",
     )
+    add_switch(result, "--eval", "judge the run with an evaluation in it, which else is said beside")
     result.add_argument(
         "--advise",
         action=argparse.BooleanOptionalAction,
@@ -90,6 +93,8 @@ def run(arguments: argparse.Namespace) -> int:
         asked = found
     study = Prediction(asked)
     answer = plan_of(study).telling(evaluation=study.judged_evaluation)
+    if arguments.eval:
+        answer = answer.telling(fits=_evaluated(answer))
     fits = all(fit.verdict != "does not fit" for fit in answer.fits)
     if arguments.advise or (arguments.advise is None and not fits and arguments.maximize is None):
         from memplan.planning.advise import advise
@@ -103,6 +108,20 @@ def run(arguments: argparse.Namespace) -> int:
             remark(str(error))
     _show(answer, arguments, given, what)
     return STATUS_FITS if fits else STATUS_DOES_NOT_FIT
+
+
+def _evaluated(answer: Plan) -> tuple[Fit, ...]:
+    """The verdicts of the run with an evaluation in it, where that makes them others."""
+    found = answer.evaluation
+    assert found is not None
+    higher = {fit.gpu: fit for fit in found.fits}
+    told = f"with an evaluation of {found.batch_size} sequences"
+    return tuple(
+        higher[fit.gpu].model_copy(update={"note": "; ".join(filter(None, (told, higher[fit.gpu].note)))})
+        if fit.gpu in higher
+        else fit
+        for fit in answer.fits
+    )
 
 
 def _maximized(asked: Asked, what: What) -> Asked | None:

@@ -77,12 +77,17 @@ SWITCHES: dict[str, tuple[str, str]] = {
     "packing": ("", ""),
     "sample-packing": ("", ""),
     "padding-free": ("--batches packed", ""),
+    "save": ("", ""),
 }
 _FULL = (
     "every sequence is as long as --seq-len, which is what is planned; --batches packed has the mask that "
     "packing takes without FlashAttention"
 )
-_AS_PLANNED = {"packing": _FULL, "sample-packing": _FULL}
+_AS_PLANNED = {
+    "packing": _FULL,
+    "sample-packing": _FULL,
+    "save": "writing a checkpoint takes no more of the card than a step (docs/fit.md)",
+}
 
 # Values that are called otherwise, of ours; compared in small letters, with - for _.
 VALUES: dict[str, dict[str, str]] = {
