@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -90,14 +91,25 @@ def environment(name: str, folder: Path) -> Path:
     python, made = place / "bin" / "python", place / "made"
     if not made.exists():
         print(f"making {place}", flush=True)
-        subprocess.run([str(ROOT / "benchmarks" / "dry_gpu" / "install.sh"), str(place)], check=True)
         lines = (HERE / "environments" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+        install = [str(ROOT / "benchmarks" / "dry_gpu" / "install.sh"), str(place)]
+        subprocess.run(install, check=True, env={**os.environ, **of_python(lines[0])})
         for line in lines:
             if words := shlex.split(line, comments=True):
                 pip = [str(python), "-m", "pip", "install", "--quiet", *words]
                 subprocess.run(pip, check=True, env={**os.environ, **PYPI}, stdin=subprocess.DEVNULL)
         made.touch()
     return python
+
+
+def of_python(line: str) -> dict[str, str]:
+    """What install.sh is told where an environment's file begins with ``# Python 3.12``: pyenv's newest."""
+    version = re.fullmatch(r"# Python (\d+\.\d+)", line)
+    if version is None:
+        return {}
+    root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    found = sorted(root.glob(f"versions/{version[1]}.*/bin/python"))
+    return {"PYTHON": str(found[-1]) if found else f"python{version[1]}"}
 
 
 def dry_run(case: dict[str, Any], folder: Path, sets: dict[str, str], python: Path) -> dict[str, Any]:

@@ -1,0 +1,200 @@
+"""Example files of the big trainers: the plan of the file against a dry run of it by its trainer's own command.
+
+    python benchmarks/files/run.py --environments FOLDER            every case; writes data/files.json
+    python benchmarks/files/run.py --environments FOLDER NAME ...   cases whose file has NAME in it; writes nothing
+
+A file is as tests/run_files has it, but for what is edited: the model is a stub, the data set one of rows that
+fill the sequence, nothing is reported, saved or evaluated; and what cases.json says of it. A row has its edits.
+Needs the environments of benchmarks/trainers. Exit status 1 if a run does not go through, or if its peak of
+allocated bytes is more than 4 KiB from the plan's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path.insert(0, str(HERE.parent / "trainers"))
+
+from run import QUIET, environment  # noqa: E402
+
+RESULTS = ROOT / "data" / "files.json"
+SCALARS = 4 << 10  # bytes: what a trainer keeps to log, a number or two in each of a few blocks of 512
+ROWS, WORDS = 64, 9000  # of the data set; a word is a token of a stub's tokenizer
+CASE = {"axolotl": "axolotl", "llama_factory": "llamafactory", "trl": ""}  # the environment of each
+SETTINGS = {**QUIET, "AXOLOTL_DO_NOT_TRACK": "1", "WANDB_DISABLED": "true", "DISABLE_VERSION_CHECK": "1"}
+Edits = Mapping[str, Any]
+
+
+def cases() -> list[dict[str, Any]]:
+    """What cases.json lists."""
+    listed: list[dict[str, Any]] = json.loads((HERE / "cases.json").read_text(encoding="utf-8"))["cases"]
+    return listed
+
+
+def example(case: Mapping[str, Any]) -> dict[str, Any]:
+    """The file of a case, as it was read from its project."""
+    found = json.loads((ROOT / "tests" / "run_files" / f"{case['trainer']}.json").read_text(encoding="utf-8"))
+    file: dict[str, Any] = next(one["file"] for one in found if one["name"] == case["file"])
+    return file
+
+
+def _trl(folder: Path) -> Edits:
+    return {
+        "model_name_or_path": "MODEL", "dataset_name": str(folder / "texts"), "output_dir": str(folder / "out"),
+        "report_to": "none", "eval_strategy": "no",
+    }  # fmt: skip
+
+
+def _llama_factory(folder: Path) -> Edits:
+    return {
+        "model_name_or_path": "MODEL", "dataset": "chats", "dataset_dir": str(folder / "chats"),
+        "output_dir": str(folder / "out"), "plot_loss": False,
+    }  # fmt: skip
+
+
+def _axolotl(folder: Path) -> Edits:
+    rows = {"path": str(folder / "texts" / "train.jsonl"), "ds_type": "json", "type": "completion"}
+    return {
+        "base_model": "MODEL", "datasets": [rows], "output_dir": str(folder / "out"),
+        "dataset_prepared_path": str(folder / "prepared"), "val_set_size": 0,
+        "excess_length_strategy": "truncate", "evals_per_epoch": None, "special_tokens": None,
+    }  # fmt: skip
+
+
+EDITS: Mapping[str, Callable[[Path], Edits]] = {"axolotl": _axolotl, "llama_factory": _llama_factory, "trl": _trl}
+COMMANDS = {
+    "axolotl": ["axolotl", "train"],
+    "llama_factory": ["llamafactory-cli", "train"],
+    "trl": ["trl", "sft", "--config"],
+}
+
+
+def data(folder: Path) -> None:
+    """Rows that are longer than any sequence, as each trainer reads them."""
+    words = " ".join(["word"] * WORDS)
+    texts, chats = folder / "texts", folder / "chats"
+    for place, row in ((texts, {"text": words}), (chats, {"instruction": words, "input": "", "output": words})):
+        place.mkdir()
+        (place / "train.jsonl").write_text(f"{json.dumps(row)}\n" * ROWS, encoding="utf-8")
+    # LLaMA-Factory asks for a list of them
+    listed = {"texts": {"file_name": str(texts / "train.jsonl"), "columns": {"prompt": "text"}}}
+    listed["chats"] = {"file_name": "train.jsonl"}
+    (chats / "dataset_info.json").write_text(json.dumps(listed), encoding="utf-8")
+
+
+def _memplan(python: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join((str(python.parent), os.environ["PATH"]))
+    return subprocess.run(
+        [sys.executable, "-m", "memplan", *arguments],
+        cwd=ROOT,
+        env={**os.environ, **SETTINGS, "PYTHONPATH": str(ROOT), "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def row(case: Mapping[str, Any], folder: Path, python: Path, gpu: str) -> dict[str, Any]:
+    """A case's row: both sides in bytes, or why there is none. ``python``: of its trainer's environment."""
+    model = folder / f"{CASE[case['trainer']]}-{case['model']}"
+    if not model.exists():
+        _memplan(python, "stub", case["model"], str(model), "--python", str(python)).check_returncode()
+    edits = {**EDITS[case["trainer"]](folder), **case.get("edits", {})}
+    file = folder / "run.yaml"
+    asked = {**example(case), **edits}
+    asked = {key: str(model) if value == "MODEL" else value for key, value in asked.items()}
+    file.write_text(json.dumps(asked, indent=1), encoding="utf-8")  # which YAML can be
+    one = {
+        **{key: case[key] for key in ("trainer", "file", "model")},
+        "edits": {key: value for key, value in edits.items() if example(case).get(key) != value},
+        "date": date.today().isoformat(),
+        "why": None,
+    }
+    for key, value in one["edits"].items():
+        one["edits"][key] = json.loads(json.dumps(value).replace(f"{folder}/", ""))
+    planned = _memplan(python, str(file), "--json")
+    if planned.returncode:
+        return {**one, "why": planned.stderr.strip()}
+    tape = [] if case.get("tape") is None else ["--tape", case["tape"]]
+    began = time.monotonic()
+    command = [*COMMANDS[case["trainer"]], str(file)]
+    done = _memplan(python, "dry-run", "--json", "--gpu", gpu, *tape, "--", *command)
+    seconds = round(time.monotonic() - began, 1)
+    if done.returncode == 2 or not done.stdout:
+        return {**one, "why": done.stderr.strip().splitlines()[-1], "said": done.stderr[-5000:]}
+    answer, plan = json.loads(done.stdout), json.loads(planned.stdout)
+    allocator = plan["allocator"]
+    steps = answer["steps"]
+    return {
+        **one,
+        "seconds": seconds,
+        "gpu": answer["gpu"],
+        "memplan_version": answer["memplan_version"],
+        "libraries": answer["libraries"],
+        "notes": answer["notes"],
+        "steps": [{key: step[key] for key in ("allocated_bytes", "reserved_bytes")} for step in steps],
+        "allocated": {
+            "predicted": allocator["allocated_bytes"],
+            "emulated": steps[1]["allocated_bytes"],
+        },
+        "reserved": {"predicted": allocator["reserved_bytes"], "emulated": answer["reserved_bytes"]},
+    }
+
+
+def equal(one: Mapping[str, Any]) -> bool:
+    """Whether a row's allocated bytes are the plan's but for a trainer's scalars."""
+    return one["why"] is None and abs(apart(one)) <= SCALARS
+
+
+def apart(one: Mapping[str, Any]) -> int:
+    """What a row's plan has more."""
+    return int(one["allocated"]["predicted"] - one["allocated"]["emulated"])
+
+
+def main() -> int:
+    """The exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of files (default: all, which are written)")
+    parser.add_argument("--environments", type=Path, metavar="FOLDER", required=True)
+    parser.add_argument("--gpu", default="a100", help="the card (default: %(default)s)")
+    parser.add_argument("--tape", metavar="FILE", help="of one case: its last step, for memplan diff")
+    asked = parser.parse_args()
+    chosen = [
+        {**case, "tape": asked.tape}
+        for case in cases()
+        if not asked.names or any(name in f"{case['trainer']} {case['file']}" for name in asked.names)
+    ]
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="files-") as place:
+        folder = Path(place)
+        data(folder)
+        for case in chosen:
+            name = CASE[case["trainer"]]
+            python = environment(name, asked.environments) if name else Path(sys.executable)
+            one = row(case, folder, python, asked.gpu)
+            told = one.pop("said", "")
+            rows.append(one)
+            figures = one["why"] or f"{one['allocated']['emulated']:>14,} {apart(one):>+12,}"
+            print(f"{case['trainer']:14} {case['file']:44} {figures}", flush=True)
+            print(told, end="", file=sys.stderr)
+    failed = sum(not equal(one) for one in rows)
+    print(f"{len(rows)} files, {failed} apart or failed: allocated bytes, and what the plan has more or less")
+    if not asked.names:
+        RESULTS.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
