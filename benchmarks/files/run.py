@@ -30,10 +30,12 @@ sys.path.insert(0, str(HERE.parent / "trainers"))
 from run import QUIET, environment  # noqa: E402
 
 RESULTS = ROOT / "data" / "files.json"
-SCALARS = 4 << 10  # bytes: what a trainer keeps to log, a number or two in each of a few blocks of 512
+BLOCK = 512  # bytes: what PyTorch's allocator rounds up to
+SCALARS = 8 * BLOCK  # what a trainer keeps to log: a number each
+BATCH = 3  # tensors of whole numbers: ids, mask and labels
 ROWS, WORDS = 64, 9000  # of the data set; a word is a token of a stub's tokenizer
 CASE = {"axolotl": "axolotl", "llama_factory": "llamafactory", "trl": ""}  # the environment of each
-SETTINGS = {**QUIET, "AXOLOTL_DO_NOT_TRACK": "1", "WANDB_DISABLED": "true", "DISABLE_VERSION_CHECK": "1"}
+SETTINGS = {**QUIET, "WANDB_DISABLED": "true", "DISABLE_VERSION_CHECK": "1"}
 Edits = Mapping[str, Any]
 
 
@@ -65,7 +67,7 @@ def _llama_factory(folder: Path) -> Edits:
 
 
 def _axolotl(folder: Path) -> Edits:
-    rows = {"path": str(folder / "texts" / "train.jsonl"), "ds_type": "json", "type": "completion"}
+    rows = {"path": str(folder / "chats" / "train.jsonl"), "ds_type": "json", "type": "alpaca"}
     return {
         "base_model": "MODEL", "datasets": [rows], "output_dir": str(folder / "out"),
         "dataset_prepared_path": str(folder / "prepared"), "val_set_size": 0,
@@ -85,7 +87,7 @@ def data(folder: Path) -> None:
     """Rows that are longer than any sequence, as each trainer reads them."""
     words = " ".join(["word"] * WORDS)
     texts, chats = folder / "texts", folder / "chats"
-    for place, row in ((texts, {"text": words}), (chats, {"instruction": words, "input": "", "output": words})):
+    for place, row in ((texts, {"text": words}), (chats, {"instruction": "word", "input": "", "output": words})):
         place.mkdir()
         (place / "train.jsonl").write_text(f"{json.dumps(row)}\n" * ROWS, encoding="utf-8")
     # LLaMA-Factory asks for a list of them
@@ -124,17 +126,18 @@ def row(case: Mapping[str, Any], folder: Path, python: Path, gpu: str) -> dict[s
     }
     for key, value in one["edits"].items():
         one["edits"][key] = json.loads(json.dumps(value).replace(f"{folder}/", ""))
-    planned = _memplan(python, str(file), "--json")
+    tapes = [str(folder / "planned.tape"), str(folder / "emulated.tape")]
+    planned = _memplan(python, str(file), "--json", "--tape", tapes[0])
     if planned.returncode:
         return {**one, "why": planned.stderr.strip()}
-    tape = [] if case.get("tape") is None else ["--tape", case["tape"]]
     began = time.monotonic()
     command = [*COMMANDS[case["trainer"]], str(file)]
-    done = _memplan(python, "dry-run", "--json", "--gpu", gpu, *tape, "--", *command)
+    done = _memplan(python, "dry-run", "--json", "--gpu", gpu, "--tape", tapes[1], "--", *command)
     seconds = round(time.monotonic() - began, 1)
     if done.returncode == 2 or not done.stdout:
         return {**one, "why": done.stderr.strip().splitlines()[-1], "said": done.stderr[-5000:]}
     answer, plan = json.loads(done.stdout), json.loads(planned.stdout)
+    sides = json.loads(_memplan(python, "diff", *tapes, "--json").stdout)
     allocator = plan["allocator"]
     steps = answer["steps"]
     return {
@@ -149,18 +152,30 @@ def row(case: Mapping[str, Any], folder: Path, python: Path, gpu: str) -> dict[s
             "predicted": allocator["allocated_bytes"],
             "emulated": steps[1]["allocated_bytes"],
         },
+        "tensors": {
+            "predicted": sides["a"]["allocated_bytes"],
+            "emulated": sides["b"]["allocated_bytes"],
+        },
+        "waiting_bytes": waiting(plan["recipe"]),
         "reserved": {"predicted": allocator["reserved_bytes"], "emulated": answer["reserved_bytes"]},
     }
 
 
+def waiting(recipe: Mapping[str, Any]) -> int:
+    """Bytes of the batches that the Trainer has on the card until they are accumulated, beside the one that a
+    plan has (transformers, `trainer.py`, `get_batch_samples`)."""
+    one = 8 * recipe["batch_size"] * recipe["seq_len"]
+    return (recipe["gradient_accumulation_steps"] - 1) * BATCH * (-(-one // BLOCK) * BLOCK)
+
+
 def equal(one: Mapping[str, Any]) -> bool:
-    """Whether a row's allocated bytes are the plan's but for a trainer's scalars."""
-    return one["why"] is None and abs(apart(one)) <= SCALARS
+    """Whether a row's tensors at the peak are the plan's, but for what waits and a trainer's scalars."""
+    return one["why"] is None and abs(apart(one, "tensors") + one["waiting_bytes"]) <= SCALARS
 
 
-def apart(one: Mapping[str, Any]) -> int:
+def apart(one: Mapping[str, Any], figure: str = "allocated") -> int:
     """What a row's plan has more."""
-    return int(one["allocated"]["predicted"] - one["allocated"]["emulated"])
+    return int(one[figure]["predicted"] - one[figure]["emulated"])
 
 
 def main() -> int:
@@ -169,16 +184,16 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="of files (default: all, which are written)")
     parser.add_argument("--environments", type=Path, metavar="FOLDER", required=True)
     parser.add_argument("--gpu", default="a100", help="the card (default: %(default)s)")
-    parser.add_argument("--tape", metavar="FILE", help="of one case: its last step, for memplan diff")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep there what is made, with both tapes")
     asked = parser.parse_args()
     chosen = [
-        {**case, "tape": asked.tape}
+        case
         for case in cases()
         if not asked.names or any(name in f"{case['trainer']} {case['file']}" for name in asked.names)
     ]
     rows = []
     with tempfile.TemporaryDirectory(prefix="files-") as place:
-        folder = Path(place)
+        folder = asked.keep or Path(place)
         data(folder)
         for case in chosen:
             name = CASE[case["trainer"]]
@@ -186,11 +201,15 @@ def main() -> int:
             one = row(case, folder, python, asked.gpu)
             told = one.pop("said", "")
             rows.append(one)
-            figures = one["why"] or f"{one['allocated']['emulated']:>14,} {apart(one):>+12,}"
+            figures = one["why"] or (
+                f"{one['allocated']['emulated']:>14,} {apart(one):>+12,} "
+                f"{apart(one, 'tensors'):>+12,} {one['waiting_bytes']:>12,}"
+            )
             print(f"{case['trainer']:14} {case['file']:44} {figures}", flush=True)
             print(told, end="", file=sys.stderr)
     failed = sum(not equal(one) for one in rows)
-    print(f"{len(rows)} files, {failed} apart or failed: allocated bytes, and what the plan has more or less")
+    print(f"{len(rows)} files, {failed} apart or failed: allocated bytes, what the plan has more or less, of it in "
+          "tensors, and what waits to be accumulated")
     if not asked.names:
         RESULTS.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
     return 1 if failed else 0

@@ -2,6 +2,7 @@
 
     python benchmarks/trainers/run.py                  every case of cases.json; writes data/dry_runs.json
     python benchmarks/trainers/run.py NAME ...         some of them; writes nothing
+    python benchmarks/trainers/run.py --merge NAME ... some of them, whose rows take the place of what is there
 
 Needs the environment of benchmarks/dry_gpu/README.md. A case that names an environment runs in that one, made
 once under --environments: that of dry_gpu, and then `pip install` of each line of environments/NAME.txt.
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,12 @@ LLAMA_FACTORY = {
         "assistant_tag": "assistant",
     },
 }
-QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
+QUIET = {
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONWARNINGS": "ignore",
+    "AXOLOTL_DO_NOT_TRACK": "1",
+}
 
 
 def cases() -> list[dict[str, Any]]:
@@ -141,7 +148,7 @@ def dry_run(case: dict[str, Any], folder: Path, sets: dict[str, str], python: Pa
         text=True,
         check=False,
     )
-    row = {**case, "seconds": round(time.monotonic() - began, 1)}
+    row = {**case, "date": date.today().isoformat(), "seconds": round(time.monotonic() - began, 1)}
     if done.returncode == 2 or not done.stdout:
         return {**row, "why": done.stderr.strip().splitlines()[-1], "said": done.stderr[-3000:]}
     answer = json.loads(done.stdout)
@@ -159,10 +166,17 @@ def dry_run(case: dict[str, Any], folder: Path, sets: dict[str, str], python: Pa
     return {**row, "why": None, **{name: answer[name] for name in kept}}
 
 
+def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each case that has one, in the order of cases.json: the newest. Each has its date and versions."""
+    rows = {row["name"]: row for row in [*old, *new]}
+    return [rows[case["name"]] for case in cases() if case["name"] in rows]
+
+
 def main() -> int:
     """The exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="cases (default: all, which are written)")
+    parser.add_argument("--merge", action="store_true", help="write those that are run, beside the others")
     parser.add_argument(
         "--environments", type=Path, metavar="FOLDER", help="where those lie that cases name, and are made"
     )
@@ -189,7 +203,9 @@ def main() -> int:
                 print(told, file=sys.stderr)
     failed = sum(row["why"] is not None for row in rows)
     print(f"{len(rows)} dry-run, {failed} did not go through")
-    if not asked.names:
+    if asked.merge:
+        rows = merged(json.loads(RESULTS.read_text(encoding="utf-8"))["rows"], rows)
+    if asked.merge or not asked.names:
         RESULTS.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
     return 1 if failed else 0
 
