@@ -21,7 +21,7 @@ def page() -> str:
     versions = dict.fromkeys(
         ", ".join(f"{name} {version}" for name, version in row["libraries"].items() if name in USUAL)
         for row in usual
-        if USUAL <= row["libraries"].keys()
+        if row["libraries"].keys() >= USUAL
     )
     failed = [f"- `{row['name']}` does not go through: {row['why']}\n" for row in rows if row not in through]
     return (

@@ -1,12 +1,13 @@
-"""Example files of the big trainers: the plan of the file against a dry run of it by its trainer's own command.
+"""Example files of the big trainers: a file's plan against a dry run of it by its trainer's own command.
 
     python benchmarks/files/run.py --environments FOLDER            every case; writes data/files.json
-    python benchmarks/files/run.py --environments FOLDER NAME ...   cases whose file has NAME in it; writes nothing
+    python benchmarks/files/run.py --environments FOLDER NAME ...   those whose file has NAME in it; writes
+                                                                    nothing
 
-A file is as tests/run_files has it, but for what is edited: the model is a stub, the data set one of rows that
-fill the sequence, nothing is reported, saved or evaluated; and what cases.json says of it. A row has its edits.
-Needs the environments of benchmarks/trainers. Exit status 1 if a run does not go through, or if its peak of
-allocated bytes is more than 4 KiB from the plan's.
+A file is as tests/run_files has it, but for what is edited: the model is a stub, the data set one of rows
+that fill the sequence, nothing is reported, saved or evaluated; and what cases.json says of it. A row has its
+edits. Needs the environments of benchmarks/trainers. Exit status 1 if a run does not go through, or if its
+tensors at the peak are other than the plan's by more than 4 KiB and the batches that wait to be accumulated.
 """
 
 from __future__ import annotations
@@ -75,7 +76,11 @@ def _axolotl(folder: Path) -> Edits:
     }  # fmt: skip
 
 
-EDITS: Mapping[str, Callable[[Path], Edits]] = {"axolotl": _axolotl, "llama_factory": _llama_factory, "trl": _trl}
+EDITS: Mapping[str, Callable[[Path], Edits]] = {
+    "axolotl": _axolotl,
+    "llama_factory": _llama_factory,
+    "trl": _trl,
+}
 COMMANDS = {
     "axolotl": ["axolotl", "train"],
     "llama_factory": ["llamafactory-cli", "train"],
@@ -87,7 +92,10 @@ def data(folder: Path) -> None:
     """Rows that are longer than any sequence, as each trainer reads them."""
     words = " ".join(["word"] * WORDS)
     texts, chats = folder / "texts", folder / "chats"
-    for place, row in ((texts, {"text": words}), (chats, {"instruction": "word", "input": "", "output": words})):
+    for place, row in (
+        (texts, {"text": words}),
+        (chats, {"instruction": "word", "input": "", "output": words}),
+    ):
         place.mkdir()
         (place / "train.jsonl").write_text(f"{json.dumps(row)}\n" * ROWS, encoding="utf-8")
     # LLaMA-Factory asks for a list of them
@@ -184,7 +192,9 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="of files (default: all, which are written)")
     parser.add_argument("--environments", type=Path, metavar="FOLDER", required=True)
     parser.add_argument("--gpu", default="a100", help="the card (default: %(default)s)")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep there what is made, with both tapes")
+    parser.add_argument(
+        "--keep", type=Path, metavar="FOLDER", help="keep there what is made, with both tapes"
+    )
     asked = parser.parse_args()
     chosen = [
         case
@@ -208,8 +218,10 @@ def main() -> int:
             print(f"{case['trainer']:14} {case['file']:44} {figures}", flush=True)
             print(told, end="", file=sys.stderr)
     failed = sum(not equal(one) for one in rows)
-    print(f"{len(rows)} files, {failed} apart or failed: allocated bytes, what the plan has more or less, of it in "
-          "tensors, and what waits to be accumulated")
+    print(
+        f"{len(rows)} files, {failed} apart or failed: allocated bytes, what the plan has more or less, of it "
+        "in tensors, and what waits to be accumulated"
+    )
     if not asked.names:
         RESULTS.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
     return 1 if failed else 0

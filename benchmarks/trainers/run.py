@@ -2,7 +2,7 @@
 
     python benchmarks/trainers/run.py                  every case of cases.json; writes data/dry_runs.json
     python benchmarks/trainers/run.py NAME ...         some of them; writes nothing
-    python benchmarks/trainers/run.py --merge NAME ... some of them, whose rows take the place of what is there
+    python benchmarks/trainers/run.py --merge NAME ... some of them; writes their rows beside the others
 
 Needs the environment of benchmarks/dry_gpu/README.md. A case that names an environment runs in that one, made
 once under --environments: that of dry_gpu, and then `pip install` of each line of environments/NAME.txt.
@@ -167,7 +167,7 @@ def dry_run(case: dict[str, Any], folder: Path, sets: dict[str, str], python: Pa
 
 
 def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each case that has one, in the order of cases.json: the newest. Each has its date and versions."""
+    """Each case's newest row, in the order of cases.json: with its date and versions."""
     rows = {row["name"]: row for row in [*old, *new]}
     return [rows[case["name"]] for case in cases() if case["name"] in rows]
 

@@ -131,8 +131,8 @@ def _shard(path: Path, tensors: Tensors) -> None:
 
 
 def _tokenizer(folder: Path, marks: dict[str, int], image: str = "", video: str = "") -> None:
-    """One that takes each word for a token, and knows few; or each byte, where transformers makes the tokenizer
-    of such a model by a class of its own, whatever its files say (Qwen2's), and that class sees no words.
+    """One that takes each word for a token, and knows few; or each byte, where transformers makes its
+    tokenizer by a class of its own, whatever its files say (Qwen2's), and that class sees no words.
     ``marks``: tokens of a model's own, with their numbers."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -28,7 +28,11 @@ def converted(torch: Any, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         plain = source.detach()
         blank = func(plain[:0], *args[1:], **kwargs)
         same = blank.dtype is source.dtype and func.__name__ != "clone"
-        if same or blank.device.type != "cpu" or any(bool(part.any()) for part in plain.view(-1).split(_LOOK)):
+        if (
+            same
+            or blank.device.type != "cpu"
+            or any(bool(part.any()) for part in plain.view(-1).split(_LOOK))
+        ):
             return None
         return _unwritten(torch, source.shape, blank.dtype)
 
