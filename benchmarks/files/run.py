@@ -2,7 +2,8 @@
 
     python benchmarks/files/run.py --environments FOLDER            every case; writes data/files.json
     python benchmarks/files/run.py --environments FOLDER NAME ...   those whose file has NAME in it; writes
-                                                                    nothing
+                                                                    nothing, or with --merge their rows
+                                                                    beside the others
 
 A file is as tests/run_files has it, but for what is edited: the model is a stub, the data set one of rows
 that fill the sequence, nothing is reported, saved or evaluated; and what cases.json says of it. A row has its
@@ -26,9 +27,9 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path.insert(0, str(HERE.parent / "trainers"))
+sys.path.insert(0, str(ROOT))
 
-from run import QUIET, environment  # noqa: E402
+from benchmarks.trainers.run import QUIET, environment  # noqa: E402
 
 RESULTS = ROOT / "data" / "files.json"
 BLOCK = 512  # bytes: what PyTorch's allocator rounds up to
@@ -55,8 +56,8 @@ def example(case: Mapping[str, Any]) -> dict[str, Any]:
 
 def _trl(folder: Path) -> Edits:
     return {
-        "model_name_or_path": "MODEL", "dataset_name": str(folder / "texts"), "output_dir": str(folder / "out"),
-        "report_to": "none", "eval_strategy": "no",
+        "model_name_or_path": "MODEL", "dataset_name": str(folder / "texts"),
+        "output_dir": str(folder / "out"), "report_to": "none", "eval_strategy": "no",
     }  # fmt: skip
 
 
@@ -172,8 +173,8 @@ def row(case: Mapping[str, Any], folder: Path, python: Path, gpu: str) -> dict[s
 def waiting(recipe: Mapping[str, Any]) -> int:
     """Bytes of the batches that the Trainer has on the card until they are accumulated, beside the one that a
     plan has (transformers, `trainer.py`, `get_batch_samples`)."""
-    one = 8 * recipe["batch_size"] * recipe["seq_len"]
-    return (recipe["gradient_accumulation_steps"] - 1) * BATCH * (-(-one // BLOCK) * BLOCK)
+    one = 8 * int(recipe["batch_size"]) * int(recipe["seq_len"])
+    return (int(recipe["gradient_accumulation_steps"]) - 1) * BATCH * (-(-one // BLOCK) * BLOCK)
 
 
 def equal(one: Mapping[str, Any]) -> bool:
@@ -184,6 +185,13 @@ def equal(one: Mapping[str, Any]) -> bool:
 def apart(one: Mapping[str, Any], figure: str = "allocated") -> int:
     """What a row's plan has more."""
     return int(one[figure]["predicted"] - one[figure]["emulated"])
+
+
+def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each case's newest row, in the order of cases.json."""
+    rows = {(one["trainer"], one["file"]): one for one in [*old, *new]}
+    keys = [(case["trainer"], case["file"]) for case in cases()]
+    return [rows[key] for key in keys if key in rows]
 
 
 def main() -> int:
@@ -219,10 +227,12 @@ def main() -> int:
             print(told, end="", file=sys.stderr)
     failed = sum(not equal(one) for one in rows)
     print(
-        f"{len(rows)} files, {failed} apart or failed: allocated bytes, what the plan has more or less, of it "
-        "in tensors, and what waits to be accumulated"
+        f"{len(rows)} files, {failed} apart or failed: allocated bytes, what the plan has more or "
+        "less, of it in tensors, and what waits to be accumulated"
     )
-    if not asked.names:
+    if asked.merge:
+        rows = merged(json.loads(RESULTS.read_text(encoding="utf-8"))["rows"], rows)
+    if asked.merge or not asked.names:
         RESULTS.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
     return 1 if failed else 0
 
