@@ -9,6 +9,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 TEMPLATE = Path(__file__).parent / "templates" / "dry-run.md"
 GIB = 1 << 30
+USUAL = {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl"}  # all of them in most rows
 
 
 def page() -> str:
@@ -16,7 +17,12 @@ def page() -> str:
     rows = json.loads((ROOT / "data" / "dry_runs.json").read_text(encoding="utf-8"))["rows"]
     through = [row for row in rows if row["why"] is None]
     matrix = json.loads((ROOT / "data" / "dry_run_matrix.json").read_text(encoding="utf-8"))
-    libraries = through[0]["libraries"]
+    usual = [row for row in through if "environment" not in row]
+    versions = dict.fromkeys(
+        ", ".join(f"{name} {version}" for name, version in row["libraries"].items() if name in USUAL)
+        for row in usual
+        if row["libraries"].keys() >= USUAL
+    )
     failed = [f"- `{row['name']}` does not go through: {row['why']}\n" for row in rows if row not in through]
     return (
         TEMPLATE.read_text(encoding="utf-8")
@@ -25,7 +31,7 @@ def page() -> str:
         .replace("{matrix}\n", "".join(map(_tried, matrix["rows"])) + "\n")
         .replace("{matrix_when}", matrix["date"])
         .replace("{when}", f"memplan {through[0]['memplan_version']}")
-        .replace("{versions}", ", ".join(f"{name} {version}" for name, version in libraries.items()))
+        .replace("{versions}", "; ".join(versions))
     )
 
 

@@ -1,7 +1,8 @@
-"""docs/files.md, from memplan/runfiles."""
+"""docs/files.md, from memplan/runfiles and data/files.json."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from memplan.runfiles import RunFile
 from memplan.runfiles._keys import Keys
 
 TEMPLATE = Path(__file__).parent / "templates" / "files.md"
+ROWS = Path(__file__).parents[1] / "data" / "files.json"
+SCALARS = 4096  # bytes, as benchmarks/files/run.py has it
+SPECIAL = ("sample_packing", "attn_implementation")  # edits that change the step
 
 # Files that between them have every key of their kind looked at.
 _AXOLOTL = {
@@ -35,7 +39,43 @@ PROBES: Mapping[str, tuple[dict[str, Any], ...]] = {
 def page() -> str:
     """The page."""
     kinds = [_kind(name, runfiles.find(name)) for name in rooms.names("runfiles")]
-    return TEMPLATE.read_text(encoding="utf-8").replace("{kinds}\n", "\n".join(kinds))
+    rows = json.loads(ROWS.read_text(encoding="utf-8"))["rows"]
+    return (
+        TEMPLATE.read_text(encoding="utf-8")
+        .replace("{kinds}\n", "\n".join(kinds))
+        .replace("{rows}\n", "".join(map(_row, rows)))
+        .replace("{count}", str(len(rows)))
+        .replace("{equal}", str(sum(row["why"] is None and abs(_left(row)) <= SCALARS for row in rows)))
+        .replace("{versions}", "; ".join(dict.fromkeys(map(_versions, rows))))
+        .replace("{card}", rows[0]["gpu"].removeprefix("NVIDIA "))
+    )
+
+
+def _apart(row: Mapping[str, Any], figure: str) -> int:
+    return int(row[figure]["predicted"] - row[figure]["emulated"])
+
+
+def _left(row: Mapping[str, Any]) -> int:
+    """What the plan's tensors at the peak have more, those that wait put aside."""
+    return _apart(row, "tensors") + int(row["waiting_bytes"])
+
+
+def _versions(row: Mapping[str, Any]) -> str:
+    said = ", ".join(f"{name} {version}" for name, version in row.get("libraries", {}).items())
+    return f"{rooms.thing('runfiles', row['trainer'], 'RUNFILE', 'kind').title}: {said}"
+
+
+def _row(row: Mapping[str, Any]) -> str:
+    title = rooms.thing("runfiles", row["trainer"], "RUNFILE", "kind").title
+    edits = row["edits"]
+    special = [f"`{key}: {json.dumps(edits[key])}`" for key in SPECIAL if key in edits]
+    cells = [title, f"`{row['file']}`", row["model"], ", ".join(special) or "–"]
+    if row["why"] is not None:
+        return f"| {' | '.join([*cells, row['why'], '–', '–', '–', '–'])} |\n"
+    cells += [f"{row['allocated']['emulated']:,}", f"{_apart(row, 'allocated'):+,}"]
+    slack = _apart(row, "allocated") - _apart(row, "tensors")
+    cells += [f"{figure:+,}" if figure else "–" for figure in (-row["waiting_bytes"], _left(row), slack)]
+    return f"| {' | '.join(cells)} |\n"
 
 
 def _kind(name: str, runfile: RunFile) -> str:

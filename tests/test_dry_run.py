@@ -461,6 +461,32 @@ def test_a_rank_alone_waits_for_nobody(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="asks Linux what is resident")
+def test_zeros_that_nobody_wrote_are_converted_into_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "memplan" / "emulate" / "hook")
+    import importlib
+
+    converted = importlib.import_module("memplan_zeros").converted
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    zeros = torch.zeros(1 << 12, 1 << 14, dtype=torch.bfloat16)
+    before = resident()
+    made = converted(torch, torch.Tensor.to, (zeros, torch.float32), {})
+    again = converted(torch, torch.Tensor.clone, (made,), {})
+    assert resident() - before < made.nbytes // 4
+    assert (made.shape, made.dtype, made.nbytes) == (zeros.shape, torch.float32, 256 << 20)
+    assert again.data_ptr() != made.data_ptr()
+    assert converted(torch, torch.Tensor.float, (made,), {}) is None  # which is the same tensor
+    assert converted(torch, torch.Tensor.to, (made, "meta"), {}) is None
+    assert converted(torch, torch.Tensor.float, (zeros.t(),), {}) is None
+    assert converted(torch, torch.Tensor.float, (torch.nn.Parameter(zeros),), {}) is None  # a history
+    zeros[-1, -1] = 1
+    assert converted(torch, torch.Tensor.float, (zeros,), {}) is None
+
+
 def test_a_step_of_deepspeed_s_engine_is_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """However often it steps PyTorch's optimizer, and while it is made."""
     monkeypatch.syspath_prepend(Path(__file__).parent.parent / "memplan" / "emulate" / "hook")

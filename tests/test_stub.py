@@ -124,6 +124,20 @@ def test_a_checkpoint_of_holes_is_loaded_as_any_other(memplan: Memplan, config: 
 
 
 @pytest.mark.slow
+def test_text_is_tokens_whatever_class_a_model_has_its_tokenizer_made_by(
+    memplan: Memplan, config: Path, tmp_path: Path
+) -> None:
+    """transformers 5 makes Qwen2's by a class of its own, which saw no words that it did not know."""
+    transformers = pytest.importorskip("transformers")
+    few = {**CONFIG, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+    config.write_text(json.dumps(few))
+    assert memplan("stub", config, tmp_path / "made", "--layers", "1").status == 0
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "made")
+    assert len(tokenizer("some words")["input_ids"]) >= 2
+    assert max(tokenizer("Any words, in bytes: é")["input_ids"]) < CONFIG["vocab_size"]
+
+
+@pytest.mark.slow
 def test_experts_are_as_published_and_not_as_loaded(memplan: Memplan, config: Path, tmp_path: Path) -> None:
     """One by one in Qwen3's files, and in MXFP4's blocks and scales in gpt-oss': 32 numbers in 16 bytes."""
     pytest.importorskip("transformers", minversion="5.0")

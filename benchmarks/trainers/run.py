@@ -2,6 +2,7 @@
 
     python benchmarks/trainers/run.py                  every case of cases.json; writes data/dry_runs.json
     python benchmarks/trainers/run.py NAME ...         some of them; writes nothing
+    python benchmarks/trainers/run.py --merge NAME ... some of them; writes their rows beside the others
 
 Needs the environment of benchmarks/dry_gpu/README.md. A case that names an environment runs in that one, made
 once under --environments: that of dry_gpu, and then `pip install` of each line of environments/NAME.txt.
@@ -13,12 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +40,12 @@ LLAMA_FACTORY = {
         "assistant_tag": "assistant",
     },
 }
-QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
+QUIET = {
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONWARNINGS": "ignore",
+    "AXOLOTL_DO_NOT_TRACK": "1",
+}
 
 
 def cases() -> list[dict[str, Any]]:
@@ -90,14 +98,25 @@ def environment(name: str, folder: Path) -> Path:
     python, made = place / "bin" / "python", place / "made"
     if not made.exists():
         print(f"making {place}", flush=True)
-        subprocess.run([str(ROOT / "benchmarks" / "dry_gpu" / "install.sh"), str(place)], check=True)
         lines = (HERE / "environments" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+        install = [str(ROOT / "benchmarks" / "dry_gpu" / "install.sh"), str(place)]
+        subprocess.run(install, check=True, env={**os.environ, **of_python(lines[0])})
         for line in lines:
             if words := shlex.split(line, comments=True):
                 pip = [str(python), "-m", "pip", "install", "--quiet", *words]
                 subprocess.run(pip, check=True, env={**os.environ, **PYPI}, stdin=subprocess.DEVNULL)
         made.touch()
     return python
+
+
+def of_python(line: str) -> dict[str, str]:
+    """What install.sh is told where an environment's file begins with ``# Python 3.12``: pyenv's newest."""
+    version = re.fullmatch(r"# Python (\d+\.\d+)", line)
+    if version is None:
+        return {}
+    root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    found = sorted(root.glob(f"versions/{version[1]}.*/bin/python"))
+    return {"PYTHON": str(found[-1]) if found else f"python{version[1]}"}
 
 
 def dry_run(case: dict[str, Any], folder: Path, sets: dict[str, str], python: Path) -> dict[str, Any]:
@@ -129,7 +148,7 @@ def dry_run(case: dict[str, Any], folder: Path, sets: dict[str, str], python: Pa
         text=True,
         check=False,
     )
-    row = {**case, "seconds": round(time.monotonic() - began, 1)}
+    row = {**case, "date": date.today().isoformat(), "seconds": round(time.monotonic() - began, 1)}
     if done.returncode == 2 or not done.stdout:
         return {**row, "why": done.stderr.strip().splitlines()[-1], "said": done.stderr[-3000:]}
     answer = json.loads(done.stdout)
@@ -147,10 +166,17 @@ def dry_run(case: dict[str, Any], folder: Path, sets: dict[str, str], python: Pa
     return {**row, "why": None, **{name: answer[name] for name in kept}}
 
 
+def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each case's newest row, in the order of cases.json: with its date and versions."""
+    rows = {row["name"]: row for row in [*old, *new]}
+    return [rows[case["name"]] for case in cases() if case["name"] in rows]
+
+
 def main() -> int:
     """The exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="cases (default: all, which are written)")
+    parser.add_argument("--merge", action="store_true", help="write those that are run, beside the others")
     parser.add_argument(
         "--environments", type=Path, metavar="FOLDER", help="where those lie that cases name, and are made"
     )
@@ -177,7 +203,9 @@ def main() -> int:
                 print(told, file=sys.stderr)
     failed = sum(row["why"] is not None for row in rows)
     print(f"{len(rows)} dry-run, {failed} did not go through")
-    if not asked.names:
+    if asked.merge:
+        rows = merged(json.loads(RESULTS.read_text(encoding="utf-8"))["rows"], rows)
+    if asked.merge or not asked.names:
         RESULTS.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
     return 1 if failed else 0
 

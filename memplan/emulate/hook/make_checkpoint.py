@@ -131,18 +131,36 @@ def _shard(path: Path, tensors: Tensors) -> None:
 
 
 def _tokenizer(folder: Path, marks: dict[str, int], image: str = "", video: str = "") -> None:
-    """One that takes each word for a token, and knows few. ``marks``: tokens of a model's own, with their
-    numbers."""
+    """One that takes each word for a token, and knows few; or each byte, where transformers makes its
+    tokenizer by a class of its own, whatever its files say (Qwen2's), and that class sees no words.
+    ``marks``: tokens of a model's own, with their numbers."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {f"w{number}": number for number in range(WORDS)} | {"<eos>": WORDS} | marks
-    plain = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    plain.pre_tokenizer = pre_tokenizers.Whitespace()
-    plain.add_special_tokens(list(marks))
-    made = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<eos>", pad_token="<eos>")
-    made.chat_template = CHAT % {"image": image, "video": video}
-    made.save_pretrained(folder)
+    names = [f"w{number}" for number in range(WORDS)]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # 256
+    for listed in (names, letters):
+        words = {word: number for number, word in enumerate(listed)} | {"<eos>": WORDS} | marks
+        by_words = listed is names
+        plain = Tokenizer(models.WordLevel(words, unk_token="w0") if by_words else models.BPE(words, []))
+        plain.pre_tokenizer = (
+            pre_tokenizers.Whitespace() if by_words else pre_tokenizers.ByteLevel(add_prefix_space=False)
+        )
+        plain.add_special_tokens(list(marks))
+        made = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<eos>", pad_token="<eos>")
+        made.chat_template = CHAT % {"image": image, "video": video}
+        made.save_pretrained(folder)
+        if _takes_words(folder):
+            return
+
+
+def _takes_words(folder: Path) -> bool:
+    from transformers import AutoTokenizer
+
+    try:
+        return len(AutoTokenizer.from_pretrained(folder)("w1 w2")["input_ids"]) >= 2
+    except Exception:  # of classes that need what is not installed: whoever loads it will be told
+        return True
 
 
 def _processor(folder: Path) -> None:

@@ -17,6 +17,8 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import memplan_zeros
+
 _MOST = 1 << 22  # elements that are worked out: labels and masks, not packed weights, nor a mask of S × S
 _BYTES = 1 << 16  # of them where they are of one byte, as packed weights are
 # Their results are as long as values say, by ways of their own: made on the host, and brought to the card.
@@ -146,6 +148,10 @@ def _mode(torch: Any, skewed: bool) -> Any:
                 return func(*args, **kwargs)
             given = [*tensors(args), *tensors(list(kwargs.values()))]
             if not any(one.is_cuda for one in given) and "cuda" not in str(kwargs.get("device", "")):
+                if name in memplan_zeros.CONVERSIONS and args:
+                    zeros = memplan_zeros.converted(torch, func, args, kwargs)
+                    if zeros is not None:
+                        return zeros
                 made = func(*args, **kwargs)
                 if name in ("to", "cuda") and isinstance(made, tensor_of) and made.is_cuda and is_real(made):
                     twin(made).copy_(args[0])  # as large as it may be

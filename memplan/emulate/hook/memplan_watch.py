@@ -439,7 +439,18 @@ def _versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}
-    for name in ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl", "deepspeed"):
+    for name in (
+        "torch",
+        "transformers",
+        "peft",
+        "bitsandbytes",
+        "accelerate",
+        "trl",
+        "deepspeed",
+        "axolotl",
+        "llamafactory",
+        "unsloth",
+    ):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
