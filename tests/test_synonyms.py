@@ -95,7 +95,7 @@ def test_what_people_type_is_ours(typed: str, ours: str) -> None:
         ("--quantization_bit none", "give --mode lora or full"),
         ("--bs 0", "greater than or equal to 1"),  # what was read as what would be a second sentence
         ("--optim muon", "The optimizers are adafactor"),
-        ("--trainer nobody", "The trainers are axolotl, llama-factory, peft, trl."),
+        ("--trainer nobody", "The trainers are axolotl, llama_factory, peft, trl."),
         ("--trainer Unsloth", "kernels and checkpoints of its own"),
         ("--seq-len 4q", "whole number"),
         ("--frobnicate 3", "no option is called '--frobnicate' here; see memplan plan --help"),

@@ -84,7 +84,7 @@ def add_run_file(parser: Parser, *, several: bool = False) -> None:
         metavar="MODEL",
         nargs="+" if several else None,
         help="an alias (memplan models), a Hub id, a path to a config.json, or the file of a trainer: "
-        "axolotl's or LLaMA-Factory's YAML, what trl sft --config takes (docs/files.md)",
+        "axolotl's or LLaMA-Factory's YAML, what trl sft --config takes",
     )
     parser.add_argument(
         "--config",
@@ -241,6 +241,7 @@ def modes(text: str) -> list[str]:
     if not found:
         raise UsageError(f"--modes names no mode; take some of {','.join(known)}")
     for mode in found:
+        synonyms.refuse_unplanned(f"--modes {mode}", mode)
         if mode not in known:
             raise UnknownName("mode", mode, known, f"The modes are {', '.join(known)}.")
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from memplan import runfiles
 from memplan.report.console import QUIET, paragraph, warning
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ def show_read(plan: Plan, console: Console, *, whole: bool = True) -> None:
     if read is None:
         return
     told = [f"{key}: {_brief(value)}" for key, value in read.understood.items()]
-    name = f"read from {read.file} ({read.kind.replace('_', '-')}):"
+    name = f"read from {read.file} ({runfiles.find(read.kind).title}):"
     for label, phrases in ((name, told), ("ignored, no memory:", list(read.ignored))):
         if phrases:
             room = console.width - len(label) - 2
