@@ -78,4 +78,4 @@ def _sources(name: str, stack: Stack) -> str:
         f"- `{field}` in its own files and commands: {setting.source}"
         for field, setting in stack.sizes.items()
     ]
-    return f"### {_name(name)}: {stack.title}\n\n{versions}.\n\n" + "\n".join(lines) + "\n\n"
+    return f"### `{name}`: {stack.title}\n\n{versions}.\n\n" + "\n".join(lines) + "\n\n"

@@ -125,13 +125,15 @@ def _descriptor(path: str) -> int | None:
 
 
 def _open(path: str | Path, there: os.stat_result) -> int:
-    """A device or a pipe, opened. Of a pipe nobody may be at the other end: opening it would wait for them."""
+    """A device or a pipe, opened; a pipe without waiting for somebody at its other end."""
     if not stat.S_ISFIFO(there.st_mode):
         return os.open(path, os.O_WRONLY | os.O_APPEND)
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
     except OSError as error:
-        raise OSError(error.errno, "nobody reads from this pipe") if error.errno == errno.ENXIO else error
+        if error.errno != errno.ENXIO:
+            raise
+        raise OSError(error.errno, "nobody reads from this pipe") from None
     os.set_blocking(descriptor, True)
     return descriptor
 

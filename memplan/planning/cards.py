@@ -64,8 +64,8 @@ def written_for(recipe: Recipe, gpu: Gpu) -> Card | None:
 def _no_flash(gpu: Gpu, recipe: Recipe) -> MemplanError:
     half = ", and --dtype fp16, for it has no bf16 either" if _in_bf16(recipe) else ""
     return MemplanError(
-        f"this step runs FlashAttention, which needs Ampere or newer, and the {gpu.name} is older: give --attn "
-        f"sdpa{half}"
+        f"this step runs FlashAttention, which needs Ampere or newer, and the {gpu.name} is older: give "
+        f"--attn sdpa{half}"
     )
 
 
