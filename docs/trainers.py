@@ -19,7 +19,7 @@ def page() -> str:
     known = {name: stacks.find(name) for name in _order()}
     return (
         TEMPLATE.read_text(encoding="utf-8")
-        .replace("{head}", " | ".join(f"{_name(name)}" for name in known))
+        .replace("{head}", " | ".join(f"`{name}`" for name in known))
         .replace("{line}", " | ".join("---" for _ in known))
         .replace("{settings}\n", _rows(known, lambda stack: stack.settings) + _reentrance(known))
         .replace("{sizes}\n", _rows(known, lambda stack: stack.sizes))
@@ -30,10 +30,6 @@ def page() -> str:
 def _order() -> list[str]:
     """The default first."""
     return sorted(rooms.names("stacks"), key=lambda name: (name != stacks.DEFAULT, name))
-
-
-def _name(name: str) -> str:
-    return f"`{name.replace('_', '-')}`"
 
 
 def _rows(known: Mapping[str, Stack], of: Callable[[Stack], Mapping[str, Setting]]) -> str:
@@ -82,4 +78,4 @@ def _sources(name: str, stack: Stack) -> str:
         f"- `{field}` in its own files and commands: {setting.source}"
         for field, setting in stack.sizes.items()
     ]
-    return f"### {_name(name)}: {stack.title}\n\n{versions}.\n\n" + "\n".join(lines) + "\n\n"
+    return f"### `{name}`: {stack.title}\n\n{versions}.\n\n" + "\n".join(lines) + "\n\n"

@@ -35,7 +35,7 @@ def write_whole(path: str | Path, content: bytes, what: str) -> None:
         elif stat.S_ISDIR(there.st_mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         else:
-            with os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND), "wb", buffering=0) as file:
+            with os.fdopen(_open(path, there), "wb", buffering=0) as file:
                 _all(file.fileno(), content)
     except (OSError, ValueError, RuntimeError) as error:
         raise MemplanError(f"{what} can't be written to {shown(str(path))}: {reason(error)}") from None
@@ -122,6 +122,20 @@ def _descriptor(path: str) -> int | None:
         except OSError:  # it is none
             return None
     return None
+
+
+def _open(path: str | Path, there: os.stat_result) -> int:
+    """A device or a pipe, opened; a pipe without waiting for somebody at its other end."""
+    if not stat.S_ISFIFO(there.st_mode):
+        return os.open(path, os.O_WRONLY | os.O_APPEND)
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        raise OSError(error.errno, "nobody reads from this pipe") from None
+    os.set_blocking(descriptor, True)
+    return descriptor
 
 
 def _through(descriptor: int, content: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Bytes, counts and shares as text."""
+"""Bytes, counts, shares and durations as text."""
 
 from __future__ import annotations
 
@@ -30,3 +30,8 @@ def ratio(part: int, whole: int) -> str:
     """A part of a whole in per cent with two significant digits where it is small: 0.15 %, 0.0023 %."""
     percent = 100 * part / whole if whole else 0.0
     return f"{percent:.2g} %" if percent < 10 else f"{percent:.0f} %"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, or minutes where those are many."""
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

@@ -298,6 +298,19 @@ def test_a_run_without_a_budget_has_a_limit(
     assert player.limits == [7.0, 7.0, 7.0]
 
 
+@pytest.mark.parametrize("resumed", [(), ("--dry-run", "--resume")])
+def test_nothing_is_written_that_was_not_told_where(
+    plan: Path, memplan: Memplan, monkeypatch: pytest.MonkeyPatch, resumed: tuple[str, ...]
+) -> None:
+    player = Player(monkeypatch)
+    monkeypatch.chdir(plan.parent)
+    before = sorted(plan.parent.iterdir())
+    outcome = memplan("campaign", plan, *resumed)
+    assert (outcome.status, outcome.out, player.ran) == (2, "", [])
+    assert "say with --out FOLDER" in outcome.err
+    assert sorted(plan.parent.iterdir()) == before
+
+
 @pytest.mark.parametrize("option", ["--budget", "--timeout"])
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "0", "-3", "soon"])
 def test_seconds_are_a_number_above_0(plan: Path, memplan: Memplan, option: str, value: str) -> None:

@@ -224,6 +224,32 @@ def test_seventy_billion_take_seconds() -> None:
     assert time.process_time() - start < 10
 
 
+@pytest.fixture
+def run_file(tmp_path: Path) -> Path:
+    """axolotl's, of a model of two layers."""
+    (tmp_path / "config.json").write_text(json.dumps(config("llama", 2)))
+    lines = {"base_model": str(tmp_path), "adapter": "lora", "lora_r": 4, "lora_target_linear": True}
+    lines |= {"sequence_len": 64, "micro_batch_size": 2, "bf16": True, "optimizer": "adamw_torch"}
+    (tmp_path / "run.yaml").write_text("".join(f"{key}: {value}\n" for key, value in lines.items()))
+    return tmp_path / "run.yaml"
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_trainers_file_is_planned_and_traced(run_file: Path, memplan: Run) -> None:
+    pytest.importorskip("peft")
+    outcome = memplan("diff", f"plan:{run_file}", f"trace:{run_file}", "--json")
+    assert (outcome.status, json.loads(outcome.out)["equal"]) == (0, True)
+    other = memplan("diff", f"plan:{run_file}", f"plan:{run_file.parent}", "--r", "4")
+    assert other.status == 1  # the file says more than a rank
+
+
+def test_what_is_no_tape_is_told_what_its_plan_is_called(run_file: Path, memplan: Run) -> None:
+    for name in ("llama3:8b", str(run_file)):
+        outcome = memplan("diff", name, "plan:qwen3:8b")
+        assert (outcome.status, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+        assert f" is plan:{name}" in outcome.err
+
+
 # -- plans against traces ----------------------------------------------------------------------------------
 
 

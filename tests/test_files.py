@@ -49,6 +49,17 @@ def test_a_pipe_is_written_to() -> None:
         assert pipe.read() == b"through"
 
 
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(MemplanError, match=r"the thing can't be written to .*: nobody reads from this pipe"):
+        write_whole(tmp_path / "pipe", b"through", "the thing")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_whole(tmp_path / "pipe", b"through", "the thing")
+    assert os.read(reader, 99) == b"through"
+    os.close(reader)
+    assert (tmp_path / "pipe").is_fifo()
+
+
 @pytest.mark.parametrize("name", [".", "none/a", "x" * 300, "nul\0"])
 def test_what_cannot_be_written_is_one_sentence(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,9 +1,11 @@
-"""Ten questions as people type them, at 80 columns and 24 lines: the verdict is on the screen."""
+"""Questions as people type them, at 80 columns and 24 lines: the verdict is on the screen."""
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from conftest import Outcome
@@ -28,6 +30,44 @@ QUESTIONS = {
     "fit llama-70b --fft --optim adamw_8bit --use-liger-kernel --gpu h100": ("does not fit",),
 }  # fmt: skip
 
+# Ten more in a first hour's own words, and how the first line begins.
+FIRST_HOUR = {
+    "llama3:8b --qlora --gpu 4090": "RTX 4090: fits",
+    "qwen3 8b --qlora --gpu 3090": "RTX 3090: fits",
+    "Llama-3-8B --lora-r 16 --bs 4 --gpu 24GB": "24 GB card: fits",
+    "llama70b --mode QLoRA --gpu 48GB --ctx 4k": "48 GB card: does not fit",
+    "mistral-7b --optim adamw_8bit --seq-len 4k --gpu a10": "A10: fits",
+    "https://huggingface.co/meta-llama/Llama-3.1-8B --fft --gpu h100": "H100 80GB HBM3: does not fit",
+    "fit gemma-3-27b --qlora --rank 64 --gpu 4090 --maximize seq-len": "Up to ",
+    "fit llama3:8b --lora --gpu 3060 --gpu 3090": "RTX 3060: does not fit",
+    "axolotl.yaml --gpu 4090": "RTX 4090: does not fit",
+    "sft.json --gpu t4": "Tesla T4: fits",
+}
+AXOLOTL = """\
+base_model: NousResearch/Meta-Llama-3-8B
+load_in_4bit: true
+adapter: qlora
+lora_r: 32
+lora_alpha: 16
+lora_target_linear: true
+datasets:
+  - {path: tatsu-lab/alpaca, type: alpaca}
+val_set_size: 0.05
+sequence_len: 4096
+sample_packing: true
+micro_batch_size: 2
+gradient_accumulation_steps: 4
+optimizer: paged_adamw_32bit
+learning_rate: 0.0002
+bf16: auto
+gradient_checkpointing: true
+attn_implementation: flash_attention_2
+"""
+SFT = {
+    "model_name_or_path": "Qwen/Qwen3-8B", "dtype": "float16", "use_peft": True, "load_in_4bit": True,
+    "fp16": True, "bf16": False, "per_device_train_batch_size": 2, "dataset_name": "trl-lib/Capybara",
+}  # fmt: skip
+
 
 def rows(text: str) -> int:
     """Lines of a terminal that a text takes."""
@@ -41,6 +81,26 @@ def test_the_verdict_stands_on_one_screen(question: str, memplan: Callable[..., 
     assert rows(outcome.err) + rows(outcome.out) + 1 <= LINES  # and the prompt
     first = "\n".join(outcome.out.splitlines()[:3])
     assert any(word in first for word in QUESTIONS[question])
+
+
+@pytest.mark.parametrize("question", FIRST_HOUR)
+def test_the_first_line_answers_a_first_question(
+    question: str, memplan: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("axolotl.yaml").write_text(AXOLOTL, encoding="utf-8")
+    Path("sft.json").write_text(json.dumps(SFT), encoding="utf-8")
+    outcome = memplan(*shlex.split(question))
+    assert outcome.status in (0, 1), outcome.err
+    assert outcome.out.startswith(FIRST_HOUR[question])
+    assert all(len(line) <= COLUMNS for line in outcome.out.splitlines())
+    assert rows(outcome.err) + rows(outcome.out) + 1 <= LINES
+
+
+def test_several_cards_are_refused_with_what_can_be_asked(memplan: Callable[..., Outcome]) -> None:
+    outcome = memplan("llama70b", "--mode", "QLoRA", "--gpu", "2x24GB")
+    assert (outcome.status, outcome.out) == (2, "")
+    assert "one a10, which then holds the whole model" in outcome.err and "--gpu 2xa10" in outcome.err
 
 
 @pytest.mark.parametrize("question", [text for text in QUESTIONS if text.startswith("fit ")])

@@ -227,7 +227,7 @@ def test_report_without_a_gpu_says_that_measurements_wait(
     outcome = memplan("report", tmp_path)
     assert outcome.status == 0
     gpus, hosts = outcome.out.split("## Trained on a CPU")
-    assert "No measurement on a GPU has been made yet" in gpus
+    assert "No measurement on a GPU is among these" in gpus
     assert "|" not in gpus
     assert "small, qlora" in hosts
 

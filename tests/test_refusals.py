@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -87,10 +88,43 @@ def test_a_plan_from_json_has_no_timeline() -> None:
         ("mixtral-8x7b", {"mode": "qlora"}, "float32, as PEFT's preparation makes them"),
         ("mixtral-8x7b", {"mode": "qlora", "kbit_prep": False}, "in none: they are bfloat16"),
         ("llama-2-7b", {"mode": "lora", "seq_len": 4097}, "seq_len 4097 is beyond the 4096 positions"),
+        ("llama-2-7b", {"target_modules": ("q_proj", "wq")}, "wq in target_modules matches nothing"),
+        ("llama-2-7b", {"target_modules": ("wk", "wq", "v_proj")}, "wk, wq in target_modules match nothing"),
     ],
 )
 def test_what_surprises_is_noted(model: str, options: dict[str, Any], words: str) -> None:
     assert words in (plan(model, Recipe(trainer="peft", **options)).model.note or "")
+
+
+def test_targets_that_are_all_there_need_no_note() -> None:
+    assert plan("llama-2-7b", Recipe(target_modules=("q_proj", "self_attn.v_proj"))).model.note is None
+
+
+def test_a_card_without_flash_attention_is_told_what_to_give(memplan: Callable[..., Outcome]) -> None:
+    asked = ("llama-8b", "--trainer", "axolotl", "--gpu", "t4")
+    outcome = memplan(*asked)
+    assert (outcome.status, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+    assert "Tesla T4 is older: give --attn sdpa, and --dtype fp16, for it has no bf16 either" in outcome.err
+    assert memplan(*asked, "--attn", "sdpa", "--dtype", "fp16").status == 0
+    outcome = memplan(*asked, "--dtype", "fp16")
+    assert outcome.err.endswith("is older: give --attn sdpa\n")
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ('{"a":', "is no valid JSON (line 1, column 6"),
+        ('{"a": 1}', "is no file that a trainer is configured with: it has no key of one"),
+        ('{"model_type": "llama"}', "configured with: it is the configuration of a model"),
+    ],
+)
+def test_a_file_that_is_no_run_file_is_told_why(
+    memplan: Callable[..., Outcome], tmp_path: Path, content: str, complaint: str
+) -> None:
+    (tmp_path / "run.json").write_text(content)
+    outcome = memplan("llama-8b", "--config", tmp_path / "run.json")
+    assert (outcome.status, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+    assert complaint in outcome.err
 
 
 def test_aliases_of_optimizers_work_in_python() -> None:

@@ -95,9 +95,16 @@ def test_what_people_type_is_ours(typed: str, ours: str) -> None:
         ("--quantization_bit none", "give --mode lora or full"),
         ("--bs 0", "greater than or equal to 1"),  # what was read as what would be a second sentence
         ("--optim muon", "The optimizers are adafactor"),
-        ("--trainer nobody", "The trainers are axolotl, llama-factory, peft, trl."),
+        ("--trainer nobody", "The trainers are axolotl, llama_factory, peft, trl."),
         ("--trainer Unsloth", "kernels and checkpoints of its own"),
         ("--seq-len 4q", "whole number"),
+        *((f"--mode {mode}", "preference training") for mode in ("dpo", "ORPO", "kto", "grpo", "ppo", "rm")),
+        ("--stage dpo", "--stage dpo: preference training is not planned yet; `memplan dry-run"),
+        ("--rl simpo", "preference training"),
+        ("--mode fsdp", "one GPU without sharding"),
+        ("--mode half", "choose from 'full', 'lora', 'qlora'"),
+        ("--maximize seq-len", "it is one of `memplan fit`"),
+        ("fits", "unexpected argument 'fits'"),
         ("--frobnicate 3", "no option is called '--frobnicate' here; see memplan plan --help"),
         ("--lora-rnk 3", "did you mean --r?"),
         ("--gradient-chekpointing", "did you mean --gradient-checkpointing?"),
@@ -115,6 +122,17 @@ def test_what_has_no_meaning_is_one_sentence(memplan: Run, typed: str, complaint
 )
 def test_what_is_off_contradicts_nothing(typed: str) -> None:
     assert options(typed)
+
+
+@pytest.mark.parametrize("words", ["qwen3 8b", "qwen3 8b --qlora --gpu 4090", "--gpu 4090 Qwen 3 8B"])
+def test_a_models_name_may_be_typed_in_words(memplan: Run, words: str) -> None:
+    assert "qwen3-8b  Qwen/Qwen3-8B" in memplan(*words.split()).out
+
+
+def test_a_mode_of_preference_training_is_refused_in_a_list_too(memplan: Run) -> None:
+    outcome = memplan("compare", "llama-8b", "--modes", "lora,dpo")
+    assert (outcome.status, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+    assert "--modes dpo: preference training is not planned yet" in outcome.err
 
 
 @pytest.mark.parametrize("name", ["TRL", "Axolotl", "LLaMA-Factory", "llama_factory", "LlamaFactory", "HF"])

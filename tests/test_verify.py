@@ -334,8 +334,25 @@ def test_the_command_trains_and_agrees_to_the_byte(tmp_path: Path, memplan: Memp
     assert memplan("diff", file, file).status == 0
     report = memplan("report", out)
     assert report.status == 0
-    assert "No measurement on a GPU has been made yet" in report.out
+    assert "No measurement on a GPU is among these" in report.out
     assert "median 0 %, worst 0 %" in report.out
+
+
+def test_a_trainers_file_is_trained_as_it_says_and_kept_only_where_told(
+    tmp_path: Path, memplan: Memplan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model_folder(tmp_path / "small")
+    text = "base_model: ./small\nadapter: lora\nlora_r: 4\nlora_target_linear: true\nmicro_batch_size: 2\n"
+    Path("run.yaml").write_text(f"{text}sequence_len: 64\noptimizer: adamw_torch\nbf16: true\n")
+    before = sorted(tmp_path.iterdir())
+    outcome = memplan("verify", "run.yaml", "--device", "cpu", "--layers", "1")
+    assert outcome.status == 0, outcome.err
+    assert "small (1 layer), lora, 2 × 64" in outcome.out
+    assert "predicted and measured peaks are equal to the byte" in outcome.out
+    assert "read from run.yaml (axolotl): " in outcome.err
+    assert "as a guess; --out FOLDER would keep the measurement" in outcome.err
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_no_cuda_is_one_sentence(tmp_path: Path, memplan: Memplan) -> None:

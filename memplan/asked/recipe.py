@@ -101,8 +101,7 @@ def _trainer(name: Any) -> Any:
         raise RecipeError(f"{told}, which memplan does not play: `memplan dry-run` runs it as it is")
     found = TRAINER_ALIASES.get(plain, plain)
     if found not in rooms.names("stacks"):
-        every = ", ".join(name.replace("_", "-") for name in rooms.names("stacks"))
-        raise UnknownName("trainer", name, (), hint=f"The trainers are {every}.")
+        raise UnknownName("trainer", name, (), hint=f"The trainers are {', '.join(rooms.names('stacks'))}.")
     return found
 
 

@@ -7,12 +7,13 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from enum import Enum
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from memplan import rooms
 from memplan.asked.options import TARGET_PRESETS, Option
 from memplan.asked.recipe import OPTIMIZER_ALIASES, Mode, Recipe, recipe_options
-from memplan.commands import synonyms
+from memplan.commands import COMMANDS, module_of, synonyms
 from memplan.errors import MemplanError, UnknownName, shown
 from memplan.streams import remark_with_answer, say
 
@@ -58,16 +59,40 @@ def parse(parser: Parser, arguments: Sequence[str], *, quiet: bool = False) -> a
     options = parser._option_string_actions
     reading = synonyms.read(arguments, options)
     namespace, unknown = parser.parse_known_args(reading.words)
-    if unknown:
-        if unknown[0].startswith("-") and unknown[0] != "-":
-            name = unknown[0].split("=")[0]
-            near = synonyms.close(name, options)
-            meant = f"did you mean {near}? See" if near else "see"
-            raise UsageError(f"no option is called {shown(name)} here; {meant} {parser.prog} --help")
+    for word in unknown:
+        if word.startswith("-") and word != "-":
+            name = word.split("=")[0]
+            raise UsageError(f"no option is called {shown(name)} here; {_instead(name, parser)}")
+    if unknown and not _in_words(namespace, unknown):
         raise UsageError(f"unexpected argument {unknown[0]!r} (see {parser.prog} --help)")
     for sentence in () if quiet else reading.remarks():
         remark_with_answer(sentence)
     return namespace
+
+
+def _in_words(namespace: argparse.Namespace, rest: Sequence[str]) -> bool:
+    """Whether the model's name was typed in several words, `qwen3 8b`; it is put together then."""
+    first = getattr(namespace, "model", None)
+    if not isinstance(first, str):
+        return False
+    from memplan.importers.registry import by_name
+
+    name = " ".join([first, *rest])
+    if by_name(name) is None:
+        return False
+    namespace.model = name
+    return True
+
+
+def _instead(name: str, parser: Parser) -> str:
+    """Which option was meant, of this command or of another."""
+    near = synonyms.close(name, parser._option_string_actions)
+    if near is not None:
+        return f"did you mean {near}? See {parser.prog} --help"
+    for command in COMMANDS:
+        if name in import_module(module_of(command)).parser()._option_string_actions:
+            return f"it is one of `memplan {command}`"
+    return f"see {parser.prog} --help"
 
 
 def add_model(parser: Parser) -> None:
@@ -87,7 +112,7 @@ def add_run_file(parser: Parser, *, several: bool = False) -> None:
         metavar="MODEL",
         nargs="+" if several else None,
         help="an alias (memplan models), a Hub id, a path to a config.json, or the file of a trainer: "
-        "axolotl's or LLaMA-Factory's YAML, what trl sft --config takes (docs/files.md)",
+        "axolotl's or LLaMA-Factory's YAML, what trl sft --config takes",
     )
     parser.add_argument(
         "--config",
@@ -264,6 +289,7 @@ def modes(text: str) -> list[str]:
     if not found:
         raise UsageError(f"--modes names no mode; take some of {','.join(known)}")
     for mode in found:
+        synonyms.refuse_unplanned(f"--modes {mode}", mode)
         if mode not in known:
             raise UnknownName("mode", mode, known, f"The modes are {', '.join(known)}.")
     return found

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memplan.commands.arguments import Parser, add_json, add_switch, positive
+from memplan.commands.arguments import Parser, UsageError, add_json, add_switch, positive
 from memplan.errors import MemplanError, reason, shown
 from memplan.streams import remark
 
@@ -23,19 +23,25 @@ STATUS_DONE, STATUS_LEFT = 0, 1
 _RESERVE = 8.0  # seconds of the budget kept for ending a run that takes too long, and for the summary
 
 EXAMPLES = """\
-A plan is YAML: benchmarks/campaign.yaml is one, docs/verify.md says what may
-stand in it. Runs go by priority, then as they stand. One that is estimated not
-to end within the budget is left for later, and one that takes five times its
-estimate, or all that is left, is ended, so the budget is never overrun. Every
-run that ends is written at once, to be passed over by --resume. A folder takes
-one campaign at a time.
+A plan is YAML, with recipes as --json prints them:
+
+  defaults: {device: cuda, steps: 3}
+  runs:
+    - {name: small, model: llama-3.2-1b, recipe: {mode: qlora, r: 8}}
+    - {name: long, model: llama-3.2-1b, recipe: {mode: lora, seq_len: 8192}}
+
+Runs go by priority, then as they stand. One that is estimated not to end within
+the budget is left for later, and one that takes five times its estimate, or all
+that is left, is ended, so the budget is never overrun. Every run that ends is
+written at once, to be passed over by --resume. A folder takes one campaign at a
+time.
 
 exit status: 0 every run of the plan has a measurement, 1 some are left or
 failed, 2 bad plan.
 
 examples:
-  memplan campaign benchmarks/campaign.yaml --budget 540 --resume
-  memplan campaign benchmarks/campaign.yaml --dry-run
+  memplan campaign plan.yaml --dry-run
+  memplan campaign plan.yaml --out measured --budget 540 --resume
 """
 
 
@@ -55,7 +61,7 @@ def parser() -> Parser:
     )
     add_switch(result, "--resume", "pass over runs that have a measurement")
     result.add_argument(
-        "--out", metavar="FOLDER", default=None, help="where measurements are, as for memplan verify"
+        "--out", metavar="FOLDER", default=None, help="where measurements are; needed unless --dry-run"
     )
     result.add_argument(
         "--device", choices=["cuda", "cpu"], default=None, help="in place of what the plan says"
@@ -71,14 +77,15 @@ def parser() -> Parser:
 def run(arguments: argparse.Namespace) -> int:
     """Run what is left, print how each ended; 0 if nothing is left."""
     from memplan import libraries
-    from memplan.commands.verify import FOLDER
     from memplan.verify import campaign
 
+    if arguments.out is None and not (arguments.dry_run and not arguments.resume):
+        raise UsageError("say with --out FOLDER where the measurements are to be")
     began = time.monotonic()  # planning and reading what is done take of the budget, too
     planned = campaign.expand(campaign.load(Path(arguments.plan)), arguments.device)
     if arguments.only is not None:
         planned = [run for run in planned if arguments.only in run.name]
-    folder = Path(arguments.out or FOLDER)
+    folder = Path(arguments.out or "")  # of no matter where none is needed
     if arguments.dry_run:
         rows, _ = _begin(planned, folder, resume=arguments.resume)
     else:

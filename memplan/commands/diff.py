@@ -34,7 +34,8 @@ def parser() -> Parser:
         result.add_argument(
             name,
             metavar=name.upper(),
-            help="a file that --tape wrote, or plan:MODEL or trace:MODEL, run with the options given",
+            help="a file that --tape wrote, or plan:MODEL or trace:MODEL, run with the options given; MODEL "
+            "may be the file of a trainer",
         )
     formats = result.add_mutually_exclusive_group()
     add_json(formats)
@@ -74,7 +75,9 @@ def _asked(name: str) -> bool:
 
 
 def _check_file(name: str) -> None:
-    """Raise UsageError where a model's name stands for a file."""
+    """Raise UsageError where what can be planned stands for a tape."""
+    if name.endswith((".yaml", ".yml")):
+        raise UsageError(f"{shown(name)} is no tape; the plan of a trainer's file is plan:{name}")
     if Path(name).exists():
         return
     from memplan.importers.registry import by_name

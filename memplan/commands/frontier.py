@@ -88,9 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"{len(batches) * len(recipes)} points are more than the {MOST_POINTS} of a table")
     spec = resolve(named).spec
     if read is not None:
-        remark(
-            f"read from {read.name}, {read.kind.replace('_', '-')}: {'; '.join(read.left_out) or 'all of it'}"
-        )
+        remark(read.told)
         recipes = [read.suited(read.recipe(given), spec, given) for given in recipes]
     workers = processes()
     with points(len(batches) * len(recipes), shown=arguments.exact) as progress:

@@ -9,6 +9,7 @@ from memplan.commands.arguments import Parser, add_json
 from memplan.errors import MemplanError, reason, shown
 from memplan.streams import remark, say
 
+FOLDER = "measurements"
 BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
 
 _MOST_BYTES = 64 << 20
@@ -20,7 +21,7 @@ together.
 
 examples:
   memplan report
-  memplan report ./my-measurements --into docs/accuracy.md
+  memplan report ./my-measurements --into page.md
 """
 
 
@@ -32,7 +33,7 @@ def parser() -> Parser:
         metavar="FOLDER",
         nargs="?",
         default=None,
-        help="of measurements (default: ./measurements, where memplan verify writes)",
+        help="of measurements, as verify and campaign write them with --out (default: ./measurements)",
     )
     result.add_argument(
         "--into",
@@ -46,7 +47,6 @@ def parser() -> Parser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the section, or write it into a file and say so; 0."""
-    from memplan.commands.verify import FOLDER
     from memplan.report.measured import section
     from memplan.verify.compare import as_json, compare
     from memplan.verify.measurement import read_all

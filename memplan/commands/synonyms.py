@@ -134,8 +134,8 @@ _NOT_PLANNED = {
     "galore-rank optim-target-modules",
     "layers that are frozen in full fine-tuning are not planned: use --mode lora, or --mode full for all of "
     "them": "freeze-trainable-layers unfrozen-parameters freeze",
-    "preference training is not planned; `memplan dry-run -- COMMAND` runs the trainer itself on a card that "
-    "is not there": "dpo grpo kto orpo ppo rlhf beta ref-model num-generations",
+    "preference training is not planned yet; `memplan dry-run -- COMMAND` runs the trainer itself on a card "
+    "that is not there": "dpo grpo kto orpo ppo rloo rm reward rlhf rl beta ref-model num-generations",
     "NEFTune's noise is not planned": "neftune-noise-alpha",
     "what torch.compile saves is not planned": "torch-compile torch-compile-backend compile",
     "LoRA variants other than rsLoRA and DoRA are not planned": "use-lora-fa pissa-init lora-fa loraplus "
@@ -191,6 +191,13 @@ def read(arguments: Sequence[str], actions: Mapping[str, argparse.Action]) -> Re
     if "--seq-len" not in actions:  # the command asks about no recipe
         return Reading(_with_hyphens(arguments, actions))
     return _Reader(arguments, actions).read()
+
+
+def refuse_unplanned(typed: str, name: str) -> None:
+    """Raise Unplanned where a name, of an option or of a mode, stands for what is known and not planned."""
+    sentence = _REFUSED.get(name.lower().replace("_", "-"))
+    if sentence is not None:
+        raise Unplanned(f"{typed}: {sentence}")
 
 
 def close(name: str, actions: Mapping[str, argparse.Action]) -> str | None:
@@ -261,10 +268,12 @@ class _Reader:
             self._bits(typed, given)
         elif typed.startswith("--") and name in HARMLESS:
             self.reading.left_out.append(typed)
-            if given is None:
-                self._take_value()
-        elif typed.startswith("--") and name in _REFUSED:
-            raise Unplanned(f"{typed}: {_REFUSED[name]}")
+            given = self._take_value() if given is None else given
+            if name == "stage":  # LLaMA-Factory's: sft, or what is planned no more than --dpo
+                refuse_unplanned(f"{typed} {given}", given or "")
+        elif typed.startswith("--"):
+            refuse_unplanned(typed, name)
+            self.reading.words.append(word)
         else:
             self.reading.words.append(word)
 
@@ -319,6 +328,8 @@ class _Reader:
             return length(given)
         known = VALUES.get(ours, {})
         plain = given.strip().lower()
+        if ours == "mode":
+            refuse_unplanned(f"--mode {given}", plain)
         if plain.replace("_", "-") in known:
             return known[plain.replace("_", "-")]
         action = self.actions[f"--{ours}"]

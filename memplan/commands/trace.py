@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from memplan.commands.arguments import (
@@ -16,6 +17,7 @@ from memplan.commands.arguments import (
     add_verbose,
     given_options,
 )
+from memplan.errors import UnsupportedArchitecture
 from memplan.streams import remark
 
 if TYPE_CHECKING:
@@ -25,8 +27,7 @@ if TYPE_CHECKING:
 EXAMPLES = """\
 Needs torch, transformers, peft, bitsandbytes and accelerate, and no GPU:
 tensors have shapes but no data. It answers for every causal language model that
-transformers has, also for those that have no predicted plan
-(docs/architectures.md).
+transformers has, also for those that have no predicted plan.
 
 examples:
   memplan trace llama-8b --mode qlora --r 8
@@ -68,16 +69,21 @@ def traced(
     """The answer and its tape, with progress and warnings on standard error."""
     from memplan import libraries, losses
     from memplan.asked.recipe import Recipe
+    from memplan.importers.hf import spec_from_config
     from memplan.importers.resolve import resolve_config
     from memplan.planning.study import opened, read_from
     from memplan.planning.traced import layers, trace_plan
     from memplan.report.progress import tracing
 
-    recipe = Recipe(**options)
+    given = recipe = Recipe(**options)
     named, read = opened(model, config)
     if read is not None:
-        recipe = read.recipe(recipe)
+        recipe = read.recipe(given)
     found = resolve_config(str(named))
+    if read is not None:
+        with suppress(UnsupportedArchitecture):  # of a model that memplan does not know, the file is all
+            spec = spec_from_config(found.config, found.name, found.hub_id)
+            recipe = read.suited(recipe, spec, given)
     library = losses.find(recipe.loss).library
     for warning in libraries.untested(libraries.installed(library), library):
         remark(f"warning: {warning}")

@@ -10,8 +10,8 @@ from memplan.commands.arguments import (
     Parser,
     UsageError,
     add_json,
-    add_model,
     add_recipe,
+    add_run_file,
     add_switch,
     given_options,
     positive,
@@ -20,9 +20,8 @@ from memplan.commands.arguments import (
 from memplan.errors import MemplanError
 from memplan.streams import remark, say
 
-FOLDER = "measurements"  # where they are kept unless told; into a checkout's own, with --out, knowingly
-
 if TYPE_CHECKING:
+    from memplan.asked.recipe import Recipe
     from memplan.verify.compare import Comparison
     from memplan.verify.measurement import Measurement
 
@@ -31,8 +30,7 @@ STATUS_TRAINED, STATUS_NOT = 0, 1
 EXAMPLES = """\
 Needs torch, transformers, peft, bitsandbytes and accelerate.
 With --device cpu the training is as real, and storages are counted on the host
-as CUDA would make them: that tests the plan's arithmetic, not a GPU
-(docs/verify.md).
+as CUDA would make them: that tests the plan's arithmetic, not a GPU.
 
 exit status: 0 it trained, 1 it ran out of memory, failed, or did not learn, 2
 it was not begun.
@@ -40,7 +38,8 @@ it was not begun.
 examples:
   memplan verify llama-3.2-1b --mode qlora --r 8
   memplan verify qwen2.5-0.5b --device cpu --layers 2 --seq-len 128
-  memplan verify llama-70b --no-kbit-prep --cap a6000 --anyway
+  memplan verify llama-70b --no-kbit-prep --cap a6000 --anyway --out measured
+  memplan verify axolotl.yaml
 """
 
 
@@ -49,7 +48,7 @@ def parser() -> Parser:
     result = Parser(
         "verify", "Train a few steps for real and compare with the plan.", "MODEL [options]", EXAMPLES
     )
-    add_model(result)
+    add_run_file(result)
     formats = result.add_mutually_exclusive_group()
     add_json(formats)
     add_switch(formats, "--markdown", "print Markdown")
@@ -58,9 +57,8 @@ def parser() -> Parser:
         "--out",
         metavar="FOLDER",
         default=None,
-        help="where to add the measurement (default: ./measurements)",
+        help="add the measurement to this folder (default: it is printed, not kept)",
     )
-    add_switch(result, "--no-save", "write no measurement, only print")
     add_run(result.add_argument_group("run"))
     add_recipe(result)
     return result
@@ -127,7 +125,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Train, write the measurement, print the comparison; 0 if it trained."""
     from memplan import libraries
     from memplan.verify.compare import compare
-    from memplan.verify.job import make_job, recipe_of
+    from memplan.verify.job import make_job
     from memplan.verify.measurement import SEEDS, keep, make_ready
     from memplan.verify.runner import run_job
 
@@ -138,27 +136,34 @@ def run(arguments: argparse.Namespace) -> int:
     libraries.require(doing="verifying")
     for warning in libraries.untested(libraries.installed()):
         remark(f"warning: {warning}")
+    named, recipe, told = _asked(arguments)
     job = make_job(
-        arguments.model,
-        recipe_of(arguments.loop, given_options(arguments)),
+        named,
+        recipe,
         settings_of(arguments),
         device=arguments.device,
         layers=arguments.layers,
         weights=arguments.weights,
         anyway=arguments.anyway,
     )
-    folder = Path(arguments.out or FOLDER)
-    if not arguments.no_save:
+    folder = None if arguments.out is None else Path(arguments.out)
+    if folder is not None:
         make_ready(folder)
+    if told is not None:
+        remark(told)
     from memplan.report.progress import training
+    from memplan.units import duration
     from memplan.verify.campaign import estimate
 
     seconds = estimate(job)
-    remark(f"training {job.run.steps} steps on {arguments.device}: about {_duration(seconds)}, as a guess")
+    kept = "" if folder is not None else "; --out FOLDER would keep the measurement"
+    remark(
+        f"training {job.run.steps} steps on {arguments.device}: about {duration(seconds)}, as a guess{kept}"
+    )
     with training(job.run.steps, seconds) as tell:
         measured = run_job(job, tell=tell, seconds=arguments.timeout)
     trouble = None
-    if not arguments.no_save:
+    if folder is not None:
         path, trouble = keep(measured, folder)
         if trouble is None:
             remark(f"wrote {path}")
@@ -169,8 +174,20 @@ def run(arguments: argparse.Namespace) -> int:
     return STATUS_TRAINED if found.outcome == "trained" and found.why is None else STATUS_NOT
 
 
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+def _asked(arguments: argparse.Namespace) -> tuple[str, Recipe, str | None]:
+    """The model's name and the recipe; where a trainer's file is asked about, as the file has them, and what
+    was read of it."""
+    from memplan.asked.recipe import Recipe
+    from memplan.importers.resolve import resolve
+    from memplan.planning.study import opened
+    from memplan.verify.job import recipe_of
+
+    options = given_options(arguments)
+    named, read = opened(arguments.model, arguments.config)
+    if read is None:
+        return str(named), recipe_of(arguments.loop, options), None
+    given = Recipe(**options)
+    return str(named), read.suited(read.recipe(given), resolve(named).spec, given), read.told
 
 
 def settings_of(arguments: argparse.Namespace) -> Any:

@@ -57,8 +57,16 @@ def written_for(recipe: Recipe, gpu: Gpu) -> Card | None:
     if gpu.capability is None or gpu.capability >= FLASH_CAPABILITY:
         return None
     if attention.of(recipe).package:
-        raise MemplanError(f"this step runs FlashAttention, which the {gpu.name} can't: use attn 'sdpa'")
+        raise _no_flash(gpu, recipe)
     return Card(gpu.capability)
+
+
+def _no_flash(gpu: Gpu, recipe: Recipe) -> MemplanError:
+    half = ", and --dtype fp16, for it has no bf16 either" if _in_bf16(recipe) else ""
+    return MemplanError(
+        f"this step runs FlashAttention, which needs Ampere or newer, and the {gpu.name} is older: give "
+        f"--attn sdpa{half}"
+    )
 
 
 def remark(gpu: Gpu, recipe: Recipe) -> str | None:
@@ -103,6 +111,10 @@ def as_told(
         elif not fused:
             yield gpu, None
         elif named:
-            kind = "FlashAttention" if fused & set(_FLASH) else "efficient attention in bfloat16"
-            remedy = "use attn 'sdpa'" if package else "plan without a trace, or trace with attn 'eager'"
-            raise MemplanError(f"this step runs {kind}, which the {gpu.name} can't: {remedy}")
+            if package:
+                raise _no_flash(gpu, recipe)
+            kind = "FlashAttention" if _FLASH[1] in fused else "efficient attention in bfloat16"
+            raise MemplanError(
+                f"this step runs {kind}, which the {gpu.name} can't: plan without a trace, or trace with "
+                "--attn eager"
+            )

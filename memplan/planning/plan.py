@@ -12,7 +12,7 @@ from memplan.asked.gpus import Gpu, find_gpu
 from memplan.asked.recipe import Kernels, Mode, Recipe
 from memplan.asked.spec import ModelSpec
 from memplan.device.fit import Fit, Run, Verdict
-from memplan.errors import MemplanError
+from memplan.errors import MemplanError, printable
 from memplan.planning.predicted import write
 from memplan.planning.records import (
     Advice,
@@ -198,7 +198,13 @@ def plan_of(study: Prediction) -> Plan:
     asked = study.asked
     spec, recipe = asked.spec, asked.recipe
     base, adapters, trainable = parameters.count(spec, recipe)
-    notes = (asked.note, _experts(spec, recipe), _too_long(spec, recipe), _saved(spec, recipe, study.peak))
+    notes = (
+        asked.note,
+        _unmatched(spec, recipe),
+        _experts(spec, recipe),
+        _too_long(spec, recipe),
+        _saved(spec, recipe, study.peak),
+    )
     answer = plan_from_study(
         study,
         ModelInfo(
@@ -210,6 +216,18 @@ def plan_of(study: Prediction) -> Plan:
         ParameterCounts(total=base + adapters, trainable=trainable),
     )
     return answer.model_copy(update={"read": read_from(asked.read)})
+
+
+def _unmatched(spec: ModelSpec, recipe: Recipe) -> str | None:
+    """Which targets are nothing in this model."""
+    from memplan.predict import parameters
+
+    names = parameters.unmatched(spec, recipe)
+    if not names:
+        return None
+    match = "matches" if len(names) == 1 else "match"
+    told = f"{', '.join(names)} in target_modules {match} nothing in this model, and PEFT passes that over"
+    return printable(told)
 
 
 def _experts(spec: ModelSpec, recipe: Recipe) -> str | None:

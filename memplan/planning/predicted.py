@@ -66,9 +66,8 @@ def run(spec: ModelSpec, recipe: Recipe, card: Card | None = None, lengths: Leng
 
 def predicted_tape(model: str | Path | ModelSpec, recipe: Recipe | None = None) -> Tape:
     """The tape of :func:`plan` with every layer played, for comparing it with others."""
-    from memplan.importers.resolve import resolve
-    from memplan.predict import parameters
+    from memplan.planning.study import ask
     from memplan.predict.step import write_tape
 
-    spec = resolve(model).spec
-    return write_tape(spec, parameters.resolve_recipe(spec, recipe or Recipe()), folded=False)
+    asked = ask(model, recipe)
+    return write_tape(asked.spec, asked.recipe, folded=False)

@@ -122,11 +122,17 @@ def opened(
 
 
 def _why(config: str | Path) -> str:
-    """Why there is nothing to be read in a file, where its name tells that."""
+    """Why there is nothing to be read in a file. Raises SpecError where its content is no JSON."""
     path = Path(config).expanduser()
     if path.is_dir():
         return ": it is a folder"
-    return "" if path.exists() else ": there is none of that name"
+    if not path.is_file():
+        return ": it is no file" if path.exists() else ": there is none of that name"
+    from memplan.importers.resolve import resolve_config
+
+    found = resolve_config(str(path)).config
+    known = isinstance(found, dict) and {"architectures", "model_type"} & found.keys()
+    return f": it {'is the configuration of a model' if known else 'has no key of one'}"
 
 
 def read_from(read: Reading | None) -> ReadFrom | None:

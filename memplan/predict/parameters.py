@@ -94,6 +94,14 @@ def _adapted_by(spec: ModelSpec, target_modules: str | tuple[str, ...]) -> dict[
     }
 
 
+def unmatched(spec: ModelSpec, recipe: Recipe) -> list[str]:
+    """The names among the targets that match no linear module; PEFT passes them over without a word."""
+    wanted = recipe.target_modules
+    if recipe.mode is Mode.FULL or isinstance(wanted, str):
+        return []
+    return [name for name in wanted if not _adapted_by(spec, (name,))]
+
+
 def _adapted(spec: ModelSpec, recipe: Recipe) -> dict[str, tuple[int, ...]]:
     """Full names and shapes of the linear modules that get an adapter."""
     return _adapted_by(spec, recipe.target_modules)

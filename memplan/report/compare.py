@@ -19,7 +19,7 @@ from memplan.report.plan import (
     show_model,
     show_note,
 )
-from memplan.report.read import show_differences, show_read
+from memplan.report.read import show_differences, show_ignored, show_read
 from memplan.report.screen import ALWAYS, DETAIL, Part, blank, show
 from memplan.report.wording import common_and_own, short_card
 from memplan.units import count, gib, ratio
@@ -46,6 +46,7 @@ def show_comparison(plans: Sequence[Plan], console: Console, *, verbose: bool = 
         Part(lambda console: show_model(plans[0].model, console)),
         Part(lambda console: show_note(plans[0].model, console), 5, "which model"),
         Part(lambda console: show_read(plans[0], console, whole=verbose)),
+        Part(lambda console: show_ignored(plans[0], console, whole=verbose), 6, "keys that were ignored"),
         Part(lambda console: _show_recipes(plans, console)),
         Part(blank),
         Part(lambda console: _show_sizes(plans, console, cards if few or verbose else ())),

@@ -22,7 +22,7 @@ from memplan.report.plan import (
     show_recipe,
     warn,
 )
-from memplan.report.read import show_differences, show_read
+from memplan.report.read import show_differences, show_ignored, show_read
 from memplan.report.screen import DETAIL, Part, blank, show
 from memplan.report.wording import short_card
 from memplan.units import gib
@@ -71,6 +71,7 @@ def show_fit(
         Part(lambda console: show_model(plan.model, console)),
         Part(lambda console: show_note(plan.model, console)),
         Part(lambda console: show_read(plan, console, whole=verbose)),
+        Part(lambda console: show_ignored(plan, console, whole=verbose), 6, "keys that were ignored"),
         Part(lambda console: show_recipe(plan, given, console, () if verbose else _TOLD)),
         Part(blank),
         Part(lambda console: _show_sizes(plan, console)),

@@ -22,9 +22,8 @@ if TYPE_CHECKING:
 Pairs = Sequence[tuple["Measurement", "Comparison"]]
 
 WAITING = (
-    "No measurement on a GPU has been made yet: they wait for one. The campaign that will be run is "
-    "`benchmarks/campaign.yaml` ([verify.md](verify.md)). Until then every number of memplan is predicted or "
-    "traced, and has been held against a training on a CPU at most."
+    "No measurement on a GPU is among these: `memplan verify MODEL --out FOLDER` makes one where there is a "
+    "GPU."
 )
 HOST = (
     "These trained for real on a CPU: the libraries' own code, 4-bit weights and optimizers, with every "

@@ -12,7 +12,7 @@ from memplan.errors import UnknownName
 from memplan.report.console import QUIET, Cell, bar, heading, note, paragraph, speaks_unicode, table, warning
 from memplan.report.evaluation import evaluating, lengths, slipped
 from memplan.report.headline import Line, accumulating, at_a_glance, verdicts
-from memplan.report.read import show_differences, show_read
+from memplan.report.read import show_differences, show_ignored, show_read
 from memplan.report.screen import DETAIL, Part, blank, show
 from memplan.report.wording import asked_and_default, short_card
 from memplan.units import count, gib, ratio, share
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from memplan.asked.gpus import Gpu
-    from memplan.device.fit import Verdict
+    from memplan.device.fit import Fit, Verdict
     from memplan.planning.plan import Plan
     from memplan.planning.records import ModelInfo, PeakInfo
 
@@ -91,6 +91,7 @@ def show_plan(
         Part(lambda console: show_model(plan.model, console)),
         Part(lambda console: show_note(plan.model, console)),
         Part(lambda console: show_read(plan, console, whole=verbose)),
+        Part(lambda console: show_ignored(plan, console, whole=verbose), 6, "keys that were ignored"),
         Part(lambda console: _show_parameters(plan, console), 6),
         Part(lambda console: show_recipe(plan, given, console)),
         Part(blank),
@@ -103,7 +104,7 @@ def show_plan(
             "what cards lack",
         ),
         Part(lambda console: warn(accumulating(plan, fits), console), 4, "accumulation"),
-        Part(lambda console: _show_next(plan, console), 3) if not fits else Part(blank, DETAIL),
+        Part(lambda console: _show_next(plan, console, fits), 3),
         Part(lambda console: show_differences(plan, console)),
         Part(lambda console: warn(slipped(plan), console), 2, "the usual slip"),
         Part(lambda console: warn(lengths(plan), console)),
@@ -118,8 +119,11 @@ def show_headline(lines: Iterable[Line], console: Console) -> None:
         note(console, line.text, "bold" if line.verdict is None else VERDICT_STYLES[line.verdict])
 
 
-def _show_next(plan: Plan, console: Console) -> None:
-    note(console, f"One card, and what to change there: `memplan fit {plan.model.name} --gpu NAME`")
+def _show_next(plan: Plan, console: Console, fits: Collection[Fit]) -> None:
+    if not fits:
+        note(console, f"One card, and what to change there: `memplan fit {plan.model.name} --gpu NAME`")
+    elif any(fit.verdict == "does not fit" for fit in fits):
+        note(console, "What would make it fit: ask `memplan fit` the same")
 
 
 def warn(sentence: str | None, console: Console) -> None:

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from memplan.report.console import side_terminal
 from memplan.streams import visible
+from memplan.units import duration
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,6 +67,19 @@ def tracing(layers: int | None) -> Iterator[Callable[[Phase, int | None], None] 
         yield tell
 
 
+class _Left(ProgressColumn):
+    """What is left of a guess."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+
+    def render(self, task: Task) -> Text:
+        """The guess less what has gone by."""
+        left = self.seconds - (task.elapsed or 0.0)
+        return Text(f"about {duration(left)} left" if left > 0 else "longer than guessed")
+
+
 @contextmanager
 def training(steps: int, seconds: float) -> Iterator[Callable[[str, Any], None] | None]:
     """A function to tell what a training process says, or None where nobody watches. ``seconds``: what it
@@ -73,8 +88,12 @@ def training(steps: int, seconds: float) -> Iterator[Callable[[str, Any], None] 
     if not console.is_terminal:
         yield None
         return
-    told = TextColumn(f"of about {seconds:.0f} s", markup=False)
-    columns = (TextColumn("{task.description:32}", markup=False), BarColumn(), TimeElapsedColumn(), told)
+    columns = (
+        TextColumn("{task.description:32}", markup=False),
+        BarColumn(),
+        TimeElapsedColumn(),
+        _Left(seconds),
+    )
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("starting", total=steps)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from memplan import runfiles
 from memplan.report.console import QUIET, paragraph, warning
 
 if TYPE_CHECKING:
@@ -13,16 +14,23 @@ if TYPE_CHECKING:
 
 
 def show_read(plan: Plan, console: Console, *, whole: bool = True) -> None:
-    """Print what the recipe was read from, and which keys were passed over: a line of each, or ``whole``."""
-    read = plan.read
-    if read is None:
-        return
-    told = [f"{key}: {_brief(value)}" for key, value in read.understood.items()]
-    name = f"read from {read.file} ({read.kind.replace('_', '-')}):"
-    for label, phrases in ((name, told), ("ignored, no memory:", list(read.ignored))):
-        if phrases:
-            room = console.width - len(label) - 2
-            paragraph(console, phrases if whole else _first(phrases, room), label, QUIET)
+    """Print what the recipe was read from: a line of it, or the ``whole``."""
+    if plan.read is not None:
+        told = [f"{key}: {_brief(value)}" for key, value in plan.read.understood.items()]
+        label = f"read from {plan.read.file} ({runfiles.find(plan.read.kind).title}):"
+        _show(told, label, console, whole=whole)
+
+
+def show_ignored(plan: Plan, console: Console, *, whole: bool = True) -> None:
+    """Print which of its keys were passed over: a line of them, or the ``whole``."""
+    if plan.read is not None:
+        _show(list(plan.read.ignored), "ignored, no memory:", console, whole=whole)
+
+
+def _show(phrases: list[str], label: str, console: Console, *, whole: bool) -> None:
+    if phrases:
+        room = console.width - len(label) - 2
+        paragraph(console, phrases if whole else _first(phrases, room), label, QUIET)
 
 
 def _first(phrases: list[str], room: int) -> list[str]:

@@ -102,6 +102,12 @@ class Reading:
         mode: str | None = self.options.get("mode")
         return mode
 
+    @property
+    def told(self) -> str:
+        """A sentence on how much of it was read."""
+        rest = "; ".join(self.left_out) or "all of it"
+        return f"read from {self.name} ({find(self.kind).title}): {rest}"
+
     def recipe(self, given: Recipe | None = None) -> Recipe:
         """The recipe that it amounts to; what ``given`` was given overrides it. Raises RecipeError."""
         from memplan.asked.recipe import Mode, Recipe, recipe_options
