@@ -43,10 +43,10 @@ def page() -> str:
     return (
         TEMPLATE.read_text(encoding="utf-8")
         .replace("{kinds}\n", "\n".join(kinds))
-        .replace("{rows}\n", "".join(map(_row, rows)))
+        .replace("{rows}", "".join(map(_row, rows)).rstrip())
         .replace("{count}", str(len(rows)))
         .replace("{equal}", str(sum(row["why"] is None and abs(_left(row)) <= SCALARS for row in rows)))
-        .replace("{versions}", "; ".join(dict.fromkeys(map(_versions, rows))))
+        .replace("{versions}", "; ".join(dict.fromkeys(_versions(row) for row in rows if row["why"] is None)))
         .replace("{card}", rows[0]["gpu"].removeprefix("NVIDIA "))
     )
 

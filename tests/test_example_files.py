@@ -16,7 +16,7 @@ MODEL = {"axolotl": "base_model", "llama_factory": "model_name_or_path", "trl": 
 PLACES = {
     "base_model", "model_name_or_path", "datasets", "dataset", "dataset_dir", "dataset_name", "output_dir",
     "dataset_prepared_path", "report_to", "eval_strategy", "val_set_size", "evals_per_epoch", "plot_loss",
-    "excess_length_strategy", "special_tokens",
+    "excess_length_strategy", "special_tokens", "tokenizer_type",
 }  # fmt: skip
 
 

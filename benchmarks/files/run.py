@@ -199,6 +199,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="of files (default: all, which are written)")
     parser.add_argument("--environments", type=Path, metavar="FOLDER", required=True)
+    parser.add_argument("--merge", action="store_true", help="write those that are run, beside the others")
     parser.add_argument("--gpu", default="a100", help="the card (default: %(default)s)")
     parser.add_argument(
         "--keep", type=Path, metavar="FOLDER", help="keep there what is made, with both tapes"
