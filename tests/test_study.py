@@ -24,9 +24,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[Any]:
     found: Counter[Any] = Counter()
     write, simulation = predicted.run, playback.Simulation
 
-    def run(spec: Any, recipe: Recipe, card: Any = None) -> Any:
+    def run(spec: Any, recipe: Recipe, card: Any = None, lengths: Any = None) -> Any:
         found[recipe, card] += 1
-        return write(spec, recipe, card)
+        return write(spec, recipe, card, lengths)
 
     def simulated(*arguments: Any, **options: Any) -> Any:
         found["simulated"] += 1

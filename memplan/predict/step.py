@@ -185,7 +185,7 @@ def _play(
 ) -> Tape:
     model, states, _workspaces = at_rest(spec, recipe, card, played)
     tape = state.tape
-    batches = {id(rows): batch(rows) for rows in step}
+    batches = {number: batch(rows) for number, rows in {id(rows): rows for rows in step}.items()}
     for rows in step:
         loss = forward(model, batches[id(rows)], list(played.indices))
         if recipe.gradient_accumulation_steps > 1:
