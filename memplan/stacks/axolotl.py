@@ -1,10 +1,9 @@
 """axolotl's supervised fine-tuning (axolotl 0.21), as its example files set it.
 
 Read in `loaders/model.py`, `loaders/adapter.py`, `core/builders/base.py`,
-`core/builders/causal.py`, `utils/config/__init__.py`, `utils/schemas/*.py`. Its example
-files were dry-run with SDPA and without packing (benchmarks/files, docs/files.md): LoRA and QLoRA have 3,072
-bytes above the plan at the peak, which is in the loss, where LoRA kernels make no difference. What memplan has
-no option for:
+`core/builders/causal.py`, `utils/config/__init__.py`, `utils/schemas/*.py`. Its example files were dry-run
+with SDPA and without packing (benchmarks/files, docs/files.md): LoRA and QLoRA have 3,072 bytes above the
+plan at the peak, which is in the loss, where LoRA kernels make no difference. What memplan has no option for:
 
 - Unless told otherwise, LoRA's products run in axolotl's own fused kernels (`utils/schemas/validation.py`,
   `lora_kernels_auto_enable`); the plan has PEFT's layers. Files say `lora_mlp_kernel: false` and its like.
