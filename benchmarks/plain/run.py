@@ -1,7 +1,8 @@
 """Plain scripts on the card that is not there, held against the plan: what a user's own program takes.
 
     python benchmarks/plain/run.py                     every case of cases.json; writes data/plain.json
-    python benchmarks/plain/run.py NAME ...            some of them; writes nothing
+    python benchmarks/plain/run.py NAME ...            some of them; writes nothing, or with --merge their
+                                                       rows beside the others
 
 Needs the environment of benchmarks/dry_gpu/README.md. The scripts and what they load import nothing of
 memplan's. Exit status 1 if a case's peak of allocated bytes is more than 64 KiB from the plan's, or its
@@ -129,10 +130,18 @@ def equal(one: dict[str, Any]) -> bool:
     )
 
 
+def beside(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows that are there with these in their places, in the order of the cases. Each has its date."""
+    there: list[dict[str, Any]] = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]
+    known = {row["name"]: row for row in (*there, *rows)}
+    return [known[case["name"]] for case in cases() if case["name"] in known]
+
+
 def main() -> int:
     """The exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="cases (default: all, which are written)")
+    parser.add_argument("--merge", action="store_true", help="write the rows of those that were run")
     parser.add_argument("--gpu", default="a100", help="the card (default: %(default)s)")
     asked = parser.parse_args()
     chosen = [case for case in cases() if not asked.names or case["name"] in asked.names]
@@ -156,7 +165,9 @@ def main() -> int:
             )
             print(f"{case['name']:28} {told} {'' if equal(one) else '  APART'}", flush=True)
     print(f"{len(rows)} emulated, {failed} apart or failed: bytes, and what the plan has more or less")
-    if not asked.names:
+    if asked.merge:
+        rows = beside(rows)
+    if asked.merge or not asked.names:
         RESULTS.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
     return 1 if failed else 0
 
