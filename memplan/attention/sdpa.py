@@ -29,11 +29,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, 
     return ops.contiguous(ops.transpose(out, 1, 2)), None
 
 
-def _mask(shape: tuple[int, int], dtype: DType, local: bool, wanted: bool, batches: Batches) -> Tensor | None:
-    if not wanted:
+def _mask(shape: tuple[int, int], dtype: DType, local: bool, bites: bool, batches: Batches) -> Tensor | None:
+    if not _masked(bites, batches):
         _all_ones(shape)
         return None
-    if batches is Batches.PADDED and not local:
+    if batches is Batches.PADDED and not bites:
         for _ in range(2):  # also whether only what is to come is masked
             _all_ones(shape)
     return boolean(shape, local, batches)

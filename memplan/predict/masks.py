@@ -15,13 +15,18 @@ def layer_type(spec: ModelSpec, index: int) -> str:
 
 def needed(spec: ModelSpec, recipe: Recipe) -> dict[str, bool]:
     """For each type of layer that the model has, whether a mask is made."""
+    masked = attention.of(recipe).masked
+    return {kind: masked(bites, recipe.batches) for kind, bites in _bites(spec, recipe).items()}
+
+
+def _bites(spec: ModelSpec, recipe: Recipe) -> dict[str, bool]:
+    """For each type of layer, whether it has a window that is shorter than the sequence."""
     used = ["full_attention", "sliding_attention"]
     if not families.find(spec.model_type).makes_both_masks:
         used = [kind for kind in used if kind in (spec.layer_types or ("full_attention",))]
     window = spec.sliding_window
     bites = window is not None and recipe.seq_len >= window
-    masked = attention.of(recipe).masked
-    return {kind: masked(kind == "sliding_attention" and bites, recipe.batches) for kind in used}
+    return {kind: kind == "sliding_attention" and bites for kind in used}
 
 
 def make(spec: ModelSpec, recipe: Recipe, dtype: DType) -> dict[str, Tensor | None]:
@@ -30,11 +35,11 @@ def make(spec: ModelSpec, recipe: Recipe, dtype: DType) -> dict[str, Tensor | No
     shape = (recipe.batch_size, recipe.seq_len)
     state.tape.module = "model"
     masks: dict[str, Tensor | None] = {}
-    for kind, wanted in needed(spec, recipe).items():
+    for kind, bites in _bites(spec, recipe).items():
         packed = recipe.batches is Batches.PACKED
         told = _sequence_indices(shape[1]) if packed else empty(shape, bool_, "_to_copy")
         make_one = attention.of(recipe).mask
-        masks[kind] = make_one(shape, dtype, kind == "sliding_attention", wanted, recipe.batches)
+        masks[kind] = make_one(shape, dtype, kind == "sliding_attention", bites, recipe.batches)
         del told
     return masks
 

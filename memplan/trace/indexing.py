@@ -112,11 +112,10 @@ def _linear_index(given: Any) -> Any:
 @operator(aten.equal.default)
 def equal(recorder: Any, x: Any, y: Any) -> Any:
     """cuda/Equal.cpp ``cuda_equal``: a comparison of each element, then whether all hold. Liger-Kernel
-    compares the loss's gradient with a number that it puts on the card; the answer changes no memory."""
+    compares the loss's gradient with a number that it has put on the card; the answer changes no memory."""
     caller = _caller()
     if caller not in recorder.answers:
         return NotImplemented
-    _number = torch.empty(y.shape, dtype=y.dtype)
     compared = torch.empty(x.shape, dtype=torch.bool)
     _all = torch.empty((), dtype=torch.bool)
     del compared
