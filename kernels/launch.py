@@ -102,7 +102,7 @@ def where(tensor: Tensor) -> Runs:
 def refusal(device: torch.device) -> Optional[str]:
     """Why the kernels can't run on a GPU, in a sentence; None if they can."""
     if triton is None:
-        return "the kernels need Triton, which is not installed: run `pip install 'memplan[kernels]'`"
+        return "the kernels need Triton, which is not installed: run `pip install triton`"
     if torch.version.hip is not None:
         return "the kernels were written for NVIDIA GPUs and were never tried on AMD"
     capability = torch.cuda.get_device_capability(device)

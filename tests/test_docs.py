@@ -19,19 +19,19 @@ from memplan.asked.recipe import Recipe
 from memplan.verify.measurement import read_all
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
+README, START = ROOT / "README.md", ROOT / "docs" / "start.md"
 BLOCK = re.compile(r"^```(console|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-def blocks(language: str) -> list[str]:
-    return [text for kind, text in BLOCK.findall(README.read_text(encoding="utf-8")) if kind == language]
+def blocks(language: str, page: Path = README) -> list[str]:
+    return [text for kind, text in BLOCK.findall(page.read_text(encoding="utf-8")) if kind == language]
 
 
-def commands() -> list[tuple[str, str]]:
-    """Each `$ command` of the README with the output shown below it."""
+def commands(page: Path = README) -> list[tuple[str, str]]:
+    """Each `$ command` of a page with the output shown below it."""
     return [
         (command, shown)
-        for block in blocks("console")
+        for block in blocks("console", page)
         for command, shown in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE)
     ]
 
@@ -53,20 +53,44 @@ def test_ci_runs_the_readmes_second_command() -> None:
         assert any(line[: len(shlex.split(part))] == shlex.split(part) for line in run), part
 
 
-@pytest.mark.parametrize("command", [command for command, _ in commands() if command.startswith("memplan ")])
-def test_the_readmes_commands_print_what_it_shows(
-    command: str, memplan: Callable[..., Outcome], update_golden: bool
+@pytest.mark.parametrize(
+    ("page", "command"),
+    [
+        (page, typed)
+        for page in (README, START)
+        for typed, _ in commands(page)
+        if typed.startswith("memplan ")
+    ],
+    ids=lambda value: value.stem if isinstance(value, Path) else value,
+)
+def test_commands_print_what_pages_show(
+    page: Path,
+    command: str,
+    memplan: Callable[..., Outcome],
+    update_golden: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    arguments = shlex.split(command.partition(" >> ")[0])[1:]
-    outcome = memplan(*arguments)
-    assert outcome.err == ""
+    monkeypatch.chdir(tmp_path)
+    for typed, shown in commands(page):
+        if typed.startswith("cat "):
+            Path(typed.removeprefix("cat ")).write_text(shown, encoding="utf-8")
+    outcome = memplan(*shlex.split(command.partition(" >> ")[0])[1:])
     assert outcome.status in (0, 1)
+    printed = outcome.err + outcome.out  # as a terminal has it: remarks stand before the answer
     if ">>" in command:
         return
     if update_golden:
-        before, after = (f"$ {command}\n{text}" for text in (dict(commands())[command], outcome.out))
-        README.write_text(README.read_text(encoding="utf-8").replace(before, after), encoding="utf-8")
-    assert dict(commands())[command] == outcome.out, "renew: pytest --update-golden"
+        before, after = (f"$ {command}\n{text}" for text in (dict(commands(page))[command], printed))
+        page.write_text(page.read_text(encoding="utf-8").replace(before, after), encoding="utf-8")
+    assert dict(commands(page))[command] == printed, "renew: pytest --update-golden"
+
+
+def test_the_first_page_leads_to_all_it_names_and_the_readme_to_it() -> None:
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)", START.read_text(encoding="utf-8"))
+    assert {"claims.md", "cli.md", "verify.md"} <= set(targets)
+    assert all((START.parent / target).exists() for target in targets)
+    assert "](docs/start.md)" in README.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("number", range(len(blocks("python"))))

@@ -82,4 +82,4 @@ packed, state = quantize_4bit(torch.randn(64, 64), quant_type="nf4")
 assert torch.equal(nf4_dequantize(packed, state), dequantize_4bit(packed, state))
 print(refusal(torch.device("cuda", 0)))
 """
-    assert "which is not installed: run `pip install 'memplan[kernels]'`" in run(code, ROOT)
+    assert "which is not installed: run `pip install triton`" in run(code, ROOT)

@@ -219,6 +219,7 @@ class FakeCuda:
         patch(torch.cuda, "empty_cache", lambda: None)
         patch(torch.cuda, "reset_peak_memory_stats", lambda device=None: None)
         patch(torch.cuda, "mem_get_info", lambda device=None: (60, 100))
+        patch(torch._C, "_cuda_attach_out_of_memory_observer", lambda observer: None, raising=False)
         properties = type("Properties", (), {"total_memory": 1000})()
         patch(torch.cuda, "get_device_properties", lambda device: properties)
         patch(torch.cuda, "set_per_process_memory_fraction", self._cap)

@@ -46,7 +46,7 @@ def show_comparison(plans: Sequence[Plan], console: Console, *, verbose: bool = 
         Part(lambda console: show_model(plans[0].model, console)),
         Part(lambda console: show_note(plans[0].model, console), 5, "which model"),
         Part(lambda console: show_read(plans[0], console, whole=verbose)),
-        Part(lambda console: show_ignored(plans[0], console, whole=verbose), 6, "keys that were ignored"),
+        Part(lambda console: show_ignored(plans[0], console, whole=verbose), 4, "keys that were ignored"),
         Part(lambda console: _show_recipes(plans, console)),
         Part(blank),
         Part(lambda console: _show_sizes(plans, console, cards if few or verbose else ())),

@@ -71,7 +71,7 @@ def show_fit(
         Part(lambda console: show_model(plan.model, console)),
         Part(lambda console: show_note(plan.model, console)),
         Part(lambda console: show_read(plan, console, whole=verbose)),
-        Part(lambda console: show_ignored(plan, console, whole=verbose), 6, "keys that were ignored"),
+        Part(lambda console: show_ignored(plan, console, whole=verbose), 4, "keys that were ignored"),
         Part(lambda console: show_recipe(plan, given, console, () if verbose else _TOLD)),
         Part(blank),
         Part(lambda console: _show_sizes(plan, console)),

@@ -91,7 +91,7 @@ def show_plan(
         Part(lambda console: show_model(plan.model, console)),
         Part(lambda console: show_note(plan.model, console)),
         Part(lambda console: show_read(plan, console, whole=verbose)),
-        Part(lambda console: show_ignored(plan, console, whole=verbose), 6, "keys that were ignored"),
+        Part(lambda console: show_ignored(plan, console, whole=verbose), 4, "keys that were ignored"),
         Part(lambda console: _show_parameters(plan, console), 6),
         Part(lambda console: show_recipe(plan, given, console)),
         Part(blank),
@@ -105,6 +105,7 @@ def show_plan(
         ),
         Part(lambda console: warn(accumulating(plan, fits), console), 4, "accumulation"),
         Part(lambda console: _show_next(plan, console, fits), 3),
+        Part(lambda console: blank(console) if fits else None, DETAIL),
         Part(lambda console: show_differences(plan, console)),
         Part(lambda console: warn(slipped(plan), console), 2, "the usual slip"),
         Part(lambda console: warn(lengths(plan), console)),
@@ -123,7 +124,7 @@ def _show_next(plan: Plan, console: Console, fits: Collection[Fit]) -> None:
     if not fits:
         note(console, f"One card, and what to change there: `memplan fit {plan.model.name} --gpu NAME`")
     elif any(fit.verdict == "does not fit" for fit in fits):
-        note(console, "What would make it fit: ask `memplan fit` the same")
+        note(console, "What would make it fit: `memplan fit`, asked the same")
 
 
 def warn(sentence: str | None, console: Console) -> None:
