@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from enum import Enum
-from typing import Any, NoReturn, get_args
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from memplan import rooms
 from memplan.asked.options import TARGET_PRESETS, Option
@@ -15,6 +15,9 @@ from memplan.asked.recipe import OPTIMIZER_ALIASES, Mode, Recipe, recipe_options
 from memplan.commands import synonyms
 from memplan.errors import MemplanError, UnknownName, shown
 from memplan.streams import remark_with_answer, say
+
+if TYPE_CHECKING:
+    from memplan.asked.spec import ModelSpec
 
 
 class UsageError(MemplanError):
@@ -243,6 +246,20 @@ def modes(text: str) -> list[str]:
     for mode in found:
         if mode not in known:
             raise UnknownName("mode", mode, known, f"The modes are {', '.join(known)}.")
+    return found
+
+
+def possible(named: Sequence[str], spec: ModelSpec) -> list[str]:
+    """Those of the modes that nobody named in which a checkpoint can be trained; what is left out is said."""
+    from memplan.predict.parameters import possible_modes
+
+    found = [name for name in named if name in possible_modes(spec)]
+    left_out = [name for name in named if name not in found]
+    if left_out:
+        remark_with_answer(
+            f"{spec.name} holds weights in 4 bits, which are trained as QLoRA alone: "
+            f"{' and '.join(left_out)} {'is' if len(left_out) == 1 else 'are'} left out"
+        )
     return found
 
 

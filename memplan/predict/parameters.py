@@ -26,13 +26,18 @@ def resolve_recipe(spec: ModelSpec, recipe: Recipe) -> Recipe:
     return resolved
 
 
+def possible_modes(spec: ModelSpec) -> tuple[Mode, ...]:
+    """The modes that a checkpoint can be trained in."""
+    return tuple(Mode) if spec.quantization is None else (Mode.QLORA,)
+
+
 def _as_stored(spec: ModelSpec, recipe: Recipe) -> Recipe:
     """The recipe with the settings that a checkpoint in 4 bits brings along: transformers keeps to them,
     whatever a script says."""
     stored = spec.quantization
     if stored is None:
         return recipe
-    if recipe.mode is not Mode.QLORA:
+    if recipe.mode not in possible_modes(spec):
         way = "nothing trains them in full" if recipe.mode is Mode.FULL else "adapters on them are QLoRA"
         raise RecipeError(
             f"{spec.name} holds weights in 4 bits, and {way}: give --mode qlora, or the model that they were "
