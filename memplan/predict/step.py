@@ -8,7 +8,9 @@ and cuBLAS's workspaces are there.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from operator import eq
+from typing import Any, NamedTuple
 
 from memplan import attention, families, losses
 from memplan.asked.recipe import DTypeName, Mode, Recipe
@@ -52,10 +54,103 @@ def write_long_tape(spec: ModelSpec, recipe: Recipe, *, card: Card | None = None
     return _written(spec, recipe, card, folded=True, unfolded=True)
 
 
+class Resized(NamedTuple):
+    """A step by way of another one that has its events. ``long``: that one's tape, with every layer;
+    ``kinds``: of each storage on it; ``sizes``: of each kind, the step's own."""
+
+    long: Tape
+    kinds: list[int]
+    sizes: list[int]
+
+    @property
+    def tape(self) -> Tape:
+        """The step's own tape."""
+        return self.long.resized([self.sizes[kind] for kind in self.kinds])
+
+
+class _Known(NamedTuple):
+    """A step that was written out: of how many layers, as they were played, and their storages' kinds."""
+
+    played: Played | Standing
+    short: Tape
+    kinds: list[int]
+    written: Resized
+
+
+_KNOWN = 4  # steps: kernels take lengths apart by a multiple of 8, short from long
+
+
+class LongTapes:
+    """What :func:`write_long_tape` writes of one recipe for many batch sizes and lengths: a step that has the
+    events of one before is not written out again.
+
+    Storages are of one kind if they come from the same operation of the same module and are of one size. A
+    step in which they still are is written out as before: by that, layers are told to be alike.
+    """
+
+    def __init__(self, spec: ModelSpec, recipe: Recipe, card: Card | None = None) -> None:
+        self.spec, self.recipe, self.card = spec, recipe, card
+        self._known: list[_Known] = []  # the last one first
+
+    def of(self, batch_size: int, seq_len: int) -> Resized:
+        """The step."""
+        asked = self.recipe.model_copy(update={"batch_size": batch_size, "seq_len": seq_len})
+
+        def play(played: Played | Standing) -> Tape:
+            return _play(self.spec, asked, self.card, played)
+
+        return self._as_before(play) or self._anew(play, asked)
+
+    def _as_before(self, play: Callable[[Played | Standing], Tape]) -> Resized | None:
+        if not self._known:
+            return None
+        with playing():
+            short = play(self._known[0].played)
+        for known in self._known:
+            if short == replace(known.short, sizes=short.sizes, deltas=short.deltas):
+                by_kind = dict(zip(known.kinds, short.sizes, strict=True))
+                if all(map(eq, short.sizes, map(by_kind.__getitem__, known.kinds))):
+                    return known.written._replace(sizes=[by_kind[kind] for kind in range(len(by_kind))])
+        return None
+
+    def _anew(self, play: Callable[[Played | Standing], Tape], asked: Recipe) -> Resized:
+        shorts: list[tuple[Played | Standing, Tape]] = []
+
+        def noted(played: Played | Standing) -> Tape:
+            tape = play(played)  # which will be folded
+            shorts.append((played, replace(tape, segments=[replace(segment) for segment in tape.segments])))
+            return tape
+
+        long = _finished(noted, self.spec, asked, folded=True, unfolded=True)
+        played, short = shorts[-1]
+        numbers: dict[tuple[int, str, str], int] = {}
+        kinds, long_kinds = (
+            [
+                numbers.setdefault(kind, len(numbers))
+                for kind in zip(tape.sizes, tape.operations, tape.modules, strict=True)
+            ]
+            for tape in (short, long)
+        )
+        found = Resized(long, long_kinds, [size for size, *_ in numbers])
+        self._known = [_Known(played, short, kinds, found), *self._known[: _KNOWN - 1]]
+        return found
+
+
 def _written(spec: ModelSpec, recipe: Recipe, card: Card | None, *, folded: bool, unfolded: bool) -> Tape:
-    tape = written(
+    return _finished(
         lambda played: _play(spec, recipe, card, played), spec, recipe, folded=folded, unfolded=unfolded
     )
+
+
+def _finished(
+    play: Callable[[Played | Standing], Tape],
+    spec: ModelSpec,
+    recipe: Recipe,
+    *,
+    folded: bool,
+    unfolded: bool,
+) -> Tape:
+    tape = written(play, spec, recipe, folded=folded, unfolded=unfolded)
     for segment in tape.segments:
         if segment.phase is Phase.OPTIMIZER:
             segment.layer = None  # an update goes by parameters, not by layers: folding alone needed to know

@@ -13,7 +13,7 @@ its own ``layer``. Replay reads folded and unfolded tapes alike.
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 ALLOCATION_GRANULARITY = 512
@@ -132,6 +132,11 @@ class Tape:
             self.segments[-1].stop = len(self.events)
         sizes = self.sizes
         self.deltas = [sizes[event] if event >= 0 else -sizes[~event] for event in self.events]
+
+    def resized(self, sizes: list[int]) -> Tape:
+        """The same events, about storages of other sizes; of a tape without repetitions."""
+        deltas = [sizes[event] if event >= 0 else -sizes[~event] for event in self.events]
+        return replace(self, sizes=sizes, deltas=deltas)
 
     def alloc(
         self,
