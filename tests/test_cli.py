@@ -194,13 +194,36 @@ def test_a_sweep_goes_through_every_value(memplan: Run) -> None:
         (("foo=1,2",), "no option is called '--foo'"),
         (("r=8,eight",), "eight"),
         (("seq-len=8k..1k",), "to a larger one"),
-        (("r=1..512", "seq-len=1..32k", "batch-size=1,2"), "more than the 200"),
+        (("r=1..512", "seq-len=1..32k", "batch-size=1,2"), "320 plans are more than the 200 of a comparison"),
+        (("seq-len=" + ",".join(map(str, range(1, 3001))),), "name fewer models, modes or values"),
+        (("r=" + ",".join(map(str, range(1, 3001))),) * 3, "27,000,000,000 plans"),
+        (("r=1.." + "9" * 5000,), "--r"),
         (("mode=lora,qlora", "--modes", "full"), "say the same"),
         (("deepspeed=a,b",), "one GPU without sharding"),
     ],
 )
 def test_a_sweep_that_makes_no_sense(memplan: Run, sweep: tuple[str, ...], complaint: str) -> None:
     check_refusal(memplan("compare", SMALL, "--sweep", *sweep), complaint)
+
+
+FOUR_BITS = "unsloth/Meta-Llama-3.1-8B-bnb-4bit"
+
+
+@pytest.mark.parametrize("command", [("compare",), ("frontier", "--gpu", "4090", "--no-exact")])
+def test_modes_that_a_checkpoint_in_4_bits_has_not_are_left_out_and_said_to_be(
+    memplan: Run, command: tuple[str, ...]
+) -> None:
+    outcome = memplan(command[0], FOUR_BITS, *command[1:], "--json")
+    assert outcome.status == 0
+    assert outcome.err == (
+        f"memplan: {FOUR_BITS} holds weights in 4 bits, which are trained as QLoRA alone: full and lora are "
+        "left out\n"
+    )
+    answer = json.loads(outcome.out)
+    assert {one["recipe"]["mode"] for one in answer.get("plans") or answer["rows"]} == {"qlora"}
+    named = memplan(command[0], FOUR_BITS, *command[1:], "--modes", "qlora", "--json")
+    assert (named.out, named.err) == (outcome.out, "")
+    check_refusal(memplan(command[0], FOUR_BITS, *command[1:], "--modes", "lora,qlora"), "are QLoRA: give")
 
 
 def test_compare_leaves_out_what_a_mode_has_no_use_for(memplan: Run) -> None:

@@ -271,6 +271,10 @@ def test_maximize(memplan: Run) -> None:
         (("frontier", "llama-8b", "--gpu", "4090", "--batch-sizes", "²"), "not '²'"),
         (("frontier", "llama-8b", "--gpu", "4090", "--batch-sizes", ""), "not ''"),
         (("frontier", "llama-8b", "--gpu", "4090", "--optimizers", ""), "names none"),
+        (
+            ("frontier", "llama-8b", "--gpu", "4090", "--batch-sizes", ",".join(map(str, range(1, 999)))),
+            "5,988 points are more than the 2,000 of a table: give fewer --batch-sizes",
+        ),
         (("frontier", "llama-8b", "--gpu", "4090", "--modes", ""), "names no mode"),
         (("frontier", "llama-8b", "--gpu", "t4", "--kernels", "memplan"), "from Ampere on"),
         (

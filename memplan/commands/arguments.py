@@ -19,6 +19,7 @@ from memplan.streams import remark_with_answer, say
 
 if TYPE_CHECKING:
     from memplan.asked.lengths import Lengths
+    from memplan.asked.spec import ModelSpec
 
 
 class UsageError(MemplanError):
@@ -292,6 +293,20 @@ def modes(text: str) -> list[str]:
         synonyms.refuse_unplanned(f"--modes {mode}", mode)
         if mode not in known:
             raise UnknownName("mode", mode, known, f"The modes are {', '.join(known)}.")
+    return found
+
+
+def possible(named: Sequence[str], spec: ModelSpec) -> list[str]:
+    """Those of the modes that nobody named in which a checkpoint can be trained; what is left out is said."""
+    from memplan.planning.modes import possible_modes
+
+    found = [name for name in named if name in possible_modes(spec)]
+    left_out = [name for name in named if name not in found]
+    if left_out:
+        remark_with_answer(
+            f"{spec.name} holds weights in 4 bits, which are trained as QLoRA alone: "
+            f"{' and '.join(left_out)} {'is' if len(left_out) == 1 else 'are'} left out"
+        )
     return found
 
 

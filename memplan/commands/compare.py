@@ -6,6 +6,7 @@ import argparse
 import re
 from collections.abc import Iterator
 from itertools import product
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from memplan.commands.arguments import (
@@ -20,6 +21,7 @@ from memplan.commands.arguments import (
     given_options,
     modes,
     parse,
+    possible,
 )
 from memplan.commands.synonyms import length
 from memplan.errors import shown
@@ -86,9 +88,18 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.modes is not None:
             raise UsageError("--modes and --sweep mode=... say the same; give one")
         named = []
+    count = prod(len(values) for values in (arguments.model, named or [""], *(values for _, values in swept)))
+    if count > MOST:
+        raise UsageError(
+            f"{count:,} plans are more than the {MOST} of a comparison: name fewer models, modes or values "
+            "(a sweep FROM..TO takes a value and its doubles)"
+        )
+    if by_mode and arguments.modes is None:
+        from memplan.importers.resolve import resolve
+        from memplan.planning.study import opened
+
+        named = possible(named, resolve(opened(arguments.model[0], arguments.config)[0]).spec)
     points = list(product(arguments.model, named or [""], *(values for _, values in swept)))
-    if len(points) > MOST:
-        raise UsageError(f"{len(points)} plans are more than the {MOST} of a comparison")
     options = given_options(arguments)
     recipes = []
     for _, mode, *values in points:
@@ -135,7 +146,7 @@ def _parts(told: str) -> list[str]:
 
 def _doubling(text: str) -> list[str]:
     """``1k..8k`` as 1024, 2048, 4096, 8192; anything else as it is. Raises UsageError."""
-    found = re.fullmatch(r"(\d+[kK]?)\.\.(\d+[kK]?)", text)
+    found = re.fullmatch(r"(\d{1,18}[kK]?)\.\.(\d{1,18}[kK]?)", text)
     if found is None:
         return [text]
     first, last = (int(length(number)) for number in found.groups())

@@ -14,6 +14,7 @@ from memplan.commands.arguments import (
     applicable,
     given_options,
     modes,
+    possible,
 )
 from memplan.streams import remark
 
@@ -85,8 +86,14 @@ def run(arguments: argparse.Namespace) -> int:
     named, read = opened(arguments.model, arguments.config)
     recipes = _recipes(arguments, read)
     if len(batches) * len(recipes) > MOST_POINTS:
-        raise UsageError(f"{len(batches) * len(recipes)} points are more than the {MOST_POINTS} of a table")
+        raise UsageError(
+            f"{len(batches) * len(recipes):,} points are more than the {MOST_POINTS:,} of a table: give "
+            "fewer --batch-sizes, --modes or --optimizers"
+        )
     spec = resolve(named).spec
+    if arguments.modes is None and read is None:
+        kept = possible(list(dict.fromkeys(recipe.mode.value for recipe in recipes)), spec)
+        recipes = [recipe for recipe in recipes if recipe.mode in kept]
     if read is not None:
         remark(read.told)
         recipes = [read.suited(read.recipe(given), spec, given) for given in recipes]

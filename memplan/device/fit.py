@@ -203,7 +203,7 @@ def judge(gpu: Gpu, run: Run, *, explain: bool = True) -> Fit:
     room = total - outside
     needed = free.reserved + outside
     limit = run.settings.limit(total)
-    allowed = _allowed(gpu, run)
+    allowed = allowed_bytes(gpu, run.card, run.settings)
     retries, note = 0, None
     verdict: Verdict = "fits"
     if free.reserved > allowed and not explain:
@@ -216,7 +216,7 @@ def judge(gpu: Gpu, run: Run, *, explain: bool = True) -> Fit:
         else:
             verdict = "tight"
             note = f"gets through by giving cached memory back to the driver, {_times(retries)} in two steps"
-    elif _with_margin(free.reserved) > allowed:
+    elif beyond(free.reserved, allowed) > 0:
         verdict, note = "tight", f"leaves less than {MARGIN_PER_CENT} % of what it reserves"
     if allowed < room:
         note = "; ".join(filter(None, (f"PyTorch may reserve {_size(allowed)} at most", note)))
@@ -236,21 +236,22 @@ def judge(gpu: Gpu, run: Run, *, explain: bool = True) -> Fit:
 def excess(gpu: Gpu, run: Run) -> int:
     """Bytes by which a run goes beyond what is called *fits* on a card; at most 0 if it is called so. Of one
     that goes beyond it in its first step already, those."""
-    allowed = _allowed(gpu, run)
-    begun = _with_margin(run.begun.reserved) - allowed
-    return begun if begun > 0 else _with_margin(run.free.reserved) - allowed
+    allowed = allowed_bytes(gpu, run.card, run.settings)
+    begun = beyond(run.begun.reserved, allowed)
+    return begun if begun > 0 else beyond(run.free.reserved, allowed)
 
 
-def _allowed(gpu: Gpu, run: Run) -> int:
+def beyond(reserved: int, allowed: int) -> int:
+    """Bytes by which what is reserved goes beyond what is called *fits*."""
+    return reserved + reserved * MARGIN_PER_CENT // 100 - allowed
+
+
+def allowed_bytes(gpu: Gpu, written_for: Card, settings: AllocatorSettings) -> int:
     """Bytes that a run may reserve on a card."""
     total = usable_bytes(gpu)
-    room = total - context_bytes(gpu, run.card)
-    limit = run.settings.limit(total)
+    room = total - context_bytes(gpu, written_for)
+    limit = settings.limit(total)
     return room if limit is None else min(room, limit)
-
-
-def _with_margin(reserved: int) -> int:
-    return reserved + reserved * MARGIN_PER_CENT // 100
 
 
 def context_bytes(gpu: Gpu, written_for: Card) -> int:

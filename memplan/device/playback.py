@@ -172,6 +172,7 @@ class Playback:
         self.tape, self.allocator = tape, allocator
         self.live: dict[int, Block] = {}
         self.stage, self.making = LOADING, False
+        self.handed_on: set[int] = set()  # storages whose sizes tell what takes another's place
         self.start = 0
         self.changes: list[tuple[int, int]] = []
         setup = [segment for segment in tape.segments if segment.phase is Phase.SETUP]
@@ -261,7 +262,7 @@ class Playback:
         self.making = True
         for index in storages:
             self._at(index)
-            self.live[index] = self.allocator.malloc(self.tape.sizes[index])
+            self.allocator.play([index], self.tape.sizes, self.live)
         self.making = False
 
     def play(self, start: int, stop: int) -> None:
@@ -276,6 +277,7 @@ class Playback:
         if not gone:
             return
         left = sorted(self.live.keys() - before)
+        self.handed_on.update(gone, left)
         for old in gone:
             match = next((new for new in left if self.tape.sizes[new] == self.tape.sizes[old]), None)
             if match is not None:

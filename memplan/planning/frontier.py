@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import accumulate
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -25,7 +25,6 @@ from memplan.asked.spec import ModelSpec
 from memplan.cuda.attention import key_splits
 from memplan.cuda.card import Card
 from memplan.cuda.embedding import SORTED_FROM
-from memplan.device import fit
 from memplan.device.fit import context_bytes, usable_bytes
 from memplan.errors import MemplanError
 from memplan.planning import predicted
@@ -33,6 +32,9 @@ from memplan.planning.apart import each
 from memplan.planning.cards import remark, written_for
 from memplan.predict.parameters import resolve_recipe
 from memplan.tape import Tape, replay
+
+if TYPE_CHECKING:
+    from memplan.planning.runs import Runs
 
 What = Literal["batch_size", "seq_len"]
 
@@ -173,20 +175,18 @@ def largest(peaks: Peaks, what: What, other: int) -> int:
     It depends on what is asked alone, and on nothing that was found before: a table and a single answer say
     the same.
     """
-    spec, recipe, card = peaks.spec, peaks.recipe, peaks.card
+    runs = peaks.runs
 
     def excess(value: int) -> int:
-        batch, length = (other, value) if what == "seq_len" else (value, other)
-        asked = recipe.model_copy(update={"batch_size": batch, "seq_len": length})
-        run = predicted.run(spec, asked, card)
-        events.append(len(run.tape.events))
+        step = runs.step(*((other, value) if what == "seq_len" else (value, other)))
+        events.append(len(step.long.events))
         if events[-1] > MOST_SEARCHED:
             raise MemplanError(
                 f"a step of {events[-1]:,} allocations and releases takes too long to be simulated over and "
                 "over: ask whether one size fits, without --maximize and --advise, or for a frontier with "
                 "--no-exact"
             )
-        return fit.excess(peaks.gpu, run)
+        return runs.excess(step)
 
     known: dict[int, int] = {}
     events: list[int] = []  # of each simulation
@@ -277,9 +277,19 @@ class Peaks:
         if limit is not None:
             self.room = min(self.room, limit)
         self.longest = min(spec.max_position_embeddings or LONGEST, LONGEST)
+        self._runs: Runs | None = None
         self._sized: dict[object, SizedTape | None] = {}
         self._tokens: int | None = None
         self.events = 0  # that were played
+
+    @property
+    def runs(self) -> Runs:
+        """Runs of the recipe on the card, with the allocator simulated."""
+        from memplan.planning.runs import Runs
+
+        if self._runs is None:
+            self._runs = Runs(self.spec, self.recipe, self.gpu, self.card)
+        return self._runs
 
     def bound(self, what: What, other: int) -> int:
         """:func:`at_most`, looked for where as many tokens are as one sequence may have."""
