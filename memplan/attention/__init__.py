@@ -20,8 +20,8 @@ class Attention:
 
     ``masked``: whether a mask is made for a layer, whose window is shorter than the sequence or not, of such
     batches; ``mask``: the mask of such a batch of a shape [B, S], for hidden states of a dtype, of a layer
-    with a window or without, which is shorter than the sequence or not. ``fused``: it never makes all scores; ``package``: it
-    is a library beside PyTorch, whose kernels need Ampere.
+    with a window or without, which is shorter than the sequence or not. ``fused``: it never makes all
+    scores; ``package``: it is a library beside PyTorch, whose kernels need Ampere.
     """
 
     attend: Attend
