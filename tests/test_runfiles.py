@@ -475,7 +475,7 @@ def test_a_frontier_is_of_the_files_own_mode(write: Write, capsys: pytest.Captur
     path = write(QLORA, optimizer="paged_adamw_8bit")
     assert main(["frontier", path, "--gpu", "4090", "--batch-sizes", "1", "--json"]) == 0
     told = capsys.readouterr().out
-    assert "paged_adamw_8bit" in told and '"full"' not in told
+    assert "paged_adamw_8bit" in told and '"mode": "full"' not in told
 
 
 def test_a_file_is_not_written_over(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
