@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -300,12 +300,10 @@ def plan_from_tape(
     *,
     named: bool = True,
     libraries: dict[str, str] | None = None,
-    loading: Callable[[int | None], Tape | None] | None = None,
 ) -> Plan:
     """What an unfolded tape says, whoever wrote it for the reference card. ``recipe`` is resolved; ``named``:
-    somebody asked about these cards, so one that can't be judged is refused; ``loading``: the tape of how the
-    model comes onto a card of so many bytes, without which it lies there as the tape has it."""
-    study = Study(tape, recipe, gpus, named=named, loading=loading)
+    somebody asked about these cards, so one that can't be judged is refused."""
+    study = Study(tape, recipe, gpus, named=named)
     return plan_from_study(study, model, parameters, libraries)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -157,17 +157,8 @@ class Study:
 
     rewritable = False  # for a card on which other kernels run
 
-    def __init__(
-        self,
-        tape: Tape,
-        recipe: Recipe,
-        gpus: Iterable[Gpu],
-        *,
-        named: bool,
-        loading: Callable[[int | None], Tape | None] | None = None,
-    ) -> None:
+    def __init__(self, tape: Tape, recipe: Recipe, gpus: Iterable[Gpu], *, named: bool) -> None:
         self.tape, self.recipe = tape, recipe
-        self._loading = loading or _not_loaded
         self.cards = list(cards.as_told(tape, recipe, gpus, named=named, rewritable=self.rewritable))
 
     @cached_property
@@ -186,7 +177,7 @@ class Study:
 
     @cached_property
     def _as_it_lies(self) -> Run:
-        return Run(self.tape, self._loading, parse_settings(self.recipe.alloc_conf))
+        return Run(self.tape, _not_loaded, parse_settings(self.recipe.alloc_conf))
 
     @cached_property
     def allocator(self) -> AllocatorInfo:

@@ -12,11 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from memplan import libraries, losses
 from memplan.asked.recipe import Recipe
-from memplan.asked.spec import ModelSpec
 from memplan.errors import MemplanError, UnsupportedArchitecture
 from memplan.importers.resolve import ResolvedConfig, resolve_config
 from memplan.planning.cards import able
-from memplan.planning.loaded import loading_of
 from memplan.planning.plan import Plan, plan_from_tape
 from memplan.planning.records import ModelInfo, ParameterCounts
 from memplan.tape import Phase, Tape
@@ -43,26 +41,16 @@ def trace_plan(
     cards = able(recipe or Recipe(), gpus)  # names that are wrong are said to be before anything is traced
     found = model if isinstance(model, ResolvedConfig) else resolve_config(model)
     traced = _trace(found, checked(found, recipe or Recipe()), progress)
-    loading = _loading(found, traced)
-    told = "how it is loaded is predicted, and counts in what is reserved" if loading else None
-    note = "; ".join(filter(None, (found.note, told))) or None
     answer = plan_from_tape(
         traced.tape,
-        ModelInfo(name=found.name, hub_id=found.hub_id, architecture=traced.architecture, note=note),
+        ModelInfo(name=found.name, hub_id=found.hub_id, architecture=traced.architecture, note=found.note),
         ParameterCounts(total=traced.parameters, trainable=traced.trainable),
         traced.recipe,
         cards,
         named=gpus is not None,
         libraries=libraries.installed(losses.find(traced.recipe.loss).library),
-        loading=loading,
     )
     return answer, traced.tape
-
-
-def _loading(found: ResolvedConfig, traced: Traced) -> Callable[[int | None], Tape] | None:
-    """How the model comes onto the card, where its family is known."""
-    spec = _spec(found)
-    return None if spec is None else loading_of(spec, traced.recipe, traced.tape)
 
 
 def _trace(found: ResolvedConfig, recipe: Recipe, progress: Progress | None) -> Traced:
@@ -81,20 +69,14 @@ def _trace(found: ResolvedConfig, recipe: Recipe, progress: Progress | None) -> 
 
 def checked(found: ResolvedConfig, recipe: Recipe) -> Recipe:
     """The recipe resolved; where the architecture is known, checked as the plan checks it."""
+    from memplan.importers.hf import spec_from_config
     from memplan.predict.parameters import resolve_recipe
 
-    spec = _spec(found)
-    return recipe.resolved() if spec is None else resolve_recipe(spec, recipe)
-
-
-def _spec(found: ResolvedConfig) -> ModelSpec | None:
-    """The model's, where its architecture is known."""
-    from memplan.importers.hf import spec_from_config
-
     try:
-        return spec_from_config(found.config, found.name, found.hub_id)
+        spec = spec_from_config(found.config, found.name, found.hub_id)
     except UnsupportedArchitecture:
-        return None
+        return recipe.resolved()
+    return resolve_recipe(spec, recipe)
 
 
 def layers(config: dict[str, Any]) -> int | None:

@@ -57,9 +57,7 @@ def note_module(recorder: Notes, model: nn.Module) -> None:
     if nested:
         # name2qmap["dynamic"], made on the card by the first layer's double quantisation and kept
         # (bitsandbytes 0.50 functional.py quantize_blockwise)
-        tape.module = "bitsandbytes"
         recorder.reserve(1024, "name2qmap", Category.QUANTIZATION_STATE)
-        tape.module = ""
 
 
 def note_optimizer(recorder: Notes, optimizer: torch.optim.Optimizer) -> None:
