@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from memplan.importers.resolve import ResolvedConfig, resolve_config
 from memplan.planning.cards import able
 from memplan.planning.plan import Plan, plan_from_tape
 from memplan.planning.records import ModelInfo, ParameterCounts
+from memplan.predict.loading import loading_of
 from memplan.tape import Phase, Tape
 
 if TYPE_CHECKING:
@@ -32,7 +34,8 @@ def trace_plan(
     gpus: Iterable[str] | None = None,
     progress: Progress | None = None,
 ) -> tuple[Plan, Tape]:
-    """Trace one steady-state training step: what it needs, and its tape.
+    """Trace one steady-state training step: what it needs, and its tape. How its model comes onto the card is
+    predicted, of the parameters that it has.
 
     ``model`` is an alias, a Hub id, or a path to a config.json or its folder, of any causal language model
     that transformers has; ``progress`` is told each phase and layer that it comes to.
@@ -49,6 +52,7 @@ def trace_plan(
         cards,
         named=gpus is not None,
         libraries=libraries.installed(losses.find(traced.recipe.loss).library),
+        loading=partial(loading_of, traced.shapes, traced.brought, traced.recipe, traced.tape),
     )
     return answer, traced.tape
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from memplan import rooms
 from memplan.asked.recipe import Recipe
 from memplan.shadow.tensor import DType, Shape, Tensor
+from memplan.tape import Category
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +21,20 @@ if TYPE_CHECKING:
 # ("alloc", storage of the step) | ("scratch", bytes), known by how many came before | ("drop", that number)
 # | ("empty_cache", 0)
 LoadStep = tuple[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Brought:
+    """A storage that loading leaves on the card: its number on a step's tape; the full name of the parameter
+    or buffer that it is of, or of what a quantised one keeps beside it (``.absmax``); its category; whether
+    it is made there, not read."""
+
+    storage: int
+    name: str
+    category: Category
+    made: bool
+
+
 Temporary = Callable[[int], tuple[LoadStep, int]]  # by its bytes: the step that makes it, and its number
 
 
