@@ -99,12 +99,16 @@ WIDE = {"hidden_size": 2048, "intermediate_size": 4096, "head_dim": 128, "vocab_
         ("llama", {"trainer": "axolotl", "mode": "lora"}),  # loaded onto the card
         ("mixtral", {"trainer": "peft", "mode": "qlora", "target_modules": "attention"}),  # experts are cast
         ("gemma2", {"trainer": "peft", "mode": "qlora", "double_quant": False}),
+        ("stored", {"trainer": "peft", "mode": "qlora"}),  # in 4 bits already
     ],
 )
 def test_a_trace_reserves_what_the_plan_does_for_loading_is_played_in_both(
     family: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    path = written(tmp_path, {**config(family, 3), **WIDE})
+    how = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+           "bnb_4bit_compute_dtype": "bfloat16"}  # fmt: skip
+    stored = {"quantization_config": how} if family == "stored" else {}
+    path = written(tmp_path, {**config("llama" if stored else family, 3), **WIDE, **stored})
     recipe = Recipe(**options, seq_len=64)
     traced, tape = trace_plan(path, recipe)
     assert traced.allocator == plan(path, recipe).allocator

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from memplan import libraries, losses
 from memplan.asked.recipe import Recipe
 from memplan.errors import MemplanError, UnsupportedArchitecture
+from memplan.importers.quantization import method_of
 from memplan.importers.resolve import ResolvedConfig, resolve_config
 from memplan.planning.cards import able
 from memplan.planning.plan import Plan, plan_from_tape
@@ -43,7 +44,8 @@ def trace_plan(
     """
     cards = able(recipe or Recipe(), gpus)  # names that are wrong are said to be before anything is traced
     found = model if isinstance(model, ResolvedConfig) else resolve_config(model)
-    traced = _trace(found, checked(found, recipe or Recipe()), progress)
+    stored = method_of(found.config.get("quantization_config")) == "bitsandbytes"
+    traced = _trace(found, checked(found, recipe or Recipe()), progress, stored)
     answer = plan_from_tape(
         traced.tape,
         ModelInfo(name=found.name, hub_id=found.hub_id, architecture=traced.architecture, note=found.note),
@@ -52,12 +54,12 @@ def trace_plan(
         cards,
         named=gpus is not None,
         libraries=libraries.installed(losses.find(traced.recipe.loss).library),
-        loading=partial(loading_of, traced.shapes, traced.brought, traced.recipe, traced.tape),
+        loading=partial(loading_of, traced.shapes, traced.brought, traced.recipe, traced.tape, stored=stored),
     )
     return answer, traced.tape
 
 
-def _trace(found: ResolvedConfig, recipe: Recipe, progress: Progress | None) -> Traced:
+def _trace(found: ResolvedConfig, recipe: Recipe, progress: Progress | None, stored: bool) -> Traced:
     libraries.require(losses.find(recipe.loss).library)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the libraries deprecate is for those who call them
@@ -68,7 +70,7 @@ def _trace(found: ResolvedConfig, recipe: Recipe, progress: Progress | None) -> 
             raise MemplanError(
                 f"tracing can't import its libraries ({reason}): run `{libraries.INSTALL}`"
             ) from error
-        return trace_model(found.config, recipe, progress=progress)
+        return trace_model(found.config, recipe, progress=progress, stored=stored)
 
 
 def checked(found: ResolvedConfig, recipe: Recipe) -> Recipe:

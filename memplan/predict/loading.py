@@ -10,7 +10,8 @@ weight in 16 bits until bitsandbytes has quantised it (0.50 functional.py, ``qua
 preparation then casts what is not 4-bit and empties the cache (0.21 peft/utils/other.py). Adapters are moved
 to the card in the dtype that their layer computes in, one layer after another, and then cast to fp32, all of
 them (peft/tuners/tuners_utils.py, ``_move_adapter_to_device_of_base_layer``, ``cast_adapter_dtype``); TRL's
-SFTTrainer casts them back to bf16 (1.16 trainer/sft_trainer.py).
+SFTTrainer casts them back to bf16 (1.16 trainer/sft_trainer.py). A checkpoint that is in 4 bits already comes
+as it is, after the same block: nothing is there in 16 bits first, and threads read it, as below.
 
 *full, lora*: the model is made on the host, and the Trainer moves it, parameter by parameter in the order of
 its modules (torch/nn/modules/module.py, ``_apply``). With ``device_map="auto"`` it is loaded onto the card as
@@ -51,7 +52,8 @@ def loading(spec: ModelSpec, recipe: Recipe, step: Tape, capacity: int | None = 
 
     The storages of the step have the same numbers on this tape, and what is only there for a while follows.
     """
-    return loading_of(blueprint.named_shapes(spec), _brought(step), recipe, step, capacity)
+    shapes = blueprint.named_shapes(spec)
+    return loading_of(shapes, _brought(step), recipe, step, capacity, stored=spec.quantization is not None)
 
 
 def loading_of(
@@ -60,10 +62,14 @@ def loading_of(
     recipe: Recipe,
     step: Tape,
     capacity: int | None = None,
+    *,
+    stored: bool = False,
 ) -> Tape:
     """The same of a step that somebody else wrote: ``shapes`` of all parameters of the base model by their
-    full names, and what it ``brought``, in the order of modules."""
-    return _written(_steps(shapes, list(brought), recipe, step, capacity, stock=True), step)
+    full names, and what it ``brought``, in the order of modules. ``stored``: the checkpoint has the weights
+    quantised already."""
+    steps = _steps(shapes, list(brought), recipe, step, capacity, stock=True, stored=stored)
+    return _written(steps, step)
 
 
 def making(spec: ModelSpec, recipe: Recipe, step: Tape) -> Tape:
@@ -110,9 +116,10 @@ def _steps(
     capacity: int | None,
     *,
     stock: bool,
+    stored: bool = False,
 ) -> Iterator[LoadStep]:
     if weights.of(recipe) is not None or (stock and recipe.device_map):
-        return _onto_card(shapes, brought, recipe, tape, capacity, stock=stock)
+        return _onto_card(shapes, brought, recipe, tape, capacity, stock=stock, stored=stored)
     return iter([("alloc", one.storage) for one in brought])
 
 
@@ -139,6 +146,7 @@ def _onto_card(
     capacity: int | None,
     *,
     stock: bool,
+    stored: bool,
 ) -> Iterator[LoadStep]:
     """As transformers loads (``stock``), else as memplan makes a model."""
     storages: dict[str, list[int]] = {}
@@ -180,6 +188,9 @@ def _onto_card(
         yield "alloc", index
     narrow: list[tuple[int, int]] = []  # what the preparation casts: scratch, storage
     for name in sorted(shapes, key=_natural if stock else _tree):
+        if form is not None and name in quantised and stored:
+            yield from form.stored(storages, name.removesuffix(".weight"), temporary)
+            continue
         if form is not None and name in quantised:
             yield from form.load(shapes[name], itemsize, storages, name.removesuffix(".weight"), temporary)
             if not stock:

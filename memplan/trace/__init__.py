@@ -64,10 +64,12 @@ def trace_model(
     *,
     compute_capability: tuple[int, int] = (8, 0),
     progress: Progress | None = None,
+    stored: bool = False,
 ) -> Traced:
     """Record one steady-state training step of the model that ``config`` (a config.json) describes.
 
-    ``progress`` is told each phase and layer that the step comes to. Raises TraceError if the model or the
+    ``progress`` is told each phase and layer that the step comes to; ``stored``: the checkpoint has the
+    weights in 4 bits already. Raises TraceError if the model or the
     recipe can't be traced.
     """
     with quiet():
@@ -88,7 +90,7 @@ def trace_model(
             shapes = {name: tuple(parameter.shape) for name, parameter in base.named_parameters()}
             model = dressed(base, recipe)
             losses.attach(model, loss)
-            brought = _play(recorder, model, recipe)
+            brought = _play(recorder, model, recipe, stored)
         except MemplanError:
             raise
         except Exception as error:  # whatever the libraries raise at a model that they can't run
@@ -99,11 +101,11 @@ def trace_model(
     return Traced(recorder.tape, recipe, type(base).__name__, *count(model), shapes, tuple(brought))
 
 
-def _play(recorder: Recorder, model: nn.Module, recipe: Recipe) -> list[Brought]:
+def _play(recorder: Recorder, model: nn.Module, recipe: Recipe, stored: bool) -> list[Brought]:
     optimizer = make_optimizer(model, recipe)
     batch = make_batch(recipe)
     warm_up(optimizer)
-    brought = existing.note_module(recorder, model)
+    brought = existing.note_module(recorder, model, stored=stored)
     existing.note_optimizer(recorder, optimizer)
     existing.note_workspaces(recorder)
     existing.note_batch(recorder, batch)

@@ -36,9 +36,9 @@ class Notes(Protocol):
     ) -> int | None: ...
 
 
-def note_module(recorder: Notes, model: nn.Module) -> list[Brought]:
+def note_module(recorder: Notes, model: nn.Module, *, stored: bool = False) -> list[Brought]:
     """Parameters, what bitsandbytes keeps beside them, buffers, and gradients that are there already: all but
-    these, as they were brought here."""
+    these, as they were brought here. ``stored``: the checkpoint has the weights quantised already."""
     tape, brought = recorder.tape, []
 
     def bring(tensor: torch.Tensor, operation: str, name: str, category: Category, made: bool) -> None:
@@ -72,7 +72,7 @@ def note_module(recorder: Notes, model: nn.Module) -> list[Brought]:
         if hasattr(module, "long_inv_freq"):  # a plain attribute of longrope's
             bring(module.long_inv_freq, "long_inv_freq", "long_inv_freq", Category.WEIGHTS, made=True)
     tape.module = ""
-    if nested:
+    if nested and not stored:
         # name2qmap["dynamic"], made on the card by the first layer's double quantisation and kept
         # (bitsandbytes 0.50 functional.py quantize_blockwise)
         index = recorder.reserve(1024, "name2qmap", Category.QUANTIZATION_STATE)

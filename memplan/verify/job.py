@@ -149,7 +149,8 @@ def spec_of(model: Model) -> ModelSpec:
     """Raises SpecError or UnsupportedArchitecture."""
     from memplan.importers.hf import spec_from_config
 
-    return spec_from_config(model.config, model.name, model.hub_id)
+    spec = spec_from_config(model.config, model.name, model.hub_id)
+    return spec.model_copy(update={"quantization": None})  # the verifier quantises what it makes
 
 
 def peak_bytes(model: Model, recipe: Recipe, card: Card | None = None) -> int:

@@ -48,7 +48,7 @@ class Quantised:
     Loaded onto the card, each weight in 16 bits first: ``packed``: bytes that the warm-up counts for so many
     weights; ``made``: whether the storages by name have such a weight; ``load``: the steps from a weight's
     shape, the bytes of each of its numbers when it arrives, storages by name, its module, and what makes
-    temporaries.
+    temporaries. ``stored``: the steps of a weight that a checkpoint has in this format already.
 
     The library's own: ``fake``: a layer of fake tensors in the place of a linear one; ``real``: the same with
     data to come; ``with_data``: a parameter of such a layer with its data, or None of one that is none of its
@@ -62,6 +62,7 @@ class Quantised:
     packed: Callable[[int], int]
     made: Callable[[str, Mapping[str, Any]], bool]
     load: Callable[[Shape, int, dict[str, list[int]], str, Temporary], Iterator[LoadStep]]
+    stored: Callable[[dict[str, list[int]], str, Temporary], Iterator[LoadStep]]
     fake: Callable[[nn.Linear, Recipe], nn.Module]
     real: Callable[[nn.Linear, Recipe], nn.Module]
     with_data: Callable[[nn.Parameter, torch.Tensor], nn.Parameter | None]
