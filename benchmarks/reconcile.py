@@ -125,6 +125,13 @@ FULL_DEPTH: list[Case] = [
         "seq_len": 8192,
     },
     {"model": "qwen3-30b-a3b", "mode": "qlora", "target_modules": "attention", "loss": "chunked"},
+    {
+        "model": "llama-3.2-1b",
+        "mode": "lora",
+        "loss": "shifted",
+        "gradient_checkpointing": True,
+        "batch_size": 2,
+    },
     {"model": "llama-3.3-70b", "mode": "qlora", "trainer": "trl"},
     {"model": "llama-3.1-8b", "mode": "lora", "trainer": "trl"},
     {"model": "llama-3.2-1b", "mode": "full", "trainer": "trl"},

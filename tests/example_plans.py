@@ -52,6 +52,7 @@ def example_plan(**options: Any) -> Plan:
         allocated_bytes=total + 2**20,
         reserved_bytes=reserved,
         fragmentation_bytes=reserved - total - 2**20,
+        loading="predicted",
     )
     return Plan(  # type: ignore[call-arg]  # what is simulated is no field
         memplan_version="0.0.0",

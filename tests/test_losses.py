@@ -26,7 +26,7 @@ from memplan.losses.chunked import TOKEN_CHUNK, VOCABULARY_CHUNK
 from memplan.losses.liger import LOSS, chunk_size
 from memplan.predict.parameters import resolve_recipe
 from memplan.predict.step import write_tape
-from memplan.tape import Tape, replay
+from memplan.tape import Tape, replay, rounded
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' warnings are theirs
 
@@ -52,7 +52,7 @@ def births(tape: Tape) -> list[tuple[int, str]]:
     ]
 
 
-@pytest.mark.parametrize("loss", ["chunked", "liger"])
+@pytest.mark.parametrize("loss", ["chunked", "liger", "shifted"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -91,6 +91,21 @@ def test_trl_adds_the_load_balancing_loss_of_experts(family: str, checkpointing:
     without = {**config(family, 3), "router_aux_loss_coef": 0.0}
     predicted, traced = both(without, loss="chunked", **options)
     assert births(predicted) == births(traced)
+
+
+def test_a_shifted_loss_copies_the_logits_of_several_sequences_and_of_one_views_them() -> None:
+    row = 40_000 * 4  # of fp32 logits
+    for sequences in (1, 2):
+        options = {"mode": "lora", "seq_len": 300, "batch_size": sequences, "gradient_checkpointing": True}
+        tapes = [both(LLAMA, loss=loss, **options)[1] for loss in ("standard", "shifted")]
+        whole, shifted = (
+            sum(
+                size == rounded(sequences * rows * row) and phase == "forward" for size, phase in births(tape)
+            )
+            for tape, rows in zip(tapes, (300, 299), strict=True)
+        )
+        assert whole == 2  # upcast, log-softmax
+        assert shifted == sequences  # the copy, if there is one, and the log-softmax
 
 
 @pytest.mark.parametrize("loss", ["chunked", "liger"])

@@ -11,6 +11,7 @@ from small_specs import SPECS, config
 
 from memplan.asked.alloc_conf import AllocatorSettings
 from memplan.asked.recipe import Recipe
+from memplan.asked.spec import Quantization
 from memplan.device.allocator import MIB
 from memplan.device.playback import simulate
 from memplan.importers.resolve import resolve
@@ -251,6 +252,59 @@ def test_a_workspace_comes_after_the_product(model: str, recipe: dict[str, objec
     assert run.free.reserved == reserved
 
 
+STORED = Quantization(quant_type="nf4", double_quant=True, compute_dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("model", "recipe", "reserved"),
+    [
+        # the same of checkpoints that are in 4 bits already (data/plain.json)
+        ("llama-3.1-8b", {"trainer": "peft", "r": 8, "seq_len": 1024}, 11_299_454_976),
+        ("llama-3.2-1b", {"trainer": "trl", "device_map": None, "r": 16, "seq_len": 2048}, 1_616_904_192),
+    ],
+)
+def test_a_checkpoint_in_4_bits_reserves_what_it_does_on_an_emulated_card(
+    model: str, recipe: dict[str, object], reserved: int
+) -> None:
+    spec = resolve(model).spec.model_copy(update={"quantization": STORED})
+    run = predicted.run(spec, resolve_recipe(spec, Recipe(**recipe)))
+    assert run.free.reserved == reserved
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_weights_that_are_in_4_bits_come_as_they_are(double_quant: bool) -> None:
+    stored = STORED.model_copy(update={"double_quant": double_quant})
+    plain = SPECS["llama"](2)
+    spec = plain.model_copy(update={"quantization": stored, "tie_word_embeddings": True})
+    recipe = resolve_recipe(spec, Recipe(trainer="trl", mode="qlora", device_map=None))
+    tape = write_long_tape(spec, recipe)
+    steps = steps_of(loading(spec, recipe, tape), tape)
+    warm, *told = (size for what, size in steps if what == "scratch" and size not in adapted(tape))
+    assert warm > max(tape.sizes[i] for i, kind in enumerate(tape.categories) if kind is Category.WEIGHTS)
+    assert set(told) == {512}  # JSON, one of each of seven linear layers
+    assert len(told) == 7 * 2
+    # in the order of their names, whichever comes first on the tape of the step
+    names = [tape.modules[i] for what, i in steps if what == "alloc" and "down_proj." in tape.modules[i]]
+    tensors = ["weight", "absmax", "nested_absmax", "nested_quant_map", "quant_map", "offset"]
+    kept = [name for name in tensors if double_quant or name in ("weight", "absmax", "quant_map")]
+    assert names[: len(kept)] == [f"mlp.down_proj.{name}" for name in kept]
+    # quantising leaves a table on the card, which nobody makes here
+    made = resolve_recipe(plain, Recipe(trainer="trl", mode="qlora", double_quant=double_quant))
+    tables = [
+        write_long_tape(one, how).modules.count("bitsandbytes")
+        for one, how in ((spec, recipe), (plain, made))
+    ]
+    assert tables == [0, int(double_quant)]
+
+
+def adapted(tape: Tape) -> set[int]:
+    """Sizes that adapters have on their way to a step."""
+    sizes = {
+        size for size, kind in zip(tape.sizes, tape.categories, strict=True) if kind is Category.ADAPTERS
+    }
+    return sizes | {2 * size for size in sizes}
+
+
 def test_adapters_come_in_16_bits_and_are_cast_afterwards() -> None:
     spec = SPECS["llama"](2)
     recipe = resolve_recipe(spec, Recipe(trainer="peft", r=64))
@@ -262,3 +316,12 @@ def test_adapters_come_in_16_bits_and_are_cast_afterwards() -> None:
     assert [step for step in brought[len(adapters) :] if step[0] == "alloc"] == [
         ("alloc", i) for i in adapters
     ]
+
+
+def test_a_model_smaller_than_two_segments_is_not_warmed_up_for() -> None:
+    spec = SPECS["llama"](2)
+    recipe = resolve_recipe(spec, Recipe(trainer="trl", mode="qlora"))
+    assert recipe.device_map == "auto"
+    steps = steps_of(loading(spec, recipe, tape := write_long_tape(spec, recipe)), tape)
+    (probe, first), (dropped, _), (then, _) = steps[:3]
+    assert (probe, first, dropped, then) == ("scratch", 512, "drop", "alloc")

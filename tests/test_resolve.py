@@ -294,7 +294,7 @@ def test_a_copy_in_four_bits_is_planned_so(name: str) -> None:
     if "/" in name:
         assert hub_id_of(f"https://huggingface.co/{name}") == name
     peaks = [plan(model, Recipe(), gpus=[]).peak.tensor_bytes for model in (name, "llama-3-8b")]
-    assert peaks[0] == peaks[1]
+    assert peaks[0] == peaks[1] - 1024  # of the table that quantising leaves on the card
 
 
 def test_a_dynamic_copy_is_said_to_take_more() -> None:

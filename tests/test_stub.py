@@ -162,6 +162,26 @@ def test_experts_are_as_published_and_not_as_loaded(memplan: Memplan, config: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_checkpoint_in_4_bits_is_loaded_as_one(
+    nested: bool, memplan: Memplan, config: Path, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    how = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
+           "bnb_4bit_use_double_quant": nested}  # fmt: skip
+    config.write_text(json.dumps({**CONFIG, "quantization_config": how}))
+    assert memplan("stub", config, tmp_path / "made").status == 0
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "made", device_map="cpu")
+    layer = model.model.layers[1].mlp.down_proj
+    state = layer.weight.quant_state
+    assert isinstance(layer, bitsandbytes.nn.Linear4bit)
+    assert (tuple(state.shape), state.quant_type, state.nested) == ((64, 128), "nf4", nested)
+    assert layer.weight.shape == (64 * 128 // 2, 1)
+    assert not isinstance(model.lm_head, bitsandbytes.nn.Linear4bit)
+
+
+@pytest.mark.slow
 def test_a_checkpoint_that_takes_pictures(memplan: Memplan, config: Path, tmp_path: Path) -> None:
     """Its processor puts as many tokens for a picture as the model has patches of it."""
     transformers = pytest.importorskip("transformers", minversion="5.0")

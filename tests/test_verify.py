@@ -123,6 +123,14 @@ def test_fused_losses_are_trained_on_a_gpu_by_the_plain_loop(tmp_path: Path, los
         make_job(folder, recipe, Run(loop="trainer"), device="cuda")
 
 
+def test_the_loss_of_an_older_transformers_is_trained_in_memplan_s_own_loop(tmp_path: Path) -> None:
+    folder = str(model_folder(tmp_path / "model", "llama"))
+    recipe = Recipe(trainer="peft", mode="lora", loss="shifted", seq_len=16)
+    assert make_job(folder, recipe, Run(), device="cpu").recipe.loss == "shifted"
+    with pytest.raises(MemplanError, match="no trainer's of today"):
+        make_job(folder, recipe, Run(loop="trainer"), device="cpu")
+
+
 def test_so_does_training_with_memplan_s_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # plain torch in place of Triton's interpreter, which takes ten times as long
     monkeypatch.setattr("memplan.kernels.launch.INTERPRETED", False)

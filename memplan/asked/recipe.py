@@ -419,7 +419,7 @@ class Recipe(BaseModel):
     loss: Annotated[
         LossName,
         of_step(
-            help="standard: as transformers; chunked: as TRL; liger: fused with lm_head",
+            help="standard: as transformers; shifted: as its 4.46 to 4.48; chunked: as TRL; liger: fused",
             default=_AS_TRAINER,
             room="losses",
             phrase=lambda r: f"{r.loss} loss",
@@ -427,7 +427,9 @@ class Recipe(BaseModel):
                 f"{_TRAINERS} "
                 "`chunked` has, for a mixture of experts, the load-balancing loss that SFTTrainer adds "
                 "(`aux_loss_enabled`; not where the config's `router_aux_loss_coef` is 0). `liger` is "
-                "Liger-Kernel's fused linear cross entropy without its other kernels."
+                "Liger-Kernel's fused linear cross entropy without its other kernels. `shifted` is that of "
+                "transformers 4.46 to 4.48 (`loss/loss_utils.py`), which shifts logits and copies those of "
+                "several sequences once more; all else stays as it is today."
             ),
         ),
     ] = "standard"

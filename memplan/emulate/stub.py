@@ -64,8 +64,9 @@ def stub(
 
 
 def _check_makeable(config: dict[str, Any]) -> None:
-    how = (config.get("quantization_config") or {}).get("quant_method", "mxfp4")
-    if how != "mxfp4":
+    given = config.get("quantization_config") or {}
+    how = given.get("quant_method", "bitsandbytes" if "load_in_4bit" in given else "mxfp4")
+    if how != "mxfp4" and not (how == "bitsandbytes" and given.get("load_in_4bit")):
         raise MemplanError(
             f"checkpoints quantized by {shown(how)} can't be made: leave quantization_config out of "
             "config.json, and have the weights quantized when they are loaded"

@@ -113,10 +113,7 @@ def _stored_note(spec: ModelSpec) -> str | None:
     if stored is None:
         return None
     twice = ", double-quantised" if stored.double_quant else ""
-    return (
-        f"its weights are in 4 bits already ({stored.quant_type}{twice}), and planned so; loading is played "
-        "as if they were quantised on the way"
-    )
+    return f"its weights are in 4 bits already ({stored.quant_type}{twice}), and planned so"
 
 
 def _not_traced(config: dict[str, Any]) -> str | None:

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from memplan.asked.spec import ModelSpec
-from memplan.losses import Labels, Loss
+from memplan.losses import Head, Labels, Loss
 from memplan.shadow import ops
 from memplan.shadow.autograd import Node, attach, save, save_output, unpack
 from memplan.shadow.tensor import Tensor, empty, float32, int64, state
 
 
-def _head(
-    head: Any, hidden: Tensor, labels: Labels, router_logits: list[Tensor] | None, spec: ModelSpec
-) -> tuple[Tensor, Tensor]:
-    """``lm_head``, caps, ``loss_function``."""
-    logits = head(hidden)
-    if spec.final_logit_softcapping is not None:
-        logits = ops.scale(logits, "div")
-        logits = ops.result_activation("tanh", logits)
-        logits = ops.scale(logits)
-    state.tape.module = "loss"
-    loss = causal_lm_loss(logits, labels)
-    return loss, logits
+def head_of(loss_function: Callable[[Tensor, Labels], Tensor]) -> Head:
+    """``lm_head``, caps, ``loss_function`` of logits and labels."""
+
+    def whole(
+        head: Any, hidden: Tensor, labels: Labels, router_logits: list[Tensor] | None, spec: ModelSpec
+    ) -> tuple[Tensor, Tensor]:
+        logits = head(hidden)
+        if spec.final_logit_softcapping is not None:
+            logits = ops.scale(logits, "div")
+            logits = ops.result_activation("tanh", logits)
+            logits = ops.scale(logits)
+        state.tape.module = "loss"
+        loss = loss_function(logits, labels)
+        return loss, logits
+
+    return whole
 
 
 def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -33,10 +38,11 @@ def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
     # labels[..., 1:] is contiguous for one row
     shift_labels = labels if batch == 1 else empty((batch, length), int64, "clone")
     logits = ops.view(logits, (batch * length, logits.shape[-1]))
-    return _cross_entropy(logits, shift_labels)
+    return cross_entropy(logits, shift_labels)
 
 
-def _cross_entropy(source: Tensor, target: Tensor) -> Tensor:
+def cross_entropy(source: Tensor, target: Tensor) -> Tensor:
+    """``torch.nn.functional.cross_entropy``."""
     log_probabilities = _log_softmax(source)
     return _nll(log_probabilities, target)
 
@@ -71,4 +77,4 @@ def _nll_backward(node: Node, grad: Tensor) -> Any:
     return (empty(node.context, grad.dtype, "nll_loss_backward"),)
 
 
-LOSS = Loss(_head, tiled=False)
+LOSS = Loss(head_of(causal_lm_loss), tiled=False)

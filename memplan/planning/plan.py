@@ -29,7 +29,7 @@ from memplan.planning.records import (
     StaticBytes,
     Summary,
 )
-from memplan.planning.study import Prediction, Study, ask, read_from
+from memplan.planning.study import Loading, Prediction, Study, ask, read_from
 from memplan.tape import Category, Peak, Point, Tape, replay, timeline
 
 SCHEMA_VERSION = 1
@@ -300,10 +300,12 @@ def plan_from_tape(
     *,
     named: bool = True,
     libraries: dict[str, str] | None = None,
+    loading: Loading | None = None,
 ) -> Plan:
     """What an unfolded tape says, whoever wrote it for the reference card. ``recipe`` is resolved; ``named``:
-    somebody asked about these cards, so one that can't be judged is refused."""
-    study = Study(tape, recipe, gpus, named=named)
+    somebody asked about these cards, so one that can't be judged is refused; ``loading``: how what rests came
+    onto a card of so many bytes, as it lies on the tape if nobody says."""
+    study = Study(tape, recipe, gpus, named=named, loading=loading)
     return plan_from_study(study, model, parameters, libraries)
 
 

@@ -128,12 +128,14 @@ class Summary(Record):
 class AllocatorInfo(Record):
     """What the caching allocator makes of the run, simulated where nothing limits it. ``allocated_bytes``:
     ``max_memory_allocated`` of a step, in whole blocks; ``reserved_bytes``: ``max_memory_reserved`` of the
-    run; ``fragmentation_bytes``: their difference. ``settings``: ``PYTORCH_ALLOC_CONF``."""
+    run; ``fragmentation_bytes``: their difference. ``settings``: ``PYTORCH_ALLOC_CONF``. ``loading``: by whom
+    is told how the model came onto the card; null where nobody does, and the run begins with what rests."""
 
     settings: str
     allocated_bytes: int
     reserved_bytes: int
     fragmentation_bytes: int
+    loading: Literal["predicted"] | None = None
 
 
 class Evaluation(BaseModel):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,6 +23,8 @@ from memplan.tape import Category, Peak, Tape, replay, static_bytes
 
 if TYPE_CHECKING:
     from memplan.runfiles import Reading
+
+Loading = Callable[["int | None"], "Tape | None"]  # of a card's bytes
 
 DEFAULT_BATCH = 8  # TrainingArguments.per_device_eval_batch_size (transformers 5.23)
 
@@ -150,15 +152,25 @@ def read_from(read: Reading | None) -> ReadFrom | None:
 
 class Study:
     """What follows from the tape of a step, whoever wrote it for the reference card: it is replayed, and the
-    run that it is a step of is played on the allocator, for one card after the other.
+    run that it is a step of is played on the allocator, for one card after the other. ``loading`` writes how
+    what rests came onto a card of so many bytes; without it, it lies as on the tape.
 
     Raises MemplanError for a card that was ``named`` and can't be judged by this tape.
     """
 
     rewritable = False  # for a card on which other kernels run
 
-    def __init__(self, tape: Tape, recipe: Recipe, gpus: Iterable[Gpu], *, named: bool) -> None:
+    def __init__(
+        self,
+        tape: Tape,
+        recipe: Recipe,
+        gpus: Iterable[Gpu],
+        *,
+        named: bool,
+        loading: Loading | None = None,
+    ) -> None:
         self.tape, self.recipe = tape, recipe
+        self._loading = loading or _not_loaded
         self.cards = list(cards.as_told(tape, recipe, gpus, named=named, rewritable=self.rewritable))
 
     @cached_property
@@ -177,17 +189,19 @@ class Study:
 
     @cached_property
     def _as_it_lies(self) -> Run:
-        return Run(self.tape, _not_loaded, parse_settings(self.recipe.alloc_conf))
+        return Run(self.tape, self._loading, parse_settings(self.recipe.alloc_conf))
 
     @cached_property
     def allocator(self) -> AllocatorInfo:
         """The run on the simulated allocator, where nothing limits it."""
-        run = self.run().free
+        whole = self.run()
+        run = whole.free
         return AllocatorInfo(
             settings=self.recipe.alloc_conf,
             allocated_bytes=run.allocated,
             reserved_bytes=run.reserved,
             fragmentation_bytes=run.fragmentation,
+            loading=None if whole.loading is _not_loaded else "predicted",
         )
 
     @cached_property

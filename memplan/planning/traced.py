@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memplan import libraries, losses
 from memplan.asked.recipe import Recipe
 from memplan.errors import MemplanError, UnsupportedArchitecture
+from memplan.importers.quantization import method_of
 from memplan.importers.resolve import ResolvedConfig, resolve_config
 from memplan.planning.cards import able
 from memplan.planning.plan import Plan, plan_from_tape
 from memplan.planning.records import ModelInfo, ParameterCounts
+from memplan.predict.loading import loading_of
 from memplan.tape import Phase, Tape
 
 if TYPE_CHECKING:
@@ -32,7 +35,8 @@ def trace_plan(
     gpus: Iterable[str] | None = None,
     progress: Progress | None = None,
 ) -> tuple[Plan, Tape]:
-    """Trace one steady-state training step: what it needs, and its tape.
+    """Trace one steady-state training step: what it needs, and its tape. How its model comes onto the card is
+    predicted, of the parameters that it has.
 
     ``model`` is an alias, a Hub id, or a path to a config.json or its folder, of any causal language model
     that transformers has; ``progress`` is told each phase and layer that it comes to.
@@ -40,7 +44,8 @@ def trace_plan(
     """
     cards = able(recipe or Recipe(), gpus)  # names that are wrong are said to be before anything is traced
     found = model if isinstance(model, ResolvedConfig) else resolve_config(model)
-    traced = _trace(found, checked(found, recipe or Recipe()), progress)
+    stored = method_of(found.config.get("quantization_config")) == "bitsandbytes"
+    traced = _trace(found, checked(found, recipe or Recipe()), progress, stored)
     answer = plan_from_tape(
         traced.tape,
         ModelInfo(name=found.name, hub_id=found.hub_id, architecture=traced.architecture, note=found.note),
@@ -49,11 +54,12 @@ def trace_plan(
         cards,
         named=gpus is not None,
         libraries=libraries.installed(losses.find(traced.recipe.loss).library),
+        loading=partial(loading_of, traced.shapes, traced.brought, traced.recipe, traced.tape, stored=stored),
     )
     return answer, traced.tape
 
 
-def _trace(found: ResolvedConfig, recipe: Recipe, progress: Progress | None) -> Traced:
+def _trace(found: ResolvedConfig, recipe: Recipe, progress: Progress | None, stored: bool) -> Traced:
     libraries.require(losses.find(recipe.loss).library)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the libraries deprecate is for those who call them
@@ -64,7 +70,7 @@ def _trace(found: ResolvedConfig, recipe: Recipe, progress: Progress | None) -> 
             raise MemplanError(
                 f"tracing can't import its libraries ({reason}): run `{libraries.INSTALL}`"
             ) from error
-        return trace_model(found.config, recipe, progress=progress)
+        return trace_model(found.config, recipe, progress=progress, stored=stored)
 
 
 def checked(found: ResolvedConfig, recipe: Recipe) -> Recipe:

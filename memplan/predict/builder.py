@@ -156,7 +156,7 @@ class Builder:
             close(index, repeat)
         tape.begin(Phase.SETUP, "weights", part=Part.LOADED)
         self.rotary()
-        if self.quantised is not None:
+        if self.quantised is not None and spec.quantization is None:  # which quantising leaves
             self.buffers += self.quantised.shared(recipe)
         norm = self.module("model.norm", outside["model.norm"], "model.norm")
         head: Any

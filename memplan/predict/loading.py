@@ -10,7 +10,8 @@ weight in 16 bits until bitsandbytes has quantised it (0.50 functional.py, ``qua
 preparation then casts what is not 4-bit and empties the cache (0.21 peft/utils/other.py). Adapters are moved
 to the card in the dtype that their layer computes in, one layer after another, and then cast to fp32, all of
 them (peft/tuners/tuners_utils.py, ``_move_adapter_to_device_of_base_layer``, ``cast_adapter_dtype``); TRL's
-SFTTrainer casts them back to bf16 (1.16 trainer/sft_trainer.py).
+SFTTrainer casts them back to bf16 (1.16 trainer/sft_trainer.py). A checkpoint that is in 4 bits already comes
+as it is, after the same block: nothing is there in 16 bits first, and threads read it, as below.
 
 *full, lora*: the model is made on the host, and the Trainer moves it, parameter by parameter in the order of
 its modules (torch/nn/modules/module.py, ``_apply``). With ``device_map="auto"`` it is loaded onto the card as
@@ -28,7 +29,7 @@ computes when it begins.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 
 from memplan import weights
@@ -36,8 +37,9 @@ from memplan.asked.recipe import DTypeName, Recipe
 from memplan.asked.spec import ModelSpec
 from memplan.device.allocator import SMALL_SEGMENT
 from memplan.predict import blueprint
+from memplan.shadow.tensor import Shape
 from memplan.tape import Category, Part, Phase, Tape
-from memplan.weights import LoadStep
+from memplan.weights import Brought, LoadStep
 
 _NOT_LOADED = ("model.rotary_emb", "bitsandbytes")  # buffers that are made, not read
 _WARMUP_RESERVE = int(1.2 * (1 << 30))  # what the warm-up leaves of a card that is smaller than the model
@@ -50,17 +52,35 @@ def loading(spec: ModelSpec, recipe: Recipe, step: Tape, capacity: int | None = 
 
     The storages of the step have the same numbers on this tape, and what is only there for a while follows.
     """
-    return _written(_steps(spec, recipe, step, capacity, stock=True), step)
+    shapes = blueprint.named_shapes(spec)
+    return loading_of(shapes, _brought(step), recipe, step, capacity, stored=spec.quantization is not None)
+
+
+def loading_of(
+    shapes: Mapping[str, Shape],
+    brought: Iterable[Brought],
+    recipe: Recipe,
+    step: Tape,
+    capacity: int | None = None,
+    *,
+    stored: bool = False,
+) -> Tape:
+    """The same of a step that somebody else wrote: ``shapes`` of all parameters of the base model by their
+    full names, and what it ``brought``, in the order of modules. ``stored``: the checkpoint has the weights
+    quantised already."""
+    steps = _steps(shapes, list(brought), recipe, step, capacity, stock=True, stored=stored)
+    return _written(steps, step)
 
 
 def making(spec: ModelSpec, recipe: Recipe, step: Tape) -> Tape:
     """The same of a model that memplan's verifier makes."""
-    return _written(_steps(spec, recipe, step, None, stock=False), step)
+    steps = _steps(blueprint.named_shapes(spec), _brought(step), recipe, step, None, stock=False)
+    return _written(steps, step)
 
 
 def _written(steps: Iterator[LoadStep], step: Tape) -> Tape:
     tape = Tape(
-        step.provenance,
+        "predicted",  # whoever wrote the step
         sizes=step.sizes[:],
         categories=step.categories[:],
         operations=step.operations[:],
@@ -89,16 +109,22 @@ def _empty_cache(tape: Tape) -> None:
 
 
 def _steps(
-    spec: ModelSpec, recipe: Recipe, tape: Tape, capacity: int | None, *, stock: bool
+    shapes: Mapping[str, Shape],
+    brought: list[Brought],
+    recipe: Recipe,
+    tape: Tape,
+    capacity: int | None,
+    *,
+    stock: bool,
+    stored: bool = False,
 ) -> Iterator[LoadStep]:
-    resting = _resting(tape)
     if weights.of(recipe) is not None or (stock and recipe.device_map):
-        return _onto_card(spec, recipe, resting, tape, capacity, stock=stock)
-    return iter([("alloc", index) for index, _, _ in resting])
+        return _onto_card(shapes, brought, recipe, tape, capacity, stock=stock, stored=stored)
+    return iter([("alloc", one.storage) for one in brought])
 
 
-def _resting(tape: Tape) -> list[tuple[int, str, Category]]:
-    """Storages of weights, quantisation state and adapters in SETUP: index, full name, category."""
+def _brought(tape: Tape) -> list[Brought]:
+    """Storages of weights, quantisation state and adapters in SETUP of a tape of the shadow."""
     found = []
     for segment in tape.segments:
         if segment.part is not Part.LOADED:
@@ -106,32 +132,34 @@ def _resting(tape: Tape) -> list[tuple[int, str, Category]]:
         prefix = "" if segment.layer is None else f"model.layers.{segment.layer}."
         for event in tape.events[segment.start : segment.stop]:
             if event >= 0:
-                found.append((event, prefix + tape.modules[event], tape.categories[event]))
+                name = prefix + tape.modules[event]
+                made = name in _NOT_LOADED or name.endswith("embed_scale")
+                found.append(Brought(event, name, tape.categories[event], made))
     return found
 
 
 def _onto_card(
-    spec: ModelSpec,
+    shapes: Mapping[str, Shape],
+    brought: list[Brought],
     recipe: Recipe,
-    resting: list[tuple[int, str, Category]],
     tape: Tape,
     capacity: int | None,
     *,
     stock: bool,
+    stored: bool,
 ) -> Iterator[LoadStep]:
     """As transformers loads (``stock``), else as memplan makes a model."""
     storages: dict[str, list[int]] = {}
     adapters: list[tuple[int, str]] = []
     made = []
-    for index, name, category in resting:
-        if category is Category.ADAPTERS:
-            adapters.append((index, name))
-        elif name in _NOT_LOADED or name.endswith("embed_scale"):
-            made.append(index)
+    for one in brought:
+        if one.category is Category.ADAPTERS:
+            adapters.append((one.storage, one.name))
+        elif one.made:
+            made.append(one.storage)
         else:
-            storages.setdefault(name, []).append(index)
+            storages.setdefault(one.name, []).append(one.storage)
     itemsize = _ITEMSIZE[recipe.dtype]
-    shapes = blueprint.named_shapes(spec)
     scratch = 0
 
     def temporary(nbytes: int) -> tuple[LoadStep, int]:
@@ -146,20 +174,24 @@ def _onto_card(
             form.packed(prod(shape)) if form is not None and name in quantised else prod(shape) * itemsize
             for name, shape in shapes.items()
         )
-        if capacity is not None:
-            size = min(size, max(capacity - _WARMUP_RESERVE, 0))
         if recipe.device_map:  # accelerate asks for a number on the card, whose segment counts as room
             take, probe = temporary(1)
             yield take
             yield "drop", probe
-            size -= SMALL_SEGMENT
-        take, warm = temporary(size)
-        yield take
-        yield "drop", warm
+            size = size - SMALL_SEGMENT if size > 2 * SMALL_SEGMENT else 0
+        if capacity is not None:
+            size = min(size, max(capacity - _WARMUP_RESERVE, 0))
+        if size:
+            take, warm = temporary(size)
+            yield take
+            yield "drop", warm
     for index in made:
         yield "alloc", index
     narrow: list[tuple[int, int]] = []  # what the preparation casts: scratch, storage
     for name in sorted(shapes, key=_natural if stock else _tree):
+        if form is not None and name in quantised and stored:
+            yield from form.stored(storages, name.removesuffix(".weight"), temporary)
+            continue
         if form is not None and name in quantised:
             yield from form.load(shapes[name], itemsize, storages, name.removesuffix(".weight"), temporary)
             if not stock:
@@ -174,7 +206,7 @@ def _onto_card(
                 narrow.append((number, index))
             else:
                 yield "alloc", index
-    for indices in storages.values():  # what the blueprint has no name for
+    for indices in storages.values():  # what is no parameter
         for index in indices:
             yield "alloc", index
     if recipe.kbit_prep:

@@ -201,8 +201,13 @@ def show_note(model: ModelInfo, console: Console) -> None:
 
 def needed(plan: Plan) -> str:
     """What the bytes are that a card is said to need: a tape of real code begins when all is loaded."""
-    loaded = plan.provenance == "predicted"
-    steps = "loading, the first step and a later one" if loaded else "the first step and a later one"
+    loaded = plan.allocator.loading
+    told = (
+        ""
+        if loaded in (None, plan.provenance)
+        else f" ({loaded}, of the parameters that were {plan.provenance})"
+    )
+    steps = f"loading{told}, the first step and a later one" if loaded else "the first step and a later one"
     text = (
         f"Needed is what PyTorch's allocator reserves over {steps}, simulated, and what a process takes "
         "beside it (assumed)."
@@ -244,6 +249,8 @@ def _show_peak(plan: Plan, console: Console, *, whole: bool) -> None:
     if plan.libraries:
         versions = [f"{name} {version}" for name, version in plan.libraries.items()]
         paragraph(console, versions, f"  {plan.provenance} with", QUIET)
+    if plan.allocator.loading not in (None, plan.provenance):
+        console.print(Text(f"  loading {plan.allocator.loading}, which moves what is reserved only", QUIET))
     total, rest, width = peak.allocated_bytes, rests(plan), max(console.width - _BAR_MARGIN, 8)
     rows: list[list[Cell]] = []
     for field, (label, colour) in CATEGORIES.items():

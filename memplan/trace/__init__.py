@@ -26,11 +26,12 @@ from memplan.tape import Phase, Tape
 from memplan.tape.categories import categorise
 from memplan.trace import existing, losses, standins
 from memplan.trace.layers import Segments
-from memplan.trace.modules import as_built, build, count, fake_modules
+from memplan.trace.modules import as_built, base_model, count, dressed, fake_modules
 from memplan.trace.optimizers import make_optimizer, warm_up
 from memplan.trace.recorder import Recorder
 from memplan.trace.recording import record
 from memplan.trace.step import make_batch, train_step
+from memplan.weights import Brought
 
 __all__ = ["Traced", "record", "trace", "trace_model"]
 
@@ -39,13 +40,17 @@ Progress = Callable[[Phase, "int | None"], None]
 
 @dataclass(frozen=True, slots=True)
 class Traced:
-    """A traced step: the recipe as it was run, the model's class, and its parameters (tied ones once)."""
+    """A traced step: the recipe as it was run, the model's class, its parameters (tied ones once), and what
+    loading brings: the shapes of the base model's parameters by name, and the storages of the tape that they
+    and all else become."""
 
     tape: Tape
     recipe: Recipe
     architecture: str
     parameters: int
     trainable: int
+    shapes: dict[str, tuple[int, ...]]
+    brought: tuple[Brought, ...]
 
 
 def trace(config: dict[str, Any], recipe: Recipe, *, compute_capability: tuple[int, int] = (8, 0)) -> Tape:
@@ -59,10 +64,12 @@ def trace_model(
     *,
     compute_capability: tuple[int, int] = (8, 0),
     progress: Progress | None = None,
+    stored: bool = False,
 ) -> Traced:
     """Record one steady-state training step of the model that ``config`` (a config.json) describes.
 
-    ``progress`` is told each phase and layer that the step comes to. Raises TraceError if the model or the
+    ``progress`` is told each phase and layer that the step comes to; ``stored``: the checkpoint has the
+    weights in 4 bits already. Raises TraceError if the model or the
     recipe can't be traced.
     """
     with quiet():
@@ -79,9 +86,11 @@ def trace_model(
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(fake_modules())
         try:
-            model = build(config, recipe)
+            base = base_model(config, recipe)
+            shapes = {name: tuple(parameter.shape) for name, parameter in base.named_parameters()}
+            model = dressed(base, recipe)
             losses.attach(model, loss)
-            _play(recorder, model, recipe)
+            brought = _play(recorder, model, recipe, stored)
         except MemplanError:
             raise
         except Exception as error:  # whatever the libraries raise at a model that they can't run
@@ -89,15 +98,14 @@ def trace_model(
             where = recorder.place_of(error)
             raise TraceError(f"can't trace this model{where}: {type(error).__name__}: {reason}") from error
     categorise(recorder)
-    base: Any = model if recipe.mode is Mode.FULL else model.get_base_model()
-    return Traced(recorder.tape, recipe, type(base).__name__, *count(model))
+    return Traced(recorder.tape, recipe, type(base).__name__, *count(model), shapes, tuple(brought))
 
 
-def _play(recorder: Recorder, model: nn.Module, recipe: Recipe) -> None:
+def _play(recorder: Recorder, model: nn.Module, recipe: Recipe, stored: bool) -> list[Brought]:
     optimizer = make_optimizer(model, recipe)
     batch = make_batch(recipe)
     warm_up(optimizer)
-    existing.note_module(recorder, model)
+    brought = existing.note_module(recorder, model, stored=stored)
     existing.note_optimizer(recorder, optimizer)
     existing.note_workspaces(recorder)
     existing.note_batch(recorder, batch)
@@ -115,6 +123,7 @@ def _play(recorder: Recorder, model: nn.Module, recipe: Recipe) -> None:
         if collecting:
             gc.enable()
     recorder.finish()
+    return brought
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
@@ -12,6 +13,11 @@ from memplan.cuda.card import Card
 from memplan.tape import Category, Part, Phase, Tape
 from memplan.tape.modules import plain_name
 from memplan.trace.optimizers import on_card
+from memplan.weights import Brought
+
+_WRAPPERS = re.compile(r"\.(?:base_layer|original_module)(?=\.|$)")  # PEFT's, around what it adapts
+# what a quantised weight keeps: bitsandbytes' attributes, and its names for them in checkpoints
+_STATE = {"absmax": "absmax", "code": "quant_map", "offset": "offset"}
 
 
 class Notes(Protocol):
@@ -30,34 +36,49 @@ class Notes(Protocol):
     ) -> int | None: ...
 
 
-def note_module(recorder: Notes, model: nn.Module) -> None:
-    """Parameters, what bitsandbytes keeps beside them, buffers, and gradients that are there already."""
-    tape = recorder.tape
+def note_module(recorder: Notes, model: nn.Module, *, stored: bool = False) -> list[Brought]:
+    """Parameters, what bitsandbytes keeps beside them, buffers, and gradients that are there already: all but
+    these, as they were brought here. ``stored``: the checkpoint has the weights quantised already."""
+    tape, brought = recorder.tape, []
+
+    def bring(tensor: torch.Tensor, operation: str, name: str, category: Category, made: bool) -> None:
+        before = len(tape.sizes)
+        index = recorder.born(tensor, operation, category)
+        if index is not None and index >= before:  # no second name of a tensor that is there
+            brought.append(
+                Brought(index, _WRAPPERS.sub("", f"{tape.module}.{name}").lstrip("."), category, made)
+            )
+
     recorder.begin(Phase.SETUP, "weights", part=Part.LOADED)
     nested = False
     for module_name, module in model.named_modules():
         tape.module = plain_name(module_name)
         own = "lora_" in module_name or "modules_to_save" in module_name
         for name, parameter in module.named_parameters(recurse=False):
-            recorder.born(parameter, name, Category.ADAPTERS if own else Category.WEIGHTS)
+            bring(parameter, name, name, Category.ADAPTERS if own else Category.WEIGHTS, made=False)
             if parameter.grad is not None:
                 recorder.born(parameter.grad, f"{name}.grad", Category.GRADIENTS)
-            state = getattr(parameter, "quant_state", None)
+            state, level = getattr(parameter, "quant_state", None), ""
             while state is not None:
                 nested = nested or state.nested
-                for key in ("absmax", "code", "offset"):
+                for key, known in _STATE.items():
                     if getattr(state, key) is not None:
-                        recorder.born(getattr(state, key), f"quant_state.{key}", Category.QUANTIZATION_STATE)
-                state = state.state2
+                        kind = Category.QUANTIZATION_STATE
+                        bring(getattr(state, key), f"quant_state.{key}", level + known, kind, made=False)
+                state, level = state.state2, "nested_"
         for name, buffer in module.named_buffers(recurse=False):
-            recorder.born(buffer, name, Category.WEIGHTS)
+            made = name in module._non_persistent_buffers_set
+            bring(buffer, name, name, Category.WEIGHTS, made)
         if hasattr(module, "long_inv_freq"):  # a plain attribute of longrope's
-            recorder.born(module.long_inv_freq, "long_inv_freq", Category.WEIGHTS)
+            bring(module.long_inv_freq, "long_inv_freq", "long_inv_freq", Category.WEIGHTS, made=True)
     tape.module = ""
-    if nested:
+    if nested and not stored:
         # name2qmap["dynamic"], made on the card by the first layer's double quantisation and kept
         # (bitsandbytes 0.50 functional.py quantize_blockwise)
-        recorder.reserve(1024, "name2qmap", Category.QUANTIZATION_STATE)
+        index = recorder.reserve(1024, "name2qmap", Category.QUANTIZATION_STATE)
+        if index is not None:
+            brought.append(Brought(index, "bitsandbytes", Category.QUANTIZATION_STATE, made=True))
+    return brought
 
 
 def note_optimizer(recorder: Notes, optimizer: torch.optim.Optimizer) -> None:

@@ -35,7 +35,11 @@ _MAX_MODULES = 100_000
 
 def build(config: dict[str, Any], recipe: Recipe) -> nn.Module:
     """The model as a Trainer would get it. Call inside ``FakeTensorMode``."""
-    model = base_model(config, recipe)
+    return dressed(base_model(config, recipe), recipe)
+
+
+def dressed(model: nn.Module, recipe: Recipe) -> nn.Module:
+    """The base model quantised, prepared, with adapters and kernels, as the recipe says."""
     form = weights.of(recipe)
     if form is not None:
         quantize(model, recipe, form, form.fake)

@@ -103,6 +103,11 @@ def _runnable(recipe: Recipe, device: str, loop: str) -> None:
                 "or hold the plan against a trace (memplan trace)"
             )
         libraries.require(loss.library, doing="verifying")
+    elif loss.attach is not losses.unpatched and not loss.tiled and loop != "memplan":
+        raise MemplanError(
+            f"the loss {recipe.loss!r} is no trainer's of today: it is trained with memplan's own loop, "
+            "--loop memplan"
+        )
     if device == "cpu":
         if attention.of(recipe).package:
             raise MemplanError(f"{recipe.attn} runs on CUDA only: use --attn sdpa")
@@ -149,7 +154,8 @@ def spec_of(model: Model) -> ModelSpec:
     """Raises SpecError or UnsupportedArchitecture."""
     from memplan.importers.hf import spec_from_config
 
-    return spec_from_config(model.config, model.name, model.hub_id)
+    spec = spec_from_config(model.config, model.name, model.hub_id)
+    return spec.model_copy(update={"quantization": None})  # the verifier quantises what it makes
 
 
 def peak_bytes(model: Model, recipe: Recipe, card: Card | None = None) -> int:

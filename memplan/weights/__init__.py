@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from memplan import rooms
 from memplan.asked.recipe import Recipe
 from memplan.shadow.tensor import DType, Shape, Tensor
+from memplan.tape import Category
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +21,20 @@ if TYPE_CHECKING:
 # ("alloc", storage of the step) | ("scratch", bytes), known by how many came before | ("drop", that number)
 # | ("empty_cache", 0)
 LoadStep = tuple[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Brought:
+    """A storage that loading leaves on the card: its number on a step's tape; the full name of the parameter
+    or buffer that it is of, or of what a quantised one keeps beside it (``.absmax``); its category; whether
+    it is made there, not read."""
+
+    storage: int
+    name: str
+    category: Category
+    made: bool
+
+
 Temporary = Callable[[int], tuple[LoadStep, int]]  # by its bytes: the step that makes it, and its number
 
 
@@ -33,7 +48,7 @@ class Quantised:
     Loaded onto the card, each weight in 16 bits first: ``packed``: bytes that the warm-up counts for so many
     weights; ``made``: whether the storages by name have such a weight; ``load``: the steps from a weight's
     shape, the bytes of each of its numbers when it arrives, storages by name, its module, and what makes
-    temporaries.
+    temporaries. ``stored``: the steps of a weight that a checkpoint has in this format already.
 
     The library's own: ``fake``: a layer of fake tensors in the place of a linear one; ``real``: the same with
     data to come; ``with_data``: a parameter of such a layer with its data, or None of one that is none of its
@@ -47,6 +62,7 @@ class Quantised:
     packed: Callable[[int], int]
     made: Callable[[str, Mapping[str, Any]], bool]
     load: Callable[[Shape, int, dict[str, list[int]], str, Temporary], Iterator[LoadStep]]
+    stored: Callable[[dict[str, list[int]], str, Temporary], Iterator[LoadStep]]
     fake: Callable[[nn.Linear, Recipe], nn.Module]
     real: Callable[[nn.Linear, Recipe], nn.Module]
     with_data: Callable[[nn.Parameter, torch.Tensor], nn.Parameter | None]

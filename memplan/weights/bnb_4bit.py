@@ -175,6 +175,21 @@ def _load(
     yield "drop", weight
 
 
+def _stored(storages: dict[str, list[int]], module: str, temporary: Temporary) -> Iterator[LoadStep]:
+    """A weight that its checkpoint has in 4 bits: its tensors are read onto the card in the order of their
+    names and stay there (transformers 5.23 integrations/bitsandbytes.py, ``Bnb4bitDeserialize``), but for
+    some 150 bytes of JSON, which are read back to the host and which the offset is made of (bitsandbytes
+    0.50 functional.py, ``QuantState.from_dict``)."""
+    for name in ("weight", "absmax", "nested_absmax", "nested_quant_map", "quant_map"):
+        if f"{module}.{name}" in storages:
+            yield "alloc", storages.pop(f"{module}.{name}")[0]
+    take, told = temporary(1)
+    yield take
+    yield "drop", told
+    if f"{module}.offset" in storages:
+        yield "alloc", storages.pop(f"{module}.offset")[0]
+
+
 # -- bitsandbytes' own objects ---------------------------------------------------------------------------
 
 
@@ -335,6 +350,7 @@ WEIGHTS = Quantised(
     packed=lambda count: (count + 1) // 2,
     made=_made,
     load=_load,
+    stored=_stored,
     fake=_fake,
     real=_real,
     with_data=_with_data,

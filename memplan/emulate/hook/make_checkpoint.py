@@ -38,7 +38,7 @@ Tensors = dict[str, tuple[str, list[int]]]  # safetensors' name of the type, and
 def make(config: dict[str, Any], folder: Path, merged: bool) -> None:
     """Write config.json, model-*.safetensors and their index, a tokenizer and a processor."""
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    _holes(folder, _tensors(config, folder, merged))
+    _holes(folder, *_tensors(config, folder, merged))
     _tokenizer(folder, {})
     try:
         _processor(folder)
@@ -49,8 +49,8 @@ def make(config: dict[str, Any], folder: Path, merged: bool) -> None:
         sys.stdout.write(f"made without a processor, which transformers can't make: {said}\n")
 
 
-def _tensors(config: dict[str, Any], folder: Path, merged: bool) -> Tensors:
-    """What the checkpoint holds."""
+def _tensors(config: dict[str, Any], folder: Path, merged: bool) -> tuple[Tensors, dict[str, bytes]]:
+    """What the checkpoint holds, and of what is read as text the content."""
     import torch
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -71,7 +71,12 @@ def _tensors(config: dict[str, Any], folder: Path, merged: bool) -> Tensors:
         name: (STORED[str(tensor.dtype).removeprefix("torch.")], list(tensor.shape))
         for name, tensor in (state if merged else _as_published(model, state)).items()
     }
-    return _quantized(found, config.get("quantization_config"))
+    how = config.get("quantization_config")
+    if how is None:
+        return found, {}
+    if "load_in_4bit" in how:
+        return _in_4_bits(found, _linear(model, how), how)
+    return _in_mxfp4(found), {}
 
 
 def _as_published(model: Any, state: dict[str, Any]) -> dict[str, Any]:
@@ -83,10 +88,50 @@ def _as_published(model: Any, state: dict[str, Any]) -> dict[str, Any]:
     return dict(revert_weight_conversion(model, state))
 
 
-def _quantized(tensors: Tensors, how: dict[str, Any] | None) -> Tensors:
-    """The same as its file has them if it is published in MXFP4, the one way that stub.py lets through."""
-    if how is None:
-        return tensors
+def _linear(model: Any, how: dict[str, Any]) -> set[str]:
+    """The weights that bitsandbytes has in 4 bits: of linear layers, but for the output layer and what the
+    checkpoint keeps."""
+    from torch import nn
+
+    head, kept = model.get_output_embeddings(), set(how.get("llm_int8_skip_modules") or ())
+    return {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear
+        and module is not head
+        and name not in kept
+        and kept.isdisjoint(name.split("."))
+    }
+
+
+def _in_4_bits(tensors: Tensors, linear: set[str], how: dict[str, Any]) -> tuple[Tensors, dict[str, bytes]]:
+    """The same as bitsandbytes saves them (0.50 functional.py, ``QuantState.as_dict(packed=True)``)."""
+    found: Tensors = {}
+    contents = {}
+    words = {short: word for word, short in STORED.items()}
+    for name, (dtype, shape) in tensors.items():
+        if name not in linear:
+            found[name] = dtype, shape
+            continue
+        count = prod(shape)
+        scales = -(-count // 64)
+        code, nested = how.get("bnb_4bit_quant_type") or "fp4", bool(how.get("bnb_4bit_use_double_quant"))
+        told = {"quant_type": code, "blocksize": 64, "dtype": words[dtype], "shape": shape}
+        if nested:
+            told |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.0}
+            found[f"{name}.nested_absmax"] = "F32", [-(-scales // 256)]
+            found[f"{name}.nested_quant_map"] = "F32", [256]
+        state = f"{name}.quant_state.bitsandbytes__{code}"
+        contents[state] = json.dumps(told).encode()
+        found[name] = "U8", [(count + 1) // 2, 1]
+        found[f"{name}.absmax"] = "U8" if nested else "F32", [scales]
+        found[f"{name}.quant_map"] = "F32", [16]
+        found[state] = "U8", [len(contents[state])]
+    return found, contents
+
+
+def _in_mxfp4(tensors: Tensors) -> Tensors:
+    """The same as its file has them if it is published in MXFP4."""
     found: Tensors = {}
     for name, (dtype, shape) in tensors.items():
         if len(shape) == 3:  # experts alone: 32 numbers in 16 bytes and one scale, along what goes in
@@ -98,7 +143,7 @@ def _quantized(tensors: Tensors, how: dict[str, Any] | None) -> Tensors:
     return found
 
 
-def _holes(folder: Path, tensors: Tensors) -> None:
+def _holes(folder: Path, tensors: Tensors, contents: dict[str, bytes]) -> None:
     """The tensors in one file, or in several and their index."""
     shards: list[Tensors] = [{}]
     size = total = 0
@@ -110,24 +155,25 @@ def _holes(folder: Path, tensors: Tensors) -> None:
         shards[-1][name] = dtype, shape
         size, total = size + nbytes, total + nbytes
     if len(shards) == 1:
-        _shard(folder / "model.safetensors", shards[0])
+        _shard(folder / "model.safetensors", shards[0], contents)
         return
     where: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        _shard(folder / file, shard)
+        _shard(folder / file, shard, contents)
         where |= dict.fromkeys(shard, file)
     index = {"metadata": {"total_size": total}, "weight_map": where}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
-def _shard(path: Path, tensors: Tensors) -> None:
+def _shard(path: Path, tensors: Tensors, contents: dict[str, bytes]) -> None:
     told = {}
     end = 0
     for name, (dtype, shape) in tensors.items():
         start, end = end, end + prod(shape) * ITEMSIZE[dtype]
         told[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-    memplan_holes.write(path, told, {"format": "pt"})
+    here = {name: content for name, content in contents.items() if name in tensors}
+    memplan_holes.write(path, told, {"format": "pt"}, here)
 
 
 def _tokenizer(folder: Path, marks: dict[str, int], image: str = "", video: str = "") -> None:
