@@ -112,6 +112,7 @@ def _listed(room: str) -> Any:
 OptimizerName = Annotated[str, _named("optimizers", "optimizer", OPTIMIZER_ALIASES), _listed("optimizers")]
 AttentionName = Annotated[str, _named("attention", "attention implementation"), _listed("attention")]
 LossName = Annotated[str, _named("losses", "loss"), _listed("losses")]
+StrategyName = Annotated[str, _named("strategies", "strategy"), _listed("strategies")]
 TrainerName = Annotated[str, BeforeValidator(_trainer), _listed("stacks")]
 
 
@@ -488,6 +489,41 @@ class Recipe(BaseModel):
                 "the host, and the Trainer moves the model; 4-bit ones go to the card in any case. `auto` "
                 "loads all onto the card: block placement differs, by some MB."
             ),
+        ),
+    ] = None
+    parallel: Annotated[
+        StrategyName | None,
+        of_step(
+            help="how several GPUs share a step",
+            default="one GPU",
+            room="strategies",
+            metavar="NAME",
+            phrase=lambda r: f"{r.parallel} on {r.gpus} GPUs" if r.parallel else None,
+            source="One GPU.",
+        ),
+    ] = None
+    gpus: Annotated[
+        int,
+        of_step(help="GPUs that share a step", metavar="N", told_with="parallel", source="One GPU."),
+    ] = Field(default=1, ge=1)
+    shard_dtype: Annotated[
+        DTypeName | None,
+        of_step(
+            help="what shards of trained parameters are kept in",
+            default="float32",
+            short=_LONG_DTYPES,
+            phrase=lambda r: f"{SHORT_DTYPES[r.shard_dtype.value]} shards" if r.shard_dtype else None,
+            source="accelerate, `utils/fsdp_utils.py`, `fsdp2_prepare_model`.",
+        ),
+    ] = None
+    reduce_dtype: Annotated[
+        DTypeName | None,
+        of_step(
+            help="what gradients are summed over GPUs in",
+            default="as --dtype",
+            short=_LONG_DTYPES,
+            phrase=lambda r: f"reduced in {SHORT_DTYPES[r.reduce_dtype.value]}" if r.reduce_dtype else None,
+            source="accelerate, `utils/dataclasses.py`, `set_mixed_precision`.",
         ),
     ] = None
     alloc_conf: Annotated[

@@ -18,8 +18,10 @@ from memplan.tape import Category
 
 
 def parameter(shape: Shape, dtype: DType, name: str, kind: Category, trainable: bool) -> Tensor:
-    """A leaf tensor."""
+    """A leaf tensor, as it is spread over ranks."""
     state.tape.module = name
+    if state.spread is not None:
+        return state.spread.parameter(shape, dtype, kind, trainable)
     with category(kind):
         tensor = empty(shape, dtype, "parameter")
     if trainable:
@@ -29,7 +31,9 @@ def parameter(shape: Shape, dtype: DType, name: str, kind: Category, trainable: 
 
 def buffer(shape: Shape, dtype: DType, name: str, kind: Category) -> Tensor:
     """A tensor that is only kept."""
-    return parameter(shape, dtype, name, kind, False)
+    state.tape.module = name
+    with category(kind):
+        return empty(shape, dtype, "parameter")
 
 
 class Base:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from memplan import adapters, families, weights
+from memplan import adapters, families, strategies, weights
 from memplan.asked.recipe import DTypeName, Mode, Recipe
 from memplan.asked.spec import ModelSpec
 from memplan.optimizers import Group
-from memplan.parts.leaves import Base, Embedding, Linear, parameter
+from memplan.parts.leaves import Base, Embedding, Linear, buffer, parameter
 from memplan.parts.module import Module
 from memplan.parts.norms import RMSNorm
 from memplan.predict import blueprint
@@ -59,7 +59,7 @@ class Builder:
         pairs = len(set(spec.layer_types)) if self.family.rotates_by_layer else 1
         # longrope makes its second table in the first step and keeps it
         for _ in range(2 * pairs + spec.longrope):
-            self.buffers.append(parameter((width,), float32, "model.rotary_emb", Category.WEIGHTS, False))
+            self.buffers.append(buffer((width,), float32, "model.rotary_emb", Category.WEIGHTS))
 
     def weight(self, shape: tuple[int, ...], name: str, full_name: str | None = None) -> Tensor:
         """A weight that is not quantised. A module to save keeps the frozen original beside its copy
@@ -127,20 +127,27 @@ class Builder:
         spec, recipe, tape = self.spec, self.recipe, state.tape
         outside = blueprint.outside(spec)
         groups: list[Group] = []
+        spread = state.spread
+
+        def begin(part: strategies.Part) -> None:
+            if spread is not None:
+                spread.begin(part)
 
         def close(layer: int | None, repeat: int = 1) -> None:
             if self.trainable:
-                groups.append(Group(layer, repeat, self.trainable))
+                updated = self.trainable if spread is None else [*map(spread.updated, self.trainable)]
+                groups.append(Group(layer, repeat, updated))
                 self.trainable = []
 
         tape.begin(Phase.SETUP, "weights", part=Part.LOADED)
+        begin(strategies.HEAD if spec.tie_word_embeddings else strategies.EMBEDDING)
         table = self.weight(outside["model.embed_tokens"].parameters["weight"], "model.embed_tokens")
         original = self.buffers[-1] if self.buffers else table  # of a module to save
         scale = None
         if self.family.scaled_embedding:
             # a buffer, which the copy of a module to save has as well
             for _ in range(1 + is_saved(recipe.modules_to_save, "model.embed_tokens")):
-                scale = parameter((), self.dtype, "model.embed_tokens.embed_scale", Category.WEIGHTS, False)
+                scale = buffer((), self.dtype, "model.embed_tokens.embed_scale", Category.WEIGHTS)
                 self.buffers.append(scale)
         hook = recipe.mode is not Mode.FULL and bool(recipe.gradient_checkpointing)
         embedding = Embedding(table, scale, hook)
@@ -148,6 +155,7 @@ class Builder:
         layers = []
         for index, repeat in played.repeats:
             tape.begin(Phase.SETUP, "layer weights", index, Part.LOADED)
+            begin(index)
             prefix = f"model.layers.{index}."
             definition = blueprint.layer(spec, blueprint.is_sparse(spec, index))
             layers.append(
@@ -155,6 +163,7 @@ class Builder:
             )
             close(index, repeat)
         tape.begin(Phase.SETUP, "weights", part=Part.LOADED)
+        begin(strategies.HEAD)
         self.rotary()
         if self.quantised is not None and spec.quantization is None:  # which quantising leaves
             self.buffers += self.quantised.shared(recipe)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from memplan import attention, families, losses
+from memplan import attention, families, losses, strategies
 from memplan.asked.recipe import DTypeName, Mode, Recipe
 from memplan.asked.spec import ModelSpec
 from memplan.cuda.card import Card
@@ -167,8 +167,14 @@ def at_rest(
     """Begin a new tape with what is there before a step: the model, its optimizer states, and cuBLAS's
     workspaces."""
     tape = begin(card)
+    strategy = strategies.of(recipe)
+    if strategy is not None:
+        state.spread = strategy.spread(recipe)
     model = Builder(spec, recipe).build(played)
-    states = update.states(model.trainable, recipe, model.embedding.weight)
+    embedding = model.embedding.weight
+    states = update.states(
+        model.trainable, recipe, state.spread.updated(embedding) if state.spread else embedding
+    )
     tape.begin(Phase.SETUP, "workspaces", part=Part.RESTING)
     tape.module = ""
     # one for each cuBLAS handle, and autograd's thread has its own
@@ -196,6 +202,8 @@ def _play(
         grad = empty((), loss.dtype, "ones_like")  # torch.autograd.backward holds it to the end
         autograd.backward(loss, grad)
         tape.begin(Phase.BACKWARD, "graph freed")
+        if state.spread is not None:
+            state.spread.finish()
         del grad
         loss = loss.detach()
     if recipe.max_grad_norm:
@@ -212,10 +220,17 @@ def _play(
 def forward(model: Model, fed: Batch, played: list[int]) -> Tensor:
     """``model(**batch).loss``, under autocast as accelerate wraps it."""
     recipe = model.recipe
-    if recipe.autocast:
+    spread = state.spread
+    autocast = recipe.autocast and (spread is None or spread.autocast)
+    if autocast:
         state.autocast = bfloat16 if recipe.dtype is DTypeName.FLOAT32 else DTYPES[recipe.dtype.value]
+    if spread is not None:
+        state.tape.begin(Phase.FORWARD, "embed")
+        spread.before()
     loss, logits, cache = _causal_lm(model, fed, played)
-    if recipe.autocast:
+    if spread is not None:
+        loss = spread.after(loss, logits)
+    if autocast:
         state.autocast = None
         state.autocast_cache.clear()
         # convert_outputs_to_fp32 (accelerate/utils/operations.py): all 16-bit outputs, logits too
@@ -236,7 +251,8 @@ def _causal_lm(model: Model, fed: Batch, played: list[int]) -> tuple[Any, Tensor
     tape.begin(Phase.FORWARD, "head")
     state.category = Category.LOGITS_AND_LOSS
     head = losses.find(model.recipe.loss).head
-    loss, logits = head(model.head, hidden, fed.labels, router_logits, model.spec)
+    module = model.head if state.spread is None else state.spread.head(model.head)
+    loss, logits = head(module, hidden, fed.labels, router_logits, model.spec)
     return loss, logits, cache
 
 
@@ -248,7 +264,8 @@ def _decoder(
 ) -> tuple[Tensor, Any]:
     spec, recipe, tape = model.spec, model.recipe, state.tape
     rows = fed.rows.recipe
-    embeds = model.embedding(fed.ids)
+    spread = state.spread
+    embeds = model.embedding(fed.ids) if spread is None else spread.embed(model.embedding, fed.ids)
     tape.module = "model"
     cache: list[Tensor] | None = [] if uses_cache(recipe) else None
     with category(Category.ACTIVATIONS if recipe.gradient_checkpointing else Category.TEMPORARIES):
@@ -261,7 +278,8 @@ def _decoder(
         rotary = _rotary_tables(spec, rows.seq_len, hidden)
     layer = families.find(spec.model_type).layer
     attend = attention.of(recipe).attend
-    for modules, index in zip(model.layers, played, strict=True):
+    for number, (modules, index) in enumerate(zip(model.layers, played, strict=True)):
+        run = layer if spread is None else spread.around(number, layer)
         tape.begin(Phase.FORWARD, "layer", index)
         state.scope = index
         kind = masks.layer_type(spec, index)
@@ -279,13 +297,13 @@ def _decoder(
             router_logits,
         )
         if recipe.gradient_checkpointing:
-            hidden = checkpoint(layer, modules, hidden, context, reentrant=bool(recipe.use_reentrant))
+            hidden = checkpoint(run, modules, hidden, context, reentrant=bool(recipe.use_reentrant))
         else:
-            hidden = layer(modules, hidden, context)
+            hidden = run(modules, hidden, context)
         del cos, sin, context
     state.scope = None
     tape.begin(Phase.FORWARD, "final norm")
-    hidden = model.norm(hidden)
+    hidden = model.norm(hidden) if spread is None else spread.normed(model.norm, hidden)
     del positions
     return hidden, cache
 

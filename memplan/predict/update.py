@@ -56,8 +56,9 @@ def clip(groups: list[Group]) -> None:
         del partial
     tape.begin(Phase.OPTIMIZER, "total norm")
     stacked = empty((count,), float32 if len(sizes) > 1 else next(iter(sizes)), "stack")
+    everywhere = stacked if state.spread is None else state.spread.norm(stacked)
     total = empty((), float32, "linalg_vector_norm")
-    del stacked
+    del everywhere, stacked
     release(norms, "free norms")
     tape.begin(Phase.OPTIMIZER, "clip")
     raised = empty((), float32, "add")

@@ -28,13 +28,14 @@ class Node:
 
     ``edges`` lead to the nodes that made the inputs (None where no gradient is wanted), ``meta`` has
     shape and dtype of each output, ``saved`` what backward needs, ``context`` numbers that are not memory.
-    ``python``: a ``torch.autograd.Function``, whose incoming gradients are gone when it returns; others hold
+    ``before``: what its outputs' hooks do when their gradients are complete. ``python``: a
+    ``torch.autograd.Function``, whose incoming gradients are gone when it returns; others hold
     them until what they return has been cast.
     """
 
     __slots__ = (
-        "backward", "category", "context", "edges", "grads", "meta", "module", "python", "saved", "scope",
-        "sequence",
+        "backward", "before", "category", "context", "edges", "grads", "meta", "module", "python", "saved",
+        "scope", "sequence",
     )  # fmt: skip
 
     def __init__(self, backward: Backward, *inputs: Tensor | None) -> None:
@@ -48,6 +49,7 @@ class Node:
         self.context: Any = None
         self.grads: list[Tensor | None] | None = None
         self.python = False
+        self.before: Callable[[], None] | None = None
         self.scope = state.scope
         self.module = state.tape.module
         self.category = state.category
@@ -241,6 +243,9 @@ def _evaluate(node: Node, dependencies: dict[Node, int]) -> list[Node]:
     if type(node) is AccumulateGrad:
         _accumulate_grad(node)
         return []
+    if node.before is not None:
+        node.before()
+        state.tape.module = node.module
     incoming: Any = node.grads
     node.grads = None
     outgoing = list(node.backward(node, incoming[0] if len(incoming) == 1 else incoming))

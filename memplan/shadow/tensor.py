@@ -14,6 +14,7 @@ from memplan.tape import Category, Tape
 
 if TYPE_CHECKING:
     from memplan.shadow.autograd import Frame, Node
+    from memplan.strategies import Spread
 
 Shape = tuple[int, ...]
 
@@ -54,6 +55,8 @@ class State:
         "grad",
         "scope",
         "sequence",
+        "spread",
+        "stream",
         "tape",
     )
 
@@ -65,6 +68,8 @@ class State:
         self.scope: int | None = None  # the decoder layer that is running
         self.sequence = 0  # autograd's sequence number
         self.frame: Frame | None = None  # the checkpointed region that is running
+        self.stream = 0  # the CUDA stream that allocations belong to
+        self.spread: Spread | None = None  # over ranks
         self.autocast: DType | None = None
         self.autocast_cache: dict[int, Tensor] = {}
 
@@ -115,9 +120,33 @@ class Storage:
         tape.operations.append(operation)
         tape.modules.append(tape.module)
         events.append(index)
+        if state.stream:
+            tape.streams[index] = state.stream
 
     def __del__(self) -> None:
         self.events.append(~self.index)
+
+
+class Resizable(Storage):
+    """A storage that begins without memory and is given some now and then (``resize_``): each time it is
+    another block on the tape."""
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        self.index = -1
+
+    def resize(self, nbytes: int, operation: str = "") -> None:
+        """To nothing, or from nothing to ``nbytes``."""
+        if self.index >= 0:
+            self.events.append(~self.index)
+            self.index = -1
+        if nbytes:
+            super().__init__(nbytes, operation)
+
+    def __del__(self) -> None:
+        if self.index >= 0:
+            self.events.append(~self.index)
 
 
 class Tensor:
@@ -180,6 +209,16 @@ def category(value: Category) -> Iterator[None]:
         yield
     finally:
         state.category = before
+
+
+@contextmanager
+def stream(number: int) -> Iterator[None]:
+    """Storages born inside belong to another CUDA stream."""
+    before, state.stream = state.stream, number
+    try:
+        yield
+    finally:
+        state.stream = before
 
 
 @contextmanager

@@ -30,6 +30,7 @@ class Category(str, Enum):
     ACTIVATIONS = "activations"
     LOGITS_AND_LOSS = "logits_and_loss"
     TEMPORARIES = "temporaries"
+    COMMUNICATION = "communication"
 
 
 class Phase(str, Enum):

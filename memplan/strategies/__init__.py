@@ -1,0 +1,75 @@
+"""How a step is spread over ranks: one file a strategy, called as accelerate and the Trainer call it.
+
+A file defines ``STRATEGY``: what it makes of a parameter, and what happens around the layers and after their
+backward. What is played is one rank's part of one step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from memplan import rooms
+from memplan.asked.recipe import Recipe
+from memplan.parts.context import Layer
+from memplan.shadow.tensor import DType, Shape, Tensor
+from memplan.tape import Category
+
+
+EMBEDDING, HEAD = "embedding", "head"
+Part = int | str  # a layer, by its position among those that are played, or what is before and behind them
+
+
+class Spread(Protocol):
+    """A strategy while a step is played. ``autocast``: whether the forward runs under the recipe's."""
+
+    autocast: bool
+
+    def begin(self, part: Part) -> None:
+        """What is made from here on belongs to a part."""
+
+    def parameter(self, shape: Shape, dtype: DType, kind: Category, trainable: bool) -> Tensor:
+        """Write what rests of a parameter; what the model computes with."""
+
+    def updated(self, parameter: Tensor) -> Tensor:
+        """What the optimizer updates in the place of what the model computes with."""
+
+    def embed(self, run: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
+        """The embedding's forward as the strategy has it."""
+
+    def around(self, layer: int, run: Layer) -> Layer:
+        """A layer's."""
+
+    def normed(self, run: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        """The last norm's."""
+
+    def head(self, head: Any) -> Any:
+        """The output layer's."""
+
+    def before(self) -> None:
+        """The model's forward begins."""
+
+    def after(self, loss: Any, logits: Tensor | None) -> Any:
+        """It is over, and returns these; the loss as the caller gets it."""
+
+    def finish(self) -> None:
+        """Backward is over."""
+
+    def norm(self, stacked: Tensor) -> Tensor:
+        """The stacked norms of what this rank has of the gradients, as norms of all of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Strategy:
+    """A strategy. ``spread``: begins a step of the (resolved) recipe."""
+
+    spread: Callable[[Recipe], Spread]
+
+
+def of(recipe: Recipe) -> Strategy | None:
+    """The recipe's. Raises UnknownName."""
+    if recipe.parallel is None or recipe.gpus == 1:
+        return None
+    strategy: Strategy = rooms.thing("strategies", recipe.parallel, "STRATEGY", "strategy")
+    return strategy

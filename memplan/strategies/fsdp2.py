@@ -1,0 +1,372 @@
+"""FSDP2 as accelerate sets it up: ``fully_shard`` on the embedding, on each decoder layer, and on the last norm
+with the output layer (torch/distributed/fsdp/_fully_shard, 2.13; accelerate 1.15 utils/fsdp_utils.py,
+``fsdp2_prepare_model``).
+
+Each rank keeps a part of every parameter. Before a layer runs, its parameters are gathered: copied in on a
+stream of their own, gathered there, copied out into tensors that the model computes with. They go when it has
+run; in backward they come again, a layer ahead. Its gradients are laid end to end, and what this rank keeps of
+their sum is what the optimizer finds. The last norm and the output layer stay until their backward is over, and
+with them the embedding where it is the output layer's weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+from memplan.asked.recipe import DTypeName, Recipe
+from memplan.cuda import lists
+from memplan.parts.context import Context, Layer, Leaves
+from memplan.shadow import ops
+from memplan.shadow.autograd import AccumulateGrad, Node, attach, require_grad
+from memplan.shadow.tensor import (
+    DTYPES,
+    DType,
+    Resizable,
+    Shape,
+    Tensor,
+    bfloat16,
+    category,
+    empty,
+    float32,
+    state,
+    stream,
+    uint8,
+)
+from memplan.strategies import EMBEDDING, Part, Strategy
+from memplan.tape import Category
+
+_GATHERING, _REDUCING = 1, 2  # streams
+
+
+@dataclass(slots=True)
+class Parameter:
+    """A parameter: ``shard`` rests and is updated, ``whole`` is computed with and has memory while it is
+    gathered; ``rows``: of the longest shard."""
+
+    shard: Tensor
+    whole: Tensor
+    rows: int
+    name: str
+
+    @property
+    def held(self) -> int:
+        """Elements of a shard, padded as all of them are."""
+        return self.rows * prod(self.whole.shape[1:])
+
+    def gather(self, world: int) -> None:
+        block = self.whole.storage
+        assert isinstance(block, Resizable)
+        block.resize(world * self.held * self.whole.dtype.itemsize, "all_gather")
+
+    def drop(self) -> None:
+        block = self.whole.storage
+        assert isinstance(block, Resizable)
+        block.resize(0)
+
+    def gradient(self) -> Tensor | None:
+        """Taken from the parameter that was computed with."""
+        node = self.whole.node
+        if not isinstance(node, AccumulateGrad):
+            return None
+        grad, node.grad = node.grad, None
+        return grad
+
+
+@dataclass(slots=True)
+class Group:
+    """What ``fully_shard`` gathers together (``FSDPParamGroup``). ``stays``: after its forward, too;
+    ``gathered``: copied in and not out yet."""
+
+    stays: bool = False
+    parameters: list[Parameter] = field(default_factory=list)
+    gathered: Tensor | None = None
+    whole: bool = False
+    reduced: bool = False
+    entered: bool = False
+    left: bool = False
+    place: int | None = None  # in the order in which they ran
+
+
+class Fsdp2:
+    """A step on one rank of ``world``. Of mixed precision (the Trainer's bf16=True, without autocast):
+    ``trained``: the dtype of what is trained; ``computing``: that of gathered parameters; ``reducing``: that
+    in which gradients are summed. ``by_itself``: units as PyTorch's tutorial has them, in which the model
+    gathers what its layers have not, and keeps it."""
+
+    autocast = False
+
+    def __init__(self, recipe: Recipe, rank: int = 0, *, by_itself: bool = False) -> None:
+        self.world, self.rank, self.by_itself = recipe.gpus, rank, by_itself
+        mixed = recipe.autocast
+        narrow = DTYPES[recipe.dtype.value] if recipe.dtype is DTypeName.FLOAT16 else bfloat16
+        self.trained = (DTYPES[recipe.shard_dtype.value] if recipe.shard_dtype else float32) if mixed else None
+        self.computing = narrow if mixed else None
+        self.reducing = DTYPES[recipe.reduce_dtype.value] if recipe.reduce_dtype else self.computing
+        self.tied = False
+        self.root, self.embedding, self.tail = Group(True), Group(), Group(True)
+        self.layers: list[Group] = []
+        self.group = self.root
+        self.by_whole: dict[int, Parameter] = {}
+        self.ran: list[Group] = []  # post_forward_order
+        self.kept: Tensor | None = None  # all_gather_state
+        self.summing: list[Tensor] = []  # reduce_scatter_states
+
+    # -- what rests --------------------------------------------------------------------------------------
+
+    def begin(self, part: Part) -> None:
+        if isinstance(part, int):
+            self.group = Group()
+            self.layers.append(self.group)
+        elif self.by_itself:
+            self.group = self.root
+        else:
+            self.group = self.embedding if part == EMBEDDING else self.tail
+
+    def parameter(self, shape: Shape, dtype: DType, kind: Category, trainable: bool) -> Tensor:
+        rows = -(-shape[0] // self.world)
+        own = max(min(rows, shape[0] - self.rank * rows), 0)
+        resting = self.trained if trainable and self.trained is not None else dtype
+        with category(kind):
+            padded = empty((rows, *shape[1:]), resting, "parameter")
+        shard = Tensor((own, *shape[1:]), resting, padded.storage)
+        whole = Tensor(shape, self.computing or dtype, Resizable())
+        if trainable:
+            require_grad(shard, parameter=True)
+            require_grad(whole, parameter=True)
+        made = Parameter(shard, whole, rows, state.tape.module)
+        self.group.parameters.append(made)
+        self.by_whole[id(whole)] = made
+        return whole
+
+    def updated(self, parameter: Tensor) -> Tensor:
+        return self.by_whole[id(parameter)].shard
+
+    # -- gathering ---------------------------------------------------------------------------------------
+
+    def unshard(self, group: Group) -> None:
+        """``FSDPParamGroup.unshard``: ``foreach_all_gather``."""
+        if group.gathered is not None or group.whole or not group.parameters:
+            return
+        state.tape.module = "fsdp"
+        dtype = group.parameters[0].whole.dtype
+        count = sum(parameter.held for parameter in group.parameters)
+        cast = sum(p.held for p in group.parameters if p.shard.dtype is not dtype)
+        with category(Category.COMMUNICATION), stream(_GATHERING):
+            narrowed = empty((cast,), dtype, "all_gather_copy_in")
+            group.gathered = empty((count * self.world,), dtype, "all_gather")
+            del narrowed
+
+    def copy_out(self, group: Group, *, forward: bool) -> None:
+        """``FSDPParamGroup.wait_for_unshard``: ``foreach_all_gather_copy_out``. In forward the gathered
+        bytes stay until the next ones have been copied out."""
+        if group.gathered is None:
+            return
+        state.tape.module = "fsdp"
+        before = None
+        if forward:
+            before, self.kept = self.kept, None
+        with category(Category.COMMUNICATION):
+            for parameter in group.parameters:
+                parameter.gather(self.world)
+        chunks = [p.held * p.whole.dtype.itemsize for p in group.parameters]
+        places = empty((lists.split_copy(chunks, self.world, state.card),), uint8, "split_with_sizes_copy")
+        del places
+        del before
+        group.whole = True
+        if forward:
+            self.kept = group.gathered
+        group.gathered = None
+
+    def reshard(self, group: Group) -> None:
+        if group.whole:
+            for parameter in group.parameters:
+                parameter.drop()
+            group.whole = False
+
+    # -- forward -----------------------------------------------------------------------------------------
+
+    def before(self) -> None:
+        self._enter(self.root)
+
+    def after(self, loss: Any, logits: Tensor | None) -> Any:
+        if self.by_itself:
+            self._ran(self.root)
+            self._watch(self.root, *_tensors(loss, logits))
+        elif not self.tail.left:
+            self._leave(self.tail, *_tensors(loss, logits))
+        self.kept = None
+        if self.computing is not None and not self.by_itself and isinstance(loss, Tensor):
+            return ops.to(loss, self.computing)  # MixedPrecisionPolicy.output_dtype
+        return loss
+
+    def embed(self, run: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
+        group = self.embedding if self.embedding.parameters else self.tail
+        if self.by_itself:
+            return run(ids)
+        self._enter(group)
+        out = run(ids)
+        if group is self.embedding:
+            self._leave(group, out)
+        return out
+
+    def normed(self, run: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        if self.by_itself:
+            return run(hidden)
+        if not self.tail.whole:  # else entered with the embedding, whose input wants no gradient
+            self._enter(self.tail)
+            hidden = self._registered(hidden, self.tail)
+        return run(hidden)
+
+    def head(self, head: Any) -> Any:
+        return head if self.by_itself else _Head(head, self)
+
+    def left(self, logits: Tensor) -> None:
+        """The output layer has run."""
+        self._leave(self.tail, logits)
+
+    def _enter(self, group: Group) -> None:
+        self.unshard(group)
+        self.copy_out(group, forward=True)
+
+    def _leave(self, group: Group, *outputs: Tensor) -> None:
+        group.left = True
+        if not group.stays:
+            self.reshard(group)
+        self._ran(group)
+        self._watch(group, *outputs)
+
+    def around(self, layer: int, run: Layer) -> Layer:
+        group = self.layers[layer]
+
+        def wrapped(modules: Leaves, hidden: Tensor, context: Context) -> Tensor:
+            if state.frame is not None and state.frame.recomputing:
+                return run(modules, hidden, context)
+            self._enter(group)
+            out = run(modules, self._registered(hidden, group), context)
+            self._leave(group, out)
+            return out
+
+        return wrapped
+
+    def _ran(self, group: Group) -> None:
+        group.place = len(self.ran)
+        self.ran.append(group)
+
+    def _watch(self, group: Group, *outputs: Tensor) -> None:
+        """``_register_pre_backward_hook``."""
+        for output in outputs:
+            if output.node is not None:
+                output.node.before = lambda: self._pre_backward(group)
+
+    def _registered(self, hidden: Tensor, group: Group) -> Tensor:
+        """``RegisterPostBackwardFunction``."""
+        if hidden.node is None or not state.grad:
+            return hidden
+        node = Node(self._post_backward, hidden)
+        node.python = True
+        node.context = group
+        out = hidden.detach()
+        attach(node, out)
+        return out
+
+    # -- backward ----------------------------------------------------------------------------------------
+
+    def _pre_backward(self, group: Group) -> None:
+        if group.entered:
+            return
+        group.entered = True
+        self.unshard(group)
+        self.copy_out(group, forward=False)
+        if group.place:
+            self.unshard(self.ran[group.place - 1])
+        group.place = None
+
+    def _post_backward(self, node: Node, grad: Tensor) -> Any:
+        with category(Category.TEMPORARIES):
+            self._reduce(node.context)
+        return (grad,)
+
+    def _reduce(self, group: Group) -> None:
+        """``post_backward``: ``foreach_reduce``."""
+        group.reduced = True
+        state.tape.module = "fsdp"
+        found = [(parameter, parameter.gradient()) for parameter in group.parameters]
+        reduced = [(parameter, grad) for parameter, grad in found if grad is not None]
+        del found
+        self.reshard(group)
+        self.summing.clear()
+        if not reduced:
+            return
+        grads = [grad for _, grad in reduced]
+        parameters = [parameter for parameter, _ in reduced]
+        del reduced
+        dtype = self.reducing or grads[0].dtype
+        count = sum(parameter.held for parameter in parameters)
+        with category(Category.COMMUNICATION):
+            laid = empty((count * self.world,), dtype, "reduce_scatter_input")
+        if dtype is grads[0].dtype or dtype.itemsize == 4:
+            chunks = [parameter.held * dtype.itemsize for parameter in parameters]
+            places = empty((lists.chunk_cat(chunks),), uint8, "chunk_cat")
+            del places
+        last = grads[-1]
+        while grads:
+            grads.pop()
+        with stream(_REDUCING):
+            with category(Category.COMMUNICATION):
+                summed = empty((count,), dtype, "reduce_scatter")
+            resting = parameters[0].shard.dtype
+            if resting is not dtype:
+                summed = empty((count,), resting, "_to_copy")
+        assert summed.storage is not None
+        state.tape.categories[summed.storage.index] = Category.GRADIENTS
+        for parameter in parameters:
+            node = parameter.shard.node
+            assert isinstance(node, AccumulateGrad)
+            node.grad = Tensor(parameter.shard.shape, resting, summed.storage)
+        self.summing.append(laid)
+        del last
+
+    def finish(self) -> None:
+        """``_root_post_backward_final_callback``."""
+        with category(Category.TEMPORARIES):
+            for group in (self.root, self.embedding, *self.layers, self.tail):
+                if not group.reduced:
+                    self._reduce(group)
+                group.gathered = None
+                group.reduced = group.entered = group.left = False
+                group.place = None
+        self.ran.clear()
+        self.summing.clear()
+
+    def norm(self, stacked: Tensor) -> Tensor:
+        """``_NormPartial``: squares are summed over the ranks."""
+        squares = empty(stacked.shape, stacked.dtype, "pow")
+        summed = empty(stacked.shape, stacked.dtype, "all_reduce")
+        norms = empty(stacked.shape, stacked.dtype, "pow")
+        del squares, summed
+        return norms
+
+
+class _Head:
+    """The output layer, which may be called or have its weight read."""
+
+    def __init__(self, head: Any, spread: Fsdp2) -> None:
+        self._head, self._spread = head, spread
+        self.weight = head.weight
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self._head(hidden)
+        self._spread.left(logits)
+        return logits
+
+
+def _tensors(loss: Any, logits: Tensor | None) -> list[Tensor]:
+    """What the model returns."""
+    returned = [loss] if isinstance(loss, Tensor) else [one for one in loss if isinstance(one, Tensor)]
+    return returned if logits is None else [*returned, logits]
+
+
+STRATEGY = Strategy(Fsdp2)
