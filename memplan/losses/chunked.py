@@ -162,8 +162,17 @@ def _count(mask: Tensor) -> Tensor:
 
 
 def _gathered(own: Tensor) -> Tensor:
-    """``gather_for_metrics(x.sum()).sum()`` on one card, of the ``own`` sum."""
-    return empty((), own.dtype, "sum")
+    """``gather_for_metrics(x.sum()).sum()``, of the ``own`` sum (accelerate 1.15 utils/operations.py,
+    ``_gpu_gather_one``)."""
+    if state.spread is None:
+        return empty((), own.dtype, "sum")
+    row = empty((1,), own.dtype, "clone")
+    every = empty((state.spread.world,), own.dtype, "gather")
+    del row
+    del own
+    total = empty((), every.dtype, "sum")
+    del every
+    return total
 
 
 def _log_probabilities(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:

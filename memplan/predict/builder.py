@@ -163,11 +163,12 @@ class Builder:
             )
             close(index, repeat)
         tape.begin(Phase.SETUP, "weights", part=Part.LOADED)
-        begin(strategies.HEAD)
+        begin(strategies.NORM)
         self.rotary()
         if self.quantised is not None and spec.quantization is None:  # which quantising leaves
             self.buffers += self.quantised.shared(recipe)
         norm = self.module("model.norm", outside["model.norm"], "model.norm")
+        begin(strategies.HEAD)
         head: Any
         if spec.tie_word_embeddings:
             # one tensor under two names; as a module to save each gets a copy of its own

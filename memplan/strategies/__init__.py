@@ -17,13 +17,15 @@ from memplan.shadow.tensor import DType, Shape, Tensor
 from memplan.tape import Category
 
 
-EMBEDDING, HEAD = "embedding", "head"
+EMBEDDING, NORM, HEAD = "embedding", "norm", "head"
 Part = int | str  # a layer, by its position among those that are played, or what is before and behind them
 
 
 class Spread(Protocol):
-    """A strategy while a step is played. ``autocast``: whether the forward runs under the recipe's."""
+    """A strategy while a step is played, by ``world`` ranks. ``autocast``: whether the forward runs under the
+    recipe's."""
 
+    world: int
     autocast: bool
 
     def begin(self, part: Part) -> None:

@@ -1,5 +1,5 @@
 """FSDP2 as accelerate sets it up: ``fully_shard`` on the embedding, on each decoder layer, and on the last norm
-with the output layer (torch/distributed/fsdp/_fully_shard, 2.13; accelerate 1.15 utils/fsdp_utils.py,
+with the output layer; what is left, with adapters the norm, is the model's own (torch/distributed/fsdp/_fully_shard, 2.13; accelerate 1.15 utils/fsdp_utils.py,
 ``fsdp2_prepare_model``).
 
 Each rank keeps a part of every parameter. Before a layer runs, its parameters are gathered: copied in on a
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from memplan.asked.recipe import DTypeName, Recipe
+from memplan.asked.recipe import DTypeName, Mode, Recipe
 from memplan.cuda import lists
 from memplan.parts.context import Context, Layer, Leaves
 from memplan.shadow import ops
@@ -35,7 +35,7 @@ from memplan.shadow.tensor import (
     stream,
     uint8,
 )
-from memplan.strategies import EMBEDDING, Part, Strategy
+from memplan.strategies import EMBEDDING, NORM, Part, Strategy
 from memplan.tape import Category
 
 _GATHERING, _REDUCING = 1, 2  # streams
@@ -105,7 +105,7 @@ class Fsdp2:
         self.trained = (DTYPES[recipe.shard_dtype.value] if recipe.shard_dtype else float32) if mixed else None
         self.computing = narrow if mixed else None
         self.reducing = DTYPES[recipe.reduce_dtype.value] if recipe.reduce_dtype else self.computing
-        self.tied = False
+        self.adapted = recipe.mode is not Mode.FULL  # accelerate finds no norm in PEFT's model
         self.root, self.embedding, self.tail = Group(True), Group(), Group(True)
         self.layers: list[Group] = []
         self.group = self.root
@@ -120,7 +120,7 @@ class Fsdp2:
         if isinstance(part, int):
             self.group = Group()
             self.layers.append(self.group)
-        elif self.by_itself:
+        elif self.by_itself or (part == NORM and self.adapted):
             self.group = self.root
         else:
             self.group = self.embedding if part == EMBEDDING else self.tail
@@ -137,7 +137,10 @@ class Fsdp2:
             require_grad(shard, parameter=True)
             require_grad(whole, parameter=True)
         made = Parameter(shard, whole, rows, state.tape.module)
-        self.group.parameters.append(made)
+        if self.group is self.tail and made.name == "model.norm":
+            self.group.parameters.insert(0, made)  # accelerate names it before the embedding
+        else:
+            self.group.parameters.append(made)
         self.by_whole[id(whole)] = made
         return whole
 
@@ -192,15 +195,19 @@ class Fsdp2:
         self._enter(self.root)
 
     def after(self, loss: Any, logits: Tensor | None) -> Any:
-        if self.by_itself:
-            self._ran(self.root)
-            self._watch(self.root, *_tensors(loss, logits))
-        elif not self.tail.left:
-            self._leave(self.tail, *_tensors(loss, logits))
+        for group in (self.root, self.tail):  # the tail where the loss reads the output layer's weight
+            if group.whole and not group.left:
+                self._leave(group, *_tensors(loss, logits))
         self.kept = None
-        if self.computing is not None and not self.by_itself and isinstance(loss, Tensor):
-            return ops.to(loss, self.computing)  # MixedPrecisionPolicy.output_dtype
-        return loss
+        return loss if self.by_itself else self._narrowed(loss)
+
+    def _narrowed(self, returned: Any) -> Any:
+        """``MixedPrecisionPolicy.output_dtype``."""
+        if isinstance(returned, tuple):
+            return type(returned)(*map(self._narrowed, returned))
+        if self.computing is None or not isinstance(returned, Tensor) or not returned.dtype.floating:
+            return returned
+        return ops.to(returned, self.computing)
 
     def embed(self, run: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
         group = self.embedding if self.embedding.parameters else self.tail
@@ -213,19 +220,21 @@ class Fsdp2:
         return out
 
     def normed(self, run: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-        if self.by_itself:
-            return run(hidden)
-        if not self.tail.whole:  # else entered with the embedding, whose input wants no gradient
-            self._enter(self.tail)
-            hidden = self._registered(hidden, self.tail)
-        return run(hidden)
+        return run(hidden if self.by_itself or self.adapted else self._into_tail(hidden))
 
     def head(self, head: Any) -> Any:
         return head if self.by_itself else _Head(head, self)
 
-    def left(self, logits: Tensor) -> None:
-        """The output layer has run."""
+    def run_head(self, head: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        logits = head(self._into_tail(hidden))
         self._leave(self.tail, logits)
+        return logits
+
+    def _into_tail(self, hidden: Tensor) -> Tensor:
+        if self.tail.whole:  # entered before, maybe with the embedding, whose input wants no gradient
+            return hidden
+        self._enter(self.tail)
+        return self._registered(hidden, self.tail)
 
     def _enter(self, group: Group) -> None:
         self.unshard(group)
@@ -355,12 +364,19 @@ class _Head:
 
     def __init__(self, head: Any, spread: Fsdp2) -> None:
         self._head, self._spread = head, spread
-        self.weight = head.weight
+
+    @property
+    def weight(self) -> Tensor:
+        """As it lies: gathered, or else as its ``full_tensor()`` (TRL 1.16 trainer/utils.py,
+        ``add_fused_lm_head``)."""
+        whole: Tensor = self._head.weight
+        if self._spread.tail.whole:
+            return whole
+        with category(Category.COMMUNICATION):
+            return empty(whole.shape, self._spread.updated(whole).dtype, "full_tensor")
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self._head(hidden)
-        self._spread.left(logits)
-        return logits
+        return self._spread.run_head(self._head, hidden)
 
 
 def _tensors(loss: Any, logits: Tensor | None) -> list[Tensor]:

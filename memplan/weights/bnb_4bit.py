@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from memplan.asked.recipe import Kernels, Recipe
 from memplan.cuda.gemm_4bit import fused
-from memplan.parts.leaves import Base, buffer
+from memplan.parts.leaves import Base, buffer, parameter
 from memplan.shadow import ops
 from memplan.shadow.autograd import Node, attach
 from memplan.shadow.matmul import product
@@ -48,7 +48,11 @@ class Linear4bit(Base):
         self.state_dtype = state_dtype  # QuantState.dtype: that of the weight it was made from
         count = prod(shape)
         scales = -(-count // blocks)
-        self.quantized = buffer(((count + 1) // 2, 1), uint8, name + ".weight", Category.WEIGHTS)
+        if state.spread is None:
+            self.quantized = buffer(((count + 1) // 2, 1), uint8, name + ".weight", Category.WEIGHTS)
+        else:  # as numbers that can be sharded: bnb_4bit_quant_storage
+            packed = (-(-count // (2 * state_dtype.itemsize)), 1)
+            self.quantized = parameter(packed, state_dtype, name + ".weight", Category.WEIGHTS, False)
         # Biases end in the compute dtype whatever they were: Linear4bit.forward rewrites bias.data.
         self.bias = buffer((shape[0],), compute_dtype, name + ".bias", Category.WEIGHTS) if bias else None
         kind = Category.QUANTIZATION_STATE
