@@ -21,7 +21,9 @@ def parameter(shape: Shape, dtype: DType, name: str, kind: Category, trainable: 
     """A leaf tensor, as it is spread over ranks."""
     state.tape.module = name
     if state.spread is not None:
-        return state.spread.parameter(shape, dtype, kind, trainable)
+        spread = state.spread.parameter(shape, dtype, kind, trainable)
+        if spread is not None:
+            return spread
     with category(kind):
         tensor = empty(shape, dtype, "parameter")
     if trainable:

@@ -175,6 +175,9 @@ def at_rest(
     states = update.states(
         model.trainable, recipe, state.spread.updated(embedding) if state.spread else embedding
     )
+    if state.spread is not None:
+        tape.begin(Phase.SETUP, "spread", part=Part.RESTING)
+        state.spread.rest(model.trainable, None)
     tape.begin(Phase.SETUP, "workspaces", part=Part.RESTING)
     tape.module = ""
     # one for each cuBLAS handle, and autograd's thread has its own
@@ -228,14 +231,14 @@ def forward(model: Model, fed: Batch, played: list[int]) -> Tensor:
         state.tape.begin(Phase.FORWARD, "embed")
         spread.before()
     loss, logits, cache = _causal_lm(model, fed, played)
-    if spread is not None:
-        loss = spread.after(loss, logits)
     if autocast:
         state.autocast = None
         state.autocast_cache.clear()
         # convert_outputs_to_fp32 (accelerate/utils/operations.py): all 16-bit outputs, logits too
-        converted = None if logits is None else ops.to(logits, float32)
-        del logits, converted
+        logits = None if logits is None else ops.to(logits, float32)
+    if spread is not None:
+        loss, logits = spread.after(loss, logits)
+    del logits
     loss = losses.find(recipe.loss).finish(loss)
     state.category = Category.TEMPORARIES
     del cache

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from memplan import rooms
 from memplan.asked.recipe import Recipe
+from memplan.optimizers import Group
 from memplan.parts.context import Layer
 from memplan.shadow.tensor import DType, Shape, Tensor
 from memplan.tape import Category
@@ -31,11 +32,15 @@ class Spread(Protocol):
     def begin(self, part: Part) -> None:
         """What is made from here on belongs to a part."""
 
-    def parameter(self, shape: Shape, dtype: DType, kind: Category, trainable: bool) -> Tensor:
-        """Write what rests of a parameter; what the model computes with."""
+    def parameter(self, shape: Shape, dtype: DType, kind: Category, trainable: bool) -> Tensor | None:
+        """Write what rests of a parameter; what the model computes with, or None if that is all of it."""
 
     def updated(self, parameter: Tensor) -> Tensor:
         """What the optimizer updates in the place of what the model computes with."""
+
+    def rest(self, groups: list[Group], arrived: list[Tensor] | None) -> None:
+        """Write what else rests. ``arrived``: the trained parameters in the order in which their gradients
+        come, where that is known."""
 
     def embed(self, run: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
         """The embedding's forward as the strategy has it."""
@@ -53,7 +58,7 @@ class Spread(Protocol):
         """The model's forward begins."""
 
     def after(self, loss: Any, logits: Tensor | None) -> Any:
-        """It is over, and returns these; the loss as the caller gets it."""
+        """It is over, and returns these: both as the caller gets them."""
 
     def finish(self) -> None:
         """Backward is over."""

@@ -18,6 +18,7 @@ from typing import Any
 
 from memplan.asked.recipe import DTypeName, Mode, Recipe
 from memplan.cuda import lists
+from memplan.optimizers import Group as OptimizerGroup
 from memplan.parts.context import Context, Layer, Leaves
 from memplan.shadow import ops
 from memplan.shadow.autograd import AccumulateGrad, Node, attach, require_grad
@@ -147,6 +148,8 @@ class Fsdp2:
     def updated(self, parameter: Tensor) -> Tensor:
         return self.by_whole[id(parameter)].shard
 
+    def rest(self, groups: list[OptimizerGroup], arrived: list[Tensor] | None) -> None: ...
+
     # -- gathering ---------------------------------------------------------------------------------------
 
     def unshard(self, group: Group) -> None:
@@ -199,7 +202,7 @@ class Fsdp2:
             if group.whole and not group.left:
                 self._leave(group, *_tensors(loss, logits))
         self.kept = None
-        return loss if self.by_itself else self._narrowed(loss)
+        return (loss, logits) if self.by_itself else (self._narrowed(loss), self._narrowed(logits))
 
     def _narrowed(self, returned: Any) -> Any:
         """``MixedPrecisionPolicy.output_dtype``."""
