@@ -45,3 +45,22 @@ def scratch(shape: tuple[int, ...], card: Card) -> tuple[int, int] | None:
 def _power(size: int, most: int) -> int:
     """``last_pow2``, at most ``most``."""
     return most if size >= most else 1 << max(size.bit_length() - 1, 0)
+
+
+def whole_scratch(count: int, itemsize: int, accumulator: int, card: Card) -> list[tuple[int, int]]:
+    """The same while ``count`` contiguous numbers of ``itemsize`` bytes are reduced to one, whose partial
+    results have ``accumulator`` bytes: a pair for each part whose offsets 32 bits can tell, one after the
+    other (``gpu_reduce_kernel``; TensorIterator.cpp, ``can_use_32bit_indexing``)."""
+    if max(count, 1 + (count - 1) * itemsize) > 0x7FFFFFFF:
+        half = count // 2
+        return [
+            *whole_scratch(half, itemsize, accumulator, card),
+            *whole_scratch(count - half, itemsize, accumulator, card),
+        ]
+    width = _power(count // 4 if count > 128 else count, _THREADS)
+    values = -(-count // width)
+    if values < _MANY:
+        return []
+    room = card.multiprocessors * (card.threads // width)
+    blocks = max(min(room, -(-values // _FEW)), -(-values // _MANY))
+    return [(accumulator * blocks, 4)] if blocks > 1 else []

@@ -122,6 +122,9 @@ def layers_to_play(spec: ModelSpec, recipe: Recipe) -> Played | Standing:
     every = fold.all_layers(spec.num_hidden_layers)
     if router_loss(spec, recipe):  # which goes over all layers again, in the head
         return every
+    strategy = strategies.of(recipe)
+    if strategy is not None and not strategy.folds:
+        return every
     layers = kinds(spec, recipe)
     played = fold.layers_to_play(layers, first_is_like_others=recipe.mode is Mode.FULL)
     return standing(layers, _trained(spec, recipe)) if played.complete else played
@@ -171,6 +174,9 @@ def at_rest(
     if strategy is not None:
         state.spread = strategy.spread(recipe)
     model = Builder(spec, recipe).build(played)
+    if state.spread is not None:
+        tape.begin(Phase.SETUP, "spread", part=Part.RESTING)
+        model.trainable = state.spread.optimized(model.trainable)
     embedding = model.embedding.weight
     states = update.states(
         model.trainable, recipe, state.spread.updated(embedding) if state.spread else embedding
@@ -195,25 +201,28 @@ def _play(
     model, states, _workspaces = at_rest(spec, recipe, card, played)
     tape = state.tape
     batches = {number: batch(rows) for number, rows in {id(rows): rows for rows in step}.items()}
-    for rows in step:
+    spread = state.spread
+    for number, rows in enumerate(step, 1):
         loss = forward(model, batches[id(rows)], list(played.indices))
         if recipe.gradient_accumulation_steps > 1:
             with category(Category.LOGITS_AND_LOSS):
                 loss = ops.scale(loss, "div")
         tape.begin(Phase.BACKWARD, "backward")
         tape.module = "loss"
-        grad = empty((), loss.dtype, "ones_like")  # torch.autograd.backward holds it to the end
-        autograd.backward(loss, grad)
-        tape.begin(Phase.BACKWARD, "graph freed")
-        if state.spread is not None:
-            state.spread.finish()
-        del grad
+        if spread is None:
+            grad = empty((), loss.dtype, "ones_like")  # torch.autograd.backward holds it to the end
+            autograd.backward(loss, grad)
+            tape.begin(Phase.BACKWARD, "graph freed")
+            del grad
+        else:
+            spread.backward(loss, number == len(step))
         loss = loss.detach()
-    if recipe.max_grad_norm:
-        update.clip(model.trainable)
-    tape.begin(Phase.OPTIMIZER, "step", part=Part.UPDATE)
-    update.step(model.trainable, recipe, states)
-    update.zero_grad(model.trainable)
+    if spread is None or not spread.update(recipe, states):
+        if recipe.max_grad_norm:
+            update.clip(model.trainable)
+        tape.begin(Phase.OPTIMIZER, "step", part=Part.UPDATE)
+        update.step(model.trainable, recipe, states)
+        update.zero_grad(model.trainable)
     tape.begin(Phase.OPTIMIZER, "end")
     del loss
     tape.finish()  # what dies with these names is no part of the step

@@ -306,6 +306,9 @@ def _accumulate_grad(node: AccumulateGrad) -> None:
         node.grad = grad
         if grad.storage is not None and node.parameter:
             state.tape.categories[grad.storage.index] = Category.GRADIENTS
+    if state.spread is not None and node.parameter:
+        del grad
+        state.spread.arrived(node)
 
 
 def _cast(grad: Tensor, dtype: DType) -> Tensor:

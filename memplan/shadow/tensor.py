@@ -31,6 +31,7 @@ class DType:
         return self.name
 
 
+float64 = DType("float64", 8, True)
 float32 = DType("float32", 4, True)
 bfloat16 = DType("bfloat16", 2, True)
 float16 = DType("float16", 2, True)

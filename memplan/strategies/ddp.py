@@ -8,16 +8,14 @@ again after the first step in the order in which gradients came; else they stay 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from memplan.asked.recipe import Mode, Recipe
 from memplan.optimizers import Group
-from memplan.parts.context import Layer
 from memplan.shadow.autograd import Node, attach
 from memplan.shadow.tensor import (
     DType,
-    Shape,
     Tensor,
     category,
     empty,
@@ -25,13 +23,13 @@ from memplan.shadow.tensor import (
     int32,
     state,
 )
-from memplan.strategies import Part, Strategy
+from memplan.strategies import Spread, Strategy
 from memplan.tape import Category
 
 _FIRST, _CAP = 1 << 20, 25 << 20  # bytes: dist._DEFAULT_FIRST_BUCKET_BYTES, bucket_cap_mb
 
 
-class Ddp:
+class Ddp(Spread):
     """A step on one rank of ``world``. ``unused``: ``find_unused_parameters``, which is on unless the model is
     transformers' own and checkpoints."""
 
@@ -41,14 +39,6 @@ class Ddp:
         self.world = recipe.gpus
         self.unused = not (recipe.mode is Mode.FULL and recipe.gradient_checkpointing)
         self._kept: list[Tensor] = []
-
-    def begin(self, part: Part) -> None: ...
-
-    def parameter(self, shape: Shape, dtype: DType, kind: Category, trainable: bool) -> Tensor | None:
-        return None
-
-    def updated(self, parameter: Tensor) -> Tensor:
-        return parameter
 
     def rest(self, groups: list[Group], arrived: list[Tensor] | None) -> None:
         """Write the buckets. ``arrived``: parameters in the order in which their gradients came."""
@@ -74,23 +64,6 @@ class Ddp:
             return loss, logits
         state.tape.module = "ddp"
         return _copied(loss), None if logits is None else _copied(logits)
-
-    def embed(self, run: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
-        return run(ids)
-
-    def around(self, layer: int, run: Layer) -> Layer:
-        return run
-
-    def normed(self, run: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-        return run(hidden)
-
-    def head(self, head: Any) -> Any:
-        return head
-
-    def finish(self) -> None: ...
-
-    def norm(self, stacked: Tensor) -> Tensor:
-        return stacked
 
 
 def _buckets(parameters: Iterable[Tensor]) -> Iterable[tuple[int, DType]]:

@@ -18,7 +18,6 @@ from typing import Any
 
 from memplan.asked.recipe import DTypeName, Mode, Recipe
 from memplan.cuda import lists
-from memplan.optimizers import Group as OptimizerGroup
 from memplan.parts.context import Context, Layer, Leaves
 from memplan.shadow import ops
 from memplan.shadow.autograd import AccumulateGrad, Node, attach, require_grad
@@ -36,7 +35,7 @@ from memplan.shadow.tensor import (
     stream,
     uint8,
 )
-from memplan.strategies import EMBEDDING, NORM, Part, Strategy
+from memplan.strategies import EMBEDDING, NORM, Part, Spread, Strategy
 from memplan.tape import Category
 
 _GATHERING, _REDUCING = 1, 2  # streams
@@ -91,7 +90,7 @@ class Group:
     place: int | None = None  # in the order in which they ran
 
 
-class Fsdp2:
+class Fsdp2(Spread):
     """A step on one rank of ``world``. Of mixed precision (the Trainer's bf16=True, without autocast):
     ``trained``: the dtype of what is trained; ``computing``: that of gathered parameters; ``reducing``: that
     in which gradients are summed. ``by_itself``: units as PyTorch's tutorial has them, in which the model
@@ -147,8 +146,6 @@ class Fsdp2:
 
     def updated(self, parameter: Tensor) -> Tensor:
         return self.by_whole[id(parameter)].shard
-
-    def rest(self, groups: list[OptimizerGroup], arrived: list[Tensor] | None) -> None: ...
 
     # -- gathering ---------------------------------------------------------------------------------------
 

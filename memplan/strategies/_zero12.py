@@ -1,0 +1,301 @@
+"""ZeRO-1 and ZeRO-2 (deepspeed 0.19.8, runtime/zero/stage_1_and_2.py): the parameters of a group lie end to end,
+each rank updates one part of them in fp32. Gradients are copied into buckets as they come, which all ranks
+reduce when they are full.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from memplan.asked.recipe import Recipe
+from memplan.optimizers import Group, State
+from memplan.shadow import autograd, ops
+from memplan.shadow.autograd import AccumulateGrad
+from memplan.shadow.tensor import DType, Shape, Tensor, category, empty, float32, state, stream
+from memplan.strategies._zero import (
+    REDUCING,
+    Trained,
+    Zero,
+    combine_grad_norm_groups,
+    has_inf_or_nan,
+    mask_nan_or_inf,
+    scalar,
+    unscale_and_clip_grads,
+    is_invalid_grad_norm,
+    vector_norm,
+)
+from memplan.shadow.tensor import bool_, uint8
+from memplan.tape import Category, Part, Phase
+
+_BUCKET = 500_000_000  # elements: reduce_bucket_size (runtime/zero/config.py)
+_ALIGNMENT = 2  # nccl_start_alignment_factor
+
+
+@dataclass(slots=True)
+class Bucket:
+    """``IPGBucket``. ``large``: the one gradient that no buffer holds."""
+
+    buffers: list[Tensor] = field(default_factory=list)
+    trained: list[Trained] = field(default_factory=list)
+    elements: int = 0
+    index: int = 0
+
+
+@dataclass(slots=True)
+class Flat:
+    """A group of parameters: its elements, those of a partition, what this rank has a part of."""
+
+    trained: list[Trained]
+    elements: int
+    partition: int
+    own: list[Trained]
+    averaged: list[tuple[int, Tensor]] = field(default_factory=list)  # elements of which tensor
+    accumulated: list[Tensor] | None = None  # all_grad_tensors
+
+
+class Zero12(Zero):
+    """A step on one rank. ``gradients``: they are partitioned, too (stage 2); ``overlap``: overlap_comm."""
+
+    def __init__(
+        self, recipe: Recipe, rank: int = 0, *, gradients: bool, overlap: bool = True, bucket: int = _BUCKET
+    ) -> None:
+        super().__init__(recipe, rank)
+        self.gradients, self.overlap, self.size = gradients, overlap, bucket
+        self.groups: list[Flat] = []
+        self.group_of: dict[Trained, Flat] = {}
+        self.flat: list[Tensor] = []  # bit16_groups_flat
+        self.bucket = Bucket()
+        self.ready = False  # ready_for_gradients
+        self.boundary = True
+        self.in_partition: Tensor | None = None  # grads_in_partition
+
+    # -- what rests --------------------------------------------------------------------------------------
+
+    def parameter(self, shape: Shape, dtype: DType, kind: Category, trainable: bool) -> Tensor | None:
+        dtype = self.computed(dtype)
+        if trainable:
+            tensor = Tensor(shape, dtype, None)  # a view of its group, which is made when all are known
+            self.remember(tensor)
+            self.kind = kind
+            return tensor
+        with category(kind):
+            return empty(shape, dtype, "parameter")
+
+    def optimized(self, groups: list[Group]) -> list[Group]:
+        state.tape.module = "deepspeed"
+        for group in self.grouped():
+            elements = self.laid(group, _ALIGNMENT * self.world)
+            partition = elements // self.world
+            with category(self.kind):
+                self.flat.append(empty((elements,), self.dtype, "bit16_groups_flat"))
+            self.master(partition, "single_partition_of_fp32_groups")
+            own = [one for one in group if self.rank in _partitions(one, partition)]
+            flat = Flat(group, elements, partition, own)
+            self.groups.append(flat)
+            self.group_of.update(dict.fromkeys(group, flat))
+        self.kept_norm = scalar(float32, "_global_grad_norm")
+        return [Group(None, 1, [master]) for master in self.masters]
+
+    # -- backward ----------------------------------------------------------------------------------------
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """runtime/engine.py, ``DeepSpeedEngine.backward``."""
+        self.boundary = last
+        scaled = ops.scale(loss)
+        grad = empty((), loss.dtype, "ones_like")
+        autograd.backward(scaled, grad)
+        state.tape.begin(Phase.BACKWARD, "graph freed")
+        del grad
+        if self.gradients or last:
+            self.epilogue()
+        del scaled
+
+    def arrived(self, node: AccumulateGrad) -> None:
+        """``process_gradients``."""
+        state.tape.module = "deepspeed"
+        if not self.ready:  # setup_buckets
+            with category(Category.COMMUNICATION):
+                for _ in range(1 + self.overlap):
+                    self.bucket.buffers.append(empty((self.size,), self.dtype, "setup_buckets"))
+            self.bucket.index = 0
+            self.ready = True
+        if self.gradients or (self.overlap and self.boundary):
+            self.fill(self.by_node[node])
+
+    def fill(self, one: Trained) -> None:
+        """``reduce_independent_p_g_buckets_and_remove_grads``."""
+        bucket = self.bucket
+        if bucket.elements + one.numel > self.size:
+            self.reduce()
+            if self.overlap:
+                bucket.index = 1 - bucket.index
+        if one.numel <= self.size:
+            one.node.grad = bucket.buffers[bucket.index].viewed(one.tensor.shape)
+        bucket.elements += one.numel
+        bucket.trained.append(one)
+
+    def reduce(self) -> None:
+        """``reduce_ipg_grads``."""
+        self.average()
+        with stream(REDUCING if self.overlap else state.stream):
+            for one in self.bucket.trained:
+                if one in self.group_of[one].own:
+                    self.keep(one)
+                elif self.gradients:
+                    one.node.grad = None
+        self.bucket.trained.clear()
+        self.bucket.elements = 0
+
+    def average(self) -> None:
+        """``average_tensor``: slices of ranks, each of which is laid beside the next where there are several
+        (``allreduce_and_scatter``, ``allreduce_bucket``)."""
+        slices: list[list[int]] = []
+        for one in self.bucket.trained:
+            partition = self.group_of[one].partition
+            for rank in _partitions(one, partition):
+                begin = max(one.start, rank * partition)
+                elements = min(one.start + one.numel, (rank + 1) * partition) - begin
+                if slices and slices[-1][0] == rank:
+                    slices[-1][1] += elements
+                else:
+                    slices.append([rank, elements])
+        together: list[int] = []
+        for _rank, elements in slices:
+            together.append(elements)
+            if sum(together) > self.size:
+                self.all_reduce(together)
+        if together:
+            self.all_reduce(together)
+
+    def all_reduce(self, together: list[int]) -> None:
+        if len(together) > 1:
+            with category(Category.COMMUNICATION), stream(REDUCING if self.overlap else state.stream):
+                laid = empty((sum(together),), self.dtype, "allreduce_bucket")
+                del laid
+        together.clear()
+
+    def keep(self, one: Trained) -> None:
+        """``copy_grads_in_partition``."""
+        if self.in_partition is None:
+            total = sum(other.numel for group in self.groups for other in group.own)
+            with category(Category.GRADIENTS):
+                self.in_partition = empty((total,), self.dtype, "copy_grads_in_partition")
+        one.node.grad = self.in_partition.viewed(one.tensor.shape)
+
+    def epilogue(self) -> None:
+        """``independent_gradient_partition_epilogue``."""
+        state.tape.module = "deepspeed"
+        if not (self.gradients or self.overlap):  # reduce_gradients
+            for group in self.groups:
+                for one in group.trained:
+                    if one.node.grad is not None:
+                        self.fill(one)
+        self.reduce()
+        for group in self.groups:
+            if group.accumulated is None:
+                group.accumulated = [self.gradient(one) for one in group.own]
+            else:  # which is added to
+                _new = [self.gradient(one) for one in group.own]
+                del _new
+            if self.boundary:
+                group.averaged = self.flat_partition(group)
+                group.accumulated = None
+        self.bucket.buffers.clear()
+        self.in_partition = None
+        self.ready = False
+        for one in self.trained:
+            one.node.grad = None
+
+    def gradient(self, one: Trained) -> Tensor:
+        grad = one.node.grad
+        if grad is None:
+            with category(Category.GRADIENTS):
+                return empty(one.tensor.shape, self.dtype, "get_all_grad_tensors")
+        return grad
+
+    def flat_partition(self, group: Flat) -> list[tuple[int, Tensor]]:
+        """``get_flat_partition``: views, and what fills it up."""
+        assert group.accumulated is not None
+        begin, end = self.rank * group.partition, (self.rank + 1) * group.partition
+        parts = [
+            (min(one.start + one.numel, end) - max(one.start, begin), grad)
+            for one, grad in zip(group.own, group.accumulated, strict=True)
+        ]
+        left = group.partition - sum(elements for elements, _ in parts)
+        if left:
+            with category(Category.GRADIENTS):
+                parts.append((left, empty((left,), self.dtype, "get_flat_partition")))
+        return parts
+
+    # -- the step ----------------------------------------------------------------------------------------
+
+    def update(self, recipe: Recipe, kept: State) -> bool:
+        """``DeepSpeedZeroOptimizer.step``."""
+        tape = state.tape
+        tape.begin(Phase.OPTIMIZER, "norm")
+        tape.module = "deepspeed"
+        self.check_overflow()
+        norms = []
+        for group in self.groups:
+            norms.append(self.grad_norm(group))
+        total = combine_grad_norm_groups(norms)
+        while norms:
+            norms.pop(0)
+        is_invalid_grad_norm(total)
+        current = scalar(float32, "_global_grad_norm")
+        for number, (group, master) in enumerate(zip(self.groups, self.masters, strict=True)):
+            flattened = None
+            if len(group.averaged) > 1:
+                with category(Category.GRADIENTS):
+                    flattened = empty((group.partition,), self.dtype, "flatten")
+            with category(Category.GRADIENTS):
+                grad = empty((group.partition,), float32, "single_grad_partition")
+            del flattened
+            group.averaged.clear()
+            if self.clips:
+                unscale_and_clip_grads(total)
+            if not number:
+                tape.begin(Phase.OPTIMIZER, "step", part=Part.UPDATE)
+            self.optimize(master, grad, recipe, kept)
+            del grad
+        tape.begin(Phase.OPTIMIZER, "end")
+        del total
+        self.kept_norm = current
+        return True
+
+    def check_overflow(self) -> None:
+        """``has_overflow``."""
+        invalid_grad_count = empty((1,), float32, "has_overflow_partitioned_grads_serial")
+        for group in self.groups:
+            for elements, _ in group.averaged:
+                has_inf_or_nan(elements, self.dtype)
+        overflow = empty((1,), bool_, "has_overflow_partitioned_grads_serial")
+        del invalid_grad_count
+        overflow_gpu = empty((1,), uint8, "has_overflow")
+        del overflow, overflow_gpu
+
+    def grad_norm(self, group: Flat) -> Tensor:
+        """``get_grad_norm_direct``."""
+        name = "get_grad_norm_direct"
+        all_norms = [vector_norm(elements, self.dtype, name) for elements, _ in group.averaged[: len(group.own)]]
+        if all_norms:
+            stacked = empty((len(all_norms),), all_norms[0].dtype, name)
+            squares = empty(stacked.shape, stacked.dtype, name)
+            del stacked
+            total = scalar(squares.dtype, name)
+            del squares
+            total_norm = scalar(float32, name)
+            del total
+        else:
+            total_norm = scalar(float32, name)
+        norm = scalar(float32, name)
+        del total_norm
+        mask_nan_or_inf(norm)
+        while all_norms:
+            all_norms.pop()
+        return norm
+
+
+def _partitions(one: Trained, partition: int) -> range:
+    """The ranks that have a part of a parameter."""
+    return range(one.start // partition, (one.start + one.numel - 1) // partition + 1)

@@ -1,0 +1,10 @@
+"""DeepSpeed's ZeRO-1: masters and optimizer states are partitioned; gradients are reduced at the last micro-step."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from memplan.strategies import Strategy
+from memplan.strategies._zero12 import Zero12
+
+STRATEGY = Strategy(partial(Zero12, gradients=False), folds=False)

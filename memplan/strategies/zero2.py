@@ -1,0 +1,10 @@
+"""DeepSpeed's ZeRO-2: gradients, masters and optimizer states are partitioned."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from memplan.strategies import Strategy
+from memplan.strategies._zero12 import Zero12
+
+STRATEGY = Strategy(partial(Zero12, gradients=True), folds=False)
