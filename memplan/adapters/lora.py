@@ -32,14 +32,23 @@ class Lora:
             result = ops.clone(result, preserve=True)
             if state.autocast is None:
                 x = ops.to(x, self.down.dtype)
-            output = ops.scale(linear(linear(ops.dropout(x, self.dropout), self.down), self.up))
+            output = ops.scale(self.update(x))
             if state.autocast is None:
                 output = ops.to(output, dtype)
             result = ops.add(result, output)
             return result
         x = ops.to(x, self.down.dtype)
-        result = ops.add(result, ops.scale(linear(linear(ops.dropout(x, self.dropout), self.down), self.up)))
+        result = ops.add(result, ops.scale(self.update(x)))
         return ops.to(result, dtype)
+
+    def update(self, x: Tensor) -> Tensor:
+        """``lora_B(lora_A(dropout(x)))``."""
+        if state.spread is None:
+            return linear(linear(ops.dropout(x, self.dropout), self.down), self.up)
+        module, name = state.spread.module, self.name
+        x = module(f"{name}.lora_dropout", ops.dropout, x, self.dropout)
+        x = module(f"{name}.lora_A", linear, x, self.down)
+        return module(f"{name}.lora_B", linear, x, self.up)  # type: ignore[no-any-return]
 
     def trainable(self) -> list[Tensor]:
         return [self.down, self.up]

@@ -52,6 +52,14 @@ def attention(
     m: Leaves, x: Tensor, context: Context, project: Project = project, rotate: Rotate = rotate
 ) -> tuple[Tensor, Tensor | None]:
     """The output [B, S, E], and the weights that eager attention returns."""
+    if state.spread is not None:  # all arguments are given by name
+        return state.spread.module("self_attn", _attention, None, m, x, context, project, rotate)
+    return _attention(None, m, x, context, project, rotate)
+
+
+def _attention(
+    _: None, m: Leaves, x: Tensor, context: Context, project: Project, rotate: Rotate
+) -> tuple[Tensor, Tensor | None]:
     q, k, v = project(m, x, context.spec)
     state.tape.module = "self_attn"
     q, k = rotate(q, k, context)
@@ -79,6 +87,12 @@ def cached(k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, Tensor]:
 
 def mlp(m: Leaves, x: Tensor, context: Context, route: Route | None = None) -> Tensor:
     """A gated one; experts where the layer has some, to which ``route`` sends."""
+    if state.spread is not None:
+        return state.spread.module("mlp", _mlp, x, m, context, route)  # type: ignore[no-any-return]
+    return _mlp(x, m, context, route)
+
+
+def _mlp(x: Tensor, m: Leaves, context: Context, route: Route | None) -> Tensor:
     if "mlp.experts" in m:
         assert route is not None, "a layer with experts and no router"
         return sparse_mlp(m, x, context.spec, route, context.router_logits)
@@ -92,6 +106,12 @@ def _gated(gate: Tensor, up: Tensor) -> Tensor:
 
 def act(spec: ModelSpec, x: Tensor) -> Tensor:
     state.tape.module = "mlp"
+    if state.spread is not None:
+        return state.spread.module("mlp.act_fn", _act, x, spec)  # type: ignore[no-any-return]
+    return _act(x, spec)
+
+
+def _act(x: Tensor, spec: ModelSpec) -> Tensor:
     return ops.activation("silu" if spec.hidden_act in ("silu", "swish") else "gelu", x)
 
 

@@ -75,10 +75,14 @@ class Builder:
     def module(self, name: str, definition: Module, full_name: str) -> Any:
         shapes = definition.parameters
         if definition.kind == "norm":
-            return self.family.norm(name, self.weight(shapes["weight"], name, full_name))
+            return self.leaf(name, self.family.norm(name, self.weight(shapes["weight"], name, full_name)))
         if definition.kind == "raw":
             return self.raw(name, shapes)
         return self.linear(name, shapes, full_name)
+
+    def leaf(self, name: str, module: Any) -> Any:
+        """A module as a strategy has it called."""
+        return module if state.spread is None else state.spread.leaf(name, module)
 
     def raw(self, name: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
         """A router's or the experts' parameters, adapted by ``all-linear``. PEFT doubles the rank where two
@@ -116,11 +120,12 @@ class Builder:
     def adapted(self, base: Base, full_name: str) -> Any:
         """A linear module with its adapter, if it is a target."""
         recipe = self.recipe
+        base = self.leaf(base.name, base)
         if recipe.mode is Mode.FULL or not is_target(recipe.target_modules, full_name):
             return base
         adapter = self.adapter.around(base, recipe, self.adapter_dtype(base.compute))
         self.trainable += adapter.trainable()
-        return adapter
+        return self.leaf(f"{base.name}.adapter", adapter)
 
     def build(self, played: Played | Standing) -> Model:
         """Write the static part of the tape and return the model."""

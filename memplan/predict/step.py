@@ -202,9 +202,16 @@ def _play(
     tape = state.tape
     batches = {number: batch(rows) for number, rows in {id(rows): rows for rows in step}.items()}
     spread = state.spread
+    if spread is not None and spread.rehearses:
+        mark = tape.mark()
+        spread.backward(forward(model, batches[id(step[0])], list(played.indices)), False)
+        spread.rehearsed()
+        tape.rewind(mark)
+        tape.begin(Phase.SETUP, "gathered", part=Part.RESTING)
+        spread.rest(model.trainable, None)
     for number, rows in enumerate(step, 1):
         loss = forward(model, batches[id(rows)], list(played.indices))
-        if recipe.gradient_accumulation_steps > 1:
+        if recipe.gradient_accumulation_steps > 1 and (spread is None or spread.divides):
             with category(Category.LOGITS_AND_LOSS):
                 loss = ops.scale(loss, "div")
         tape.begin(Phase.BACKWARD, "backward")
@@ -287,7 +294,11 @@ def _decoder(
     hidden = embeds
     tape.module = "model.rotary_emb"
     with no_grad():
-        rotary = _rotary_tables(spec, rows.seq_len, hidden)
+        rotary = (
+            _rotary_tables(hidden, spec, rows.seq_len)
+            if spread is None
+            else spread.module("model.rotary_emb", _rotary_tables, hidden, spec, rows.seq_len)
+        )
     layer = families.find(spec.model_type).layer
     attend = attention.of(recipe).attend
     for number, (modules, index) in enumerate(zip(model.layers, played, strict=True)):
@@ -325,7 +336,7 @@ def _positions(length: int) -> Tensor:
     return ops.pointwise("add", arange)
 
 
-def _rotary_tables(spec: ModelSpec, length: int, hidden: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+def _rotary_tables(hidden: Tensor, spec: ModelSpec, length: int) -> dict[str, tuple[Tensor, Tensor]]:
     family = families.find(spec.model_type)
     kinds = sorted(set(spec.layer_types)) if family.rotates_by_layer else ["full_attention"]
     return {kind: family.cos_sin(spec, length, hidden) for kind in kinds}

@@ -30,6 +30,9 @@ class Spread:
 
     world: int
     autocast: bool
+    divides = True  # the loss, by the number of micro-steps
+    rehearses = False  # one pass through the model before the one that is played
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None  # in the place of F.linear
 
     def begin(self, part: Part) -> None:
         """What is made from here on belongs to a part."""
@@ -51,6 +54,9 @@ class Spread:
         given."""
         return groups
 
+    def rehearsed(self) -> None:
+        """The rehearsal is over: let go of all that it has left."""
+
     def embed(self, run: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
         """The embedding's forward as the strategy has it."""
         return run(ids)
@@ -66,6 +72,15 @@ class Spread:
     def head(self, head: Any) -> Any:
         """The output layer's."""
         return head
+
+    def leaf(self, name: str, module: Any) -> Any:
+        """A module of a layer, as it is called."""
+        return module
+
+    def module(self, name: str, run: Callable[..., Any], x: Tensor | None, *rest: Any) -> Any:
+        """The call of a module that is no leaf, or is one of an adapter's: ``run(x, *rest)``, where ``x`` is
+        the one tensor that it is given by position, if any."""
+        return run(x, *rest)
 
     def before(self) -> None:
         """The model's forward begins."""

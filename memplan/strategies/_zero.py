@@ -54,6 +54,7 @@ class Zero(Spread):
     """What all stages begin with. ``dtype``: of the model; ``accumulates``: micro-steps of a step."""
 
     autocast = False
+    divides = False
 
     def __init__(self, recipe: Recipe, rank: int = 0) -> None:
         self.world, self.rank = recipe.gpus, rank
@@ -211,8 +212,13 @@ def is_invalid_grad_norm(norm: Tensor) -> None:
 
 def unscale_and_clip_grads(norm: Tensor) -> None:
     """In place, by a factor that is made for each group (stage_1_and_2.py)."""
-    name = "unscale_and_clip_grads"
     is_invalid_grad_norm(norm)
+    unscale(norm)
+
+
+def unscale(norm: Tensor) -> None:
+    """The same as stage3.py has it."""
+    name = "unscale_and_clip_grads"
     scaled = scalar(float32, name)
     raised = scalar(float32, name)
     del scaled

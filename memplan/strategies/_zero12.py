@@ -203,8 +203,9 @@ class Zero12(Zero):
         self.bucket.buffers.clear()
         self.in_partition = None
         self.ready = False
-        for one in self.trained:
-            one.node.grad = None
+        for group in self.groups:
+            for one in group.trained:
+                one.node.grad = None
 
     def gradient(self, one: Trained) -> Tensor:
         grad = one.node.grad

@@ -161,6 +161,21 @@ class Tape:
         """Write the death of a storage."""
         self.events.append(~index)
 
+    def mark(self) -> tuple[int, int, int]:
+        """Where the writer is."""
+        return len(self.events), len(self.sizes), len(self.segments)
+
+    def rewind(self, mark: tuple[int, int, int]) -> None:
+        """Take back what was written since a mark. Nothing of it may be alive."""
+        events, storages, segments = mark
+        del self.events[events:]
+        for column in (self.sizes, self.categories, self.operations, self.modules):
+            del column[storages:]  # type: ignore[attr-defined]
+        del self.segments[segments:]
+        self.products = {index for index in self.products if index < storages}
+        self.workspaces = {index for index in self.workspaces if index < storages}
+        self.streams = {index: stream for index, stream in self.streams.items() if index < storages}
+
     def multiply(self) -> None:
         """Write that cuBLAS multiplies here, with all that it needs allocated."""
         self.products.add(len(self.sizes) - 1)

@@ -1,0 +1,644 @@
+"""DeepSpeed's ZeRO-3 (deepspeed 0.19.8, runtime/zero/stage3.py, parameter_offload.py,
+partitioned_param_coordinator.py, partition_parameters.py): parameters, too, are partitioned. Each module's own are
+gathered before it runs, and those of the modules behind it ahead of that, in the order that the first pass through
+the model has recorded; so one pass is rehearsed before the one that is played.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+from memplan.asked.recipe import Mode, Recipe
+from memplan.optimizers import Group, State
+from memplan.parts.context import Context, Layer, Leaves
+from memplan.shadow import autograd, ops
+from memplan.shadow.autograd import AccumulateGrad, Node, attach, save, split_sum, unpack
+from memplan.shadow.matmul import product
+from memplan.shadow.ops import clone, tracked
+from memplan.shadow.tensor import (
+    DType,
+    Shape,
+    Tensor,
+    bool_,
+    category,
+    empty,
+    float32,
+    float64,
+    state,
+    stream,
+    view_strides,
+)
+from memplan.strategies import Part, Strategy
+from memplan.strategies._zero import (
+    REDUCING,
+    Zero,
+    combine_grad_norm_groups,
+    is_invalid_grad_norm,
+    scalar,
+    unscale,
+    vector_norm,
+)
+from memplan.tape import Category, Phase
+from memplan.tape import Part as TapePart
+
+_GATHERING = 2  # a stream: __allgather_stream
+_SUB_GROUP = 1_000_000_000  # elements: sub_group_size
+_LIVE = 1_000_000_000  # stage3_max_live_parameters
+_REUSE = 1_000_000_000  # stage3_max_reuse_distance
+_PARTITIONED, _IN_FLIGHT, _AVAILABLE = range(3)  # ZeroParamStatus
+
+
+@dataclass(slots=True, eq=False)
+class Parameter:
+    """``tensor`` is computed with and has memory while it is gathered; ``kept``: the partition, where it is not
+    one of many in a flat buffer."""
+
+    tensor: Tensor
+    numel: int
+    partition: int
+    ds_id: tuple[bool, int]
+    kept: Tensor | None
+    persists: bool = False
+    status: int = _PARTITIONED
+    active: set[Module] = field(default_factory=set)  # ds_active_sub_modules
+    fetched_for: int = -1  # __most_recent_step_id_param_fetched_for
+
+
+@dataclass(slots=True, eq=False)
+class Module:
+    """A module that is called, and its own parameters."""
+
+    parameters: list[Parameter]
+    grads_remaining: int = 0
+    pre_backward: int = 0  # applied_pre_backward_ref_cnt
+    recompute: list[Parameter] = field(default_factory=list)
+
+
+class One:
+    """``AllGatherHandle``: of a parameter that is gathered in its place."""
+
+    __slots__ = ("parameter",)
+
+    def __init__(self, parameter: Parameter) -> None:
+        self.parameter = parameter
+
+    def wait(self) -> None:
+        self.parameter.status = _AVAILABLE
+
+
+class Coalesced:
+    """``AllGatherCoalescedHandle``: gathered together, and copied out when the first is waited for."""
+
+    __slots__ = ("flat", "parameters")
+
+    def __init__(self, parameters: list[Parameter], flat: Tensor) -> None:
+        self.parameters, self.flat = parameters, flat
+
+    def wait(self) -> None:
+        for parameter in self.parameters:
+            tensor = parameter.tensor
+            with category(Category.COMMUNICATION):
+                tensor.storage = empty(tensor.shape, tensor.dtype, "all_gather_copy_out").storage
+            parameter.status = _AVAILABLE
+        self.parameters = []
+
+
+class Coordinator:
+    """``PartitionedParameterCoordinator``. ``prefetch``: stage3_prefetch_bucket_size."""
+
+    def __init__(self, world: int) -> None:
+        self.world = world
+        self.prefetch = 0
+        self.in_flight: dict[Parameter, One | Coalesced] = {}
+        self.order: list[Module] = []
+        self.complete = False
+        self.queue: deque[tuple[Parameter, int]] = deque()
+        self.traced: list[tuple[Parameter, int]] = []
+        self.uses: dict[Parameter, list[int]] = {}  # steps
+        self.before: list[int] = []  # elements of the parameters of all steps before each
+        self.fetched: set[Parameter] = set()
+        self.step = 0
+        self.available = 0
+        self.active: dict[Module, None] = {}  # __active_backward_submodules
+
+    def finish_trace(self) -> None:
+        """``construct_parameter_trace_from_module_trace``."""
+        self.complete = True
+        total = 0
+        for step, module in enumerate(self.order):
+            self.before.append(total)
+            for parameter in sorted(module.parameters, key=lambda one: one.ds_id):
+                self.traced.append((parameter, step))
+                self.uses.setdefault(parameter, []).append(step)
+                total += parameter.numel
+
+    def reset_step(self) -> None:
+        for parameter, handle in self.in_flight.items():
+            handle.wait()
+            self.release_parameter(parameter)
+        self.in_flight.clear()
+        self.queue = deque(self.traced)
+        for parameter in self.fetched:
+            parameter.fetched_for = -1
+        self.fetched.clear()
+        self.step = self.available = 0
+
+    def fetch(self, module: Module, *, forward: bool, in_backward: bool) -> None:
+        """``fetch_sub_module``."""
+        state.tape.module = "zero3"
+        if not self.complete:
+            self.order.append(module)
+        if not forward:
+            self.active[module] = None
+        wanted = module.parameters
+        self.gather([one for one in wanted if one.status == _PARTITIONED])
+        for one in wanted:
+            one.active.add(module)
+            if forward and in_backward and self.active and one.tensor.node is None:
+                owner = next(reversed(self.active))
+                if one not in owner.recompute:
+                    owner.recompute.append(one)
+                one.active.add(owner)
+            if one in self.in_flight:
+                with stream(_GATHERING):
+                    self.in_flight.pop(one).wait()
+        if self.complete:
+            missing = sum(one.fetched_for < self.step for one in wanted)
+            for _ in range(missing):
+                self.pop()
+            self.fetch_ahead()
+        self.step += 1
+
+    def pop(self) -> Parameter:
+        one, step = self.queue.popleft()
+        one.fetched_for = max(one.fetched_for, step)
+        self.fetched.add(one)
+        return one
+
+    def fetch_ahead(self) -> None:
+        most = min(_LIVE - self.available, self.prefetch)
+        ahead: list[Parameter] = []
+        elements = 0
+        while self.queue and elements < most:
+            one = self.pop()
+            if one.status == _PARTITIONED and one not in ahead:
+                ahead.append(one)
+                elements += one.numel
+        self.gather(ahead)
+
+    def gather(self, parameters: list[Parameter]) -> None:
+        """``__all_gather_params``, ``all_gather_coalesced``."""
+        if not parameters:
+            return
+        self.available += sum(one.numel for one in parameters)
+        handle: One | Coalesced
+        with category(Category.COMMUNICATION), stream(_GATHERING):
+            if len(parameters) == 1:
+                one = parameters[0]
+                one.tensor.storage = self.gathered(one).storage
+                handle = One(one)
+            else:
+                parameters.sort(key=lambda one: one.ds_id)
+                count = sum(one.partition for one in parameters) * self.world
+                flat = empty((count,), parameters[0].tensor.dtype, "all_gather_coalesced")
+                handle = Coalesced(parameters, flat)
+        for one in parameters:
+            one.status = _IN_FLIGHT
+            self.in_flight[one] = handle
+
+    def gathered(self, one: Parameter) -> Tensor:
+        return empty((one.partition * self.world,), one.tensor.dtype, "all_gather")
+
+    def release(self, module: Module, *, forward: bool) -> None:
+        """``release_sub_module``."""
+        wanted = [one for one in module.parameters if not self.complete or self.goes(one)]
+        every: Iterable[Parameter] = module.parameters
+        if not forward:
+            wanted += [one for one in module.recompute if not one.persists]
+            every = dict.fromkeys([*module.parameters, *module.recompute])
+            module.recompute.clear()
+            self.active.pop(module, None)
+        for one in every:
+            one.active.discard(module)
+            if one in wanted:
+                self.release_parameter(one)
+
+    def goes(self, one: Parameter) -> bool:
+        """``__params_to_release``: not if it is needed again soon."""
+        if one.persists or one.fetched_for > self.step:
+            return False
+        here = self.before[self.step] if self.step < len(self.before) else 0
+        again = next((step for step in self.uses.get(one, ()) if step >= self.step), None)
+        return again is None or self.before[again] - here >= _REUSE
+
+    def release_leftovers(self) -> None:
+        """``release_backward_leftovers``."""
+        while self.active:
+            module, _ = self.active.popitem()
+            for one in dict.fromkeys([*module.parameters, *module.recompute]):
+                one.active.discard(module)
+                if not one.persists:
+                    self.release_parameter(one)
+            module.recompute.clear()
+
+    def release_parameter(self, one: Parameter) -> None:
+        if one.status == _AVAILABLE and not one.active:
+            one.tensor.storage = None
+            one.status = _PARTITIONED
+            self.available -= one.numel
+
+    def release_all(self, parameters: Iterable[Parameter]) -> None:
+        """``release_and_reset_all``."""
+        for one in parameters:
+            if one in self.in_flight:
+                self.in_flight.pop(one).wait()
+            one.active.clear()
+            self.release_parameter(one)
+
+
+class Zero3(Zero):
+    """A step on one rank."""
+
+    rehearses = True
+
+    def __init__(self, recipe: Recipe, rank: int = 0) -> None:
+        super().__init__(recipe, rank)
+        self.adapted = recipe.mode is not Mode.FULL
+        self.coordinator = Coordinator(self.world)
+        self.parameters: list[Parameter] = []
+        self.of_tensor: dict[int, Parameter] = {}
+        self.of_name: dict[tuple[int | None, str], list[Parameter]] = {}
+        self.modules: dict[tuple[int | None, str], Module] = {}
+        self.layer: int | None = None
+        self.hidden = 0
+        self.in_backward = self.is_rehearsed = False
+        self.sub_groups: list[list[Parameter]] = []
+        self.flat: list[Tensor] = []
+        self.bucket: Tensor | None = None
+        self.in_bucket: list[Parameter] = []
+        self.elements = 0
+        self.linear = linear
+
+    # -- what rests --------------------------------------------------------------------------------------
+
+    def begin(self, part: Part) -> None:
+        self.layer = part if isinstance(part, int) else None
+
+    def parameter(self, shape: Shape, dtype: DType, kind: Category, trainable: bool) -> Tensor:
+        tensor = Tensor(shape, self.computed(dtype), None)
+        numel = prod(shape)
+        partition = -(-numel // self.world)
+        if not self.parameters:
+            self.hidden = shape[-1]
+            self.coordinator.prefetch = int(0.9 * self.hidden * self.hidden)
+        kept = None
+        if trainable:
+            self.remember(tensor)
+            self.kind = kind
+        else:
+            with category(kind):
+                kept = empty((partition,), tensor.dtype, "ds_tensor")
+        ds_id = (kind is Category.ADAPTERS, len(self.parameters))
+        one = Parameter(tensor, numel, partition, ds_id, kept, persists=numel <= 10 * self.hidden)
+        self.parameters.append(one)
+        self.of_tensor[id(tensor)] = one
+        self.of_name.setdefault((self.layer, state.tape.module), []).append(one)
+        return tensor
+
+    def optimized(self, groups: list[Group]) -> list[Group]:
+        """``_create_fp16_partitions_with_defragmentation``, ``_setup_for_real_optimizer``."""
+        state.tape.module = "zero3"
+        for group in self.grouped():
+            sub: list[Parameter] = []
+            for trained in group:
+                sub.append(self.of_tensor[id(trained.tensor)])
+                if sum(one.partition for one in sub) >= _SUB_GROUP or trained is group[-1]:
+                    self.sub_groups.append(sub)
+                    sub = []
+        sizes = [sum(one.partition for one in sub) for sub in self.sub_groups]
+        with category(self.kind):
+            self.flat.append(empty((sum(sizes),), self.dtype, "lp_param_buffer"))
+        for size in sizes:
+            self.master(size, "fp32_partitioned_groups_flat")
+        with category(Category.COMMUNICATION):
+            self.bucket = empty((self.hidden * self.hidden,), self.dtype, "ipg_bucket")
+        with category(Category.GRADIENTS):
+            self.flat.append(empty((sum(sizes),), self.dtype, "grad_partitions_flat_buffer"))
+        self.flat.append(scalar(bool_, "inf_or_nan_tracker"))
+        self.kept_norm = scalar(float32, "_global_grad_norm")
+        return [Group(None, 1, [master]) for master in self.masters]
+
+    def rest(self, groups: list[Group], arrived: list[Tensor] | None) -> None:
+        """Small parameters stay whole from one step to the next."""
+        if self.is_rehearsed:
+            self.gather_persistent()
+
+    def rehearsed(self) -> None:
+        coordinator = self.coordinator
+        for one in self.parameters:
+            one.tensor.storage = None
+            one.status = _PARTITIONED
+            one.active.clear()
+        for module in self.modules.values():
+            module.recompute.clear()
+        coordinator.in_flight.clear()
+        coordinator.active.clear()
+        coordinator.finish_trace()
+        self.is_rehearsed = True
+
+    def gather_persistent(self) -> None:
+        """``_allgather_params_coalesced``."""
+        state.tape.module = "zero3"
+        with category(Category.COMMUNICATION):
+            for one in self.parameters:
+                if one.persists:
+                    one.tensor.storage = self.coordinator.gathered(one).storage
+                    one.status = _AVAILABLE
+
+    # -- modules -----------------------------------------------------------------------------------------
+
+    def leaf(self, name: str, module: Any) -> Any:
+        key = self.layer, name
+        if key not in self.of_name:
+            weight = getattr(module, "weight", None)
+            if weight is not None and id(weight) in self.of_tensor:  # tied
+                self.of_name[key] = [self.of_tensor[id(weight)]]
+        return Leaf(name, module, self)
+
+    def find(self, name: str) -> Module:
+        key = self.layer, name
+        found = self.modules.get(key)
+        if found is None:
+            found = self.modules[key] = Module(self.of_name.get(key, []))
+        return found
+
+    def module(self, name: str, run: Callable[..., Any], x: Tensor | None, *rest: Any) -> Any:
+        one = self.find(name)
+        x = self.enter(one, x)
+        out = run(x, *rest)
+        return self.leave(one, out)
+
+    def enter(self, one: Module, x: Tensor | None) -> Tensor | None:
+        """The hooks before a module's forward."""
+        module = state.tape.module
+        self.coordinator.fetch(one, forward=True, in_backward=self.in_backward)
+        state.tape.module = module
+        one.grads_remaining = 0
+        if x is None:
+            return None
+        out = x.detach()
+        if x.node is not None:
+            one.grads_remaining += 1
+            if state.grad:
+                node = Node(self._post_backward, x)
+                node.python = True
+                node.context = one
+                attach(node, out)
+        return out
+
+    def leave(self, one: Module, out: Any) -> Any:
+        """Those behind it."""
+        self.coordinator.release(one, forward=True)
+        return self._watched(one, out)
+
+    def _watched(self, one: Module, out: Any) -> Any:
+        if isinstance(out, tuple | list):
+            return type(out)(self._watched(one, part) for part in out)
+        if isinstance(out, dict):
+            return {key: self._watched(one, part) for key, part in out.items()}
+        if not isinstance(out, Tensor):
+            return out
+        one.pre_backward += 1
+        alias = out.detach()
+        if state.grad and out.node is not None:
+            node = Node(self._pre_backward, out)
+            node.python = True
+            node.context = one
+            attach(node, alias)
+        return alias
+
+    def _pre_backward(self, node: Node, grad: Tensor) -> Any:
+        one: Module = node.context
+        if one.pre_backward > 0:
+            self.coordinator.fetch(one, forward=False, in_backward=True)
+            one.pre_backward -= 1
+        return (grad,)
+
+    def _post_backward(self, node: Node, grad: Tensor) -> Any:
+        one: Module = node.context
+        one.grads_remaining -= 1
+        if not one.grads_remaining:
+            self.coordinator.release(one, forward=False)
+        return (grad,)
+
+    def before(self) -> None:
+        self.layer = None
+        self.coordinator.reset_step()
+        for name in self.outer():
+            self.enter(self.find(name), None)
+
+    def outer(self) -> list[str]:
+        """The model, what PEFT has around it, and its decoder."""
+        return ["", "base_model", "model"] if self.adapted else ["", "model"]
+
+    def embed(self, run: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
+        out: Tensor = self.module("model.embed_tokens", run, ids)
+        return out
+
+    def around(self, layer: int, run: Layer) -> Layer:
+        def wrapped(modules: Leaves, hidden: Tensor, context: Context) -> Tensor:
+            self.layer = layer
+            one = self.find("")
+            x = self.enter(one, hidden)
+            assert x is not None
+            out = run(modules, x, context)
+            out = self.leave(one, out)
+            self.layer = None
+            return out
+
+        return wrapped
+
+    def normed(self, run: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        self.layer = None
+        out: Tensor = self.leave(self.find("model"), run(hidden))
+        return out
+
+    def after(self, loss: Any, logits: Tensor | None) -> Any:
+        for name in reversed(self.outer()[:-1]):
+            loss, logits = self.leave(self.find(name), (loss, logits))
+        return loss, logits
+
+    # -- backward ----------------------------------------------------------------------------------------
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self.in_backward = True
+        scaled = ops.scale(loss)
+        grad = empty((), loss.dtype, "ones_like")
+        autograd.backward(scaled, grad)
+        state.tape.begin(Phase.BACKWARD, "graph freed")
+        del grad
+        self.in_backward = False
+        self.reduce()
+        self.coordinator.release_leftovers()
+        del scaled
+
+    def arrived(self, node: AccumulateGrad) -> None:
+        """``reduce_independent_p_g_buckets_and_remove_grads``."""
+        one = self.of_tensor[id(self.by_node[node].tensor)]
+        assert self.bucket is not None
+        size = self.bucket.shape[0]
+        if self.elements and self.elements + one.numel > size:
+            self.reduce()
+        if self.elements + one.numel <= size:
+            node.grad = self.bucket.viewed(one.tensor.shape)
+        self.in_bucket.append(one)
+        self.elements += one.numel
+
+    def reduce(self) -> None:
+        """``__reduce_and_partition_ipg_grads``, ``reduce_scatter_coalesced``."""
+        found = self.in_bucket
+        if not found:
+            return
+        state.tape.module = "zero3"
+        found.sort(key=lambda one: one.ds_id)
+        laid = None
+        with category(Category.COMMUNICATION), stream(REDUCING):
+            if len(found) > 1 or found[0].numel % self.world:
+                padding = [
+                    empty((missing,), self.dtype, "reduce_scatter_padding")
+                    for rank in range(self.world)
+                    for one in found
+                    if (missing := one.partition - max(min(one.numel - rank * one.partition, one.partition), 0))
+                ]
+                count = sum(one.partition for one in found) * self.world
+                laid = empty((count,), self.dtype, "reduce_scatter_coalesced")
+                while padding:
+                    padding.pop()
+        for one in found:
+            node = one.tensor.node
+            assert isinstance(node, AccumulateGrad)
+            node.grad = None
+        found.clear()
+        self.elements = 0
+        del laid
+
+    # -- the step ----------------------------------------------------------------------------------------
+
+    def update(self, recipe: Recipe, kept: State) -> bool:
+        """``DeepSpeedZeroOptimizer_Stage3.step``."""
+        tape = state.tape
+        tape.begin(Phase.OPTIMIZER, "norm")
+        tape.module = "zero3"
+        self.coordinator.release_all(self.parameters)
+        norms = [self.grad_norm(sub) for sub in self.sub_groups]
+        total = combine_grad_norm_groups(norms)
+        is_invalid_grad_norm(total)
+        current = scalar(float32, "_global_grad_norm")
+        for number, (sub, master) in enumerate(zip(self.sub_groups, self.masters, strict=True)):
+            size = master.shape[0]
+            with category(Category.GRADIENTS):
+                flattened = empty((size,), self.dtype, "flatten") if len(sub) > 1 else None
+                grad = empty((size,), float32, "single_grad_partition")
+            del flattened
+            if self.clips:
+                unscale(total)
+            if not number:
+                tape.begin(Phase.OPTIMIZER, "step", part=TapePart.UPDATE)
+            self.optimize(master, grad, recipe, kept)
+            del grad
+        tape.begin(Phase.OPTIMIZER, "gather")
+        self.gather_persistent()
+        tape.begin(Phase.OPTIMIZER, "end")
+        del total
+        while norms:
+            norms.pop()
+        self.kept_norm = current
+        return True
+
+    def grad_norm(self, sub: list[Parameter]) -> Tensor:
+        """``get_grad_norm_direct``."""
+        name = "get_grad_norm_direct"
+        grad_norms = [vector_norm(one.partition, self.dtype, name) for one in sub]
+        stacked = empty((len(grad_norms),), float64, name)
+        squares = empty(stacked.shape, float64, name)
+        del stacked
+        summed = scalar(float64, name)
+        del squares
+        total_norm = scalar(float64, name)
+        magnitude = scalar(float64, name)
+        norm_is_inf = scalar(bool_, name)
+        del magnitude
+        norm_is_nan = scalar(bool_, name)
+        inf_or_nan = scalar(bool_, name)
+        err = scalar(float32, name)
+        wide = scalar(float64, name)
+        masked = scalar(float64, name)
+        del wide, total_norm, summed
+        while grad_norms:
+            grad_norms.pop()
+        del norm_is_inf, norm_is_nan, inf_or_nan, err
+        return masked
+
+
+class Leaf:
+    """A leaf module as it is called."""
+
+    __slots__ = ("_module", "_name", "_spread")
+
+    def __init__(self, name: str, module: Any, spread: Zero3) -> None:
+        self._name, self._module, self._spread = name, module, spread
+
+    def __call__(self, x: Tensor) -> Any:
+        return self._spread.module(self._name, self._module, x)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+# -- LinearFunctionForZeroStage3 (runtime/zero/linear.py), which F.linear is where the model is made ------
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Its input is kept, whoever wants a gradient."""
+    shape = (*x.shape[:-1], weight.shape[0])
+    node = Node(_linear_backward, x, weight, bias) if tracked(x, weight, bias) else None
+    folded = _folded(x)
+    out = product(shape, x.dtype, "mm")
+    del folded
+    if node is not None:
+        node.python = True
+        node.saved = save(x), save(weight), None if bias is None else save(bias)
+        attach(node, out)
+    return out
+
+
+def _linear_backward(node: Node, grad: Tensor) -> Any:
+    x, weight, _bias = [None if saved is None else unpack(saved) for saved in node.saved]
+    assert x is not None and weight is not None
+    for_x = for_weight = for_bias = None
+    if node.edges[0]:
+        folded = _folded(grad)
+        for_x = product(x.shape, grad.dtype, "mm")
+        del folded
+    if node.edges[1]:
+        folds = _folded(grad), _folded(x)
+        for_weight = product(weight.shape, grad.dtype, "mm")
+        del folds
+    if node.edges[2]:
+        for_bias = empty((grad.shape[-1],), grad.dtype, "sum")
+        split_sum(grad.shape)
+    return for_x, for_weight, for_bias
+
+
+def _folded(x: Tensor) -> Tensor:
+    """``x.reshape(-1, x.shape[-1])``."""
+    if x.strides is None or view_strides(x.shape, x.strides, (prod(x.shape[:-1]), x.shape[-1])) is not None:
+        return x
+    return clone(x)
+
+
+STRATEGY = Strategy(Zero3, folds=False)
