@@ -91,11 +91,11 @@ class One:
 
 
 class Coalesced:
-    """``AllGatherCoalescedHandle``: gathered together, and copied out when the first is waited for."""
+    """``AllGatherCoalescedHandle``, one a dtype: gathered together, and copied out when the first is waited for."""
 
     __slots__ = ("flat", "parameters")
 
-    def __init__(self, parameters: list[Parameter], flat: Tensor) -> None:
+    def __init__(self, parameters: list[Parameter], flat: dict[DType, Tensor]) -> None:
         self.parameters, self.flat = parameters, flat
 
     def wait(self) -> None:
@@ -202,9 +202,11 @@ class Coordinator:
                 one.tensor.storage = self.gathered(one).storage
                 handle = One(one)
             else:
-                parameters.sort(key=lambda one: one.ds_id)
-                count = sum(one.partition for one in parameters) * self.world
-                flat = empty((count,), parameters[0].tensor.dtype, "all_gather_coalesced")
+                parameters.sort(key=lambda one: (one.tensor.dtype.name, one.ds_id))
+                flat = {}
+                for dtype in dict.fromkeys(one.tensor.dtype for one in parameters):
+                    count = sum(one.partition for one in parameters if one.tensor.dtype is dtype) * self.world
+                    flat[dtype] = empty((count,), dtype, "all_gather_coalesced")
                 handle = Coalesced(parameters, flat)
         for one in parameters:
             one.status = _IN_FLIGHT
@@ -289,7 +291,8 @@ class Zero3(Zero):
         self.layer = part if isinstance(part, int) else None
 
     def parameter(self, shape: Shape, dtype: DType, kind: Category, trainable: bool) -> Tensor:
-        tensor = Tensor(shape, self.computed(dtype), None)
+        # zero.Init makes the model in its dtype; what is added later keeps its own
+        tensor = Tensor(shape, dtype if kind is Category.ADAPTERS else self.computed(dtype), None)
         numel = prod(shape)
         partition = -(-numel // self.world)
         if not self.parameters:
@@ -321,7 +324,7 @@ class Zero3(Zero):
                     sub = []
         sizes = [sum(one.partition for one in sub) for sub in self.sub_groups]
         with category(self.kind):
-            self.flat.append(empty((sum(sizes),), self.dtype, "lp_param_buffer"))
+            self.flat.append(empty((sum(sizes),), self.trained[0].tensor.dtype, "lp_param_buffer"))
         for size in sizes:
             self.master(size, "fp32_partitioned_groups_flat")
         with category(Category.COMMUNICATION):
@@ -364,8 +367,9 @@ class Zero3(Zero):
     def leaf(self, name: str, module: Any) -> Any:
         key = self.layer, name
         if key not in self.of_name:
-            weight = getattr(module, "weight", None)
-            if weight is not None and id(weight) in self.of_tensor:  # tied
+            # a tied one; or what an adapter reads of lora_A's weight, which makes it an external parameter of it
+            weight = getattr(module, "down", None) or getattr(module, "weight", None)
+            if weight is not None and id(weight) in self.of_tensor:
                 self.of_name[key] = [self.of_tensor[id(weight)]]
         return Leaf(name, module, self)
 
@@ -443,7 +447,7 @@ class Zero3(Zero):
 
     def outer(self) -> list[str]:
         """The model, what PEFT has around it, and its decoder."""
-        return ["", "base_model", "model"] if self.adapted else ["", "model"]
+        return ["", "base_model", "base_model.model", "model"] if self.adapted else ["", "model"]
 
     def embed(self, run: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
         out: Tensor = self.module("model.embed_tokens", run, ids)
@@ -507,6 +511,7 @@ class Zero3(Zero):
         found.sort(key=lambda one: one.ds_id)
         laid = None
         with category(Category.COMMUNICATION), stream(REDUCING):
+            narrow = [self.narrowed(one) for one in found]
             if len(found) > 1 or found[0].numel % self.world:
                 padding = [
                     empty((missing,), self.dtype, "reduce_scatter_padding")
@@ -524,7 +529,13 @@ class Zero3(Zero):
             node.grad = None
         found.clear()
         self.elements = 0
-        del laid
+        del narrow, laid
+
+    def narrowed(self, one: Parameter) -> Tensor | None:
+        """What a gradient that no bucket took is sent as."""
+        node = one.tensor.node
+        assert isinstance(node, AccumulateGrad) and node.grad is not None
+        return None if node.grad.dtype is self.dtype else empty(node.grad.shape, self.dtype, "_to_copy")
 
     # -- the step ----------------------------------------------------------------------------------------
 
