@@ -268,7 +268,7 @@ class Playback:
     def play(self, start: int, stop: int) -> None:
         """The tape's events from one to another."""
         self.start = start
-        self.allocator.play(self.tape.events[start:stop], self.tape.sizes, self.live)
+        self.allocator.play(self.tape.events[start:stop], self.tape.sizes, self.live, self.tape.streams)
 
     def _hand_on(self, before: set[int]) -> None:
         """What a step puts in the place of something that was there (Adafactor's scales) is what the next

@@ -32,7 +32,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 
-from memplan import weights
+from memplan import strategies, weights
 from memplan.asked.recipe import DTypeName, Recipe
 from memplan.asked.spec import ModelSpec
 from memplan.device.allocator import SMALL_SEGMENT
@@ -53,6 +53,9 @@ def loading(spec: ModelSpec, recipe: Recipe, step: Tape, capacity: int | None = 
     The storages of the step have the same numbers on this tape, and what is only there for a while follows.
     """
     shapes = blueprint.named_shapes(spec)
+    strategy = strategies.of(recipe)
+    if strategy is not None and strategy.load is not None:
+        return _spread(strategy, shapes, recipe, step)
     return loading_of(shapes, _brought(step), recipe, step, capacity, stored=spec.quantization is not None)
 
 
@@ -78,7 +81,30 @@ def making(spec: ModelSpec, recipe: Recipe, step: Tape) -> Tape:
     return _written(steps, step)
 
 
-def _written(steps: Iterator[LoadStep], step: Tape) -> Tape:
+def _spread(strategy: strategies.Strategy, shapes: Mapping[str, Shape], recipe: Recipe, step: Tape) -> Tape:
+    """The same of a model that is spread over ranks when it is there, with nothing emptied after."""
+    assert strategy.load is not None
+    scratch = 0
+
+    def temporary(nbytes: int) -> tuple[LoadStep, int]:
+        nonlocal scratch
+        scratch += 1
+        return ("scratch", nbytes), scratch - 1
+
+    resting = [(one.storage, one.name, step.sizes[one.storage]) for one in _brought(step) if not one.made]
+    made = [one.storage for one in _brought(step) if one.made]
+    known = {name.removesuffix(".weight").removesuffix(".bias"): prod(shape) for name, shape in shapes.items()}
+    whole = {}
+    for _, name, nbytes in resting:
+        share = nbytes * recipe.gpus
+        count = known.get(name, 0)
+        exact = next((count * size for size in (4, 2) if 0 <= share - count * size < share // 8), share)
+        whole[name] = exact if ".lora_" not in name else share
+    steps = [*strategy.load(resting, whole, temporary), *(("alloc", number) for number in made)]
+    return _written(iter(steps), step, emptied=False)
+
+
+def _written(steps: Iterator[LoadStep], step: Tape, *, emptied: bool = True) -> Tape:
     tape = Tape(
         "predicted",  # whoever wrote the step
         sizes=step.sizes[:],
@@ -98,7 +124,8 @@ def _written(steps: Iterator[LoadStep], step: Tape) -> Tape:
             tape.free(first + number)
         else:
             _empty_cache(tape)
-    _empty_cache(tape)  # Trainer.train: accelerator.free_memory (transformers 5.23 trainer.py)
+    if emptied:
+        _empty_cache(tape)  # Trainer.train: accelerator.free_memory (transformers 5.23 trainer.py)
     tape.finish()
     return tape
 

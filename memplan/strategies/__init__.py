@@ -6,7 +6,7 @@ backward. What is played is one rank's part of one step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from memplan.optimizers import Group
 from memplan.parts.context import Layer
 from memplan.shadow.tensor import DType, Shape, Tensor
 from memplan.tape import Category
+from memplan.weights import LoadStep, Temporary
 
 
 EMBEDDING, NORM, HEAD = "embedding", "norm", "head"
@@ -69,9 +70,12 @@ class Spread(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Strategy:
-    """A strategy. ``spread``: begins a step of the (resolved) recipe."""
+    """A strategy. ``spread``: begins a step of the (resolved) recipe. ``load``: the steps by which what
+    rests comes onto the card once the model is made, of storages by number, full name and bytes, and of the
+    bytes of each parameter by name; None if as on one GPU."""
 
     spread: Callable[[Recipe], Spread]
+    load: Callable[[list[tuple[int, str, int]], Mapping[str, int], Temporary], Iterator[LoadStep]] | None = None
 
 
 def of(recipe: Recipe) -> Strategy | None:

@@ -11,7 +11,7 @@ with them the embedding where it is the output layer's weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -38,6 +38,7 @@ from memplan.shadow.tensor import (
 )
 from memplan.strategies import EMBEDDING, NORM, Part, Strategy
 from memplan.tape import Category
+from memplan.weights import LoadStep, Temporary
 
 _GATHERING, _REDUCING = 1, 2  # streams
 
@@ -388,4 +389,34 @@ def _tensors(loss: Any, logits: Tensor | None) -> list[Tensor]:
     return returned if logits is None else [*returned, logits]
 
 
-STRATEGY = Strategy(Fsdp2)
+def _load(
+    resting: list[tuple[int, str, int]], whole: Mapping[str, int], temporary: Temporary
+) -> Iterator[LoadStep]:
+    """``fully_shard`` of one unit after the other: all of its parameters come onto the card, a part of each
+    is copied, and they go. accelerate's names for the weights of embedding and output layer hold those to the
+    end of its preparation."""
+    units: dict[str, list[tuple[int, str]]] = {}
+    for number, name, _ in resting:
+        units.setdefault(_unit(name), []).append((number, name))
+    held = []
+    for unit in sorted(units, key=lambda unit: (not unit.startswith("model.layers."), "norm" not in unit)):
+        came = []
+        for _, name in units[unit]:
+            nbytes = whole.get(name)
+            if nbytes is not None:
+                take, number = temporary(nbytes)
+                yield take
+                (held if unit in ("model.embed_tokens", "lm_head") else came).append(number)
+        for number, _ in units[unit]:
+            yield "alloc", number
+        for number in came:
+            yield "drop", number
+    for number in held:
+        yield "drop", number
+
+
+def _unit(name: str) -> str:
+    return ".".join(name.split(".")[:3]) if name.startswith("model.layers.") else name
+
+
+STRATEGY = Strategy(Fsdp2, _load)
