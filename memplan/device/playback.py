@@ -182,7 +182,13 @@ class Playback:
         workspaces = [storage for storage in rest if storage in tape.workspaces]
         self.born = list(zip(self._first_products(), workspaces, strict=False))
         self.states = [e for e in rest if tape.categories[e] is Category.OPTIMIZER_STATE]
-        later = {*self.states, *(workspace for _, workspace in self.born)}
+        self.renewed = [
+            event
+            for segment in setup
+            if segment.part is Part.RENEWED
+            for event in tape.events[segment.start : segment.stop]
+        ]
+        later = {*self.states, *self.renewed, *(workspace for _, workspace in self.born)}
         self.others = [event for event in rest if event not in later]
 
     def _first_products(self) -> list[int]:
@@ -226,6 +232,10 @@ class Playback:
             before.update(self.states)
         self.play(self.update, len(self.tape.events))
         self._hand_on(before)
+        if stage == FIRST_STEP and self.renewed:
+            for number in [number for number in self.live if number >= len(self.tape.sizes)]:
+                self.allocator.free(self.live.pop(number))
+            self._make(self.renewed)
 
     def evaluate(self, tape: Tape) -> None:
         """What an evaluation makes and drops; what rests on its tape is there already."""

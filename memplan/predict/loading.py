@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import count
 from math import prod
 
 from memplan import strategies, weights
@@ -39,7 +40,7 @@ from memplan.device.allocator import SMALL_SEGMENT
 from memplan.predict import blueprint
 from memplan.shadow.tensor import Shape
 from memplan.tape import Category, Part, Phase, Tape
-from memplan.weights import Brought, LoadStep
+from memplan.weights import Brought, LoadStep, Temporary
 
 _NOT_LOADED = ("model.rotary_emb", "bitsandbytes")  # buffers that are made, not read
 _WARMUP_RESERVE = int(1.2 * (1 << 30))  # what the warm-up leaves of a card that is smaller than the model
@@ -56,6 +57,10 @@ def loading(spec: ModelSpec, recipe: Recipe, step: Tape, capacity: int | None = 
     strategy = strategies.of(recipe)
     if strategy is not None and strategy.load is not None:
         return _spread(strategy, shapes, recipe, step)
+    if strategy is not None and strategy.wrap is not None:
+        steps = list(_steps(shapes, _brought(step), recipe, step, capacity, stock=True))
+        wrapped = strategy.wrap(step, _temporary(sum(what == "scratch" for what, _ in steps)))
+        return _written(iter([*steps, ("empty_cache", 0), *wrapped]), step, emptied=False)
     return loading_of(shapes, _brought(step), recipe, step, capacity, stored=spec.quantization is not None)
 
 
@@ -84,13 +89,7 @@ def making(spec: ModelSpec, recipe: Recipe, step: Tape) -> Tape:
 def _spread(strategy: strategies.Strategy, shapes: Mapping[str, Shape], recipe: Recipe, step: Tape) -> Tape:
     """The same of a model that is spread over ranks when it is there, with nothing emptied after."""
     assert strategy.load is not None
-    scratch = 0
-
-    def temporary(nbytes: int) -> tuple[LoadStep, int]:
-        nonlocal scratch
-        scratch += 1
-        return ("scratch", nbytes), scratch - 1
-
+    temporary = _temporary()
     resting = [(one.storage, one.name, step.sizes[one.storage]) for one in _brought(step) if not one.made]
     made = [one.storage for one in _brought(step) if one.made]
     known = {name.removesuffix(".weight").removesuffix(".bias"): prod(shape) for name, shape in shapes.items()}
@@ -187,13 +186,7 @@ def _onto_card(
         else:
             storages.setdefault(one.name, []).append(one.storage)
     itemsize = _ITEMSIZE[recipe.dtype]
-    scratch = 0
-
-    def temporary(nbytes: int) -> tuple[LoadStep, int]:
-        nonlocal scratch
-        scratch += 1
-        return ("scratch", nbytes), scratch - 1
-
+    temporary = _temporary()
     form = weights.of(recipe)
     quantised = {name for name in shapes if form is not None and form.made(name, storages)}
     if stock:
@@ -242,6 +235,13 @@ def _onto_card(
             yield "drop", number
         yield "empty_cache", 0
     yield from _adapters(recipe, adapters, tape, quantised if stock else set(), temporary)
+
+
+def _temporary(made: int = 0) -> Temporary:
+    """What makes the next step of something that is there for a while, and its number; ``made``: how many
+    there are already."""
+    numbers = count(made)
+    return lambda nbytes: (("scratch", nbytes), next(numbers))
 
 
 def _adapters(recipe, adapters, tape, quantised, temporary) -> Iterator[LoadStep]:  # type: ignore[no-untyped-def]

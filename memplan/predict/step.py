@@ -162,22 +162,25 @@ def router_loss(spec: ModelSpec, recipe: Recipe) -> bool:
 
 
 def at_rest(
-    spec: ModelSpec, recipe: Recipe, card: Card | None, played: Played | Standing
+    spec: ModelSpec,
+    recipe: Recipe,
+    card: Card | None,
+    played: Played | Standing,
+    spread: strategies.Spread | None = None,
 ) -> tuple[Model, State, list[Tensor]]:
     """Begin a new tape with what is there before a step: the model, its optimizer states, and cuBLAS's
     workspaces."""
     tape = begin(card)
     strategy = strategies.of(recipe)
     if strategy is not None:
-        state.spread = strategy.spread(recipe)
+        state.spread = spread or strategy.spread(recipe)
     model = Builder(spec, recipe).build(played)
     embedding = model.embedding.weight
     states = update.states(
         model.trainable, recipe, state.spread.updated(embedding) if state.spread else embedding
     )
     if state.spread is not None:
-        tape.begin(Phase.SETUP, "spread", part=Part.RESTING)
-        state.spread.rest(model.trainable, None)
+        state.spread.rest(model.trainable)
     tape.begin(Phase.SETUP, "workspaces", part=Part.RESTING)
     tape.module = ""
     # one for each cuBLAS handle, and autograd's thread has its own
@@ -190,9 +193,14 @@ def at_rest(
 
 
 def _play(
-    spec: ModelSpec, recipe: Recipe, step: Sequence[Rows], card: Card | None, played: Played | Standing
+    spec: ModelSpec,
+    recipe: Recipe,
+    step: Sequence[Rows],
+    card: Card | None,
+    played: Played | Standing,
+    spread: strategies.Spread | None = None,
 ) -> Tape:
-    model, states, _workspaces = at_rest(spec, recipe, card, played)
+    model, states, _workspaces = at_rest(spec, recipe, card, played, spread)
     tape = state.tape
     batches = {number: batch(rows) for number, rows in {id(rows): rows for rows in step}.items()}
     for rows in step:
@@ -217,7 +225,8 @@ def _play(
     tape.begin(Phase.OPTIMIZER, "end")
     del loss
     tape.finish()  # what dies with these names is no part of the step
-    return tape
+    again = state.spread.again() if state.spread is not None else None
+    return tape if again is None else _play(spec, recipe, step, card, played, again)
 
 
 def forward(model: Model, fed: Batch, played: list[int]) -> Tensor:

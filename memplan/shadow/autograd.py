@@ -304,6 +304,8 @@ def _accumulate_grad(node: AccumulateGrad) -> None:
     node.grads = None
     if node.grad is None and grad is not None:
         node.grad = grad
+        if state.spread is not None:
+            state.spread.arrived(node)
         if grad.storage is not None and node.parameter:
             state.tape.categories[grad.storage.index] = Category.GRADIENTS
 

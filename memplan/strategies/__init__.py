@@ -14,8 +14,9 @@ from memplan import rooms
 from memplan.asked.recipe import Recipe
 from memplan.optimizers import Group
 from memplan.parts.context import Layer
+from memplan.shadow.autograd import AccumulateGrad
 from memplan.shadow.tensor import DType, Shape, Tensor
-from memplan.tape import Category
+from memplan.tape import Category, Tape
 from memplan.weights import LoadStep, Temporary
 
 
@@ -39,9 +40,14 @@ class Spread(Protocol):
     def updated(self, parameter: Tensor) -> Tensor:
         """What the optimizer updates in the place of what the model computes with."""
 
-    def rest(self, groups: list[Group], arrived: list[Tensor] | None) -> None:
-        """Write what else rests. ``arrived``: the trained parameters in the order in which their gradients
-        come, where that is known."""
+    def rest(self, groups: list[Group]) -> None:
+        """Write what else rests beside the trained parameters, in segments of its own."""
+
+    def arrived(self, node: AccumulateGrad) -> None:
+        """A parameter has its first gradient."""
+
+    def again(self) -> Spread | None:
+        """The same to play the step once more with, where what rests follows from a step."""
 
     def embed(self, run: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
         """The embedding's forward as the strategy has it."""
@@ -72,10 +78,12 @@ class Spread(Protocol):
 class Strategy:
     """A strategy. ``spread``: begins a step of the (resolved) recipe. ``load``: the steps by which what
     rests comes onto the card once the model is made, of storages by number, full name and bytes, and of the
-    bytes of each parameter by name; None if as on one GPU."""
+    bytes of each parameter by name; None if as on one GPU. ``wrap``: what follows that, of the
+    tape of a step; what it does not drop goes after the first step."""
 
     spread: Callable[[Recipe], Spread]
     load: Callable[[list[tuple[int, str, int]], Mapping[str, int], Temporary], Iterator[LoadStep]] | None = None
+    wrap: Callable[[Tape, Temporary], Iterator[LoadStep]] | None = None
 
 
 def of(recipe: Recipe) -> Strategy | None:

@@ -48,7 +48,8 @@ class Part(str, Enum):
 
     ``LOADED`` and ``RESTING`` are there before the step (phase ``SETUP``), the first by loading the model.
     ``UPDATE`` is where the optimizer's update begins, at which the first step makes what later ones find: the
-    optimizer's states. ``EMPTIED`` has no events: there the allocator's cache is emptied.
+    optimizer's states. ``EMPTIED`` has no events: there the allocator's cache is emptied. ``RENEWED`` is there
+    before the step, too, made after the first one in the place of what loading has left for it.
     """
 
     LOADED = "loaded"
@@ -56,6 +57,7 @@ class Part(str, Enum):
     STEP = "step"
     UPDATE = "update"
     EMPTIED = "emptied"
+    RENEWED = "renewed"
 
 
 def rounded(nbytes: int) -> int:
