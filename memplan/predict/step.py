@@ -203,7 +203,9 @@ def _play(
     model, states, _workspaces = at_rest(spec, recipe, card, played, spread)
     tape = state.tape
     batches = {number: batch(rows) for number, rows in {id(rows): rows for rows in step}.items()}
-    for rows in step:
+    for number, rows in enumerate(step, 1):
+        if state.spread is not None:
+            state.spread.last = number == len(step)
         loss = forward(model, batches[id(rows)], list(played.indices))
         if recipe.gradient_accumulation_steps > 1:
             with category(Category.LOGITS_AND_LOSS):

@@ -26,10 +26,11 @@ Part = int | str  # a layer, by its position among those that are played, or wha
 
 class Spread(Protocol):
     """A strategy while a step is played, by ``world`` ranks. ``autocast``: whether the forward runs under the
-    recipe's."""
+    recipe's; ``last``: whether the pass that is played is the last one of its step."""
 
     world: int
     autocast: bool
+    last: bool
 
     def begin(self, part: Part) -> None:
         """What is made from here on belongs to a part."""

@@ -41,6 +41,7 @@ class Ddp:
     transformers' own and checkpoints."""
 
     autocast = True
+    last = True
 
     def __init__(self, recipe: Recipe, order: list[tuple[int, int]] | None = None) -> None:
         self.recipe, self.world = recipe, recipe.gpus

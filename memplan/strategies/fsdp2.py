@@ -5,7 +5,8 @@ with the output layer; what is left, with adapters the norm, is the model's own 
 Each rank keeps a part of every parameter. Before a layer runs, its parameters are gathered: copied in on a
 stream of their own, gathered there, copied out into tensors that the model computes with. They go when it has
 run; in backward they come again, a layer ahead. Its gradients are laid end to end, and what this rank keeps of
-their sum is what the optimizer finds. The last norm and the output layer stay until their backward is over, and
+their sum is what the optimizer finds; of a step of several passes each rank keeps whole gradients up to the last
+one (accelerate's ``no_sync``). The last norm and the output layer stay until their backward is over, and
 with them the embedding where it is the output layer's weight.
 """
 
@@ -52,6 +53,7 @@ class Parameter:
     whole: Tensor
     rows: int
     name: str
+    accumulated: Tensor | None = None
 
     @property
     def held(self) -> int:
@@ -69,11 +71,13 @@ class Parameter:
         block.resize(0)
 
     def gradient(self) -> Tensor | None:
-        """Taken from the parameter that was computed with."""
+        """Taken from the parameter that was computed with, or what earlier passes have left of it."""
         node = self.whole.node
         if not isinstance(node, AccumulateGrad):
             return None
         grad, node.grad = node.grad, None
+        if self.accumulated is not None:
+            grad, self.accumulated = self.accumulated, None
         return grad
 
 
@@ -99,6 +103,7 @@ class Fsdp2:
     gathers what its layers have not, and keeps it."""
 
     autocast = False
+    last = True
 
     def __init__(self, recipe: Recipe, rank: int = 0, *, by_itself: bool = False) -> None:
         self.world, self.rank, self.by_itself = recipe.gpus, rank, by_itself
@@ -310,6 +315,10 @@ class Fsdp2:
         """``post_backward``: ``foreach_reduce``."""
         group.reduced = True
         state.tape.module = "fsdp"
+        if not self.last:
+            self.reshard(group)
+            self._accumulate(group)
+            return
         found = [(parameter, parameter.gradient()) for parameter in group.parameters]
         reduced = [(parameter, grad) for parameter, grad in found if grad is not None]
         del found
@@ -345,6 +354,19 @@ class Fsdp2:
             node.grad = Tensor(parameter.shard.shape, resting, summed.storage)
         self.summing.append(laid)
         del last
+
+    def _accumulate(self, group: Group) -> None:
+        """``accumulate_unsharded_grad_if_needed``, ``to_accumulated_grad_if_needed``: a gradient that is
+        summed in another dtype is kept in that; others stay where they are."""
+        for parameter in group.parameters:
+            node = parameter.whole.node
+            if not isinstance(node, AccumulateGrad) or node.grad is None:
+                continue
+            if self.reducing is not None and node.grad.dtype is not self.reducing:
+                if parameter.accumulated is None:
+                    with category(Category.GRADIENTS):
+                        parameter.accumulated = empty(node.grad.shape, self.reducing, "_to_copy")
+                node.grad = None
 
     def finish(self) -> None:
         """``_root_post_backward_final_callback``."""
