@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from memplan import libraries, losses
 from memplan.asked.recipe import Recipe
-from memplan.errors import MemplanError, UnsupportedArchitecture
+from memplan.errors import MemplanError, RecipeError, UnsupportedArchitecture
 from memplan.importers.quantization import method_of
 from memplan.importers.resolve import ResolvedConfig, resolve_config
 from memplan.planning.cards import able
@@ -78,6 +78,11 @@ def checked(found: ResolvedConfig, recipe: Recipe) -> Recipe:
     from memplan.importers.hf import spec_from_config
     from memplan.predict.parameters import resolve_recipe
 
+    if recipe.gpus > 1:
+        raise RecipeError(
+            f"a trace is of one GPU: plan without it, or let `memplan dry-run --gpu {recipe.gpus}xCARD -- "
+            "COMMAND` run a rank of your own program"
+        )
     try:
         spec = spec_from_config(found.config, found.name, found.hub_id)
     except UnsupportedArchitecture:

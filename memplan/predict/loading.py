@@ -90,9 +90,10 @@ def _spread(strategy: strategies.Strategy, shapes: Mapping[str, Shape], recipe: 
     """The same of a model that is spread over ranks when it is there, with nothing emptied after."""
     assert strategy.load is not None
     temporary = _temporary()
-    resting = [(one.storage, one.name, step.sizes[one.storage]) for one in _brought(step) if not one.made]
-    made = [one.storage for one in _brought(step) if one.made]
-    known = {name.removesuffix(".weight").removesuffix(".bias"): prod(shape) for name, shape in shapes.items()}
+    brought = _brought(step)
+    resting = [(one.storage, one.name, step.sizes[one.storage]) for one in brought if not one.made]
+    made = [one.storage for one in brought if one.made]
+    known = {name.removesuffix(".weight"): prod(shape) for name, shape in shapes.items()}
     whole = {}
     for _, name, nbytes in resting:
         share = nbytes * recipe.gpus

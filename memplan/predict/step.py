@@ -46,24 +46,31 @@ def write_tape(
     card: Card | None = None,
     lengths: Sequence[Lengths] | None = None,
     folded: bool = True,
+    rank: int = 0,
 ) -> Tape:
     """Play a step of ``recipe`` (resolved) on ``spec``.
 
     ``card`` is the reference card unless given; ``lengths``: those of the sequences of each forward pass of
-    the step, which else are ``seq_len``. ``folded=False`` plays every layer.
+    the step, which else are ``seq_len``. ``folded=False`` plays every layer; ``rank``: of those that share
+    the step.
     Raises RecipeError if the recipe does not suit the model.
     """
-    return _written(spec, recipe, card, lengths, folded=folded, unfolded=False)
+    return _written(spec, recipe, card, lengths, rank, folded=folded, unfolded=False)
 
 
 def write_long_tape(
-    spec: ModelSpec, recipe: Recipe, *, card: Card | None = None, lengths: Sequence[Lengths] | None = None
+    spec: ModelSpec,
+    recipe: Recipe,
+    *,
+    card: Card | None = None,
+    lengths: Sequence[Lengths] | None = None,
+    rank: int = 0,
 ) -> Tape:
     """The tape of ``write_tape(folded=False)``, written out from the folded one where that can be done.
 
     ``lengths``: those of the sequences of each forward pass of the step, which else are ``seq_len``.
     """
-    return _written(spec, recipe, card, lengths, folded=True, unfolded=True)
+    return _written(spec, recipe, card, lengths, rank, folded=True, unfolded=True)
 
 
 def _written(
@@ -71,6 +78,7 @@ def _written(
     recipe: Recipe,
     card: Card | None,
     lengths: Sequence[Lengths] | None,
+    rank: int,
     *,
     folded: bool,
     unfolded: bool,
@@ -80,12 +88,13 @@ def _written(
     micro_steps = min(recipe.gradient_accumulation_steps, 2)
     step = [whole(recipe)] * micro_steps if lengths is None else [of_lengths(recipe, one) for one in lengths]
     tape = written(
-        lambda played: _play(spec, recipe, step, card, played),
+        lambda played: _play(spec, recipe, step, card, played, _spread(recipe, rank)),
         spec,
         widest(step),
         folded=folded,
         unfolded=unfolded,
     )
+    tape.rank = rank
     for segment in tape.segments:
         if segment.phase is Phase.OPTIMIZER:
             segment.layer = None  # an update goes by parameters, not by layers: folding alone needed to know
@@ -161,6 +170,11 @@ def router_loss(spec: ModelSpec, recipe: Recipe) -> bool:
     return weighed and losses.find(recipe.loss).sft
 
 
+def _spread(recipe: Recipe, rank: int = 0) -> strategies.Spread | None:
+    strategy = strategies.of(recipe)
+    return None if strategy is None else strategy.spread(recipe, rank)
+
+
 def at_rest(
     spec: ModelSpec,
     recipe: Recipe,
@@ -171,9 +185,7 @@ def at_rest(
     """Begin a new tape with what is there before a step: the model, its optimizer states, and cuBLAS's
     workspaces."""
     tape = begin(card)
-    strategy = strategies.of(recipe)
-    if strategy is not None:
-        state.spread = spread or strategy.spread(recipe)
+    state.spread = spread or _spread(recipe)
     model = Builder(spec, recipe).build(played)
     embedding = model.embedding.weight
     states = update.states(

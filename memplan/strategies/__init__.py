@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from memplan import rooms
 from memplan.asked.recipe import Recipe
@@ -19,77 +19,96 @@ from memplan.shadow.tensor import DType, Shape, Tensor
 from memplan.tape import Category, Tape
 from memplan.weights import LoadStep, Temporary
 
-
 EMBEDDING, NORM, HEAD = "embedding", "norm", "head"
+Resting = list[tuple[int, str, int]]
+Forward = Callable[[Tensor], Tensor]
 Part = int | str  # a layer, by its position among those that are played, or what is before and behind them
 
 
-class Spread(Protocol):
-    """A strategy while a step is played, by ``world`` ranks. ``autocast``: whether the forward runs under the
-    recipe's; ``last``: whether the pass that is played is the last one of its step."""
+class Spread:
+    """A strategy while a step is played, by ``world`` ranks: what it does differently from one GPU.
 
-    world: int
-    autocast: bool
-    last: bool
+    ``autocast``: whether the forward runs under the recipe's; ``last``: whether the pass that is played is
+    the last one of its step.
+    """
+
+    autocast = True
+    last = True
+
+    def __init__(self, world: int) -> None:
+        self.world = world
 
     def begin(self, part: Part) -> None:
         """What is made from here on belongs to a part."""
 
     def parameter(self, shape: Shape, dtype: DType, kind: Category, trainable: bool) -> Tensor | None:
         """Write what rests of a parameter; what the model computes with, or None if that is all of it."""
+        return None
 
     def updated(self, parameter: Tensor) -> Tensor:
         """What the optimizer updates in the place of what the model computes with."""
+        return parameter
 
     def rest(self, groups: list[Group]) -> None:
         """Write what else rests beside the trained parameters, in segments of its own."""
 
-    def arrived(self, node: AccumulateGrad) -> None:
-        """A parameter has its first gradient."""
-
-    def again(self) -> Spread | None:
-        """The same to play the step once more with, where what rests follows from a step."""
-
-    def embed(self, run: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
-        """The embedding's forward as the strategy has it."""
-
-    def around(self, layer: int, run: Layer) -> Layer:
-        """A layer's."""
-
-    def normed(self, run: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-        """The last norm's."""
-
-    def head(self, head: Any) -> Any:
-        """The output layer's."""
-
     def before(self) -> None:
         """The model's forward begins."""
 
-    def after(self, loss: Any, logits: Tensor | None) -> Any:
-        """It is over, and returns these: both as the caller gets them."""
+    def embed(self, run: Forward, ids: Tensor) -> Tensor:
+        """The embedding's forward."""
+        return run(ids)
+
+    def around(self, layer: int, run: Layer) -> Layer:
+        """A layer's."""
+        return run
+
+    def normed(self, run: Forward, hidden: Tensor) -> Tensor:
+        """The last norm's."""
+        return run(hidden)
+
+    def head(self, head: Any) -> Any:
+        """The output layer, which may be called or have its weight read."""
+        return head
+
+    def after(self, loss: Any, logits: Tensor | None) -> tuple[Any, Tensor | None]:
+        """The model's forward is over, and returns these: both as the caller gets them."""
+        return loss, logits
+
+    def arrived(self, node: AccumulateGrad) -> None:
+        """A parameter has its first gradient."""
 
     def finish(self) -> None:
         """Backward is over."""
 
     def norm(self, stacked: Tensor) -> Tensor:
         """The stacked norms of what this rank has of the gradients, as norms of all of them."""
+        return stacked
+
+    def again(self) -> Spread | None:
+        """The same to play the step once more with, where what rests follows from a step."""
+        return None
 
 
 @dataclass(frozen=True, slots=True)
 class Strategy:
-    """A strategy. ``spread``: begins a step of the (resolved) recipe. ``load``: the steps by which what
-    rests comes onto the card once the model is made, of storages by number, full name and bytes, and of the
-    bytes of each parameter by name; None if as on one GPU. ``wrap``: what follows that, of the
-    tape of a step; what it does not drop goes after the first step."""
+    """A strategy. ``spread``: begins a step of the (resolved) recipe on a rank. ``shards``: whether ranks
+    have parts of parameters, along their first axis.
 
-    spread: Callable[[Recipe], Spread]
-    load: Callable[[list[tuple[int, str, int]], Mapping[str, int], Temporary], Iterator[LoadStep]] | None = None
+    ``load``: the steps by which what rests comes onto the card once the model is made, of storages by number,
+    full name and bytes, and of the bytes of each parameter by name; None if as on one GPU. ``wrap``: what
+    follows, of the tape of a step; what it does not drop goes after the first step.
+    """
+
+    spread: Callable[[Recipe, int], Spread]
+    shards: bool = False
+    load: Callable[[Resting, Mapping[str, int], Temporary], Iterator[LoadStep]] | None = None
     wrap: Callable[[Tape, Temporary], Iterator[LoadStep]] | None = None
 
 
 def of(recipe: Recipe) -> Strategy | None:
     """The recipe's. Raises UnknownName."""
-    if recipe.parallel is None or recipe.gpus == 1:
+    if recipe.parallel is None:
         return None
     strategy: Strategy = rooms.thing("strategies", recipe.parallel, "STRATEGY", "strategy")
     return strategy

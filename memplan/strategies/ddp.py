@@ -1,25 +1,24 @@
 """DDP: every rank has all of the model; gradients are summed in flat buckets that are kept beside them
-(torch/nn/parallel/distributed.py, torch/csrc/distributed/c10d/reducer.cpp, 2.13; as transformers 5.23 trainer.py
-``create_accelerator_and_postprocess`` sets it up).
+(torch/nn/parallel/distributed.py, torch/csrc/distributed/c10d/reducer.cpp, 2.13; as transformers 5.23
+trainer.py, ``_build_accelerator_args``, sets it up).
 
-A bucket is closed when it has 25 MiB, the first one at 1 MiB. Where no parameter can be unused, buckets are made
-again after the first step in the order in which gradients came; else they stay in the order of the parameters.
+A bucket is closed when it has 25 MiB, the first one at 1 MiB. Where no parameter can be unused, buckets are
+made again after the first step in the order in which gradients came; else they stay in the order of the
+parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import groupby, repeat
 from operator import itemgetter
 from typing import Any
 
 from memplan.asked.recipe import Mode, Recipe
 from memplan.optimizers import Group
-from memplan.parts.context import Layer
 from memplan.shadow.autograd import AccumulateGrad, Node, attach
 from memplan.shadow.tensor import (
     DType,
-    Shape,
     Tensor,
     category,
     empty,
@@ -27,8 +26,7 @@ from memplan.shadow.tensor import (
     int32,
     state,
 )
-from memplan.strategies import Part as ModelPart
-from memplan.strategies import Strategy
+from memplan.strategies import Spread, Strategy
 from memplan.tape import Category, Part, Phase, Tape
 from memplan.weights import LoadStep, Temporary
 
@@ -36,28 +34,18 @@ _FIRST, _CAP = 1 << 20, 25 << 20  # bytes: dist._DEFAULT_FIRST_BUCKET_BYTES, buc
 _BROADCAST = 250 << 20  # bytes: DistributedDataParallel.broadcast_bucket_size
 
 
-class Ddp:
-    """A step on one rank of ``world``. ``unused``: ``find_unused_parameters``, which is on unless the model is
-    transformers' own and checkpoints."""
+class Ddp(Spread):
+    """``unused``: ``find_unused_parameters``, which is on unless the model is transformers' own and
+    checkpoints."""
 
-    autocast = True
-    last = True
-
-    def __init__(self, recipe: Recipe, order: list[tuple[int, int]] | None = None) -> None:
-        self.recipe, self.world = recipe, recipe.gpus
+    def __init__(self, recipe: Recipe, rank: int, order: list[tuple[int, int]] | None = None) -> None:
+        super().__init__(recipe.gpus)
+        self.recipe = recipe
         self.order = order  # of gradients in a step before: parameters by group and number
         self._numbers: dict[int, tuple[int, int]] = {}
         self._arrived: list[tuple[int, int]] = []
         self.unused = not (recipe.mode is Mode.FULL and recipe.gradient_checkpointing)
         self._kept: list[Tensor] = []
-
-    def begin(self, part: ModelPart) -> None: ...
-
-    def parameter(self, shape: Shape, dtype: DType, kind: Category, trainable: bool) -> Tensor | None:
-        return None
-
-    def updated(self, parameter: Tensor) -> Tensor:
-        return parameter
 
     def rest(self, groups: list[Group]) -> None:
         """Write the buckets."""
@@ -67,7 +55,7 @@ class Ddp:
             for number, parameter in enumerate(group.parameters)
         }
         if self.order is None:
-            order = [(place, number) for place, group in enumerate(groups) for number in range(len(group.parameters))]
+            order = list(self._numbers.values())
         else:
             order = self.order
         runs = groupby(order, key=itemgetter(0))  # what repeats, layer after layer
@@ -89,13 +77,15 @@ class Ddp:
                 self._kept.append(empty((len(parameters),), int32, "locally_used_map"))
 
     def arrived(self, node: AccumulateGrad) -> None:
+        """Gradients come in the order in which buckets are made again."""
         if id(node) in self._numbers:
             self._arrived.append(self._numbers[id(node)])
 
     def again(self) -> Ddp | None:
+        """With the buckets that later steps have."""
         if self.unused or self.order is not None:
             return None
-        return Ddp(self.recipe, self._arrived)
+        return Ddp(self.recipe, 0, self._arrived)
 
     def before(self) -> None:
         """``_sync_buffers``: the rotary tables' are broadcast as one."""
@@ -103,29 +93,12 @@ class Ddp:
         together = empty((1,), float32, "broadcast_coalesced")
         del together
 
-    def after(self, loss: Any, logits: Tensor | None) -> Any:
+    def after(self, loss: Any, logits: Tensor | None) -> tuple[Any, Tensor | None]:
         """``_DDPSink``, which copies what the model returns."""
         if not self.unused:
             return loss, logits
         state.tape.module = "ddp"
         return _copied(loss), None if logits is None else _copied(logits)
-
-    def embed(self, run: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
-        return run(ids)
-
-    def around(self, layer: int, run: Layer) -> Layer:
-        return run
-
-    def normed(self, run: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-        return run(hidden)
-
-    def head(self, head: Any) -> Any:
-        return head
-
-    def finish(self) -> None: ...
-
-    def norm(self, stacked: Tensor) -> Tensor:
-        return stacked
 
 
 def _buckets(parameters: Iterable[Tensor]) -> Iterable[tuple[int, DType]]:

@@ -1,25 +1,24 @@
-"""FSDP2 as accelerate sets it up: ``fully_shard`` on the embedding, on each decoder layer, and on the last norm
-with the output layer; what is left, with adapters the norm, is the model's own (torch/distributed/fsdp/_fully_shard, 2.13; accelerate 1.15 utils/fsdp_utils.py,
-``fsdp2_prepare_model``).
+"""FSDP2 as accelerate sets it up: ``fully_shard`` on the embedding, on each decoder layer, and on the last
+norm with the output layer; what is left, with adapters the norm, is the model's own
+(torch/distributed/fsdp/_fully_shard, 2.13; accelerate 1.15 utils/fsdp_utils.py, ``fsdp2_prepare_model``).
 
 Each rank keeps a part of every parameter. Before a layer runs, its parameters are gathered: copied in on a
 stream of their own, gathered there, copied out into tensors that the model computes with. They go when it has
-run; in backward they come again, a layer ahead. Its gradients are laid end to end, and what this rank keeps of
-their sum is what the optimizer finds; of a step of several passes each rank keeps whole gradients up to the last
-one (accelerate's ``no_sync``). The last norm and the output layer stay until their backward is over, and
-with them the embedding where it is the output layer's weight.
+run; in backward they come again, a layer ahead. Its gradients are laid end to end, and what this rank keeps
+of their sum is what the optimizer finds; of a step of several passes each rank keeps whole gradients up to
+the last one (accelerate's ``no_sync``). The last norm and the output layer stay until their backward is over,
+and with them the embedding where it is the output layer's weight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
 from memplan.asked.recipe import DTypeName, Mode, Recipe
 from memplan.cuda import lists
-from memplan.optimizers import Group as OptimizerGroup
 from memplan.parts.context import Context, Layer, Leaves
 from memplan.shadow import ops
 from memplan.shadow.autograd import AccumulateGrad, Node, attach, require_grad
@@ -37,7 +36,7 @@ from memplan.shadow.tensor import (
     stream,
     uint8,
 )
-from memplan.strategies import EMBEDDING, NORM, Part, Strategy
+from memplan.strategies import EMBEDDING, NORM, Forward, Part, Resting, Spread, Strategy
 from memplan.tape import Category
 from memplan.weights import LoadStep, Temporary
 
@@ -61,11 +60,13 @@ class Parameter:
         return self.rows * prod(self.whole.shape[1:])
 
     def gather(self, world: int) -> None:
+        """Give it memory."""
         block = self.whole.storage
         assert isinstance(block, Resizable)
         block.resize(world * self.held * self.whole.dtype.itemsize, "all_gather")
 
     def drop(self) -> None:
+        """Take that back."""
         block = self.whole.storage
         assert isinstance(block, Resizable)
         block.resize(0)
@@ -96,20 +97,21 @@ class Group:
     place: int | None = None  # in the order in which they ran
 
 
-class Fsdp2:
-    """A step on one rank of ``world``. Of mixed precision (the Trainer's bf16=True, without autocast):
+class Fsdp2(Spread):
+    """Of mixed precision (the Trainer's bf16=True, without autocast):
     ``trained``: the dtype of what is trained; ``computing``: that of gathered parameters; ``reducing``: that
     in which gradients are summed. ``by_itself``: units as PyTorch's tutorial has them, in which the model
     gathers what its layers have not, and keeps it."""
 
     autocast = False
-    last = True
 
-    def __init__(self, recipe: Recipe, rank: int = 0, *, by_itself: bool = False) -> None:
-        self.world, self.rank, self.by_itself = recipe.gpus, rank, by_itself
+    def __init__(self, recipe: Recipe, rank: int, *, by_itself: bool = False) -> None:
+        super().__init__(recipe.gpus)
+        self.rank, self.by_itself = rank, by_itself
         mixed = recipe.autocast
         narrow = DTYPES[recipe.dtype.value] if recipe.dtype is DTypeName.FLOAT16 else bfloat16
-        self.trained = (DTYPES[recipe.shard_dtype.value] if recipe.shard_dtype else float32) if mixed else None
+        wide = DTYPES[recipe.shard_dtype.value] if recipe.shard_dtype else float32
+        self.trained = wide if mixed else None
         self.computing = narrow if mixed else None
         self.reducing = DTYPES[recipe.reduce_dtype.value] if recipe.reduce_dtype else self.computing
         self.adapted = recipe.mode is not Mode.FULL  # accelerate finds no norm in PEFT's model
@@ -124,6 +126,7 @@ class Fsdp2:
     # -- what rests --------------------------------------------------------------------------------------
 
     def begin(self, part: Part) -> None:
+        """The unit that what is made belongs to."""
         if isinstance(part, int):
             self.group = Group()
             self.layers.append(self.group)
@@ -133,6 +136,7 @@ class Fsdp2:
             self.group = self.embedding if part == EMBEDDING else self.tail
 
     def parameter(self, shape: Shape, dtype: DType, kind: Category, trainable: bool) -> Tensor:
+        """This rank's part, padded as all are; a tensor without memory."""
         rows = -(-shape[0] // self.world)
         own = max(min(rows, shape[0] - self.rank * rows), 0)
         resting = self.trained if trainable and self.trained is not None else dtype
@@ -152,13 +156,8 @@ class Fsdp2:
         return whole
 
     def updated(self, parameter: Tensor) -> Tensor:
+        """Its shard."""
         return self.by_whole[id(parameter)].shard
-
-    def rest(self, groups: list[OptimizerGroup]) -> None: ...
-
-    def arrived(self, node: AccumulateGrad) -> None: ...
-
-    def again(self) -> None: ...
 
     # -- gathering ---------------------------------------------------------------------------------------
 
@@ -197,6 +196,7 @@ class Fsdp2:
         group.gathered = None
 
     def reshard(self, group: Group) -> None:
+        """What was gathered goes."""
         if group.whole:
             for parameter in group.parameters:
                 parameter.drop()
@@ -205,9 +205,11 @@ class Fsdp2:
     # -- forward -----------------------------------------------------------------------------------------
 
     def before(self) -> None:
+        """The model's own parameters are gathered."""
         self._enter(self.root)
 
-    def after(self, loss: Any, logits: Tensor | None) -> Any:
+    def after(self, loss: Any, logits: Tensor | None) -> tuple[Any, Tensor | None]:
+        """What stays is watched; what is returned is cast."""
         for group in (self.root, self.tail):  # the tail where the loss reads the output layer's weight
             if group.whole and not group.left:
                 self._leave(group, *_tensors(loss, logits))
@@ -222,7 +224,8 @@ class Fsdp2:
             return returned
         return ops.to(returned, self.computing)
 
-    def embed(self, run: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
+    def embed(self, run: Forward, ids: Tensor) -> Tensor:
+        """Gathered, and gone if it is a unit of its own."""
         group = self.embedding if self.embedding.parameters else self.tail
         if self.by_itself:
             return run(ids)
@@ -232,13 +235,16 @@ class Fsdp2:
             self._leave(group, out)
         return out
 
-    def normed(self, run: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    def normed(self, run: Forward, hidden: Tensor) -> Tensor:
+        """With it the output layer is gathered."""
         return run(hidden if self.by_itself or self.adapted else self._into_tail(hidden))
 
     def head(self, head: Any) -> Any:
+        """Gathered where it is called."""
         return head if self.by_itself else _Head(head, self)
 
-    def run_head(self, head: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    def run_head(self, head: Forward, hidden: Tensor) -> Tensor:
+        """Its forward."""
         logits = head(self._into_tail(hidden))
         self._leave(self.tail, logits)
         return logits
@@ -261,6 +267,7 @@ class Fsdp2:
         self._watch(group, *outputs)
 
     def around(self, layer: int, run: Layer) -> Layer:
+        """Gathered before it, gone after; in recomputation it is there."""
         group = self.layers[layer]
 
         def wrapped(modules: Leaves, hidden: Tensor, context: Context) -> Tensor:
@@ -415,18 +422,16 @@ def _tensors(loss: Any, logits: Tensor | None) -> list[Tensor]:
     return returned if logits is None else [*returned, logits]
 
 
-def _load(
-    resting: list[tuple[int, str, int]], whole: Mapping[str, int], temporary: Temporary
-) -> Iterator[LoadStep]:
+def _load(resting: Resting, whole: Mapping[str, int], temporary: Temporary) -> Iterator[LoadStep]:
     """``fully_shard`` of one unit after the other: all of its parameters come onto the card, a part of each
     is copied, and they go. accelerate's names for the weights of embedding and output layer hold those to the
     end of its preparation."""
     units: dict[str, list[tuple[int, str]]] = {}
     for number, name, _ in resting:
         units.setdefault(_unit(name), []).append((number, name))
-    held = []
+    held: list[int] = []
     for unit in sorted(units, key=lambda unit: (not unit.startswith("model.layers."), "norm" not in unit)):
-        came = []
+        came: list[int] = []
         for _, name in units[unit]:
             nbytes = whole.get(name)
             if nbytes is not None:
@@ -445,4 +450,4 @@ def _unit(name: str) -> str:
     return ".".join(name.split(".")[:3]) if name.startswith("model.layers.") else name
 
 
-STRATEGY = Strategy(Fsdp2, _load)
+STRATEGY = Strategy(Fsdp2, True, _load)

@@ -48,8 +48,8 @@ class Part(str, Enum):
 
     ``LOADED`` and ``RESTING`` are there before the step (phase ``SETUP``), the first by loading the model.
     ``UPDATE`` is where the optimizer's update begins, at which the first step makes what later ones find: the
-    optimizer's states. ``EMPTIED`` has no events: there the allocator's cache is emptied. ``RENEWED`` is there
-    before the step, too, made after the first one in the place of what loading has left for it.
+    optimizer's states. ``EMPTIED`` has no events: there the allocator's cache is emptied. ``RENEWED`` is
+    there before the step, too, made after the first one in the place of what loading has left for it.
     """
 
     LOADED = "loaded"

@@ -91,6 +91,8 @@ def _is_text(name: str) -> bool:
 
 
 def _runnable(recipe: Recipe, device: str, loop: str) -> None:
+    if recipe.gpus > 1:
+        raise MemplanError("verify trains on one GPU so far: leave --gpus and --parallel out")
     loss = losses.find(recipe.loss)
     if loss.tiled and not (loop == "sft" and loss.sft):
         if loop != "memplan":
