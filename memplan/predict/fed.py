@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from memplan import stacks
+from memplan.stacks._loop import WAITING
+from memplan.stacks._loop import waiting as blocks_of
 from memplan.asked.recipe import Batches, Recipe
 from memplan.losses import Labels
-from memplan.shadow.tensor import Tensor, category, empty, int32, int64
+from memplan.shadow.tensor import Storage, Tensor, category, empty, int32, int64
 from memplan.tape import Category
 
 Lengths = Sequence[int]  # of the sequences of one forward pass
@@ -76,3 +79,11 @@ def batch(rows: Rows) -> Batch:
     if packed:
         return Batch(rows, ids, Labels(second, rows.counted), third, others)
     return Batch(rows, ids, Labels(third, rows.counted), None, [second, *others])
+
+
+def waiting(fed: Batch, count: int) -> list[Storage]:
+    """What ``count`` more batches of these tensors have on the card."""
+    tensors = [fed.ids, fed.labels, *([] if fed.positions is None else [fed.positions]), *fed.others]
+    sizes = [prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors]
+    with category(Category.ACTIVATIONS):
+        return [Storage(size, WAITING) for size in blocks_of(sizes, count)]

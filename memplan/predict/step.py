@@ -19,7 +19,7 @@ from memplan.parts.context import Context
 from memplan.predict import blueprint, fold, masks, parameters, unlike, update
 from memplan.predict.builder import Builder, Model
 from memplan.predict.checkpoint import checkpoint
-from memplan.predict.fed import Batch, Lengths, Rows, batch, of_lengths, whole, widest
+from memplan.predict.fed import Batch, Lengths, Rows, batch, of_lengths, waiting, whole, widest
 from memplan.predict.fold import Played
 from memplan.predict.unlike import Standing, standing
 from memplan.shadow import autograd, ops
@@ -36,6 +36,7 @@ from memplan.shadow.tensor import (
     playing,
     state,
 )
+from memplan.stacks._loop import MODULE, Loop
 from memplan.tape import Category, Part, Phase, Tape
 
 
@@ -45,25 +46,29 @@ def write_tape(
     *,
     card: Card | None = None,
     lengths: Sequence[Lengths] | None = None,
+    looped: bool = False,
     folded: bool = True,
 ) -> Tape:
     """Play a step of ``recipe`` (resolved) on ``spec``.
 
     ``card`` is the reference card unless given; ``lengths``: those of the sequences of each forward pass of
-    the step, which else are ``seq_len``. ``folded=False`` plays every layer.
+    the step, which else are ``seq_len``. ``looped``: it is a step of a Trainer's loop, which keeps more on the
+    card (:mod:`memplan.stacks._loop`). ``folded=False`` plays every layer.
     Raises RecipeError if the recipe does not suit the model.
     """
-    return _written(spec, recipe, card, lengths, folded=folded, unfolded=False)
+    return _written(spec, recipe, card, lengths, looped=looped, folded=folded, unfolded=False)
 
 
 def write_long_tape(
-    spec: ModelSpec, recipe: Recipe, *, card: Card | None = None, lengths: Sequence[Lengths] | None = None
+    spec: ModelSpec,
+    recipe: Recipe,
+    *,
+    card: Card | None = None,
+    lengths: Sequence[Lengths] | None = None,
+    looped: bool = False,
 ) -> Tape:
-    """The tape of ``write_tape(folded=False)``, written out from the folded one where that can be done.
-
-    ``lengths``: those of the sequences of each forward pass of the step, which else are ``seq_len``.
-    """
-    return _written(spec, recipe, card, lengths, folded=True, unfolded=True)
+    """The tape of ``write_tape(folded=False)``, written out from the folded one where that can be done."""
+    return _written(spec, recipe, card, lengths, looped=looped, folded=True, unfolded=True)
 
 
 def _written(
@@ -72,6 +77,7 @@ def _written(
     card: Card | None,
     lengths: Sequence[Lengths] | None,
     *,
+    looped: bool,
     folded: bool,
     unfolded: bool,
 ) -> Tape:
@@ -80,7 +86,7 @@ def _written(
     micro_steps = min(recipe.gradient_accumulation_steps, 2)
     step = [whole(recipe)] * micro_steps if lengths is None else [of_lengths(recipe, one) for one in lengths]
     tape = written(
-        lambda played: _play(spec, recipe, step, card, played),
+        lambda played: _play(spec, recipe, step, card, played, looped=looped),
         spec,
         widest(step),
         folded=folded,
@@ -162,10 +168,10 @@ def router_loss(spec: ModelSpec, recipe: Recipe) -> bool:
 
 
 def at_rest(
-    spec: ModelSpec, recipe: Recipe, card: Card | None, played: Played | Standing
-) -> tuple[Model, State, list[Tensor]]:
-    """Begin a new tape with what is there before a step: the model, its optimizer states, and cuBLAS's
-    workspaces."""
+    spec: ModelSpec, recipe: Recipe, card: Card | None, played: Played | Standing, *, looped: bool
+) -> tuple[Model, State, list[Tensor], Loop[Tensor] | None]:
+    """Begin a new tape with what is there before a step: the model, its optimizer states, cuBLAS's
+    workspaces, and what a Trainer's loop keeps."""
     tape = begin(card)
     model = Builder(spec, recipe).build(played)
     states = update.states(model.trainable, recipe, model.embedding.weight)
@@ -176,19 +182,34 @@ def at_rest(
         empty((state.card.cublas_workspace,), DTYPES["uint8"], "cublas_workspace") for _ in range(2)
     ]
     tape.workspaces.update(one.storage.index for one in workspaces if one.storage is not None)
+    loop = None
+    if looped:
+        tape.begin(Phase.SETUP, "loop", part=Part.RESTING)
+        tape.module = MODULE
+        loop = Loop(recipe.trainer, lambda name: empty((), int64, name))
+        tape.module = ""
     tape.begin(Phase.SETUP, "batch", part=Part.RESTING)
-    return model, states, workspaces
+    return model, states, workspaces, loop
 
 
 def _play(
-    spec: ModelSpec, recipe: Recipe, step: Sequence[Rows], card: Card | None, played: Played | Standing
+    spec: ModelSpec,
+    recipe: Recipe,
+    step: Sequence[Rows],
+    card: Card | None,
+    played: Played | Standing,
+    *,
+    looped: bool,
 ) -> Tape:
-    model, states, _workspaces = at_rest(spec, recipe, card, played)
+    model, states, _workspaces, loop = at_rest(spec, recipe, card, played, looped=looped)
     tape = state.tape
     batches = {number: batch(rows) for number, rows in {id(rows): rows for rows in step}.items()}
+    if looped:  # lengths make each batch of a step another one, and these are all there
+        _waiting = waiting(batches[id(step[0])], recipe.gradient_accumulation_steps - len(batches))
     for rows in step:
         loss = forward(model, batches[id(rows)], list(played.indices))
-        if recipe.gradient_accumulation_steps > 1:
+        lost = loss if looped else None  # the name in Trainer.training_step
+        if looped or recipe.gradient_accumulation_steps > 1:
             with category(Category.LOGITS_AND_LOSS):
                 loss = ops.scale(loss, "div")
         tape.begin(Phase.BACKWARD, "backward")
@@ -197,9 +218,12 @@ def _play(
         autograd.backward(loss, grad)
         tape.begin(Phase.BACKWARD, "graph freed")
         del grad
-        loss = loss.detach()
-    if recipe.max_grad_norm:
-        update.clip(model.trainable)
+        loss = (lost or loss).detach()
+        lost = None
+        if loop is not None:
+            loop.backward(loss)
+    if recipe.max_grad_norm or looped:
+        update.clip(model.trainable, loop)
     tape.begin(Phase.OPTIMIZER, "step", part=Part.UPDATE)
     update.step(model.trainable, recipe, states)
     update.zero_grad(model.trainable)
