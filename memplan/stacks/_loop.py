@@ -42,9 +42,7 @@ class Loop(Generic[One]):
     number there, by its name."""
 
     def __init__(self, trainer: str, one: Callable[[str], One]) -> None:
-        self._held: dict[str, One | None] = {
-            name: one(name) for name in (*KEPT, *stacks.find(trainer).keeps)
-        }
+        self._held: dict[str, One | None] = {name: one(name) for name in (*KEPT, *stacks.find(trainer).keeps)}
 
     def backward(self, loss: One) -> None:
         """A backward pass has been made of this loss."""

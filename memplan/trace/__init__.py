@@ -102,9 +102,7 @@ def trace_model(
     return Traced(recorder.tape, recipe, type(base).__name__, *count(model), shapes, tuple(brought))
 
 
-def _play(
-    recorder: Recorder, model: nn.Module, recipe: Recipe, stored: bool, looped: bool
-) -> list[Brought]:
+def _play(recorder: Recorder, model: nn.Module, recipe: Recipe, stored: bool, looped: bool) -> list[Brought]:
     optimizer = make_optimizer(model, recipe)
     batch = make_batch(recipe)
     warm_up(optimizer)
