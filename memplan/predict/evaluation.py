@@ -45,13 +45,14 @@ def write_evaluation(
 def _play(
     spec: ModelSpec, recipe: Recipe, rows: tuple[Rows, Rows], card: Card | None, played: Played | Standing
 ) -> Tape:
-    model, _states, _workspaces, _loop = at_rest(spec, recipe, card, played, looped=True)
+    model, _states, _workspaces, loop = at_rest(spec, recipe, card, played, looped=True)
     tape = state.tape
     trained, evaluated = rows
     trained_on = batch(trained)  # the training loop's names for them go on
     _others = waiting(trained_on, recipe.gradient_accumulation_steps - 1)
     tape.begin(Phase.FORWARD, "batch")
-    fed = batch(evaluated)
+    assert loop is not None
+    fed = batch(evaluated, loop.items)
     with no_grad():
         loss = forward(model, fed, list(played.indices))
     tape.begin(Phase.FORWARD, "end")

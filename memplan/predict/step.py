@@ -16,6 +16,7 @@ from memplan.asked.spec import ModelSpec
 from memplan.cuda.card import Card
 from memplan.optimizers import State
 from memplan.parts.context import Context
+from memplan.parts.loop import MODULE, Loop
 from memplan.predict import blueprint, fold, masks, parameters, unlike, update
 from memplan.predict.builder import Builder, Model
 from memplan.predict.checkpoint import checkpoint
@@ -36,7 +37,6 @@ from memplan.shadow.tensor import (
     playing,
     state,
 )
-from memplan.stacks._loop import MODULE, Loop
 from memplan.tape import Category, Part, Phase, Tape
 
 
@@ -52,8 +52,8 @@ def write_tape(
     """Play a step of ``recipe`` (resolved) on ``spec``.
 
     ``card`` is the reference card unless given; ``lengths``: those of the sequences of each forward pass of
-    the step, which else are ``seq_len``. ``looped``: it is a step of a Trainer's loop, which keeps more on the
-    card (:mod:`memplan.stacks._loop`). ``folded=False`` plays every layer.
+    the step, which else are ``seq_len``. ``looped``: it is a step of a Trainer's loop, which keeps more
+    on the card (:mod:`memplan.parts.loop`). ``folded=False`` plays every layer.
     Raises RecipeError if the recipe does not suit the model.
     """
     return _written(spec, recipe, card, lengths, looped=looped, folded=folded, unfolded=False)
@@ -186,7 +186,7 @@ def at_rest(
     if looped:
         tape.begin(Phase.SETUP, "loop", part=Part.RESTING)
         tape.module = MODULE
-        loop = Loop(recipe.trainer, lambda name: empty((), int64, name))
+        loop = Loop(recipe, lambda name: empty((), float32, name))
         tape.module = ""
     tape.begin(Phase.SETUP, "batch", part=Part.RESTING)
     return model, states, workspaces, loop
@@ -203,21 +203,26 @@ def _play(
 ) -> Tape:
     model, states, _workspaces, loop = at_rest(spec, recipe, card, played, looped=looped)
     tape = state.tape
-    batches = {number: batch(rows) for number, rows in {id(rows): rows for rows in step}.items()}
+    items = None if loop is None else loop.items
+    batches = {number: batch(rows, items) for number, rows in {id(rows): rows for rows in step}.items()}
     if looped:  # lengths make each batch of a step another one, and these are all there
         _waiting = waiting(batches[id(step[0])], recipe.gradient_accumulation_steps - len(batches))
     for rows in step:
         loss = forward(model, batches[id(rows)], list(played.indices))
         lost = loss if looped else None  # the name in Trainer.training_step
+        unscaled = None
         if looped or recipe.gradient_accumulation_steps > 1:
             with category(Category.LOGITS_AND_LOSS):
                 loss = ops.scale(loss, "div")
+                if loop is not None and loop.scale is not None:
+                    unscaled = loss
+                    loss = ops.mul(loss, loop.scale)
         tape.begin(Phase.BACKWARD, "backward")
         tape.module = "loss"
         grad = empty((), loss.dtype, "ones_like")  # torch.autograd.backward holds it to the end
         autograd.backward(loss, grad)
         tape.begin(Phase.BACKWARD, "graph freed")
-        del grad
+        del grad, unscaled
         loss = (lost or loss).detach()
         lost = None
         if loop is not None:
@@ -226,6 +231,8 @@ def _play(
         update.clip(model.trainable, loop)
     tape.begin(Phase.OPTIMIZER, "step", part=Part.UPDATE)
     update.step(model.trainable, recipe, states)
+    if loop is not None:
+        loop.updated()
     update.zero_grad(model.trainable)
     tape.begin(Phase.OPTIMIZER, "end")
     del loss

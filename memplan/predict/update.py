@@ -12,9 +12,9 @@ from memplan.asked.recipe import Recipe
 from memplan.cuda.foreach import partial_norms
 from memplan.optimizers import Group, State
 from memplan.optimizers._lists import gradient, release
+from memplan.parts.loop import Loop
 from memplan.shadow.autograd import AccumulateGrad
 from memplan.shadow.tensor import DType, Storage, Tensor, category, empty, float32, state, uint8
-from memplan.stacks._loop import Loop
 from memplan.tape import Category, Part, Phase
 
 

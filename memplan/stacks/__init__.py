@@ -64,7 +64,7 @@ class Stack:
     batch, length or rank has memplan's own instead: docs/recipe.md); ``packed``: what its collator puts on
     the card of packed sequences beside ids, labels and positions, None where it packs otherwise; ``keeps``:
     numbers that its own code keeps on the card beside those of the Trainer's loop
-    (:mod:`memplan.stacks._loop`), and where; ``slip``: see there.
+    (:mod:`memplan.parts.loop`), and where; ``slip``: see there.
     """
 
     title: str

@@ -71,7 +71,7 @@ def trace_model(
 
     ``progress`` is told each phase and layer that the step comes to; ``stored``: the checkpoint has the
     weights in 4 bits already; ``looped``: a Trainer's loop is around the step, and keeps what memplan says
-    that it does (:mod:`memplan.stacks._loop`). Raises TraceError if the model or the recipe can't be traced.
+    that it does (:mod:`memplan.parts.loop`). Raises TraceError if the model or the recipe can't be traced.
     """
     with quiet():
         recipe = as_built(config, recipe.resolved())

@@ -11,7 +11,7 @@ from torch import nn
 
 from memplan.asked.recipe import Recipe
 from memplan.cuda.card import Card
-from memplan.stacks._loop import MODULE, WAITING, Loop, waiting
+from memplan.parts.loop import MODULE, WAITING, Loop, waiting
 from memplan.tape import Category, Part, Phase, Tape
 from memplan.tape.modules import plain_name
 from memplan.trace.optimizers import on_card
@@ -113,12 +113,12 @@ def note_loop(recorder: Notes, recipe: Recipe) -> Loop[torch.Tensor]:
     recorder.begin(Phase.SETUP, "loop", part=Part.RESTING)
 
     def one(name: str) -> torch.Tensor:
-        number = torch.zeros((), dtype=torch.int64)
+        number = torch.zeros(())
         recorder.born(number, name, Category.TEMPORARIES)
         return number
 
     recorder.tape.module = MODULE
-    loop = Loop(recipe.trainer, one)
+    loop = Loop(recipe, one)
     recorder.tape.module = ""
     return loop
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from memplan import losses, stacks
 from memplan.asked.recipe import Batches, DTypeName, Recipe
-from memplan.stacks._loop import Loop
+from memplan.parts.loop import Loop
 from memplan.tape import Part, Phase
 
 AUTOCAST_DTYPES = {
@@ -79,14 +79,19 @@ def train_step(
 
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     run = forward(model, recipe, device)
+    fed = batch if loop is None else {**batch, "num_items_in_batch": loop.items}
     for _ in range(recipe.gradient_accumulation_steps):
         at(Phase.FORWARD, "embedding")
-        loss = losses.find(recipe.loss).loss_of(model, run, batch)
+        loss = losses.find(recipe.loss).loss_of(model, run, fed)
         lost = None if loop is None else loss.detach()  # the name in Trainer.training_step
         if loop is not None or recipe.gradient_accumulation_steps > 1:
             loss = loss / recipe.gradient_accumulation_steps
+        unscaled = loss
+        if loop is not None and loop.scale is not None:
+            loss = loss * loop.scale
         at(Phase.BACKWARD, "head")
         loss.backward()
+        del unscaled
         # what Trainer.training_step returns; the graph goes with its frame
         loss = loss.detach() if lost is None else lost
         del lost
@@ -102,6 +107,8 @@ def train_step(
         nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
     at(Phase.OPTIMIZER, "step", Part.UPDATE)
     optimizer.step()
+    if loop is not None:
+        loop.updated()
     at(Phase.OPTIMIZER, "zero_grad")
     optimizer.zero_grad(set_to_none=True)
     result: torch.Tensor = loss

@@ -200,7 +200,7 @@ class MemoryCallback(TrainerCallback):
 
 def _note_loop(recorder: Any) -> None:
     """Note what the Trainer's loop names when a step begins: numbers, and batches."""
-    from memplan.stacks._loop import MODULE
+    from memplan.parts.loop import MODULE
     from memplan.tape import Category, Part, Phase
     from memplan.trace.existing import tensors_in
 

@@ -159,7 +159,7 @@ def spec_of(model: Model) -> ModelSpec:
 
 
 def in_a_trainer(run: Run) -> bool:
-    """Whether its steps are of a Trainer's loop, and not of memplan's own, which keeps nothing beside them."""
+    """Whether its steps are of a Trainer's loop: memplan's own keeps nothing beside them."""
     return run.loop != "memplan"
 
 
