@@ -180,7 +180,6 @@ class Playback:
         self.update = next((s.start for s in tape.segments if s.part is Part.UPDATE), len(tape.events))
         self.resting = rest = [event for event in tape.events[: self.begin] if event >= 0]
         workspaces = [storage for storage in rest if storage in tape.workspaces]
-        self.born = list(zip(self._first_products(), workspaces, strict=False))
         self.states = [e for e in rest if tape.categories[e] is Category.OPTIMIZER_STATE]
         self.renewed = [
             event
@@ -188,7 +187,9 @@ class Playback:
             if segment.part is Part.RENEWED
             for event in tape.events[segment.start : segment.stop]
         ]
-        later = {*self.states, *self.renewed, *(workspace for _, workspace in self.born)}
+        left = self._left(set(rest).difference(self.states, self.renewed))
+        self.born = sorted([*zip(self._first_products(), workspaces, strict=False), *left])
+        later = {*self.states, *self.renewed, *(storage for _, storage in self.born)}
         self.others = [event for event in rest if event not in later]
 
     def _first_products(self) -> list[int]:
@@ -202,6 +203,13 @@ class Playback:
             if first is not None:
                 found.append(first + 1)
         return found
+
+    def _left(self, rest: set[int]) -> list[tuple[int, int]]:
+        """What a step finds that the one before has left, and drops: at which event, and its storage. The
+        first step has none, and something of the size in its place when it would be dropped is as good."""
+        events = self.tape.events
+        there = set(events[self.begin : self.update])
+        return [(events.index(~storage, self.begin), storage) for storage in rest if ~storage in there]
 
     def load(self, loading: Tape | None) -> None:
         """Everything that is there before the first step."""
@@ -221,11 +229,11 @@ class Playback:
         before = set(self.live)
         played = self.begin
         if stage == FIRST_STEP:
-            for position, workspace in self.born:
+            for position, storage in self.born:
                 self.play(played, position)  # which stays the place: a product asks for its workspace
-                self.live[workspace] = self.allocator.malloc(self.tape.sizes[workspace])
+                self.live[storage] = self.allocator.malloc(self.tape.sizes[storage])
                 played = position
-                before.add(workspace)
+                before.add(storage)
         self.play(played, self.update)
         if stage == FIRST_STEP:
             self._make(self.states)

@@ -16,10 +16,11 @@ from memplan.asked.spec import ModelSpec
 from memplan.cuda.card import Card
 from memplan.optimizers import State
 from memplan.parts.context import Context
+from memplan.parts.loop import MODULE, Loop
 from memplan.predict import blueprint, fold, masks, parameters, unlike, update
 from memplan.predict.builder import Builder, Model
 from memplan.predict.checkpoint import checkpoint
-from memplan.predict.fed import Batch, Lengths, Rows, batch, of_lengths, whole, widest
+from memplan.predict.fed import Batch, Lengths, Rows, batch, of_lengths, waiting, whole, widest
 from memplan.predict.fold import Played
 from memplan.predict.unlike import Standing, standing
 from memplan.shadow import autograd, ops
@@ -45,17 +46,19 @@ def write_tape(
     *,
     card: Card | None = None,
     lengths: Sequence[Lengths] | None = None,
+    looped: bool = False,
     folded: bool = True,
     rank: int = 0,
 ) -> Tape:
     """Play a step of ``recipe`` (resolved) on ``spec``.
 
     ``card`` is the reference card unless given; ``lengths``: those of the sequences of each forward pass of
-    the step, which else are ``seq_len``. ``folded=False`` plays every layer; ``rank``: of those that share
+    the step, which else are ``seq_len``. ``looped``: it is a step of a Trainer's loop, which keeps more
+    on the card (:mod:`memplan.parts.loop`). ``folded=False`` plays every layer; ``rank``: of those that share
     the step.
     Raises RecipeError if the recipe does not suit the model.
     """
-    return _written(spec, recipe, card, lengths, rank, folded=folded, unfolded=False)
+    return _written(spec, recipe, card, lengths, rank, looped=looped, folded=folded, unfolded=False)
 
 
 def write_long_tape(
@@ -64,13 +67,11 @@ def write_long_tape(
     *,
     card: Card | None = None,
     lengths: Sequence[Lengths] | None = None,
+    looped: bool = False,
     rank: int = 0,
 ) -> Tape:
-    """The tape of ``write_tape(folded=False)``, written out from the folded one where that can be done.
-
-    ``lengths``: those of the sequences of each forward pass of the step, which else are ``seq_len``.
-    """
-    return _written(spec, recipe, card, lengths, rank, folded=True, unfolded=True)
+    """The tape of ``write_tape(folded=False)``, written out from the folded one where that can be done."""
+    return _written(spec, recipe, card, lengths, rank, looped=looped, folded=True, unfolded=True)
 
 
 def _written(
@@ -80,6 +81,7 @@ def _written(
     lengths: Sequence[Lengths] | None,
     rank: int,
     *,
+    looped: bool,
     folded: bool,
     unfolded: bool,
 ) -> Tape:
@@ -88,7 +90,7 @@ def _written(
     micro_steps = min(recipe.gradient_accumulation_steps, 2)
     step = [whole(recipe)] * micro_steps if lengths is None else [of_lengths(recipe, one) for one in lengths]
     tape = written(
-        lambda played: _play(spec, recipe, step, card, played, _spread(recipe, rank)),
+        lambda played: _play(spec, recipe, step, card, played, _spread(recipe, rank), looped=looped),
         spec,
         widest(step),
         folded=folded,
@@ -181,9 +183,11 @@ def at_rest(
     card: Card | None,
     played: Played | Standing,
     spread: strategies.Spread | None = None,
-) -> tuple[Model, State, list[Tensor]]:
-    """Begin a new tape with what is there before a step: the model, its optimizer states, and cuBLAS's
-    workspaces."""
+    *,
+    looped: bool,
+) -> tuple[Model, State, list[Tensor], Loop[Tensor] | None]:
+    """Begin a new tape with what is there before a step: the model, its optimizer states, cuBLAS's
+    workspaces, and what a Trainer's loop keeps."""
     tape = begin(card)
     state.spread = spread or _spread(recipe)
     model = Builder(spec, recipe).build(played)
@@ -200,8 +204,14 @@ def at_rest(
         empty((state.card.cublas_workspace,), DTYPES["uint8"], "cublas_workspace") for _ in range(2)
     ]
     tape.workspaces.update(one.storage.index for one in workspaces if one.storage is not None)
+    loop = None
+    if looped:
+        tape.begin(Phase.SETUP, "loop", part=Part.RESTING)
+        tape.module = MODULE
+        loop = Loop(recipe, lambda name: empty((), float32, name))
+        tape.module = ""
     tape.begin(Phase.SETUP, "batch", part=Part.RESTING)
-    return model, states, workspaces
+    return model, states, workspaces, loop
 
 
 def _play(
@@ -211,17 +221,27 @@ def _play(
     card: Card | None,
     played: Played | Standing,
     spread: strategies.Spread | None = None,
+    *,
+    looped: bool,
 ) -> Tape:
-    model, states, _workspaces = at_rest(spec, recipe, card, played, spread)
+    model, states, _workspaces, loop = at_rest(spec, recipe, card, played, spread, looped=looped)
     tape = state.tape
-    batches = {number: batch(rows) for number, rows in {id(rows): rows for rows in step}.items()}
+    items = None if loop is None else loop.items
+    batches = {number: batch(rows, items) for number, rows in {id(rows): rows for rows in step}.items()}
+    if looped:  # lengths make each batch of a step another one, and these are all there
+        _waiting = waiting(batches[id(step[0])], recipe.gradient_accumulation_steps - len(batches))
     for number, rows in enumerate(step, 1):
         if state.spread is not None:
             state.spread.last = number == len(step)
         loss = forward(model, batches[id(rows)], list(played.indices))
-        if recipe.gradient_accumulation_steps > 1:
+        lost = loss if looped else None  # the name in Trainer.training_step
+        unscaled = None
+        if looped or recipe.gradient_accumulation_steps > 1:
             with category(Category.LOGITS_AND_LOSS):
                 loss = ops.scale(loss, "div")
+                if loop is not None and loop.scale is not None:
+                    unscaled = loss
+                    loss = ops.mul(loss, loop.scale)
         tape.begin(Phase.BACKWARD, "backward")
         tape.module = "loss"
         grad = empty((), loss.dtype, "ones_like")  # torch.autograd.backward holds it to the end
@@ -229,18 +249,23 @@ def _play(
         tape.begin(Phase.BACKWARD, "graph freed")
         if state.spread is not None:
             state.spread.finish()
-        del grad
-        loss = loss.detach()
-    if recipe.max_grad_norm:
-        update.clip(model.trainable)
+        del grad, unscaled
+        loss = (lost or loss).detach()
+        lost = None
+        if loop is not None:
+            loop.backward(loss)
+    if recipe.max_grad_norm or looped:
+        update.clip(model.trainable, loop)
     tape.begin(Phase.OPTIMIZER, "step", part=Part.UPDATE)
     update.step(model.trainable, recipe, states)
+    if loop is not None:
+        loop.updated()
     update.zero_grad(model.trainable)
     tape.begin(Phase.OPTIMIZER, "end")
     del loss
     tape.finish()  # what dies with these names is no part of the step
     again = state.spread.again() if state.spread is not None else None
-    return tape if again is None else _play(spec, recipe, step, card, played, again)
+    return tape if again is None else _play(spec, recipe, step, card, played, again, looped=looped)
 
 
 def forward(model: Model, fed: Batch, played: list[int]) -> Tensor:
