@@ -30,6 +30,10 @@ class Labels(Tensor):
         super().__init__(of.shape, of.dtype, of.storage, of.strides)
         self.counted, self.items = counted, items
 
+    def divided_by(self, items: Tensor) -> Labels:
+        """The same with another number."""
+        return Labels(self, self.counted, items)
+
 
 Patch = tuple[Any, str, Any]  # an object, its attribute, and what stands there while a step is traced
 

@@ -8,6 +8,7 @@ and cuBLAS's workspaces are there.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from memplan import attention, families, losses, strategies
@@ -277,6 +278,8 @@ def forward(model: Model, fed: Batch, played: list[int]) -> Tensor:
         state.autocast = bfloat16 if recipe.dtype is DTypeName.FLOAT32 else DTYPES[recipe.dtype.value]
     if spread is not None:
         state.tape.begin(Phase.FORWARD, "embed")
+        if fed.labels.items is not None and not losses.find(recipe.loss).sft:
+            fed = replace(fed, labels=fed.labels.divided_by(spread.given(fed.labels.items)))
         spread.before()
     loss, logits, cache = _causal_lm(model, fed, played)
     if autocast:
@@ -346,6 +349,7 @@ def _decoder(
             kind == "sliding_attention",
             cache,
             router_logits,
+            None if losses.find(recipe.loss).sft else fed.labels.items,
         )
         if recipe.gradient_checkpointing:
             hidden = checkpoint(run, modules, hidden, context, reentrant=bool(recipe.use_reentrant))

@@ -55,6 +55,10 @@ class Spread:
     def before(self) -> None:
         """The model's forward begins."""
 
+    def given(self, number: Tensor) -> Tensor:
+        """A number that the model is given with its batch."""
+        return number
+
     def embed(self, run: Forward, ids: Tensor) -> Tensor:
         """The embedding's forward."""
         return run(ids)

@@ -208,6 +208,12 @@ class Fsdp2(Spread):
         """The model's own parameters are gathered."""
         self._enter(self.root)
 
+    def given(self, number: Tensor) -> Tensor:
+        """Cast, as the Trainer has divided it (transformers 5.23 trainer.py, ``_get_num_items_in_batch``)."""
+        if self.by_itself or self.computing is None:
+            return number
+        return empty(number.shape, self.computing, "_to_copy")
+
     def after(self, loss: Any, logits: Tensor | None) -> tuple[Any, Tensor | None]:
         """What stays is watched; what is returned is cast."""
         for group in (self.root, self.tail):  # the tail where the loss reads the output layer's weight
