@@ -4,11 +4,14 @@
     python benchmarks/files/run.py --environments FOLDER NAME ...   those whose file has NAME in it; writes
                                                                     nothing, or with --merge their rows
                                                                     beside the others
+    python benchmarks/files/run.py --environments FOLDER --predictions [NAME ...]
+                                                                    what the plan says now, beside what was
+                                                                    emulated then; writes data/files.json
 
 A file is as tests/run_files has it, but for what is edited: the model is a stub, the data set one of rows
 that fill the sequence, nothing is reported, saved or evaluated; and what cases.json says of it. A row has its
 edits. Needs the environments of benchmarks/trainers. Exit status 1 if a run does not go through, or if its
-tensors at the peak are other than the plan's by more than 4 KiB and the batches that wait to be accumulated.
+tensors at the peak are other than the plan's.
 """
 
 from __future__ import annotations
@@ -32,9 +35,6 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.trainers.run import QUIET, environment  # noqa: E402
 
 RESULTS = ROOT / "data" / "files.json"
-BLOCK = 512  # bytes: what PyTorch's allocator rounds up to
-SCALARS = 8 * BLOCK  # what a trainer keeps to log: a number each
-BATCH = 3  # tensors of whole numbers: ids, mask and labels
 ROWS, WORDS = 64, 9000  # of the data set; a word is a token of a stub's tokenizer
 CASE = {"axolotl": "axolotl", "llama_factory": "llamafactory", "trl": ""}  # the environment of each
 SETTINGS = {**QUIET, "WANDB_DISABLED": "true", "DISABLE_VERSION_CHECK": "1"}
@@ -117,8 +117,8 @@ def _memplan(python: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def row(case: Mapping[str, Any], folder: Path, python: Path, gpu: str) -> dict[str, Any]:
-    """A case's row: both sides in bytes, or why there is none. ``python``: of its trainer's environment."""
+def edited(case: Mapping[str, Any], folder: Path, python: Path) -> tuple[Path, dict[str, Any]]:
+    """A case's file as it is run, and its edits; ``python``: of its trainer's environment."""
     model = folder / f"{CASE[case['trainer']]}-{case['model']}"
     if not model.exists():
         _memplan(python, "stub", case["model"], str(model), "--python", str(python)).check_returncode()
@@ -127,14 +127,37 @@ def row(case: Mapping[str, Any], folder: Path, python: Path, gpu: str) -> dict[s
     asked = {**example(case), **edits}
     asked = {key: str(model) if value == "MODEL" else value for key, value in asked.items()}
     file.write_text(json.dumps(asked, indent=1), encoding="utf-8")  # which YAML can be
+    made = {key: value for key, value in edits.items() if example(case).get(key) != value}
+    return file, json.loads(json.dumps(made).replace(f"{folder}/", ""))
+
+
+def renewed(one: dict[str, Any], case: Mapping[str, Any], folder: Path, python: Path) -> dict[str, Any]:
+    """A row with what its plan says now."""
+    if one["why"] is not None:
+        return one
+    file, _ = edited(case, folder, python)
+    planned = _memplan(python, str(file), "--json")
+    planned.check_returncode()
+    plan = json.loads(planned.stdout)
+    allocator = plan["allocator"]
+    said = {
+        "allocated": allocator["allocated_bytes"],
+        "tensors": plan["peak"]["tensor_bytes"],
+        "reserved": allocator["reserved_bytes"],
+    }
+    figures = {key: {**one[key], "predicted": nbytes} for key, nbytes in said.items()}
+    return {**one, "memplan_version": plan["memplan_version"], **figures}
+
+
+def row(case: Mapping[str, Any], folder: Path, python: Path, gpu: str) -> dict[str, Any]:
+    """A case's row: both sides in bytes, or why there is none. ``python``: of its trainer's environment."""
+    file, edits = edited(case, folder, python)
     one = {
         **{key: case[key] for key in ("trainer", "file", "model")},
-        "edits": {key: value for key, value in edits.items() if example(case).get(key) != value},
+        "edits": edits,
         "date": date.today().isoformat(),
         "why": None,
     }
-    for key, value in one["edits"].items():
-        one["edits"][key] = json.loads(json.dumps(value).replace(f"{folder}/", ""))
     tapes = [str(folder / "planned.tape"), str(folder / "emulated.tape")]
     planned = _memplan(python, str(file), "--json", "--tape", tapes[0])
     if planned.returncode:
@@ -165,21 +188,13 @@ def row(case: Mapping[str, Any], folder: Path, python: Path, gpu: str) -> dict[s
             "predicted": sides["a"]["allocated_bytes"],
             "emulated": sides["b"]["allocated_bytes"],
         },
-        "waiting_bytes": waiting(plan["recipe"]),
         "reserved": {"predicted": allocator["reserved_bytes"], "emulated": answer["reserved_bytes"]},
     }
 
 
-def waiting(recipe: Mapping[str, Any]) -> int:
-    """Bytes of the batches that the Trainer has on the card until they are accumulated, beside the one that a
-    plan has (transformers, `trainer.py`, `get_batch_samples`)."""
-    one = 8 * int(recipe["batch_size"]) * int(recipe["seq_len"])
-    return (int(recipe["gradient_accumulation_steps"]) - 1) * BATCH * (-(-one // BLOCK) * BLOCK)
-
-
 def equal(one: Mapping[str, Any]) -> bool:
-    """Whether a row's tensors at the peak are the plan's, but for what waits and a trainer's scalars."""
-    return one["why"] is None and abs(apart(one, "tensors") + one["waiting_bytes"]) <= SCALARS
+    """Whether a row's tensors at the peak are the plan's."""
+    return one["why"] is None and not apart(one, "tensors")
 
 
 def apart(one: Mapping[str, Any], figure: str = "allocated") -> int:
@@ -187,10 +202,14 @@ def apart(one: Mapping[str, Any], figure: str = "allocated") -> int:
     return int(one[figure]["predicted"] - one[figure]["emulated"])
 
 
+def _key(one: Mapping[str, Any]) -> tuple[str, str]:
+    return one["trainer"], one["file"]
+
+
 def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each case's newest row, in the order of cases.json."""
-    rows = {(one["trainer"], one["file"]): one for one in [*old, *new]}
-    keys = [(case["trainer"], case["file"]) for case in cases()]
+    rows = {_key(one): one for one in [*old, *new]}
+    keys = [_key(case) for case in cases()]
     return [rows[key] for key in keys if key in rows]
 
 
@@ -200,6 +219,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="of files (default: all, which are written)")
     parser.add_argument("--environments", type=Path, metavar="FOLDER", required=True)
     parser.add_argument("--merge", action="store_true", help="write those that are run, beside the others")
+    parser.add_argument("--predictions", action="store_true", help="renew the plan's side of rows only")
     parser.add_argument("--gpu", default="a100", help="the card (default: %(default)s)")
     parser.add_argument(
         "--keep", type=Path, metavar="FOLDER", help="keep there what is made, with both tapes"
@@ -210,6 +230,10 @@ def main() -> int:
         for case in cases()
         if not asked.names or any(name in f"{case['trainer']} {case['file']}" for name in asked.names)
     ]
+    there: list[dict[str, Any]] = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]
+    emulated = {_key(one): one for one in there}
+    if asked.predictions:
+        chosen = [case for case in chosen if _key(case) in emulated]
     rows = []
     with tempfile.TemporaryDirectory(prefix="files-") as place:
         folder = asked.keep or Path(place)
@@ -217,23 +241,26 @@ def main() -> int:
         for case in chosen:
             name = CASE[case["trainer"]]
             python = environment(name, asked.environments) if name else Path(sys.executable)
-            one = row(case, folder, python, asked.gpu)
+            if asked.predictions:
+                one = renewed(emulated[_key(case)], case, folder, python)
+            else:
+                one = row(case, folder, python, asked.gpu)
             told = one.pop("said", "")
             rows.append(one)
             figures = one["why"] or (
                 f"{one['allocated']['emulated']:>14,} {apart(one):>+12,} "
-                f"{apart(one, 'tensors'):>+12,} {one['waiting_bytes']:>12,}"
+                f"{apart(one, 'tensors'):>+12,} {apart(one, 'reserved'):>+12,}"
             )
             print(f"{case['trainer']:14} {case['file']:44} {figures}", flush=True)
             print(told, end="", file=sys.stderr)
     failed = sum(not equal(one) for one in rows)
     print(
         f"{len(rows)} files, {failed} apart or failed: allocated bytes, what the plan has more or "
-        "less, of it in tensors, and what waits to be accumulated"
+        "less, of it in tensors, and so of reserved bytes"
     )
-    if asked.merge:
-        rows = merged(json.loads(RESULTS.read_text(encoding="utf-8"))["rows"], rows)
-    if asked.merge or not asked.names:
+    if asked.merge or asked.predictions:
+        rows = merged(there, rows)
+    if asked.merge or asked.predictions or not asked.names:
         RESULTS.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
     return 1 if failed else 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ def options(dtype: str | None = "bfloat16") -> argparse.Namespace:
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--targets", nargs="+", default=["all-linear"])
     parser.add_argument("--dtype", default=dtype)
+    parser.add_argument("--storage", default="uint8", help="dtype that 4-bit weights are packed in")
     parser.add_argument("--compute-dtype", help="of 4-bit layers (default: that of --dtype)")
     parser.add_argument("--bare", action="store_true", help="BitsAndBytesConfig(load_in_4bit=True)")
     parser.add_argument("--attention", default="sdpa")
@@ -66,6 +68,7 @@ def quantisation(asked: argparse.Namespace) -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=asked.double_quant,
         bnb_4bit_compute_dtype=asked.compute_dtype or asked.dtype or "float32",
+        bnb_4bit_quant_storage=asked.storage,
     )
 
 
@@ -84,8 +87,9 @@ def lora(asked: argparse.Namespace) -> Any:
 
 
 def rows(asked: argparse.Namespace) -> Iterator[dict[str, list[int]]]:
-    """Enough for the steps; all of one length, or of the lengths that are named."""
-    for length in asked.lengths or [asked.length] * (asked.batch * asked.accumulate * STEPS):
+    """Enough for the steps of all ranks; all of one length, or of the lengths that are named."""
+    count = asked.batch * asked.accumulate * STEPS * int(os.environ.get("WORLD_SIZE", "1"))
+    for length in asked.lengths or [asked.length] * count:
         ids = (list(range(1, 101)) * (length // 100 + 1))[:length]
         yield {"input_ids": ids, "attention_mask": [1] * length, "labels": ids}
 

@@ -3,6 +3,8 @@
     python benchmarks/plain/run.py                     every case of cases.json; writes data/plain.json
     python benchmarks/plain/run.py NAME ...            some of them; writes nothing, or with --merge their
                                                        rows beside the others
+    python benchmarks/plain/run.py --predictions [NAME ...]   what the plan says now, beside what was emulated
+                                                       then; writes data/plain.json
 
 Needs the environment of benchmarks/dry_gpu/README.md. The scripts and what they load import nothing of
 memplan's. Exit status 1 if a case's peak of allocated bytes is more than 64 KiB from the plan's, or its
@@ -46,20 +48,27 @@ def cases() -> list[dict[str, Any]]:
     return listed
 
 
-def checkpoint_of(case: dict[str, Any], folder: Path) -> Path:
-    """Where a case's checkpoint lies; ``layers``: how many it has, if not as many as its model."""
-    return folder / f"{case['model']}-{case['layers']}" if "layers" in case else folder / case["model"]
+def made(case: dict[str, Any], folder: Path) -> Path:
+    """A case's checkpoint; ``layers``: how many it has, if not as many as its model."""
+    layers = ["--layers", str(case["layers"])] if "layers" in case else []
+    checkpoint = folder / "-".join([case["model"], *layers[1:]])
+    if not checkpoint.exists():
+        _memplan({}, "stub", case["model"], str(checkpoint), *layers)
+    return checkpoint
+
+
+def emulated_before() -> dict[str, dict[str, Any]]:
+    """What :func:`emulated` said of each case, as its row has it."""
+    rows: list[dict[str, Any]] = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]
+    return {row["name"]: {**row, "reserved": row["reserved"]["emulated"]} for row in rows}
 
 
 def emulated(case: dict[str, Any], folder: Path, gpu: str) -> dict[str, Any]:
     """What a case's script wrote: bytes by step, the device, versions. Raises RuntimeError with the script's
     last words if it failed."""
-    layers = ["--layers", str(case["layers"])] if "layers" in case else []
-    checkpoint = checkpoint_of(case, folder)
+    checkpoint = made(case, folder)
     out = folder / f"{case['name']}.json"
     settings = {"PYTORCH_ALLOC_CONF": case["recipe"].get("alloc_conf", "")}
-    if not checkpoint.exists():
-        _memplan({}, "stub", case["model"], str(checkpoint), *layers)
     asked = [str(checkpoint), "--out", str(out), *case["run"].split()]
     script = [sys.executable, str(HERE / f"{case['script']}.py"), *asked]
     if "lengths" in case:  # shapes depend on values, which are worked out where the run is watched
@@ -117,7 +126,7 @@ def row(case: dict[str, Any], checkpoint: Path, found: dict[str, Any]) -> dict[s
         "steps": found["steps"],
         "device": found["device"],
         "libraries": found["libraries"],
-        "date": date.today().isoformat(),
+        "date": found.get("date") or date.today().isoformat(),
     }
 
 
@@ -142,17 +151,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="cases (default: all, which are written)")
     parser.add_argument("--merge", action="store_true", help="write the rows of those that were run")
+    parser.add_argument("--predictions", action="store_true", help="renew the plan's side of rows only")
     parser.add_argument("--gpu", default="a100", help="the card (default: %(default)s)")
     asked = parser.parse_args()
     chosen = [case for case in cases() if not asked.names or case["name"] in asked.names]
     if len(chosen) < len(asked.names):
         parser.error(f"cases.json has only {', '.join(case['name'] for case in cases())}")
+    before = emulated_before() if asked.predictions else {}
+    if asked.predictions:
+        chosen = [case for case in chosen if case["name"] in before]
     rows, failed = [], 0
     with tempfile.TemporaryDirectory(prefix="plain-") as folder:
         for case in chosen:
             try:
-                found = emulated(case, Path(folder), asked.gpu)
-                one = row(case, checkpoint_of(case, Path(folder)), found)
+                found = before.get(case["name"]) or emulated(case, Path(folder), asked.gpu)
+                one = row(case, made(case, Path(folder)), found)
             except RuntimeError as error:
                 print(f"{case['name']:28} failed: {error}", flush=True)
                 failed += 1
@@ -164,10 +177,10 @@ def main() -> int:
                 for kind in ("allocated", "reserved")
             )
             print(f"{case['name']:28} {told} {'' if equal(one) else '  APART'}", flush=True)
-    print(f"{len(rows)} emulated, {failed} apart or failed: bytes, and what the plan has more or less")
-    if asked.merge:
+    print(f"{len(rows)} rows, {failed} apart or failed: bytes, and what the plan has more or less")
+    if asked.merge or asked.predictions:
         rows = beside(rows)
-    if asked.merge or not asked.names:
+    if asked.merge or asked.predictions or not asked.names:
         RESULTS.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
     return 1 if failed else 0
 

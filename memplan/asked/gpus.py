@@ -128,9 +128,9 @@ def find_gpu(name: str) -> Gpu:
     size = size_of(name)
     if size is not None:
         return _of_size(size)
-    alone = _alone(name)
-    if alone is not None:
-        return alone
+    counted = _counted(name)
+    if counted is not None:
+        return find_gpu(counted[1])
     if re.fullmatch(_NUMBER_WITH_UNIT, name.strip(), re.IGNORECASE):
         raise MemplanError(
             f"a card has from 1 to {_MOST_GB} GB, written like 24GB, not {printable(name.strip())}"
@@ -194,25 +194,33 @@ def _of_size(size: float) -> Gpu:
     return least.model_copy(update={"name": name, "assumed": assumed})
 
 
-def _alone(name: str) -> Gpu | None:
-    """The card of which there is one, as in 1xA100; None of a name without a count. Raises MemplanError for
-    several cards."""
+def several(name: str) -> int:
+    """How many cards a name means: 8 of 8xH100, else 1. Raises MemplanError for none."""
+    found = _counted(name)
+    return 1 if found is None else found[0]
+
+
+def together(names: Iterable[str]) -> int:
+    """How many cards share a question that names these. Raises MemplanError where that is several numbers."""
+    counts = {several(name) for name in ([names] if isinstance(names, str) else names)} or {1}
+    if len(counts) > 1:
+        raise MemplanError("one question is about one number of GPUs: give each card the same, or ask twice")
+    return counts.pop()
+
+
+def _counted(name: str) -> tuple[int, str] | None:
+    """The count and the card's own name, as in 8xH100; None of a name without a count."""
+    if _key(name) in _gpus_by_key():
+        return None
     found = _SEVERAL.fullmatch(name.strip())
     if found is None:
         return None
     count, rest = int(found[1] or found[4]), found[2] or found[3]
     if found[3] and _key(rest) not in _gpus_by_key():
         return None  # an x in a card's own name
-    if count == 1:
-        return find_gpu(rest)
     if count == 0:
         raise MemplanError(f"{printable(name.strip())} is no card: give one, such as {rest}")
-    gpu = find_gpu(rest)
-    alias = gpu.aliases[0]
-    raise MemplanError(
-        f"memplan plans for one card so far: ask about one {alias}, which then holds the whole model, or let "
-        f"`memplan dry-run --gpu {count}x{alias} -- COMMAND` run your program on {count} that are emulated"
-    )
+    return count, rest
 
 
 def _key(name: str) -> str:

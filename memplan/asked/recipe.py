@@ -495,35 +495,46 @@ class Recipe(BaseModel):
         StrategyName | None,
         of_step(
             help="how several GPUs share a step",
-            default="one GPU",
+            default="ddp",
             room="strategies",
-            metavar="NAME",
-            phrase=lambda r: f"{r.parallel} on {r.gpus} GPUs" if r.parallel else None,
-            source="One GPU.",
+            phrase=lambda r: f"{r.parallel or 'ddp'} on {r.gpus} GPUs" if r.gpus > 1 else None,
+            source=(
+                "accelerate, `commands/launch.py`: several processes without `--use_fsdp` or "
+                "`--use_deepspeed` are DDP's. `fsdp2`: `--use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy "
+                "TRANSFORMER_BASED_WRAP --fsdp_reshard_after_forward true`."
+            ),
         ),
     ] = None
     gpus: Annotated[
         int,
-        of_step(help="GPUs that share a step", metavar="N", told_with="parallel", source="One GPU."),
-    ] = Field(default=1, ge=1)
+        of_step(
+            help="GPUs that share a step",
+            metavar="N",
+            told_with="parallel",
+            source="One. `--gpu 8xh100` says it, too.",
+        ),
+    ] = Field(default=1, ge=1, le=4096)
     shard_dtype: Annotated[
         DTypeName | None,
         of_step(
-            help="what shards of trained parameters are kept in",
+            help="what FSDP2 keeps shards of trained parameters in",
             default="float32",
             short=_LONG_DTYPES,
             phrase=lambda r: f"{SHORT_DTYPES[r.shard_dtype.value]} shards" if r.shard_dtype else None,
-            source="accelerate, `utils/fsdp_utils.py`, `fsdp2_prepare_model`.",
+            source=(
+                "accelerate, `utils/fsdp_utils.py`, `fsdp2_prepare_model`: what is trained is upcast to "
+                "float32 under mixed precision."
+            ),
         ),
     ] = None
     reduce_dtype: Annotated[
         DTypeName | None,
         of_step(
-            help="what gradients are summed over GPUs in",
-            default="as --dtype",
+            help="what FSDP2 sums gradients over GPUs in",
+            default="as it computes in",
             short=_LONG_DTYPES,
             phrase=lambda r: f"reduced in {SHORT_DTYPES[r.reduce_dtype.value]}" if r.reduce_dtype else None,
-            source="accelerate, `utils/dataclasses.py`, `set_mixed_precision`.",
+            source="accelerate, `utils/dataclasses.py`, `set_mixed_precision`: that of mixed precision.",
         ),
     ] = None
     alloc_conf: Annotated[
@@ -579,12 +590,38 @@ class Recipe(BaseModel):
             raise ValueError("use_reentrant says how to checkpoint, but gradient checkpointing is off")
         if self.batches is not Batches.FULL:
             self._check_batches()
+        self._check_spread()
         if self.batch_size * self.seq_len > _MAX_TOKENS:
             raise ValueError(
                 f"{self.batch_size} × {self.seq_len} tokens a step is more than any GPU can hold; "
                 "lower the batch size or the sequence length"
             )
         return self
+
+    def _check_spread(self) -> None:
+        """What is said of several GPUs."""
+        sharded = self.parallel == "fsdp2"
+        for name in ("shard_dtype", "reduce_dtype"):
+            if getattr(self, name) is not None and not (sharded and self.autocast):
+                raise ValueError(f"{name} is of FSDP2's mixed precision: use --parallel fsdp2 --autocast")
+        if not sharded:
+            return
+        for name, rest, why in _NOT_SHARDED:
+            if getattr(self, name) not in rest:
+                raise ValueError(f"{why}: leave {name} out, or use --parallel ddp")
+        if self.optimizer not in _SHARDED_OPTIMIZERS:
+            raise ValueError(
+                f"FSDP2 is planned with {' and '.join(_SHARDED_OPTIMIZERS)}, not with {self.optimizer}"
+                + (", which can't update sharded parameters" if "8bit" in self.optimizer else "")
+                + ": use one of them, or `memplan dry-run`"
+            )
+        if self.loss in ("liger", "shifted"):
+            raise ValueError(f"FSDP2 with --loss {self.loss} is not planned: use `memplan dry-run`")
+        if self.mode is not Mode.FULL and not self.autocast:
+            raise ValueError(
+                "FSDP2 gathers adapters and what they adapt together, which without mixed precision are of "
+                "two dtypes and not planned: use --autocast"
+            )
 
     def _check_batches(self) -> None:
         kind = self.batches.value
@@ -678,7 +715,10 @@ class Recipe(BaseModel):
         return "dora" if self.use_dora else "lora"
 
     def resolved(self) -> Recipe:
-        """The same recipe with every None replaced by what its trainer does (docs/trainers.md)."""
+        """The same recipe with every None replaced by what its trainer does (docs/trainers.md). Raises
+        RecipeError for a strategy of one GPU."""
+        if self.parallel is not None and self.gpus == 1:
+            raise RecipeError(f"{self.parallel} is for several GPUs: say how many, such as --gpus 8")
         stack = stacks.find(self.trainer)
         has = stack.of(self.mode.value)
         checkpointing = self.gradient_checkpointing
@@ -688,6 +728,9 @@ class Recipe(BaseModel):
             update={"kbit_prep": has.get("kbit_prep", False) if self.kbit_prep is None else self.kbit_prep}
         )
         reentrant = stack.reentrant(known) if self.use_reentrant is None else self.use_reentrant
+        parallel = self.parallel or ("ddp" if self.gpus > 1 else None)
+        if parallel == "fsdp2" and self.use_reentrant is None:
+            reentrant = False
         compute = self.dtype if self.compute_dtype is None else self.compute_dtype
         return self.model_copy(
             update={
@@ -697,8 +740,24 @@ class Recipe(BaseModel):
                 "gradient_checkpointing": checkpointing,
                 "use_reentrant": reentrant if checkpointing else None,
                 "attn": self.attn or "sdpa",
+                "parallel": parallel,
+                "device_map": self.device_map if self.gpus == 1 else None,
             }
         )
+
+
+_SHARDED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
+_NOT_SHARDED = (
+    ("kernels", (Kernels.STOCK,), "memplan's kernels multiply by whole 4-bit weights, which FSDP2 shards"),
+    ("use_dora", (False,), "DoRA under FSDP2 is not planned"),
+    (
+        "use_reentrant",
+        (None, False),
+        "FSDP2 is planned with non-reentrant checkpointing, as the Trainer has it",
+    ),
+    ("use_cache", (False,), "FSDP2 with a cache of keys and values is not planned"),
+    ("modules_to_save", ((),), "modules_to_save under FSDP2 are not planned"),
+)
 
 
 _RESOLVED = frozenset({"kbit_prep", "gradient_checkpointing"})  # None is the trainer's until it is resolved

@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from memplan import rooms
+from memplan.asked.gpus import together
 from memplan.asked.options import TARGET_PRESETS, Option
 from memplan.asked.recipe import OPTIMIZER_ALIASES, Mode, Recipe, recipe_options
 from memplan.commands import COMMANDS, module_of, synonyms
@@ -274,7 +275,9 @@ def _add_option(group: argparse._ActionsContainer, name: str, option: Option) ->
 def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The recipe's options that were given, by field."""
     given = vars(arguments)
-    return {field: given[field] for field in Recipe.model_fields if field in given}
+    options = {field: given[field] for field in Recipe.model_fields if field in given}
+    count = together(given.get("gpu") or ())
+    return {"gpus": count, **options} if count > 1 else options
 
 
 def applicable(options: dict[str, Any], mode: str) -> dict[str, Any]:

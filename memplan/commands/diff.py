@@ -52,7 +52,10 @@ def run(arguments: argparse.Namespace) -> int:
     names = (arguments.a, arguments.b)
     if options and not any(_asked(name) for name in names):
         raise UsageError("options say how to run plan:MODEL or trace:MODEL; both tapes here are files")
-    a, b = (_tape(name, options) for name in names)
+    files = {name: _file(name) for name in names if not _asked(name)}
+    # memplan's verifier trains without a Trainer, all but whose records tapes of a step are of one
+    looped = all(tape.provenance != "measured" for tape in files.values())
+    a, b = (files[name] if name in files else _written(name, options, looped) for name in names)
     found = diff(a, b)
     if arguments.json:
         from memplan.report.machine import print_answer
@@ -86,19 +89,21 @@ def _check_file(name: str) -> None:
         raise UsageError(f"there is no file {shown(name)}; the plan of the model is plan:{name}")
 
 
-def _tape(name: str, options: dict[str, Any]) -> Tape:
-    writer, _, model = name.partition(":")
-    if not _asked(name):
-        _check_file(name)
-        from memplan.tape.file import load
-        from memplan.verify.measurement import FORMAT, tape_of
+def _file(name: str) -> Tape:
+    _check_file(name)
+    from memplan.tape.file import load
+    from memplan.verify.measurement import FORMAT, tape_of
 
-        return load(name, {FORMAT: tape_of})[0]
+    return load(name, {FORMAT: tape_of})[0]
+
+
+def _written(name: str, options: dict[str, Any], looped: bool) -> Tape:
+    writer, _, model = name.partition(":")
     if writer == "trace":
         from memplan.commands.trace import traced
 
-        return traced(model, options, [])[1]
+        return traced(model, options, [], looped=looped)[1]
     from memplan.asked.recipe import Recipe
     from memplan.planning.predicted import predicted_tape
 
-    return predicted_tape(model, Recipe(**options))
+    return predicted_tape(model, Recipe(**options), looped=looped)

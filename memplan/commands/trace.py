@@ -64,9 +64,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def traced(
-    model: str, options: dict[str, Any], gpus: list[str] | None, config: str | None = None
+    model: str,
+    options: dict[str, Any],
+    gpus: list[str] | None,
+    config: str | None = None,
+    *,
+    looped: bool = True,
 ) -> tuple[Plan, Tape]:
-    """The answer and its tape, with progress and warnings on standard error."""
+    """The answer and its tape, with progress and warnings on standard error; ``looped`` as
+    :func:`memplan.planning.traced.trace_plan` has it."""
     from memplan import libraries, losses
     from memplan.asked.recipe import Recipe
     from memplan.importers.hf import spec_from_config
@@ -88,7 +94,7 @@ def traced(
     for warning in libraries.untested(libraries.installed(library), library):
         remark(f"warning: {warning}")
     with tracing(layers(found.config)) as progress:
-        plan, tape = trace_plan(found, recipe, gpus=gpus, progress=progress)
+        plan, tape = trace_plan(found, recipe, gpus=gpus, progress=progress, looped=looped)
     return plan.model_copy(update={"read": read_from(read)}), tape
 
 

@@ -1,5 +1,6 @@
-"""What lists of tensors that are split or laid end to end take on CUDA for a moment: where each lies and which
-block of threads has which, as numbers of 8 bytes (aten/src/ATen/native/cuda/TensorShape.cu, torch 2.13)."""
+"""What lists of tensors that are split or laid end to end take on CUDA for a moment: where each lies and
+which block of threads has which, in numbers of 8 bytes (aten/src/ATen/native/cuda/TensorShape.cu, 2.13).
+"""
 
 from __future__ import annotations
 

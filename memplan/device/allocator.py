@@ -11,7 +11,7 @@ blocks of equal size.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from memplan.asked.alloc_conf import AllocatorSettings
@@ -191,18 +191,26 @@ class Allocator:
             self._merge(block, after, pool)
         pool.insert(block)
 
-    def play(self, events: Sequence[int], sizes: Sequence[int], live: dict[int, Block]) -> None:
-        """Requests and releases in a row, all of stream 0: ``sizes[event]`` bytes for an event of zero or
-        more, whose block comes into ``live``; for one below, the block of ``~event`` is taken back.
+    def play(
+        self,
+        events: Sequence[int],
+        sizes: Sequence[int],
+        live: dict[int, Block],
+        streams: Mapping[int, int] | None = None,
+    ) -> None:
+        """Requests and releases in a row: ``sizes[event]`` bytes for an event of zero or more, whose block
+        comes into ``live``; for one below, the block of ``~event`` is taken back. ``streams``: of the events
+        of another stream than 0.
 
         What :meth:`malloc` and :meth:`free` do, one by one; where nothing is set that asks for more it is
         written out here in a third less time, which is most of what a plan takes.
         """
         self.position = -1
-        if not self._plain or self.settings.roundup:
+        if not self._plain or self.settings.roundup or streams:
+            streams = streams or {}
             for self.position, event in enumerate(events):
                 if event >= 0:
-                    live[event] = self.malloc(sizes[event])
+                    live[event] = self.malloc(sizes[event], streams.get(event, 0))
                 else:
                     self.free(live.pop(~event))
             return

@@ -180,9 +180,16 @@ class Playback:
         self.update = next((s.start for s in tape.segments if s.part is Part.UPDATE), len(tape.events))
         self.resting = rest = [event for event in tape.events[: self.begin] if event >= 0]
         workspaces = [storage for storage in rest if storage in tape.workspaces]
-        self.born = list(zip(self._first_products(), workspaces, strict=False))
         self.states = [e for e in rest if tape.categories[e] is Category.OPTIMIZER_STATE]
-        later = {*self.states, *(workspace for _, workspace in self.born)}
+        self.renewed = [
+            event
+            for segment in setup
+            if segment.part is Part.RENEWED
+            for event in tape.events[segment.start : segment.stop]
+        ]
+        left = self._left(set(rest).difference(self.states, self.renewed))
+        self.born = sorted([*zip(self._first_products(), workspaces, strict=False), *left])
+        later = {*self.states, *self.renewed, *(storage for _, storage in self.born)}
         self.others = [event for event in rest if event not in later]
 
     def _first_products(self) -> list[int]:
@@ -196,6 +203,13 @@ class Playback:
             if first is not None:
                 found.append(first + 1)
         return found
+
+    def _left(self, rest: set[int]) -> list[tuple[int, int]]:
+        """What a step finds that the one before has left, and drops: at which event, and its storage. The
+        first step has none, and something of the size in its place when it would be dropped is as good."""
+        events = self.tape.events
+        there = set(events[self.begin : self.update])
+        return [(events.index(~storage, self.begin), storage) for storage in rest if ~storage in there]
 
     def load(self, loading: Tape | None) -> None:
         """Everything that is there before the first step."""
@@ -215,17 +229,21 @@ class Playback:
         before = set(self.live)
         played = self.begin
         if stage == FIRST_STEP:
-            for position, workspace in self.born:
+            for position, storage in self.born:
                 self.play(played, position)  # which stays the place: a product asks for its workspace
-                self.live[workspace] = self.allocator.malloc(self.tape.sizes[workspace])
+                self.live[storage] = self.allocator.malloc(self.tape.sizes[storage])
                 played = position
-                before.add(workspace)
+                before.add(storage)
         self.play(played, self.update)
         if stage == FIRST_STEP:
             self._make(self.states)
             before.update(self.states)
         self.play(self.update, len(self.tape.events))
         self._hand_on(before)
+        if stage == FIRST_STEP and self.renewed:
+            for number in [number for number in self.live if number >= len(self.tape.sizes)]:
+                self.allocator.free(self.live.pop(number))
+            self._make(self.renewed)
 
     def evaluate(self, tape: Tape) -> None:
         """What an evaluation makes and drops; what rests on its tape is there already."""
@@ -268,7 +286,7 @@ class Playback:
     def play(self, start: int, stop: int) -> None:
         """The tape's events from one to another."""
         self.start = start
-        self.allocator.play(self.tape.events[start:stop], self.tape.sizes, self.live)
+        self.allocator.play(self.tape.events[start:stop], self.tape.sizes, self.live, self.tape.streams)
 
     def _hand_on(self, before: set[int]) -> None:
         """What a step puts in the place of something that was there (Adafactor's scales) is what the next

@@ -7,7 +7,7 @@ once for all runs that have the same ones, as the two pools know nothing of each
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from memplan.asked.alloc_conf import AllocatorSettings
 from memplan.device.allocator import Allocator, Block, Pool
@@ -122,7 +122,14 @@ class _Recorder(Allocator):
         self.parts[-1].append(block.address)
         return block
 
-    def play(self, events: Sequence[int], sizes: Sequence[int], live: dict[int, Block]) -> None:
+    def play(
+        self,
+        events: Sequence[int],
+        sizes: Sequence[int],
+        live: dict[int, Block],
+        streams: Mapping[int, int] | None = None,
+    ) -> None:
+        assert not streams, "runs of several streams are played one by one"
         for event in events:
             if event >= 0:
                 live[event] = self.malloc(sizes[event])

@@ -21,13 +21,18 @@ Head = Callable[[Any, Tensor, "Labels", "list[Tensor] | None", ModelSpec], tuple
 
 
 class Labels(Tensor):
-    """Labels [B, S], of which ``counted`` count."""
+    """Labels [B, S], of which ``counted`` count. ``items``: how many do in all batches of a step, a number on
+    the card, by which a loss is divided in a Trainer's loop (``num_items_in_batch``)."""
 
-    __slots__ = ("counted",)
+    __slots__ = ("counted", "items")
 
-    def __init__(self, of: Tensor, counted: int) -> None:
+    def __init__(self, of: Tensor, counted: int, items: Tensor | None) -> None:
         super().__init__(of.shape, of.dtype, of.storage, of.strides)
-        self.counted = counted
+        self.counted, self.items = counted, items
+
+    def divided_by(self, items: Tensor) -> Labels:
+        """The same with another number."""
+        return Labels(self, self.counted, items)
 
 
 Patch = tuple[Any, str, Any]  # an object, its attribute, and what stands there while a step is traced
@@ -52,7 +57,7 @@ def unpatched(base: Any) -> None:
 
 
 def of_outputs(model: Any, run: Callable[..., Any], batch: dict[str, Any]) -> Any:
-    """What ``Trainer.compute_loss`` takes."""
+    """What ``Trainer.compute_loss`` takes; in its loop, ``num_items_in_batch`` is in the batch."""
     outputs = run(**batch)
     return outputs.loss
 

@@ -35,6 +35,7 @@ class Output(NamedTuple):
     is_top1: Tensor
     label_mask: Tensor
     aux_loss: Tensor | None
+    items: Tensor | None  # of the labels
 
 
 def _head(
@@ -62,16 +63,18 @@ def fused_head(
         aux_loss = load_balancing_loss(router_logits, labels.shape, spec)
         loss = ops.add(loss, ops.scale(aux_loss))
         router_logits.clear()
-    return Output(loss, log_probs, entropy, is_top1, mask, aux_loss)
+    return Output(loss, log_probs, entropy, is_top1, mask, aux_loss, labels.items)
 
 
 def sft_loss(output: Output) -> Tensor:
     """``compute_loss``: the loss once more, and what is logged."""
     per_token_loss = ops.neg(output.log_probs)
-    num_tokens = ops.count(output.label_mask.shape)
+    num_tokens = ops.count(output.label_mask.shape) if output.items is None else output.items
     total = _total(per_token_loss)
     loss = ops.divide(total, empty((), int64, "clamp"))
     del total
+    if output.items is not None:
+        loss = ops.scale(loss)  # by the number of processes
     weighted_aux_loss = None
     if output.aux_loss is not None:
         weighted_aux_loss = ops.scale(output.aux_loss)
@@ -252,7 +255,9 @@ def aux_loss_enabled(config: Any) -> bool:
 def _loss_of(model: Any, run: Callable[..., Any], batch: dict[str, Any]) -> Any:
     from trl.trainer.sft_trainer import SFTTrainer
 
-    return SFTTrainer.compute_loss(_sft_trainer(model), run, dict(batch))
+    inputs = dict(batch)
+    items = inputs.pop("num_items_in_batch", None)
+    return SFTTrainer.compute_loss(_sft_trainer(model), run, inputs, num_items_in_batch=items)
 
 
 def _sft_trainer(model: Any) -> Any:
@@ -262,7 +267,11 @@ def _sft_trainer(model: Any) -> Any:
     return SimpleNamespace(
         model=model,
         args=SimpleNamespace(loss_type="nll", average_tokens_across_devices=True),
-        accelerator=SimpleNamespace(parallelism_config=None, gather_for_metrics=lambda tensor: tensor),
+        accelerator=SimpleNamespace(
+            parallelism_config=None, gather_for_metrics=lambda tensor: tensor, num_processes=1
+        ),
+        get_tp_size=lambda: 1,
+        current_gradient_accumulation_steps=1,
         compute_loss_func=None,
         label_smoother=None,
         aux_loss_enabled=aux_loss_enabled(config),

@@ -17,6 +17,7 @@ from memplan.cuda.card import Card
 from memplan.errors import TraceError
 from memplan.libraries import Library
 from memplan.losses import Labels, Loss, Patch, StandIns
+from memplan.losses.standard import per_item
 from memplan.shadow import ops
 from memplan.shadow.autograd import Node, attach, save_output, unpack
 from memplan.shadow.matmul import autocast, product
@@ -30,16 +31,16 @@ def _head(
     return liger_loss(hidden, head.weight, labels), None
 
 
-def liger_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def liger_loss(hidden: Tensor, weight: Tensor, labels: Labels) -> Tensor:
     """Shift the labels, flatten, and the fused function."""
     batch, length = labels.shape
-    labels = empty((batch, length + 1), int64, "constant_pad_nd")
+    padded = empty((batch, length + 1), int64, "constant_pad_nd")
     # labels[..., 1:] is contiguous for one row
-    shift_labels = labels if batch == 1 else empty((batch, length), int64, "clone")
+    shift_labels = padded if batch == 1 else empty((batch, length), int64, "clone")
     hidden_states = ops.view(hidden, (batch * length, hidden.shape[-1]))
     loss = _fused_linear_cross_entropy(hidden_states, weight)
-    del shift_labels
-    return loss
+    del padded, shift_labels
+    return per_item(loss, labels)
 
 
 def chunk_size(tokens: int, hidden_size: int, vocabulary: int) -> int:

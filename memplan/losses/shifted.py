@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from memplan.errors import TraceError
-from memplan.losses import Loss
-from memplan.losses.standard import cross_entropy, head_of
+from memplan.losses import Labels, Loss
+from memplan.losses.standard import cross_entropy, head_of, per_item
 from memplan.shadow import ops
 from memplan.shadow.tensor import Tensor, empty, float32, int64
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 
-def shifted_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def shifted_loss(logits: Tensor, labels: Labels) -> Tensor:
     """Upcast, shift logits and labels, flatten, cross entropy."""
     logits = ops.to(logits, float32)
     batch, length = labels.shape
@@ -27,7 +27,7 @@ def shifted_loss(logits: Tensor, labels: Tensor) -> Tensor:
     # labels[..., 1:] is contiguous for one row
     shift_labels = labels if batch == 1 else empty((batch, length - 1), int64, "clone")
     shift_logits = ops.view(shift_logits, (batch * (length - 1), logits.shape[-1]))
-    return cross_entropy(shift_logits, shift_labels)
+    return per_item(cross_entropy(shift_logits, shift_labels), labels)
 
 
 def _for_causal_lm(

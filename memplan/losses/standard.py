@@ -30,15 +30,20 @@ def head_of(loss_function: Callable[[Tensor, Labels], Tensor]) -> Head:
     return whole
 
 
-def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def causal_lm_loss(logits: Tensor, labels: Labels) -> Tensor:
     """Upcast, shift the labels, flatten, cross entropy."""
     logits = ops.to(logits, float32)
     batch, length = labels.shape
-    labels = empty((batch, length + 1), int64, "constant_pad_nd")
+    padded = empty((batch, length + 1), int64, "constant_pad_nd")
     # labels[..., 1:] is contiguous for one row
-    shift_labels = labels if batch == 1 else empty((batch, length), int64, "clone")
+    shift_labels = padded if batch == 1 else empty((batch, length), int64, "clone")
     logits = ops.view(logits, (batch * length, logits.shape[-1]))
-    return cross_entropy(logits, shift_labels)
+    return per_item(cross_entropy(logits, shift_labels), labels)
+
+
+def per_item(loss: Tensor, labels: Labels) -> Tensor:
+    """A sum over labels divided by their count; the mean, where nobody says how many count."""
+    return loss if labels.items is None else ops.divide(loss, labels.items)
 
 
 def cross_entropy(source: Tensor, target: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ class Context(NamedTuple):
     sliding: bool
     cache: list[Tensor] | None  # keys and values that a DynamicCache keeps, or None without a cache
     router_logits: list[Tensor] | None  # what each layer's router said, where the loss asks for it
+    items: Tensor | None  # neither read: a Trainer's num_items_in_batch, which every layer is handed
 
 
 Attend = Callable[[Tensor, Tensor, Tensor, Context], tuple[Tensor, "Tensor | None"]]

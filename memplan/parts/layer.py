@@ -53,7 +53,9 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """The output [B, S, E], and the weights that eager attention returns."""
     if state.spread is not None:  # all arguments are given by name
-        return state.spread.module("self_attn", _attention, None, m, x, context, project, rotate)
+        return state.spread.module(  # type: ignore[no-any-return]
+            "self_attn", _attention, None, m, x, context, project, rotate
+        )
     return _attention(None, m, x, context, project, rotate)
 
 

@@ -66,7 +66,7 @@ class LongTapes:
         step = [whole(asked)] * min(asked.gradient_accumulation_steps, 2)
 
         def play(played: Played | Standing) -> Tape:
-            return step_of(self.spec, asked, step, self.card, played)
+            return step_of(self.spec, asked, step, self.card, played, looped=True)
 
         return self._as_before(play) or self._anew(play, widest(step))
 

@@ -23,6 +23,7 @@ from memplan.planning.records import (
     ParameterCounts,
     PeakInfo,
     Played,
+    Ranks,
     ReadFrom,
     Record,
     Slipped,
@@ -44,6 +45,7 @@ class Told(Record):
     evaluation: Evaluation | None = None
     slip: Slipped | None = None
     played: Played | None = None
+    ranks: tuple[Ranks, ...] | None = None
 
 
 class Plan(Record):
@@ -111,6 +113,15 @@ class Plan(Record):
         if self._told.played is not None or self._study is None:
             return self._told.played
         return self._study.played
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def ranks(self) -> tuple[Ranks, ...]:
+        """The GPUs that share the step, those that are alike as one; empty where there is one. All other
+        figures are those of the rank that takes the most."""
+        if self._told.ranks is not None or self._study is None:
+            return self._told.ranks or ()
+        return self._study.ranks
 
     def telling(self, **told: Any) -> Plan:
         """The same plan with answers (:class:`Told`) in the place of those that its study would find."""
@@ -282,6 +293,7 @@ def plan_from_study(
             quantization_state=resting[Category.QUANTIZATION_STATE],
             adapters=resting[Category.ADAPTERS],
             optimizer_state=resting[Category.OPTIMIZER_STATE],
+            communication=resting[Category.COMMUNICATION],
         ),
         peak=_peak_info(study.peak),
         summary=_summary(study.peak.by_category),
@@ -325,5 +337,13 @@ def _summary(size: dict[Category, int]) -> Summary:
         weights=size[Category.WEIGHTS] + size[Category.QUANTIZATION_STATE],
         lora_parameters=size[Category.ADAPTERS],
         optimizer_state=size[Category.OPTIMIZER_STATE] + size[Category.GRADIENTS],
-        activations=size[Category.ACTIVATIONS] + size[Category.LOGITS_AND_LOSS] + size[Category.TEMPORARIES],
+        activations=sum(
+            size[kind]
+            for kind in (
+                Category.ACTIVATIONS,
+                Category.LOGITS_AND_LOSS,
+                Category.TEMPORARIES,
+                Category.COMMUNICATION,
+            )
+        ),
     )

@@ -1,4 +1,5 @@
 """The predicted writer, asked for what answers need: a step, an evaluation, a whole run for the allocator.
+All are of a Trainer's loop.
 
 The shadow is imported when a step is played, not before.
 """
@@ -21,7 +22,7 @@ def write(spec: ModelSpec, recipe: Recipe, card: Card | None = None, lengths: Le
     from memplan.predict.step import write_tape
 
     step = None if lengths is None else longest(steps(recipe, lengths), recipe)
-    return write_tape(spec, recipe, card=card, lengths=step)
+    return write_tape(spec, recipe, card=card, lengths=step, looped=True)
 
 
 def steps(recipe: Recipe, lengths: Lengths) -> list[Step]:
@@ -50,24 +51,35 @@ def evaluation(
     return write_evaluation(spec, recipe, batch_size, card=card, folded=folded)
 
 
-def run(spec: ModelSpec, recipe: Recipe, card: Card | None = None, lengths: Lengths | None = None) -> Run:
+def run(
+    spec: ModelSpec,
+    recipe: Recipe,
+    card: Card | None = None,
+    lengths: Lengths | None = None,
+    rank: int = 0,
+) -> Run:
     """The whole run of a resolved recipe, for the allocator: loading, and a step with every layer played;
-    with ``lengths``, all steps that these make."""
+    with ``lengths``, all steps that these make. ``rank``: of those that share the step."""
     from memplan.asked.alloc_conf import parse_settings
     from memplan.predict.loading import loading
     from memplan.predict.step import write_long_tape
 
     played = [None] if lengths is None else steps(recipe, lengths)
-    written = cache(lambda step: write_long_tape(spec, recipe, card=card, lengths=step))
+    written = cache(
+        lambda step: write_long_tape(spec, recipe, card=card, lengths=step, looped=True, rank=rank)
+    )
     tape = written(played[0])
     run = Run(tape, partial(loading, spec, recipe, tape), parse_settings(recipe.alloc_conf), card)
     return run if lengths is None else Varied(run, lambda: map(written, played[1:]))
 
 
-def predicted_tape(model: str | Path | ModelSpec, recipe: Recipe | None = None) -> Tape:
-    """The tape of :func:`plan` with every layer played, for comparing it with others."""
+def predicted_tape(
+    model: str | Path | ModelSpec, recipe: Recipe | None = None, *, looped: bool = True
+) -> Tape:
+    """The tape of :func:`plan` with every layer played, for comparing it with others; ``looped=False``:
+    without a Trainer's loop around it."""
     from memplan.planning.study import ask
     from memplan.predict.step import write_tape
 
     asked = ask(model, recipe)
-    return write_tape(asked.spec, asked.recipe, folded=False)
+    return write_tape(asked.spec, asked.recipe, looped=looped, folded=False)

@@ -49,6 +49,7 @@ class StaticBytes(Record):
     quantization_state: int
     adapters: int
     optimizer_state: int
+    communication: int = 0
 
 
 class CategoryBytes(Record):
@@ -62,6 +63,7 @@ class CategoryBytes(Record):
     activations: int
     logits_and_loss: int
     temporaries: int
+    communication: int = 0  # parameters that were gathered, what gradients are summed in
 
 
 class PeakInfo(Record):
@@ -117,7 +119,7 @@ class _Counting(Protocol):
 
 class Summary(Record):
     """The four categories that people know. Quantisation state counts as weights, gradients as
-    optimizer state, logits and temporaries as activations. Adds up to the peak."""
+    optimizer state, logits, temporaries and communication as activations. Adds up to the peak."""
 
     weights: int
     lora_parameters: int
@@ -136,6 +138,18 @@ class AllocatorInfo(Record):
     reserved_bytes: int
     fragmentation_bytes: int
     loading: Literal["predicted"] | None = None
+
+
+class Ranks(Record):
+    """GPUs that share a step and are alike. ``rank``: of the first of them; ``count``: how many there are;
+    ``peak_allocated_bytes``: of tensors, at the peak of its step; ``reserved_bytes``: of the whole run;
+    ``host_bytes``: of what it keeps on the host, offloaded."""
+
+    rank: int
+    count: int
+    peak_allocated_bytes: int
+    reserved_bytes: int
+    host_bytes: int = 0
 
 
 class Evaluation(BaseModel):

@@ -34,7 +34,7 @@ class Runs:
 
     def excess(self, step: Resized) -> int:
         """What :func:`memplan.device.fit.excess` says of the run that it is a step of."""
-        if not can_rerun(self._settings):
+        if not can_rerun(self._settings) or step.long.streams:
             tape = step.tape
             run = Run(tape, partial(loading, self.spec, self.recipe, tape), self._settings, self.card)
             return fit.excess(self.gpu, run)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from memplan import stacks
 from memplan.asked.alloc_conf import parse_settings
-from memplan.asked.gpus import Gpu
+from memplan.asked.gpus import Gpu, together
 from memplan.asked.lengths import Lengths
 from memplan.asked.recipe import Recipe
 from memplan.asked.spec import ModelSpec
@@ -18,7 +18,7 @@ from memplan.cuda.card import Card
 from memplan.device.fit import Evaluated, Fit, Run, Verdict, glance, judge, recast_bytes
 from memplan.errors import MemplanError, RecipeError, shown
 from memplan.planning import cards, predicted
-from memplan.planning.records import AllocatorInfo, Evaluation, Played, ReadFrom, Slipped
+from memplan.planning.records import AllocatorInfo, Evaluation, Played, Ranks, ReadFrom, Slipped
 from memplan.tape import Category, Peak, Tape, replay, static_bytes
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def ask(
     from memplan.predict.parameters import resolve_recipe
 
     named, read = opened(model, config)
-    given = recipe or Recipe()
+    given = _of_cards(recipe or Recipe(), gpus)
     if read is not None:
         given = read.recipe(recipe)
     judged = tuple(cards.able(given, gpus))  # names that are wrong are said to be before anything is played
@@ -76,6 +76,16 @@ def ask(
         given = _as_long(given, lengths)
     resolved = resolve_recipe(found.spec, given)
     return Asked(found.spec, given, resolved, judged, gpus is not None, found.note, read, lengths)
+
+
+def _of_cards(given: Recipe, gpus: Iterable[str] | None) -> Recipe:
+    """The recipe on as many GPUs as a card's name says, such as 8xh100."""
+    count = 1 if gpus is None else together(gpus)
+    if count == 1 or given.gpus == count:
+        return given
+    if "gpus" in given.model_fields_set and given.gpus != count:
+        raise RecipeError(f"{count} cards were named, and gpus says {given.gpus}: leave one of them out")
+    return Recipe(**{**given.model_dump(exclude_unset=True), "gpus": count})
 
 
 def _as_long(given: Recipe, lengths: Lengths) -> Recipe:
@@ -220,9 +230,15 @@ class Study:
             # of a card that runs other kernels only what rests is known; settings may take more than a glance
             # allows for
             told = glance(gpu, self.peak.allocated_bytes if card is None else resting, loaded, recast)
-            if told == "fits" and (card is not None or self.recipe.alloc_conf or self.played is not None):
+            guessed = card is not None or self.recipe.alloc_conf or self.played is not None
+            if told == "fits" and (guessed or self.recipe.parallel is not None):
                 told = None
             yield gpu, told or judge(gpu, self.run(card)).verdict
+
+    @property
+    def ranks(self) -> tuple[Ranks, ...]:
+        """The GPUs that share the step, where several do."""
+        return ()
 
     @property
     def accumulated_bytes(self) -> int | None:
@@ -288,6 +304,34 @@ class Prediction(Study):
             tokens=predicted.tokens(longest, self.recipe),
             alone_bytes=alone.free.reserved,
         )
+
+    @cached_property
+    def ranks(self) -> tuple[Ranks, ...]:
+        """The same: the first rank has as much as any, the last one less of what is not divided evenly."""
+        from memplan.predict.ranks import alike
+
+        if self.recipe.parallel is None:
+            return ()
+        first, *others = alike(self.asked.spec, self.recipe)
+        found = [
+            Ranks(
+                rank=0,
+                count=first[1],
+                peak_allocated_bytes=self.peak.allocated_bytes,
+                reserved_bytes=self.allocator.reserved_bytes,
+            )
+        ]
+        for rank, count in others:
+            run = predicted.run(self.asked.spec, self.recipe, lengths=self.asked.lengths, rank=rank)
+            found.append(
+                Ranks(
+                    rank=rank,
+                    count=count,
+                    peak_allocated_bytes=replay(run.tape).allocated_bytes,
+                    reserved_bytes=run.free.reserved,
+                )
+            )
+        return tuple(found)
 
     @cached_property
     def accumulated_bytes(self) -> int | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from memplan import libraries, losses
 from memplan.asked.recipe import Recipe
-from memplan.errors import MemplanError, UnsupportedArchitecture
+from memplan.errors import MemplanError, RecipeError, UnsupportedArchitecture
 from memplan.importers.quantization import method_of
 from memplan.importers.resolve import ResolvedConfig, resolve_config
 from memplan.planning.cards import able
@@ -34,9 +34,11 @@ def trace_plan(
     *,
     gpus: Iterable[str] | None = None,
     progress: Progress | None = None,
+    looped: bool = True,
 ) -> tuple[Plan, Tape]:
     """Trace one steady-state training step: what it needs, and its tape. How its model comes onto the card is
-    predicted, of the parameters that it has.
+    predicted, of the parameters that it has, and so is what a Trainer's loop keeps beside the step
+    (``looped``).
 
     ``model`` is an alias, a Hub id, or a path to a config.json or its folder, of any causal language model
     that transformers has; ``progress`` is told each phase and layer that it comes to.
@@ -45,7 +47,7 @@ def trace_plan(
     cards = able(recipe or Recipe(), gpus)  # names that are wrong are said to be before anything is traced
     found = model if isinstance(model, ResolvedConfig) else resolve_config(model)
     stored = method_of(found.config.get("quantization_config")) == "bitsandbytes"
-    traced = _trace(found, checked(found, recipe or Recipe()), progress, stored)
+    traced = _trace(found, checked(found, recipe or Recipe()), progress, stored, looped)
     answer = plan_from_tape(
         traced.tape,
         ModelInfo(name=found.name, hub_id=found.hub_id, architecture=traced.architecture, note=found.note),
@@ -59,7 +61,9 @@ def trace_plan(
     return answer, traced.tape
 
 
-def _trace(found: ResolvedConfig, recipe: Recipe, progress: Progress | None, stored: bool) -> Traced:
+def _trace(
+    found: ResolvedConfig, recipe: Recipe, progress: Progress | None, stored: bool, looped: bool
+) -> Traced:
     libraries.require(losses.find(recipe.loss).library)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the libraries deprecate is for those who call them
@@ -70,7 +74,7 @@ def _trace(found: ResolvedConfig, recipe: Recipe, progress: Progress | None, sto
             raise MemplanError(
                 f"tracing can't import its libraries ({reason}): run `{libraries.INSTALL}`"
             ) from error
-        return trace_model(found.config, recipe, progress=progress, stored=stored)
+        return trace_model(found.config, recipe, progress=progress, stored=stored, looped=looped)
 
 
 def checked(found: ResolvedConfig, recipe: Recipe) -> Recipe:
@@ -78,6 +82,11 @@ def checked(found: ResolvedConfig, recipe: Recipe) -> Recipe:
     from memplan.importers.hf import spec_from_config
     from memplan.predict.parameters import resolve_recipe
 
+    if recipe.gpus > 1:
+        raise RecipeError(
+            f"a trace is of one GPU: plan without it, or let `memplan dry-run --gpu {recipe.gpus}xCARD -- "
+            "COMMAND` run a rank of your own program"
+        )
     try:
         spec = spec_from_config(found.config, found.name, found.hub_id)
     except UnsupportedArchitecture:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from memplan.asked.recipe import Recipe
 from memplan.asked.spec import ModelSpec
 from memplan.cuda.card import Card
-from memplan.predict.fed import Rows, batch, whole
+from memplan.predict.fed import Rows, batch, waiting, whole
 from memplan.predict.fold import Played
 from memplan.predict.step import at_rest, forward, written
 from memplan.predict.unlike import Standing
@@ -45,12 +45,14 @@ def write_evaluation(
 def _play(
     spec: ModelSpec, recipe: Recipe, rows: tuple[Rows, Rows], card: Card | None, played: Played | Standing
 ) -> Tape:
-    model, _states, _workspaces = at_rest(spec, recipe, card, played)
+    model, _states, _workspaces, loop = at_rest(spec, recipe, card, played, looped=True)
     tape = state.tape
     trained, evaluated = rows
-    _trained_on = batch(trained)  # the training loop's name for it goes on
+    trained_on = batch(trained)  # the training loop's names for them go on
+    _others = waiting(trained_on, recipe.gradient_accumulation_steps - 1)
     tape.begin(Phase.FORWARD, "batch")
-    fed = batch(evaluated)
+    assert loop is not None
+    fed = batch(evaluated, loop.items)
     with no_grad():
         loss = forward(model, fed, list(played.indices))
     tape.begin(Phase.FORWARD, "end")

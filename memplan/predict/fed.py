@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from memplan import stacks
 from memplan.asked.recipe import Batches, Recipe
 from memplan.losses import Labels
-from memplan.shadow.tensor import Tensor, category, empty, int32, int64
+from memplan.parts.loop import WAITING
+from memplan.parts.loop import waiting as blocks_of
+from memplan.shadow.tensor import Storage, Tensor, category, empty, int32, int64
 from memplan.tape import Category
 
 Lengths = Sequence[int]  # of the sequences of one forward pass
@@ -61,9 +64,9 @@ def widest(step: Sequence[Rows]) -> Recipe:
     return longest.model_copy(update={"batches": masked.batches})
 
 
-def batch(rows: Rows) -> Batch:
+def batch(rows: Rows, items: Tensor | None = None) -> Batch:
     """Token ids, attention mask and labels; of packed rows positions in the place of the mask, and what the
-    trainer's collator says beside."""
+    trainer's collator says beside. ``items`` as :class:`memplan.losses.Labels` has it."""
     recipe = rows.recipe
     shape = (recipe.batch_size, recipe.seq_len)
     packed = recipe.batches is Batches.PACKED
@@ -74,5 +77,13 @@ def batch(rows: Rows) -> Batch:
             # up to 127 sequences begin in the block that two do
             others.append(empty(shape if name == "seq_idx" else (2,), int32, "batch"))
     if packed:
-        return Batch(rows, ids, Labels(second, rows.counted), third, others)
-    return Batch(rows, ids, Labels(third, rows.counted), None, [second, *others])
+        return Batch(rows, ids, Labels(second, rows.counted, items), third, others)
+    return Batch(rows, ids, Labels(third, rows.counted, items), None, [second, *others])
+
+
+def waiting(fed: Batch, count: int) -> list[Storage]:
+    """What ``count`` more batches of these tensors have on the card."""
+    tensors = [fed.ids, fed.labels, *([] if fed.positions is None else [fed.positions]), *fed.others]
+    sizes = [prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors]
+    with category(Category.ACTIVATIONS):
+        return [Storage(size, WAITING) for size in blocks_of(sizes, count)]

@@ -30,16 +30,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import count
 from math import prod
 
-from memplan import weights
+from memplan import strategies, weights
 from memplan.asked.recipe import DTypeName, Recipe
 from memplan.asked.spec import ModelSpec
 from memplan.device.allocator import SMALL_SEGMENT
 from memplan.predict import blueprint
 from memplan.shadow.tensor import Shape
 from memplan.tape import Category, Part, Phase, Tape
-from memplan.weights import Brought, LoadStep
+from memplan.weights import Brought, LoadStep, Temporary
 
 _NOT_LOADED = ("model.rotary_emb", "bitsandbytes")  # buffers that are made, not read
 _WARMUP_RESERVE = int(1.2 * (1 << 30))  # what the warm-up leaves of a card that is smaller than the model
@@ -53,6 +54,13 @@ def loading(spec: ModelSpec, recipe: Recipe, step: Tape, capacity: int | None = 
     The storages of the step have the same numbers on this tape, and what is only there for a while follows.
     """
     shapes = blueprint.named_shapes(spec)
+    strategy = strategies.of(recipe)
+    if strategy is not None and strategy.load is not None:
+        return _spread(strategy, shapes, recipe, step)
+    if strategy is not None and strategy.wrap is not None:
+        steps = list(_steps(shapes, _brought(step), recipe, step, capacity, stock=True))
+        wrapped = strategy.wrap(step, _temporary(sum(what == "scratch" for what, _ in steps)))
+        return _written(iter([*steps, ("empty_cache", 0), *wrapped]), step, emptied=False)
     return loading_of(shapes, _brought(step), recipe, step, capacity, stored=spec.quantization is not None)
 
 
@@ -78,7 +86,25 @@ def making(spec: ModelSpec, recipe: Recipe, step: Tape) -> Tape:
     return _written(steps, step)
 
 
-def _written(steps: Iterator[LoadStep], step: Tape) -> Tape:
+def _spread(strategy: strategies.Strategy, shapes: Mapping[str, Shape], recipe: Recipe, step: Tape) -> Tape:
+    """The same of a model that is spread over ranks when it is there, with nothing emptied after."""
+    assert strategy.load is not None
+    temporary = _temporary()
+    brought = _brought(step)
+    resting = [(one.storage, one.name, step.sizes[one.storage]) for one in brought if not one.made]
+    made = [one.storage for one in brought if one.made]
+    known = {name.removesuffix(".weight"): prod(shape) for name, shape in shapes.items()}
+    whole = {}
+    for _, name, nbytes in resting:
+        share = nbytes * recipe.gpus
+        count = known.get(name, 0)
+        exact = next((count * size for size in (4, 2) if 0 <= share - count * size < share // 8), share)
+        whole[name] = exact if ".lora_" not in name else share
+    steps = [*strategy.load(resting, whole, temporary), *(("alloc", number) for number in made)]
+    return _written(iter(steps), step, emptied=False)
+
+
+def _written(steps: Iterator[LoadStep], step: Tape, *, emptied: bool = True) -> Tape:
     tape = Tape(
         "predicted",  # whoever wrote the step
         sizes=step.sizes[:],
@@ -98,7 +124,8 @@ def _written(steps: Iterator[LoadStep], step: Tape) -> Tape:
             tape.free(first + number)
         else:
             _empty_cache(tape)
-    _empty_cache(tape)  # Trainer.train: accelerator.free_memory (transformers 5.23 trainer.py)
+    if emptied:
+        _empty_cache(tape)  # Trainer.train: accelerator.free_memory (transformers 5.23 trainer.py)
     tape.finish()
     return tape
 
@@ -160,13 +187,7 @@ def _onto_card(
         else:
             storages.setdefault(one.name, []).append(one.storage)
     itemsize = _ITEMSIZE[recipe.dtype]
-    scratch = 0
-
-    def temporary(nbytes: int) -> tuple[LoadStep, int]:
-        nonlocal scratch
-        scratch += 1
-        return ("scratch", nbytes), scratch - 1
-
+    temporary = _temporary()
     form = weights.of(recipe)
     quantised = {name for name in shapes if form is not None and form.made(name, storages)}
     if stock:
@@ -215,6 +236,13 @@ def _onto_card(
             yield "drop", number
         yield "empty_cache", 0
     yield from _adapters(recipe, adapters, tape, quantised if stock else set(), temporary)
+
+
+def _temporary(made: int = 0) -> Temporary:
+    """What makes the next step of something that is there for a while, and its number; ``made``: how many
+    there are already."""
+    numbers = count(made)
+    return lambda nbytes: (("scratch", nbytes), next(numbers))
 
 
 def _adapters(recipe, adapters, tape, quantised, temporary) -> Iterator[LoadStep]:  # type: ignore[no-untyped-def]

@@ -8,6 +8,7 @@ and cuBLAS's workspaces are there.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from memplan import attention, families, losses, strategies
@@ -16,10 +17,11 @@ from memplan.asked.spec import ModelSpec
 from memplan.cuda.card import Card
 from memplan.optimizers import State
 from memplan.parts.context import Context
+from memplan.parts.loop import MODULE, Loop
 from memplan.predict import blueprint, fold, masks, parameters, unlike, update
 from memplan.predict.builder import Builder, Model
 from memplan.predict.checkpoint import checkpoint
-from memplan.predict.fed import Batch, Lengths, Rows, batch, of_lengths, whole, widest
+from memplan.predict.fed import Batch, Lengths, Rows, batch, of_lengths, waiting, whole, widest
 from memplan.predict.fold import Played
 from memplan.predict.unlike import Standing, standing
 from memplan.shadow import autograd, ops
@@ -45,25 +47,32 @@ def write_tape(
     *,
     card: Card | None = None,
     lengths: Sequence[Lengths] | None = None,
+    looped: bool = False,
     folded: bool = True,
+    rank: int = 0,
 ) -> Tape:
     """Play a step of ``recipe`` (resolved) on ``spec``.
 
     ``card`` is the reference card unless given; ``lengths``: those of the sequences of each forward pass of
-    the step, which else are ``seq_len``. ``folded=False`` plays every layer.
+    the step, which else are ``seq_len``. ``looped``: it is a step of a Trainer's loop, which keeps more
+    on the card (:mod:`memplan.parts.loop`). ``folded=False`` plays every layer; ``rank``: of those that share
+    the step.
     Raises RecipeError if the recipe does not suit the model.
     """
-    return _written(spec, recipe, card, lengths, folded=folded, unfolded=False)
+    return _written(spec, recipe, card, lengths, rank, looped=looped, folded=folded, unfolded=False)
 
 
 def write_long_tape(
-    spec: ModelSpec, recipe: Recipe, *, card: Card | None = None, lengths: Sequence[Lengths] | None = None
+    spec: ModelSpec,
+    recipe: Recipe,
+    *,
+    card: Card | None = None,
+    lengths: Sequence[Lengths] | None = None,
+    looped: bool = False,
+    rank: int = 0,
 ) -> Tape:
-    """The tape of ``write_tape(folded=False)``, written out from the folded one where that can be done.
-
-    ``lengths``: those of the sequences of each forward pass of the step, which else are ``seq_len``.
-    """
-    return _written(spec, recipe, card, lengths, folded=True, unfolded=True)
+    """The tape of ``write_tape(folded=False)``, written out from the folded one where that can be done."""
+    return _written(spec, recipe, card, lengths, rank, looped=looped, folded=True, unfolded=True)
 
 
 def _written(
@@ -71,7 +80,9 @@ def _written(
     recipe: Recipe,
     card: Card | None,
     lengths: Sequence[Lengths] | None,
+    rank: int,
     *,
+    looped: bool,
     folded: bool,
     unfolded: bool,
 ) -> Tape:
@@ -80,12 +91,13 @@ def _written(
     micro_steps = min(recipe.gradient_accumulation_steps, 2)
     step = [whole(recipe)] * micro_steps if lengths is None else [of_lengths(recipe, one) for one in lengths]
     tape = written(
-        lambda played: _play(spec, recipe, step, card, played),
+        lambda played: _play(spec, recipe, step, card, played, _spread(recipe, rank), looped=looped),
         spec,
         widest(step),
         folded=folded,
         unfolded=unfolded,
     )
+    tape.rank = rank
     for segment in tape.segments:
         if segment.phase is Phase.OPTIMIZER:
             segment.layer = None  # an update goes by parameters, not by layers: folding alone needed to know
@@ -164,15 +176,26 @@ def router_loss(spec: ModelSpec, recipe: Recipe) -> bool:
     return weighed and losses.find(recipe.loss).sft
 
 
-def at_rest(
-    spec: ModelSpec, recipe: Recipe, card: Card | None, played: Played | Standing
-) -> tuple[Model, State, list[Tensor]]:
-    """Begin a new tape with what is there before a step: the model, its optimizer states, and cuBLAS's
-    workspaces."""
-    tape = begin(card)
+def _spread(recipe: Recipe, rank: int = 0) -> strategies.Spread | None:
     strategy = strategies.of(recipe)
-    if strategy is not None:
-        state.spread = strategy.spread(recipe)
+    return None if strategy is None else strategy.spread(recipe, rank)
+
+
+def at_rest(
+    spec: ModelSpec,
+    recipe: Recipe,
+    card: Card | None,
+    played: Played | Standing,
+    spread: strategies.Spread | None = None,
+    *,
+    looped: bool,
+) -> tuple[Model, State, list[Tensor], Loop[Tensor] | None]:
+    """Begin a new tape with what is there before a step: the model, its optimizer states, cuBLAS's
+    workspaces, and what a Trainer's loop keeps."""
+    tape = begin(card)
+    state.spread = spread or _spread(recipe)
+    if state.spread is not None:
+        state.spread.looped = looped
     model = Builder(spec, recipe).build(played)
     if state.spread is not None:
         tape.begin(Phase.SETUP, "spread", part=Part.RESTING)
@@ -182,8 +205,7 @@ def at_rest(
         model.trainable, recipe, state.spread.updated(embedding) if state.spread else embedding
     )
     if state.spread is not None:
-        tape.begin(Phase.SETUP, "spread", part=Part.RESTING)
-        state.spread.rest(model.trainable, None)
+        state.spread.rest(model.trainable)
     tape.begin(Phase.SETUP, "workspaces", part=Part.RESTING)
     tape.module = ""
     # one for each cuBLAS handle, and autograd's thread has its own
@@ -191,29 +213,52 @@ def at_rest(
         empty((state.card.cublas_workspace,), DTYPES["uint8"], "cublas_workspace") for _ in range(2)
     ]
     tape.workspaces.update(one.storage.index for one in workspaces if one.storage is not None)
+    loop = None
+    if looped:
+        tape.begin(Phase.SETUP, "loop", part=Part.RESTING)
+        tape.module = MODULE
+        loop = Loop(recipe, lambda name: empty((), float32, name))
+        tape.module = ""
     tape.begin(Phase.SETUP, "batch", part=Part.RESTING)
-    return model, states, workspaces
+    return model, states, workspaces, loop
 
 
 def _play(
-    spec: ModelSpec, recipe: Recipe, step: Sequence[Rows], card: Card | None, played: Played | Standing
+    spec: ModelSpec,
+    recipe: Recipe,
+    step: Sequence[Rows],
+    card: Card | None,
+    played: Played | Standing,
+    spread: strategies.Spread | None = None,
+    *,
+    looped: bool,
 ) -> Tape:
-    model, states, _workspaces = at_rest(spec, recipe, card, played)
+    model, states, _workspaces, loop = at_rest(spec, recipe, card, played, spread, looped=looped)
     tape = state.tape
-    batches = {number: batch(rows) for number, rows in {id(rows): rows for rows in step}.items()}
+    items = None if loop is None else loop.items
+    batches = {number: batch(rows, items) for number, rows in {id(rows): rows for rows in step}.items()}
+    if looped:  # lengths make each batch of a step another one, and these are all there
+        _waiting = waiting(batches[id(step[0])], recipe.gradient_accumulation_steps - len(batches))
     spread = state.spread
     if spread is not None and spread.rehearses:
         mark = tape.mark()
-        spread.backward(forward(model, batches[id(step[0])], list(played.indices)), False)
+        spread.backward(forward(model, batches[id(step[0])], list(played.indices)))
         spread.rehearsed()
         tape.rewind(mark)
         tape.begin(Phase.SETUP, "gathered", part=Part.RESTING)
-        spread.rest(model.trainable, None)
+        spread.gathered()
     for number, rows in enumerate(step, 1):
+        if spread is not None:
+            spread.last = number == len(step)
         loss = forward(model, batches[id(rows)], list(played.indices))
-        if recipe.gradient_accumulation_steps > 1 and (spread is None or spread.divides):
+        lost = loss if looped else None  # the name in Trainer.training_step
+        unscaled = None
+        if (looped or recipe.gradient_accumulation_steps > 1) and (spread is None or spread.divides):
             with category(Category.LOGITS_AND_LOSS):
                 loss = ops.scale(loss, "div")
+                if loop is not None and loop.scale is not None:
+                    unscaled = loss
+                    loss = ops.mul(loss, loop.scale)
         tape.begin(Phase.BACKWARD, "backward")
         tape.module = "loss"
         if spread is None:
@@ -222,18 +267,25 @@ def _play(
             tape.begin(Phase.BACKWARD, "graph freed")
             del grad
         else:
-            spread.backward(loss, number == len(step))
-        loss = loss.detach()
-    if spread is None or not spread.update(recipe, states):
-        if recipe.max_grad_norm:
-            update.clip(model.trainable)
+            spread.backward(loss)
+        del unscaled
+        loss = (lost or loss).detach()
+        lost = None
+        if loop is not None:
+            loop.backward(loss)
+    if spread is None or not spread.update(recipe, states, loop):
+        if recipe.max_grad_norm or looped:
+            update.clip(model.trainable, loop)
         tape.begin(Phase.OPTIMIZER, "step", part=Part.UPDATE)
         update.step(model.trainable, recipe, states)
+        if loop is not None:
+            loop.updated()
         update.zero_grad(model.trainable)
     tape.begin(Phase.OPTIMIZER, "end")
     del loss
     tape.finish()  # what dies with these names is no part of the step
-    return tape
+    again = state.spread.again() if state.spread is not None else None
+    return tape if again is None else _play(spec, recipe, step, card, played, again, looped=looped)
 
 
 def forward(model: Model, fed: Batch, played: list[int]) -> Tensor:
@@ -245,6 +297,8 @@ def forward(model: Model, fed: Batch, played: list[int]) -> Tensor:
         state.autocast = bfloat16 if recipe.dtype is DTypeName.FLOAT32 else DTYPES[recipe.dtype.value]
     if spread is not None:
         state.tape.begin(Phase.FORWARD, "embed")
+        if fed.labels.items is not None and not losses.find(recipe.loss).sft:
+            fed = replace(fed, labels=fed.labels.divided_by(spread.given(fed.labels.items)))
         spread.before()
     loss, logits, cache = _causal_lm(model, fed, played)
     if autocast:
@@ -318,6 +372,7 @@ def _decoder(
             kind == "sliding_attention",
             cache,
             router_logits,
+            None if losses.find(recipe.loss).sft else fed.labels.items,
         )
         if recipe.gradient_checkpointing:
             hidden = checkpoint(run, modules, hidden, context, reentrant=bool(recipe.use_reentrant))

@@ -256,6 +256,8 @@ class _Unfolding:
         tape.modules = [old.modules[index] for index in self.origin]
         tape.products = {index for index, was in enumerate(self.origin) if was in old.products}
         tape.workspaces = {index for index, was in enumerate(self.origin) if was in old.workspaces}
+        if old.streams:
+            tape.streams = {i: old.streams[was] for i, was in enumerate(self.origin) if was in old.streams}
         tape.finish()
         return tape
 

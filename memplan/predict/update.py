@@ -12,6 +12,7 @@ from memplan.asked.recipe import Recipe
 from memplan.cuda.foreach import partial_norms
 from memplan.optimizers import Group, State
 from memplan.optimizers._lists import gradient, release
+from memplan.parts.loop import Loop
 from memplan.shadow.autograd import AccumulateGrad
 from memplan.shadow.tensor import DType, Storage, Tensor, category, empty, float32, state, uint8
 from memplan.tape import Category, Part, Phase
@@ -36,9 +37,11 @@ def states(groups: list[Group], recipe: Recipe, embedding: Tensor) -> State:
     return kept
 
 
-def clip(groups: list[Group]) -> None:
+def clip(groups: list[Group], loop: Loop[Tensor] | None) -> None:
     """``clip_grad_norm_`` with foreach: a norm a gradient, stacked, and gradients scaled in place."""
     tape = state.tape
+    if loop is not None:
+        loop.clipping()
     tape.module = "clip_grad_norm_"
     count = sum(group.repeat * len(group.parameters) for group in groups)
     norms: list[tuple[int | None, list[Storage]]] = []
@@ -66,6 +69,8 @@ def clip(groups: list[Group]) -> None:
     coefficient = empty((), float32, "mul")
     del raised, inverse
     clamped = empty((), float32, "clamp")
+    if loop is not None:
+        loop.clipped(total)
     del total, coefficient, clamped
 
 

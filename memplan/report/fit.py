@@ -63,7 +63,7 @@ def show_fit(
 ) -> None:
     """Print whether the plan fits each card. ``given``: the recipe's fields that were asked for; ``found``:
     what --maximize says; ``verbose``: more than a first screen."""
-    lines = [*([found] if found is not None else []), *verdicts(plan.fits)]
+    lines = [*([found] if found is not None else []), *verdicts(plan.fits, plan.recipe.gpus)]
     lines += remedies(plan)
     parts = [
         Part(lambda console: show_headline(lines, console)),

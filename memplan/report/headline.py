@@ -24,10 +24,11 @@ class Line(NamedTuple):
     verdict: Verdict | None = None
 
 
-def verdicts(fits: Sequence[Fit]) -> list[Line]:
-    """What is said of the cards that were asked about; of many, in one sentence."""
+def verdicts(fits: Sequence[Fit], each: int = 1) -> list[Line]:
+    """What is said of the cards that were asked about; of many, in one sentence. ``each``: how many of a card
+    share the step."""
     if len(fits) <= FEW:
-        return [Line(_verdict(fit), fit.verdict) for fit in fits]
+        return [Line(_verdict(fit, each), fit.verdict) for fit in fits]
     return [_together([(fit.gpu, fit.verdict, fit.total_bytes) for fit in fits])]
 
 
@@ -111,14 +112,16 @@ def accumulating(plan: Plan, fits: Sequence[Fit] = ()) -> str | None:
         if fit.verdict != "does not fit" and more > fit.total_bytes - fit.context_bytes
     ]
     then = f", which does not fit the {' or the '.join(lost)}" if lost else ""
+    whole = ", not divided," if plan.recipe.parallel == "fsdp2" else ""
     return (
         f"Accumulating gradients (--gradient-accumulation-steps 2 or more) takes {gib(more)} GiB at the peak "
-        f"instead of {gib(plan.peak.tensor_bytes)}, for they stay through the next forward{then}."
+        f"instead of {gib(plan.peak.tensor_bytes)}, for they stay{whole} through the next forward{then}."
     )
 
 
-def _verdict(fit: Fit) -> str:
-    card, sizes = short_card(fit.gpu), f"({gib(fit.needed_bytes)} needed, {gib(fit.total_bytes)} usable)"
+def _verdict(fit: Fit, each: int) -> str:
+    card = short_card(fit.gpu) if each == 1 else f"Each of {each} {short_card(fit.gpu)}"
+    sizes = f"({gib(fit.needed_bytes)} needed, {gib(fit.total_bytes)} usable)"
     if fit.headroom_bytes != fit.total_bytes - fit.needed_bytes:  # of a share of the card
         allowed = gib(fit.headroom_bytes + fit.reserved_bytes)
         sizes = f"({gib(fit.reserved_bytes)} reserved, PyTorch may reserve {allowed} GiB at most)"

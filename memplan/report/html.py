@@ -48,6 +48,7 @@ STACK = (
     "activations",
     "logits_and_loss",
     "temporaries",
+    "communication",
 )
 
 _ASSETS = Path(__file__).parent / "assets"
@@ -68,7 +69,7 @@ def page(plan: Plan, tape: Tape, given: Collection[str] = ()) -> str:
         *map(_advice, plan.advice),
         _resident(tape),
     )
-    lines = [*verdicts(plan.fits), *remedies(plan)]
+    lines = [*verdicts(plan.fits, plan.recipe.gpus), *remedies(plan)]
     title = f"{plan.model.name}: {lines[0].text if lines else gib(plan.peak.allocated_bytes) + ' GiB'}"
     head = _verdict(lines) + _head(plan, given)
     return document(title, head, sections, tape, plan.memplan_version)

@@ -35,6 +35,7 @@ CATEGORIES = {
     "activations": ("activations", "red"),
     "logits_and_loss": ("logits and loss", "bright_red"),
     "temporaries": ("temporaries", "bright_black"),
+    "communication": ("communication", "bright_blue"),
 }
 SUMMARY = {
     "weights": "weights",
@@ -46,7 +47,7 @@ RESTS = "rests of blocks"
 OTHERS = "others"
 FOOTNOTE = (
     "Quantisation state counts as weights, gradients as optimizer state, "
-    "logits, temporaries and rests of blocks as activations."
+    "logits, temporaries, communication and rests of blocks as activations."
 )
 TIGHT = "Tight: it gets through, but only just, or only by giving cached memory back in between."
 LEFT = (
@@ -73,7 +74,7 @@ def show_plan(
     """
     fits = plan.fits if simulated else ()
     glances = [] if simulated else list(plan.glances())
-    lines = verdicts(fits) if fits else at_a_glance(plan, glances)
+    lines = verdicts(fits, plan.recipe.gpus) if fits else at_a_glance(plan, glances)
 
     def cards(console: Console) -> None:
         if fits:

@@ -30,6 +30,7 @@ GLYPHS = {
     "activations": "▒=",
     "logits_and_loss": "LL",
     "temporaries": "░.",
+    "communication": "CC",
 }
 
 _CATEGORY = {category.value: category for category in Category}

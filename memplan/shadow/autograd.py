@@ -304,11 +304,13 @@ def _accumulate_grad(node: AccumulateGrad) -> None:
     node.grads = None
     if node.grad is None and grad is not None:
         node.grad = grad
+        if state.spread is not None:
+            state.spread.arrived(node)
         if grad.storage is not None and node.parameter:
             state.tape.categories[grad.storage.index] = Category.GRADIENTS
     if state.spread is not None and node.parameter:
         del grad
-        state.spread.arrived(node)
+        state.spread.accumulated(node)
 
 
 def _cast(grad: Tensor, dtype: DType) -> Tensor:

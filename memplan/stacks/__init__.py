@@ -62,8 +62,9 @@ class Stack:
     ``casts_adapters_back``: adapters that PEFT made fp32 become bf16 where the base is quantised;
     ``sizes``: of its own files and commands, by field, where they say nothing (a question that names no
     batch, length or rank has memplan's own instead: docs/recipe.md); ``packed``: what its collator puts on
-    the card of packed sequences beside ids, labels and positions, None where it packs otherwise; ``slip``:
-    see there.
+    the card of packed sequences beside ids, labels and positions, None where it packs otherwise; ``keeps``:
+    numbers that its own code keeps on the card beside those of the Trainer's loop
+    (:mod:`memplan.parts.loop`), and where; ``slip``: see there.
     """
 
     title: str
@@ -73,6 +74,7 @@ class Stack:
     sizes: Mapping[str, Setting] = field(default_factory=dict)
     casts_adapters_back: bool = False
     packed: tuple[str, ...] | None = None
+    keeps: Mapping[str, str] = field(default_factory=dict)
     slip: Slip | None = None
 
     def of(self, mode: str) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 Read in `loaders/model.py`, `loaders/adapter.py`, `core/builders/base.py`,
 `core/builders/causal.py`, `utils/config/__init__.py`, `utils/schemas/*.py`. Its example files were dry-run
-with SDPA and without packing (benchmarks/files, docs/files.md): LoRA and QLoRA have 3,072 bytes above the
-plan at the peak, which is in the loss, where LoRA kernels make no difference. What memplan has no option for:
+with SDPA and without packing (benchmarks/files, docs/files.md): LoRA and QLoRA have the plan's tensors at the
+peak, which is in the loss, where LoRA kernels make no difference. What memplan has no option for:
 
 - Unless told otherwise, LoRA's products run in axolotl's own fused kernels (`utils/schemas/validation.py`,
   `lora_kernels_auto_enable`); the plan has PEFT's layers. Files say `lora_mlp_kernel: false` and its like.
@@ -69,5 +69,9 @@ STACK = Stack(
         "attn": always("sdpa", "`utils/schemas/config.py`: `attn_implementation` is None"),
         "batch_size": always(1, "`utils/schemas/training.py`, `micro_batch_size`"),
         "seq_len": always(512, "`utils/schemas/config.py`, `sequence_len`"),
+    },
+    keeps={
+        "_tkps_trainable_acc": "`core/trainers/base.py`, `_accumulate_token_counts`: the tokens that were "
+        "trained on, with `include_tkps`, the default",
     },
 )

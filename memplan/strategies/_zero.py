@@ -1,7 +1,8 @@
-"""What the stages of DeepSpeed's ZeRO share (deepspeed 0.19.8, runtime/zero, runtime/utils.py), as transformers
-5.23 and accelerate 1.15 set it up: bf16, the Trainer's optimizer, its two groups of parameters.
+"""What the stages of DeepSpeed's ZeRO share (deepspeed 0.19.8, runtime/zero, runtime/utils.py), as
+transformers 5.23 and accelerate 1.15 set it up: bf16, the Trainer's optimizer, its two groups of parameters.
 
-The model is cast to bf16 as a whole (runtime/engine.py, ``_configure_distributed_model``): there is no autocast.
+The model is cast to bf16 as a whole (runtime/engine.py, ``_configure_distributed_model``): there is no
+autocast.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from memplan import optimizers
 from memplan.asked.recipe import DTypeName, Recipe
 from memplan.cuda.reduction import whole_scratch
 from memplan.optimizers import Group, State
+from memplan.parts.loop import Loop
 from memplan.shadow.autograd import AccumulateGrad, require_grad
 from memplan.shadow.tensor import (
     DTYPES,
@@ -57,13 +59,14 @@ class Zero(Spread):
     divides = False
 
     def __init__(self, recipe: Recipe, rank: int = 0) -> None:
-        self.world, self.rank = recipe.gpus, rank
+        super().__init__(recipe.gpus)
+        self.rank = rank
         self.dtype = DTYPES[recipe.dtype.value] if recipe.dtype is DTypeName.FLOAT16 else bfloat16
         self.clips = bool(recipe.max_grad_norm)
         self.trained: list[Trained] = []
         self.by_node: dict[AccumulateGrad, Trained] = {}
         self.masters: list[Tensor] = []
-        self.kept_norm: Tensor | None = None  # _global_grad_norm, which the Trainer has until the next is there
+        self.kept_norm: Tensor | None = None
 
     def computed(self, dtype: DType) -> DType:
         """What ``module.bfloat16()`` makes of a parameter's dtype."""
@@ -98,6 +101,13 @@ class Zero(Spread):
         optimizers.find(recipe.optimizer).step([Group(None, 1, [master])], kept)
         state.tape.module = "deepspeed"
         node.grad = None
+
+    def keep_norm(self, norm: Tensor | None, loop: Loop[Tensor] | None) -> None:
+        """``_global_grad_norm``, until the next one is there; of a loop's numbers it is the norm."""
+        if loop is not None and norm is not None:
+            loop.clipped(norm)
+        elif not self.looped:
+            self.kept_norm = norm or scalar(float32, "_global_grad_norm")
 
     # -- flat groups -------------------------------------------------------------------------------------
 
@@ -231,5 +241,3 @@ def unscale(norm: Tensor) -> None:
     factor = scalar(float32, name)
     del inverse
     del factor, combined_scale, clamped
-
-

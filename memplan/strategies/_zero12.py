@@ -1,6 +1,6 @@
-"""ZeRO-1 and ZeRO-2 (deepspeed 0.19.8, runtime/zero/stage_1_and_2.py): the parameters of a group lie end to end,
-each rank updates one part of them in fp32. Gradients are copied into buckets as they come, which all ranks
-reduce when they are full.
+"""ZeRO-1 and ZeRO-2 (deepspeed 0.19.8, runtime/zero/stage_1_and_2.py): the parameters of a group lie end to
+end, each rank updates one part of them in fp32. Gradients are copied into buckets as they come, which all
+ranks reduce when they are full.
 """
 
 from __future__ import annotations
@@ -9,22 +9,22 @@ from dataclasses import dataclass, field
 
 from memplan.asked.recipe import Recipe
 from memplan.optimizers import Group, State
+from memplan.parts.loop import Loop
 from memplan.shadow import autograd, ops
 from memplan.shadow.autograd import AccumulateGrad
-from memplan.shadow.tensor import DType, Shape, Tensor, category, empty, float32, state, stream
+from memplan.shadow.tensor import DType, Shape, Tensor, bool_, category, empty, float32, state, stream, uint8
 from memplan.strategies._zero import (
     REDUCING,
     Trained,
     Zero,
     combine_grad_norm_groups,
     has_inf_or_nan,
+    is_invalid_grad_norm,
     mask_nan_or_inf,
     scalar,
     unscale_and_clip_grads,
-    is_invalid_grad_norm,
     vector_norm,
 )
-from memplan.shadow.tensor import bool_, uint8
 from memplan.tape import Category, Part, Phase
 
 _BUCKET = 500_000_000  # elements: reduce_bucket_size (runtime/zero/config.py)
@@ -66,7 +66,6 @@ class Zero12(Zero):
         self.flat: list[Tensor] = []  # bit16_groups_flat
         self.bucket = Bucket()
         self.ready = False  # ready_for_gradients
-        self.boundary = True
         self.in_partition: Tensor | None = None  # grads_in_partition
 
     # -- what rests --------------------------------------------------------------------------------------
@@ -93,24 +92,23 @@ class Zero12(Zero):
             flat = Flat(group, elements, partition, own)
             self.groups.append(flat)
             self.group_of.update(dict.fromkeys(group, flat))
-        self.kept_norm = scalar(float32, "_global_grad_norm")
+        self.keep_norm(None, None)
         return [Group(None, 1, [master]) for master in self.masters]
 
     # -- backward ----------------------------------------------------------------------------------------
 
-    def backward(self, loss: Tensor, last: bool) -> None:
+    def backward(self, loss: Tensor) -> None:
         """runtime/engine.py, ``DeepSpeedEngine.backward``."""
-        self.boundary = last
         scaled = ops.scale(loss)
         grad = empty((), loss.dtype, "ones_like")
         autograd.backward(scaled, grad)
         state.tape.begin(Phase.BACKWARD, "graph freed")
         del grad
-        if self.gradients or last:
+        if self.gradients or self.last:
             self.epilogue()
         del scaled
 
-    def arrived(self, node: AccumulateGrad) -> None:
+    def accumulated(self, node: AccumulateGrad) -> None:
         """``process_gradients``."""
         state.tape.module = "deepspeed"
         if not self.ready:  # setup_buckets
@@ -119,7 +117,7 @@ class Zero12(Zero):
                     self.bucket.buffers.append(empty((self.size,), self.dtype, "setup_buckets"))
             self.bucket.index = 0
             self.ready = True
-        if self.gradients or (self.overlap and self.boundary):
+        if self.gradients or (self.overlap and self.last):
             self.fill(self.by_node[node])
 
     def fill(self, one: Trained) -> None:
@@ -197,7 +195,7 @@ class Zero12(Zero):
             else:  # which is added to
                 _new = [self.gradient(one) for one in group.own]
                 del _new
-            if self.boundary:
+            if self.last:
                 group.averaged = self.flat_partition(group)
                 group.accumulated = None
         self.bucket.buffers.clear()
@@ -230,7 +228,7 @@ class Zero12(Zero):
 
     # -- the step ----------------------------------------------------------------------------------------
 
-    def update(self, recipe: Recipe, kept: State) -> bool:
+    def update(self, recipe: Recipe, kept: State, loop: Loop[Tensor] | None) -> bool:
         """``DeepSpeedZeroOptimizer.step``."""
         tape = state.tape
         tape.begin(Phase.OPTIMIZER, "norm")
@@ -261,7 +259,7 @@ class Zero12(Zero):
             del grad
         tape.begin(Phase.OPTIMIZER, "end")
         del total
-        self.kept_norm = current
+        self.keep_norm(current, loop)
         return True
 
     def check_overflow(self) -> None:
@@ -278,7 +276,9 @@ class Zero12(Zero):
     def grad_norm(self, group: Flat) -> Tensor:
         """``get_grad_norm_direct``."""
         name = "get_grad_norm_direct"
-        all_norms = [vector_norm(elements, self.dtype, name) for elements, _ in group.averaged[: len(group.own)]]
+        own = group.averaged[: len(group.own)]
+        all_norms = [vector_norm(elements, self.dtype, name) for elements, _ in own]
+        del own
         if all_norms:
             stacked = empty((len(all_norms),), all_norms[0].dtype, name)
             squares = empty(stacked.shape, stacked.dtype, name)

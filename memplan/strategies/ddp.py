@@ -1,19 +1,22 @@
 """DDP: every rank has all of the model; gradients are summed in flat buckets that are kept beside them
-(torch/nn/parallel/distributed.py, torch/csrc/distributed/c10d/reducer.cpp, 2.13; as transformers 5.23 trainer.py
-``create_accelerator_and_postprocess`` sets it up).
+(torch/nn/parallel/distributed.py, torch/csrc/distributed/c10d/reducer.cpp, 2.13; as transformers 5.23
+trainer.py, ``_build_accelerator_args``, sets it up).
 
-A bucket is closed when it has 25 MiB, the first one at 1 MiB. Where no parameter can be unused, buckets are made
-again after the first step in the order in which gradients came; else they stay in the order of the parameters.
+A bucket is closed when it has 25 MiB, the first one at 1 MiB. Where no parameter can be unused, buckets are
+made again after the first step in the order in which gradients came; else they stay in the order of the
+parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import groupby, repeat
+from operator import itemgetter
 from typing import Any
 
 from memplan.asked.recipe import Mode, Recipe
 from memplan.optimizers import Group
-from memplan.shadow.autograd import Node, attach
+from memplan.shadow.autograd import AccumulateGrad, Node, attach
 from memplan.shadow.tensor import (
     DType,
     Tensor,
@@ -24,33 +27,65 @@ from memplan.shadow.tensor import (
     state,
 )
 from memplan.strategies import Spread, Strategy
-from memplan.tape import Category
+from memplan.tape import Category, Part, Phase, Tape
+from memplan.weights import LoadStep, Temporary
 
 _FIRST, _CAP = 1 << 20, 25 << 20  # bytes: dist._DEFAULT_FIRST_BUCKET_BYTES, bucket_cap_mb
+_BROADCAST = 250 << 20  # bytes: DistributedDataParallel.broadcast_bucket_size
 
 
 class Ddp(Spread):
-    """A step on one rank of ``world``. ``unused``: ``find_unused_parameters``, which is on unless the model is
-    transformers' own and checkpoints."""
+    """``unused``: ``find_unused_parameters``, which is on unless the model is transformers' own and
+    checkpoints."""
 
-    autocast = True
-
-    def __init__(self, recipe: Recipe) -> None:
-        self.world = recipe.gpus
+    def __init__(self, recipe: Recipe, rank: int, order: list[tuple[int, int]] | None = None) -> None:
+        super().__init__(recipe.gpus)
+        self.recipe = recipe
+        self.order = order  # of gradients in a step before: parameters by group and number
+        self._numbers: dict[int, tuple[int, int]] = {}
+        self._arrived: list[tuple[int, int]] = []
         self.unused = not (recipe.mode is Mode.FULL and recipe.gradient_checkpointing)
         self._kept: list[Tensor] = []
 
-    def rest(self, groups: list[Group], arrived: list[Tensor] | None) -> None:
-        """Write the buckets. ``arrived``: parameters in the order in which their gradients came."""
-        parameters = [parameter for group in groups for _ in range(group.repeat) for parameter in group.parameters]
-        order = parameters if self.unused or arrived is None else arrived
-        state.tape.module = "ddp"
+    def rest(self, groups: list[Group]) -> None:
+        """Write the buckets."""
+        self._numbers = {
+            id(parameter.node): (place, number)
+            for place, group in enumerate(groups)
+            for number, parameter in enumerate(group.parameters)
+        }
+        if self.order is None:
+            order = list(self._numbers.values())
+        else:
+            order = self.order
+        runs = groupby(order, key=itemgetter(0))  # what repeats, layer after layer
+        parameters = [
+            groups[place].parameters[number]
+            for place, run in runs
+            for numbers in repeat([number for _, number in run], groups[place].repeat)
+            for number in numbers
+        ]
+        tape = state.tape
+        tape.begin(Phase.SETUP, "buckets", part=Part.RESTING if self.order is None else Part.RENEWED)
+        tape.module = "ddp"
         with category(Category.COMMUNICATION):
-            sizes = list(_buckets(order))
-            for nbytes, dtype in reversed(sizes) if order is parameters else sizes:
+            sizes = list(_buckets(parameters))
+            for nbytes, dtype in reversed(sizes) if self.order is None else sizes:
                 self._kept.append(empty((nbytes // dtype.itemsize,), dtype, "bucket"))
+            tape.begin(Phase.SETUP, "used", part=Part.RESTING)
             if self.unused:
                 self._kept.append(empty((len(parameters),), int32, "locally_used_map"))
+
+    def arrived(self, node: AccumulateGrad) -> None:
+        """Gradients come in the order in which buckets are made again."""
+        if id(node) in self._numbers:
+            self._arrived.append(self._numbers[id(node)])
+
+    def again(self) -> Ddp | None:
+        """With the buckets that later steps have."""
+        if self.unused or self.order is not None:
+            return None
+        return Ddp(self.recipe, 0, self._arrived)
 
     def before(self) -> None:
         """``_sync_buffers``: the rotary tables' are broadcast as one."""
@@ -58,7 +93,7 @@ class Ddp(Spread):
         together = empty((1,), float32, "broadcast_coalesced")
         del together
 
-    def after(self, loss: Any, logits: Tensor | None) -> Any:
+    def after(self, loss: Any, logits: Tensor | None) -> tuple[Any, Tensor | None]:
         """``_DDPSink``, which copies what the model returns."""
         if not self.unused:
             return loss, logits
@@ -96,4 +131,47 @@ def _passed_on(node: Node, grad: Tensor) -> Any:
     return (grad,)
 
 
-STRATEGY = Strategy(Ddp)
+def _wrap(step: Tape, temporary: Temporary) -> Iterator[LoadStep]:
+    """``DistributedDataParallel(model)``: what the first rank has is broadcast in flat tensors, two at a time
+    (``_sync_module_states``; csrc/distributed/c10d/comm.cpp, ``broadcast_coalesced``), and buckets are made,
+    of parameters in their order; those that are made again after the first step stay until then."""
+    loaded = [
+        event
+        for segment in step.segments
+        if segment.part is Part.LOADED
+        for event in step.events[segment.start : segment.stop]
+        if event >= 0
+    ]
+    flying: list[int] = []
+    for nbytes in _filled(step, loaded, _BROADCAST, _BROADCAST):
+        take, number = temporary(nbytes)
+        yield take
+        flying.append(number)
+        if len(flying) == 2:
+            yield "drop", flying.pop(0)
+    for number in flying:
+        yield "drop", number
+    if any(segment.part is Part.RENEWED for segment in step.segments):
+        parameters = [event for event in loaded if step.modules[event] != "model.rotary_emb"]
+        for nbytes in reversed(list(_filled(step, parameters, _FIRST, _CAP))):
+            yield temporary(nbytes)[0]
+
+
+def _filled(step: Tape, storages: list[int], first: int, cap: int) -> Iterator[int]:
+    """Bytes of buckets, in the order in which they begin; adapters, which are of another dtype, apart."""
+    found: list[tuple[int, int]] = []
+    filling: dict[Category, tuple[int, int]] = {}
+    limits: dict[Category, int] = {}
+    for place, storage in enumerate(storages):
+        kind = step.categories[storage]
+        begun, nbytes = filling.pop(kind, (place, 0))
+        nbytes += step.sizes[storage]
+        if nbytes >= limits.setdefault(kind, first):
+            found.append((begun, nbytes))
+            limits[kind] = cap
+        else:
+            filling[kind] = begun, nbytes
+    yield from (nbytes for _, nbytes in sorted([*found, *filling.values()]))
+
+
+STRATEGY = Strategy(Ddp, wrap=_wrap)

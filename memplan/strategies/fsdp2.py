@@ -1,17 +1,18 @@
-"""FSDP2 as accelerate sets it up: ``fully_shard`` on the embedding, on each decoder layer, and on the last norm
-with the output layer; what is left, with adapters the norm, is the model's own (torch/distributed/fsdp/_fully_shard, 2.13; accelerate 1.15 utils/fsdp_utils.py,
-``fsdp2_prepare_model``).
+"""FSDP2 as accelerate sets it up: ``fully_shard`` on the embedding, on each decoder layer, and on the last
+norm with the output layer; what is left, with adapters the norm, is the model's own
+(torch/distributed/fsdp/_fully_shard, 2.13; accelerate 1.15 utils/fsdp_utils.py, ``fsdp2_prepare_model``).
 
 Each rank keeps a part of every parameter. Before a layer runs, its parameters are gathered: copied in on a
 stream of their own, gathered there, copied out into tensors that the model computes with. They go when it has
-run; in backward they come again, a layer ahead. Its gradients are laid end to end, and what this rank keeps of
-their sum is what the optimizer finds. The last norm and the output layer stay until their backward is over, and
-with them the embedding where it is the output layer's weight.
+run; in backward they come again, a layer ahead. Its gradients are laid end to end, and what this rank keeps
+of their sum is what the optimizer finds; of a step of several passes each rank keeps whole gradients up to
+the last one (accelerate's ``no_sync``). The last norm and the output layer stay until their backward is over,
+and with them the embedding where it is the output layer's weight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -35,8 +36,9 @@ from memplan.shadow.tensor import (
     stream,
     uint8,
 )
-from memplan.strategies import EMBEDDING, NORM, Part, Spread, Strategy
+from memplan.strategies import EMBEDDING, NORM, Forward, Part, Resting, Spread, Strategy
 from memplan.tape import Category
+from memplan.weights import LoadStep, Temporary
 
 _GATHERING, _REDUCING = 1, 2  # streams
 
@@ -50,6 +52,7 @@ class Parameter:
     whole: Tensor
     rows: int
     name: str
+    accumulated: Tensor | None = None
 
     @property
     def held(self) -> int:
@@ -57,21 +60,25 @@ class Parameter:
         return self.rows * prod(self.whole.shape[1:])
 
     def gather(self, world: int) -> None:
+        """Give it memory."""
         block = self.whole.storage
         assert isinstance(block, Resizable)
         block.resize(world * self.held * self.whole.dtype.itemsize, "all_gather")
 
     def drop(self) -> None:
+        """Take that back."""
         block = self.whole.storage
         assert isinstance(block, Resizable)
         block.resize(0)
 
     def gradient(self) -> Tensor | None:
-        """Taken from the parameter that was computed with."""
+        """Taken from the parameter that was computed with, or what earlier passes have left of it."""
         node = self.whole.node
         if not isinstance(node, AccumulateGrad):
             return None
         grad, node.grad = node.grad, None
+        if self.accumulated is not None:
+            grad, self.accumulated = self.accumulated, None
         return grad
 
 
@@ -91,18 +98,20 @@ class Group:
 
 
 class Fsdp2(Spread):
-    """A step on one rank of ``world``. Of mixed precision (the Trainer's bf16=True, without autocast):
+    """Of mixed precision (the Trainer's bf16=True, without autocast):
     ``trained``: the dtype of what is trained; ``computing``: that of gathered parameters; ``reducing``: that
     in which gradients are summed. ``by_itself``: units as PyTorch's tutorial has them, in which the model
     gathers what its layers have not, and keeps it."""
 
     autocast = False
 
-    def __init__(self, recipe: Recipe, rank: int = 0, *, by_itself: bool = False) -> None:
-        self.world, self.rank, self.by_itself = recipe.gpus, rank, by_itself
+    def __init__(self, recipe: Recipe, rank: int, *, by_itself: bool = False) -> None:
+        super().__init__(recipe.gpus)
+        self.rank, self.by_itself = rank, by_itself
         mixed = recipe.autocast
         narrow = DTYPES[recipe.dtype.value] if recipe.dtype is DTypeName.FLOAT16 else bfloat16
-        self.trained = (DTYPES[recipe.shard_dtype.value] if recipe.shard_dtype else float32) if mixed else None
+        wide = DTYPES[recipe.shard_dtype.value] if recipe.shard_dtype else float32
+        self.trained = wide if mixed else None
         self.computing = narrow if mixed else None
         self.reducing = DTYPES[recipe.reduce_dtype.value] if recipe.reduce_dtype else self.computing
         self.adapted = recipe.mode is not Mode.FULL  # accelerate finds no norm in PEFT's model
@@ -117,6 +126,7 @@ class Fsdp2(Spread):
     # -- what rests --------------------------------------------------------------------------------------
 
     def begin(self, part: Part) -> None:
+        """The unit that what is made belongs to."""
         if isinstance(part, int):
             self.group = Group()
             self.layers.append(self.group)
@@ -126,6 +136,7 @@ class Fsdp2(Spread):
             self.group = self.embedding if part == EMBEDDING else self.tail
 
     def parameter(self, shape: Shape, dtype: DType, kind: Category, trainable: bool) -> Tensor:
+        """This rank's part, padded as all are; a tensor without memory."""
         rows = -(-shape[0] // self.world)
         own = max(min(rows, shape[0] - self.rank * rows), 0)
         resting = self.trained if trainable and self.trained is not None else dtype
@@ -145,6 +156,7 @@ class Fsdp2(Spread):
         return whole
 
     def updated(self, parameter: Tensor) -> Tensor:
+        """Its shard."""
         return self.by_whole[id(parameter)].shard
 
     # -- gathering ---------------------------------------------------------------------------------------
@@ -184,6 +196,7 @@ class Fsdp2(Spread):
         group.gathered = None
 
     def reshard(self, group: Group) -> None:
+        """What was gathered goes."""
         if group.whole:
             for parameter in group.parameters:
                 parameter.drop()
@@ -192,9 +205,17 @@ class Fsdp2(Spread):
     # -- forward -----------------------------------------------------------------------------------------
 
     def before(self) -> None:
+        """The model's own parameters are gathered."""
         self._enter(self.root)
 
-    def after(self, loss: Any, logits: Tensor | None) -> Any:
+    def given(self, number: Tensor) -> Tensor:
+        """Cast, as the Trainer has divided it (transformers 5.23 trainer.py, ``_get_num_items_in_batch``)."""
+        if self.by_itself or self.computing is None:
+            return number
+        return empty(number.shape, self.computing, "_to_copy")
+
+    def after(self, loss: Any, logits: Tensor | None) -> tuple[Any, Tensor | None]:
+        """What stays is watched; what is returned is cast."""
         for group in (self.root, self.tail):  # the tail where the loss reads the output layer's weight
             if group.whole and not group.left:
                 self._leave(group, *_tensors(loss, logits))
@@ -209,7 +230,8 @@ class Fsdp2(Spread):
             return returned
         return ops.to(returned, self.computing)
 
-    def embed(self, run: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
+    def embed(self, run: Forward, ids: Tensor) -> Tensor:
+        """Gathered, and gone if it is a unit of its own."""
         group = self.embedding if self.embedding.parameters else self.tail
         if self.by_itself:
             return run(ids)
@@ -219,13 +241,16 @@ class Fsdp2(Spread):
             self._leave(group, out)
         return out
 
-    def normed(self, run: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    def normed(self, run: Forward, hidden: Tensor) -> Tensor:
+        """With it the output layer is gathered."""
         return run(hidden if self.by_itself or self.adapted else self._into_tail(hidden))
 
     def head(self, head: Any) -> Any:
+        """Gathered where it is called."""
         return head if self.by_itself else _Head(head, self)
 
-    def run_head(self, head: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    def run_head(self, head: Forward, hidden: Tensor) -> Tensor:
+        """Its forward."""
         logits = head(self._into_tail(hidden))
         self._leave(self.tail, logits)
         return logits
@@ -248,6 +273,7 @@ class Fsdp2(Spread):
         self._watch(group, *outputs)
 
     def around(self, layer: int, run: Layer) -> Layer:
+        """Gathered before it, gone after; in recomputation it is there."""
         group = self.layers[layer]
 
         def wrapped(modules: Leaves, hidden: Tensor, context: Context) -> Tensor:
@@ -302,6 +328,10 @@ class Fsdp2(Spread):
         """``post_backward``: ``foreach_reduce``."""
         group.reduced = True
         state.tape.module = "fsdp"
+        if not self.last:
+            self.reshard(group)
+            self._accumulate(group)
+            return
         found = [(parameter, parameter.gradient()) for parameter in group.parameters]
         reduced = [(parameter, grad) for parameter, grad in found if grad is not None]
         del found
@@ -337,6 +367,19 @@ class Fsdp2(Spread):
             node.grad = Tensor(parameter.shard.shape, resting, summed.storage)
         self.summing.append(laid)
         del last
+
+    def _accumulate(self, group: Group) -> None:
+        """``accumulate_unsharded_grad_if_needed``, ``to_accumulated_grad_if_needed``: a gradient that is
+        summed in another dtype is kept in that; others stay where they are."""
+        for parameter in group.parameters:
+            node = parameter.whole.node
+            if not isinstance(node, AccumulateGrad) or node.grad is None:
+                continue
+            if self.reducing is not None and node.grad.dtype is not self.reducing:
+                if parameter.accumulated is None:
+                    with category(Category.GRADIENTS):
+                        parameter.accumulated = empty(node.grad.shape, self.reducing, "_to_copy")
+                node.grad = None
 
     def finish(self) -> None:
         """``_root_post_backward_final_callback``."""
@@ -385,4 +428,32 @@ def _tensors(loss: Any, logits: Tensor | None) -> list[Tensor]:
     return returned if logits is None else [*returned, logits]
 
 
-STRATEGY = Strategy(Fsdp2)
+def _load(resting: Resting, whole: Mapping[str, int], temporary: Temporary) -> Iterator[LoadStep]:
+    """``fully_shard`` of one unit after the other: all of its parameters come onto the card, a part of each
+    is copied, and they go. accelerate's names for the weights of embedding and output layer hold those to the
+    end of its preparation."""
+    units: dict[str, list[tuple[int, str]]] = {}
+    for number, name, _ in resting:
+        units.setdefault(_unit(name), []).append((number, name))
+    held: list[int] = []
+    for unit in sorted(units, key=lambda unit: (not unit.startswith("model.layers."), "norm" not in unit)):
+        came: list[int] = []
+        for _, name in units[unit]:
+            nbytes = whole.get(name)
+            if nbytes is not None:
+                take, number = temporary(nbytes)
+                yield take
+                (held if unit in ("model.embed_tokens", "lm_head") else came).append(number)
+        for number, _ in units[unit]:
+            yield "alloc", number
+        for number in came:
+            yield "drop", number
+    for number in held:
+        yield "drop", number
+
+
+def _unit(name: str) -> str:
+    return ".".join(name.split(".")[:3]) if name.startswith("model.layers.") else name
+
+
+STRATEGY = Strategy(Fsdp2, True, _load)

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-1: masters and optimizer states are partitioned; gradients are reduced at the last micro-step."""
+"""DeepSpeed's ZeRO-1: masters and optimizer states are partitioned; gradients are reduced in the last pass."""
 
 from __future__ import annotations
 

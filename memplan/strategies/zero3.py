@@ -1,20 +1,19 @@
-"""DeepSpeed's ZeRO-3 (deepspeed 0.19.8, runtime/zero/stage3.py, parameter_offload.py,
-partitioned_param_coordinator.py, partition_parameters.py): parameters, too, are partitioned. Each module's own are
-gathered before it runs, and those of the modules behind it ahead of that, in the order that the first pass through
-the model has recorded; so one pass is rehearsed before the one that is played.
+"""DeepSpeed's ZeRO-3 (deepspeed 0.19.8, runtime/zero/stage3.py, parameter_offload.py): parameters, too, are
+partitioned. Each module's own are gathered before it runs, and those of the modules behind it ahead of that,
+in the order that the first pass through the model has recorded; so one pass is rehearsed before the one that
+is played.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
 from memplan.asked.recipe import Mode, Recipe
 from memplan.optimizers import Group, State
 from memplan.parts.context import Context, Layer, Leaves
+from memplan.parts.loop import Loop
 from memplan.shadow import autograd, ops
 from memplan.shadow.autograd import AccumulateGrad, Node, attach, save, split_sum, unpack
 from memplan.shadow.matmul import product
@@ -33,6 +32,7 @@ from memplan.shadow.tensor import (
     view_strides,
 )
 from memplan.strategies import Part, Strategy
+from memplan.strategies._fetching import AVAILABLE, PARTITIONED, Coordinator, Module, Parameter
 from memplan.strategies._zero import (
     REDUCING,
     Zero,
@@ -45,221 +45,7 @@ from memplan.strategies._zero import (
 from memplan.tape import Category, Phase
 from memplan.tape import Part as TapePart
 
-_GATHERING = 2  # a stream: __allgather_stream
 _SUB_GROUP = 1_000_000_000  # elements: sub_group_size
-_LIVE = 1_000_000_000  # stage3_max_live_parameters
-_REUSE = 1_000_000_000  # stage3_max_reuse_distance
-_PARTITIONED, _IN_FLIGHT, _AVAILABLE = range(3)  # ZeroParamStatus
-
-
-@dataclass(slots=True, eq=False)
-class Parameter:
-    """``tensor`` is computed with and has memory while it is gathered; ``kept``: the partition, where it is not
-    one of many in a flat buffer."""
-
-    tensor: Tensor
-    numel: int
-    partition: int
-    ds_id: tuple[bool, int]
-    kept: Tensor | None
-    persists: bool = False
-    status: int = _PARTITIONED
-    active: set[Module] = field(default_factory=set)  # ds_active_sub_modules
-    fetched_for: int = -1  # __most_recent_step_id_param_fetched_for
-
-
-@dataclass(slots=True, eq=False)
-class Module:
-    """A module that is called, and its own parameters."""
-
-    parameters: list[Parameter]
-    grads_remaining: int = 0
-    pre_backward: int = 0  # applied_pre_backward_ref_cnt
-    recompute: list[Parameter] = field(default_factory=list)
-
-
-class One:
-    """``AllGatherHandle``: of a parameter that is gathered in its place."""
-
-    __slots__ = ("parameter",)
-
-    def __init__(self, parameter: Parameter) -> None:
-        self.parameter = parameter
-
-    def wait(self) -> None:
-        self.parameter.status = _AVAILABLE
-
-
-class Coalesced:
-    """``AllGatherCoalescedHandle``, one a dtype: gathered together, and copied out when the first is waited for."""
-
-    __slots__ = ("flat", "parameters")
-
-    def __init__(self, parameters: list[Parameter], flat: dict[DType, Tensor]) -> None:
-        self.parameters, self.flat = parameters, flat
-
-    def wait(self) -> None:
-        for parameter in self.parameters:
-            tensor = parameter.tensor
-            with category(Category.COMMUNICATION):
-                tensor.storage = empty(tensor.shape, tensor.dtype, "all_gather_copy_out").storage
-            parameter.status = _AVAILABLE
-        self.parameters = []
-
-
-class Coordinator:
-    """``PartitionedParameterCoordinator``. ``prefetch``: stage3_prefetch_bucket_size."""
-
-    def __init__(self, world: int) -> None:
-        self.world = world
-        self.prefetch = 0
-        self.in_flight: dict[Parameter, One | Coalesced] = {}
-        self.order: list[Module] = []
-        self.complete = False
-        self.queue: deque[tuple[Parameter, int]] = deque()
-        self.traced: list[tuple[Parameter, int]] = []
-        self.uses: dict[Parameter, list[int]] = {}  # steps
-        self.before: list[int] = []  # elements of the parameters of all steps before each
-        self.fetched: set[Parameter] = set()
-        self.step = 0
-        self.available = 0
-        self.active: dict[Module, None] = {}  # __active_backward_submodules
-
-    def finish_trace(self) -> None:
-        """``construct_parameter_trace_from_module_trace``."""
-        self.complete = True
-        total = 0
-        for step, module in enumerate(self.order):
-            self.before.append(total)
-            for parameter in sorted(module.parameters, key=lambda one: one.ds_id):
-                self.traced.append((parameter, step))
-                self.uses.setdefault(parameter, []).append(step)
-                total += parameter.numel
-
-    def reset_step(self) -> None:
-        for parameter, handle in self.in_flight.items():
-            handle.wait()
-            self.release_parameter(parameter)
-        self.in_flight.clear()
-        self.queue = deque(self.traced)
-        for parameter in self.fetched:
-            parameter.fetched_for = -1
-        self.fetched.clear()
-        self.step = self.available = 0
-
-    def fetch(self, module: Module, *, forward: bool, in_backward: bool) -> None:
-        """``fetch_sub_module``."""
-        state.tape.module = "zero3"
-        if not self.complete:
-            self.order.append(module)
-        if not forward:
-            self.active[module] = None
-        wanted = module.parameters
-        self.gather([one for one in wanted if one.status == _PARTITIONED])
-        for one in wanted:
-            one.active.add(module)
-            if forward and in_backward and self.active and one.tensor.node is None:
-                owner = next(reversed(self.active))
-                if one not in owner.recompute:
-                    owner.recompute.append(one)
-                one.active.add(owner)
-            if one in self.in_flight:
-                with stream(_GATHERING):
-                    self.in_flight.pop(one).wait()
-        if self.complete:
-            missing = sum(one.fetched_for < self.step for one in wanted)
-            for _ in range(missing):
-                self.pop()
-            self.fetch_ahead()
-        self.step += 1
-
-    def pop(self) -> Parameter:
-        one, step = self.queue.popleft()
-        one.fetched_for = max(one.fetched_for, step)
-        self.fetched.add(one)
-        return one
-
-    def fetch_ahead(self) -> None:
-        most = min(_LIVE - self.available, self.prefetch)
-        ahead: list[Parameter] = []
-        elements = 0
-        while self.queue and elements < most:
-            one = self.pop()
-            if one.status == _PARTITIONED and one not in ahead:
-                ahead.append(one)
-                elements += one.numel
-        self.gather(ahead)
-
-    def gather(self, parameters: list[Parameter]) -> None:
-        """``__all_gather_params``, ``all_gather_coalesced``."""
-        if not parameters:
-            return
-        self.available += sum(one.numel for one in parameters)
-        handle: One | Coalesced
-        with category(Category.COMMUNICATION), stream(_GATHERING):
-            if len(parameters) == 1:
-                one = parameters[0]
-                one.tensor.storage = self.gathered(one).storage
-                handle = One(one)
-            else:
-                parameters.sort(key=lambda one: (one.tensor.dtype.name, one.ds_id))
-                flat = {}
-                for dtype in dict.fromkeys(one.tensor.dtype for one in parameters):
-                    count = sum(one.partition for one in parameters if one.tensor.dtype is dtype) * self.world
-                    flat[dtype] = empty((count,), dtype, "all_gather_coalesced")
-                handle = Coalesced(parameters, flat)
-        for one in parameters:
-            one.status = _IN_FLIGHT
-            self.in_flight[one] = handle
-
-    def gathered(self, one: Parameter) -> Tensor:
-        return empty((one.partition * self.world,), one.tensor.dtype, "all_gather")
-
-    def release(self, module: Module, *, forward: bool) -> None:
-        """``release_sub_module``."""
-        wanted = [one for one in module.parameters if not self.complete or self.goes(one)]
-        every: Iterable[Parameter] = module.parameters
-        if not forward:
-            wanted += [one for one in module.recompute if not one.persists]
-            every = dict.fromkeys([*module.parameters, *module.recompute])
-            module.recompute.clear()
-            self.active.pop(module, None)
-        for one in every:
-            one.active.discard(module)
-            if one in wanted:
-                self.release_parameter(one)
-
-    def goes(self, one: Parameter) -> bool:
-        """``__params_to_release``: not if it is needed again soon."""
-        if one.persists or one.fetched_for > self.step:
-            return False
-        here = self.before[self.step] if self.step < len(self.before) else 0
-        again = next((step for step in self.uses.get(one, ()) if step >= self.step), None)
-        return again is None or self.before[again] - here >= _REUSE
-
-    def release_leftovers(self) -> None:
-        """``release_backward_leftovers``."""
-        while self.active:
-            module, _ = self.active.popitem()
-            for one in dict.fromkeys([*module.parameters, *module.recompute]):
-                one.active.discard(module)
-                if not one.persists:
-                    self.release_parameter(one)
-            module.recompute.clear()
-
-    def release_parameter(self, one: Parameter) -> None:
-        if one.status == _AVAILABLE and not one.active:
-            one.tensor.storage = None
-            one.status = _PARTITIONED
-            self.available -= one.numel
-
-    def release_all(self, parameters: Iterable[Parameter]) -> None:
-        """``release_and_reset_all``."""
-        for one in parameters:
-            if one in self.in_flight:
-                self.in_flight.pop(one).wait()
-            one.active.clear()
-            self.release_parameter(one)
 
 
 class Zero3(Zero):
@@ -277,7 +63,7 @@ class Zero3(Zero):
         self.modules: dict[tuple[int | None, str], Module] = {}
         self.layer: int | None = None
         self.hidden = 0
-        self.in_backward = self.is_rehearsed = False
+        self.in_backward = False
         self.sub_groups: list[list[Parameter]] = []
         self.flat: list[Tensor] = []
         self.bucket: Tensor | None = None
@@ -288,9 +74,11 @@ class Zero3(Zero):
     # -- what rests --------------------------------------------------------------------------------------
 
     def begin(self, part: Part) -> None:
+        """A layer, or what is outside of them."""
         self.layer = part if isinstance(part, int) else None
 
     def parameter(self, shape: Shape, dtype: DType, kind: Category, trainable: bool) -> Tensor:
+        """What rests of it is here where it is frozen, else in a flat buffer."""
         # zero.Init makes the model in its dtype; what is added later keeps its own
         tensor = Tensor(shape, dtype if kind is Category.ADAPTERS else self.computed(dtype), None)
         numel = prod(shape)
@@ -332,48 +120,45 @@ class Zero3(Zero):
         with category(Category.GRADIENTS):
             self.flat.append(empty((sum(sizes),), self.dtype, "grad_partitions_flat_buffer"))
         self.flat.append(scalar(bool_, "inf_or_nan_tracker"))
-        self.kept_norm = scalar(float32, "_global_grad_norm")
+        self.keep_norm(None, None)
         return [Group(None, 1, [master]) for master in self.masters]
 
-    def rest(self, groups: list[Group], arrived: list[Tensor] | None) -> None:
-        """Small parameters stay whole from one step to the next."""
-        if self.is_rehearsed:
-            self.gather_persistent()
+    def gathered(self) -> None:
+        """Small parameters stay whole from one step to the next (``_allgather_params_coalesced``)."""
+        state.tape.module = "zero3"
+        with category(Category.COMMUNICATION):
+            for one in self.parameters:
+                if one.persists:
+                    one.tensor.storage = self.coordinator.whole(one).storage
+                    one.status = AVAILABLE
 
     def rehearsed(self) -> None:
+        """All is released, and the trace is known."""
         coordinator = self.coordinator
         for one in self.parameters:
             one.tensor.storage = None
-            one.status = _PARTITIONED
+            one.status = PARTITIONED
             one.active.clear()
         for module in self.modules.values():
             module.recompute.clear()
         coordinator.in_flight.clear()
         coordinator.active.clear()
         coordinator.finish_trace()
-        self.is_rehearsed = True
-
-    def gather_persistent(self) -> None:
-        """``_allgather_params_coalesced``."""
-        state.tape.module = "zero3"
-        with category(Category.COMMUNICATION):
-            for one in self.parameters:
-                if one.persists:
-                    one.tensor.storage = self.coordinator.gathered(one).storage
-                    one.status = _AVAILABLE
 
     # -- modules -----------------------------------------------------------------------------------------
 
     def leaf(self, name: str, module: Any) -> Any:
+        """With its hooks."""
         key = self.layer, name
         if key not in self.of_name:
-            # a tied one; or what an adapter reads of lora_A's weight, which makes it an external parameter of it
+            # a tied one; or lora_A's, which lora.Linear reads: it is an external parameter of it
             weight = getattr(module, "down", None) or getattr(module, "weight", None)
             if weight is not None and id(weight) in self.of_tensor:
                 self.of_name[key] = [self.of_tensor[id(weight)]]
         return Leaf(name, module, self)
 
     def find(self, name: str) -> Module:
+        """A module of the layer that runs."""
         key = self.layer, name
         found = self.modules.get(key)
         if found is None:
@@ -381,6 +166,7 @@ class Zero3(Zero):
         return found
 
     def module(self, name: str, run: Callable[..., Any], x: Tensor | None, *rest: Any) -> Any:
+        """With its hooks."""
         one = self.find(name)
         x = self.enter(one, x)
         out = run(x, *rest)
@@ -440,6 +226,7 @@ class Zero3(Zero):
         return (grad,)
 
     def before(self) -> None:
+        """The modules around the layers are entered."""
         self.layer = None
         self.coordinator.reset_step()
         for name in self.outer():
@@ -450,35 +237,40 @@ class Zero3(Zero):
         return ["", "base_model", "base_model.model", "model"] if self.adapted else ["", "model"]
 
     def embed(self, run: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
+        """With its hooks."""
         out: Tensor = self.module("model.embed_tokens", run, ids)
         return out
 
     def around(self, layer: int, run: Layer) -> Layer:
+        """With its hooks, inside what is checkpointed."""
+
         def wrapped(modules: Leaves, hidden: Tensor, context: Context) -> Tensor:
             self.layer = layer
             one = self.find("")
             x = self.enter(one, hidden)
             assert x is not None
-            out = run(modules, x, context)
-            out = self.leave(one, out)
+            out: Tensor = self.leave(one, run(modules, x, context))
             self.layer = None
             return out
 
         return wrapped
 
     def normed(self, run: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        """The decoder is left."""
         self.layer = None
         out: Tensor = self.leave(self.find("model"), run(hidden))
         return out
 
     def after(self, loss: Any, logits: Tensor | None) -> Any:
+        """The model is left."""
         for name in reversed(self.outer()[:-1]):
             loss, logits = self.leave(self.find(name), (loss, logits))
         return loss, logits
 
     # -- backward ----------------------------------------------------------------------------------------
 
-    def backward(self, loss: Tensor, last: bool) -> None:
+    def backward(self, loss: Tensor) -> None:
+        """runtime/engine.py, ``DeepSpeedEngine.backward``."""
         self.in_backward = True
         scaled = ops.scale(loss)
         grad = empty((), loss.dtype, "ones_like")
@@ -490,7 +282,7 @@ class Zero3(Zero):
         self.coordinator.release_leftovers()
         del scaled
 
-    def arrived(self, node: AccumulateGrad) -> None:
+    def accumulated(self, node: AccumulateGrad) -> None:
         """``reduce_independent_p_g_buckets_and_remove_grads``."""
         one = self.of_tensor[id(self.by_node[node].tensor)]
         assert self.bucket is not None
@@ -517,7 +309,7 @@ class Zero3(Zero):
                     empty((missing,), self.dtype, "reduce_scatter_padding")
                     for rank in range(self.world)
                     for one in found
-                    if (missing := one.partition - max(min(one.numel - rank * one.partition, one.partition), 0))
+                    if (missing := min((rank + 1) * one.partition - one.numel, one.partition)) > 0
                 ]
                 count = sum(one.partition for one in found) * self.world
                 laid = empty((count,), self.dtype, "reduce_scatter_coalesced")
@@ -539,7 +331,7 @@ class Zero3(Zero):
 
     # -- the step ----------------------------------------------------------------------------------------
 
-    def update(self, recipe: Recipe, kept: State) -> bool:
+    def update(self, recipe: Recipe, kept: State, loop: Loop[Tensor] | None) -> bool:
         """``DeepSpeedZeroOptimizer_Stage3.step``."""
         tape = state.tape
         tape.begin(Phase.OPTIMIZER, "norm")
@@ -562,12 +354,12 @@ class Zero3(Zero):
             self.optimize(master, grad, recipe, kept)
             del grad
         tape.begin(Phase.OPTIMIZER, "gather")
-        self.gather_persistent()
+        self.gathered()
         tape.begin(Phase.OPTIMIZER, "end")
         del total
         while norms:
             norms.pop()
-        self.kept_norm = current
+        self.keep_norm(current, loop)
         return True
 
     def grad_norm(self, sub: list[Parameter]) -> Tensor:
@@ -604,6 +396,7 @@ class Leaf:
         self._name, self._module, self._spread = name, module, spread
 
     def __call__(self, x: Tensor) -> Any:
+        """Through the hooks."""
         return self._spread.module(self._name, self._module, x)
 
     def __getattr__(self, name: str) -> Any:

@@ -48,7 +48,8 @@ class Part(str, Enum):
 
     ``LOADED`` and ``RESTING`` are there before the step (phase ``SETUP``), the first by loading the model.
     ``UPDATE`` is where the optimizer's update begins, at which the first step makes what later ones find: the
-    optimizer's states. ``EMPTIED`` has no events: there the allocator's cache is emptied.
+    optimizer's states. ``EMPTIED`` has no events: there the allocator's cache is emptied. ``RENEWED`` is
+    there before the step, too, made after the first one in the place of what loading has left for it.
     """
 
     LOADED = "loaded"
@@ -56,6 +57,7 @@ class Part(str, Enum):
     STEP = "step"
     UPDATE = "update"
     EMPTIED = "emptied"
+    RENEWED = "renewed"
 
 
 def rounded(nbytes: int) -> int:
@@ -170,7 +172,7 @@ class Tape:
         events, storages, segments = mark
         del self.events[events:]
         for column in (self.sizes, self.categories, self.operations, self.modules):
-            del column[storages:]  # type: ignore[attr-defined]
+            del column[storages:]
         del self.segments[segments:]
         self.products = {index for index in self.products if index < storages}
         self.workspaces = {index for index in self.workspaces if index < storages}

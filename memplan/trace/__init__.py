@@ -65,12 +65,13 @@ def trace_model(
     compute_capability: tuple[int, int] = (8, 0),
     progress: Progress | None = None,
     stored: bool = False,
+    looped: bool = False,
 ) -> Traced:
     """Record one steady-state training step of the model that ``config`` (a config.json) describes.
 
     ``progress`` is told each phase and layer that the step comes to; ``stored``: the checkpoint has the
-    weights in 4 bits already. Raises TraceError if the model or the
-    recipe can't be traced.
+    weights in 4 bits already; ``looped``: a Trainer's loop is around the step, and keeps what memplan says
+    that it does (:mod:`memplan.parts.loop`). Raises TraceError if the model or the recipe can't be traced.
     """
     with quiet():
         recipe = as_built(config, recipe.resolved())
@@ -90,7 +91,7 @@ def trace_model(
             shapes = {name: tuple(parameter.shape) for name, parameter in base.named_parameters()}
             model = dressed(base, recipe)
             losses.attach(model, loss)
-            brought = _play(recorder, model, recipe, stored)
+            brought = _play(recorder, model, recipe, stored, looped)
         except MemplanError:
             raise
         except Exception as error:  # whatever the libraries raise at a model that they can't run
@@ -101,14 +102,17 @@ def trace_model(
     return Traced(recorder.tape, recipe, type(base).__name__, *count(model), shapes, tuple(brought))
 
 
-def _play(recorder: Recorder, model: nn.Module, recipe: Recipe, stored: bool) -> list[Brought]:
+def _play(recorder: Recorder, model: nn.Module, recipe: Recipe, stored: bool, looped: bool) -> list[Brought]:
     optimizer = make_optimizer(model, recipe)
     batch = make_batch(recipe)
     warm_up(optimizer)
     brought = existing.note_module(recorder, model, stored=stored)
     existing.note_optimizer(recorder, optimizer)
     existing.note_workspaces(recorder)
+    loop = existing.note_loop(recorder, recipe) if looped else None
     existing.note_batch(recorder, batch)
+    if looped:
+        existing.note_waiting(recorder, batch, recipe.gradient_accumulation_steps - 1)
     recorder.on_module = Segments(recorder)
     tiled = kinds.find(recipe.loss).tiled
     base: Any = model if recipe.mode is Mode.FULL else model.get_base_model()
@@ -118,7 +122,7 @@ def _play(recorder: Recorder, model: nn.Module, recipe: Recipe, stored: bool) ->
     try:
         # a tiled loss never calls the output layer: there, the head begins where the decoder ends
         with recorder, recorder.follow(model, decoder=base.base_model_prefix if tiled else None):
-            train_step(model, optimizer, batch, recipe, recorder)
+            train_step(model, optimizer, batch, recipe, recorder, loop=loop)
     finally:
         if collecting:
             gc.enable()

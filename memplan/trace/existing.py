@@ -9,7 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from memplan.asked.recipe import Recipe
 from memplan.cuda.card import Card
+from memplan.parts.loop import MODULE, WAITING, Loop, waiting
 from memplan.tape import Category, Part, Phase, Tape
 from memplan.tape.modules import plain_name
 from memplan.trace.optimizers import on_card
@@ -104,6 +106,27 @@ def note_batch(recorder: Notes, batch: Any) -> None:
     recorder.begin(Phase.SETUP, "batch", part=Part.RESTING)
     for tensor in tensors_in(batch):
         recorder.born(tensor, "batch", Category.ACTIVATIONS)
+
+
+def note_loop(recorder: Notes, recipe: Recipe) -> Loop[torch.Tensor]:
+    """What a Trainer's loop names when a step begins, all but batches."""
+    recorder.begin(Phase.SETUP, "loop", part=Part.RESTING)
+
+    def one(name: str) -> torch.Tensor:
+        number = torch.zeros(())
+        recorder.born(number, name, Category.TEMPORARIES)
+        return number
+
+    recorder.tape.module = MODULE
+    loop = Loop(recipe, one)
+    recorder.tape.module = ""
+    return loop
+
+
+def note_waiting(recorder: Notes, batch: Any, count: int) -> None:
+    """Batches like the one that there is, which wait to be trained on."""
+    for nbytes in waiting([tensor.nbytes for tensor in tensors_in(batch)], count):
+        recorder.reserve(nbytes, WAITING, Category.ACTIVATIONS)
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from memplan import losses, stacks
 from memplan.asked.recipe import Batches, DTypeName, Recipe
+from memplan.parts.loop import Loop
 from memplan.tape import Part, Phase
 
 AUTOCAST_DTYPES = {
@@ -65,9 +67,11 @@ def train_step(
     recipe: Recipe,
     recorder: Listener | None = None,
     device: str = "cpu",
+    loop: Loop[torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Forward, backward, clipping, update. ``recorder`` is told where the step is. The loss of the last
-    forward, which a Trainer keeps that long, too."""
+    """Forward, backward, clipping, update. ``recorder`` is told where the step is; ``loop``: that of the
+    Trainer whose step it is, which names what it makes. The loss of the last forward, which a Trainer keeps
+    that long, too."""
 
     def at(phase: Phase, name: str, part: Part = Part.STEP) -> None:
         if recorder is not None:
@@ -75,21 +79,36 @@ def train_step(
 
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     run = forward(model, recipe, device)
+    fed = batch if loop is None else {**batch, "num_items_in_batch": loop.items}
     for _ in range(recipe.gradient_accumulation_steps):
         at(Phase.FORWARD, "embedding")
-        loss = losses.find(recipe.loss).loss_of(model, run, batch)
-        if recipe.gradient_accumulation_steps > 1:
+        loss = losses.find(recipe.loss).loss_of(model, run, fed)
+        lost = None if loop is None else loss.detach()  # the name in Trainer.training_step
+        if loop is not None or recipe.gradient_accumulation_steps > 1:
             loss = loss / recipe.gradient_accumulation_steps
+        unscaled = loss
+        if loop is not None and loop.scale is not None:
+            loss = loss * loop.scale
         at(Phase.BACKWARD, "head")
         loss.backward()
-        loss = loss.detach()  # what Trainer.training_step returns; the graph goes with its frame
+        del unscaled
+        # what Trainer.training_step returns; the graph goes with its frame
+        loss = loss.detach() if lost is None else lost
+        del lost
+        if loop is not None:
+            loop.backward(loss)
         if recorder is not None:
             recorder.gradients(parameters)
     at(Phase.OPTIMIZER, "clip")
-    if recipe.max_grad_norm:
+    if loop is not None:
+        loop.clipping()
+        loop.clipped(nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm or math.inf))
+    elif recipe.max_grad_norm:
         nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
     at(Phase.OPTIMIZER, "step", Part.UPDATE)
     optimizer.step()
+    if loop is not None:
+        loop.updated()
     at(Phase.OPTIMIZER, "zero_grad")
     optimizer.zero_grad(set_to_none=True)
     result: torch.Tensor = loss

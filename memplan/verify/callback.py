@@ -6,16 +6,18 @@ optimizer's state is there from the start, it prints what was predicted and what
     trainer = Trainer(model, args, train_dataset=data, callbacks=[MemoryCallback()])
 
 On CUDA it resets the peak counters at the beginning of step 2, once. Without CUDA it counts that step's
-storages as ``memplan verify --device cpu`` does.
+storages as ``memplan verify --device cpu`` does, and those that the Trainer's loop names.
 """
 
 from __future__ import annotations
 
 import functools
 import gc
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
+from types import FrameType
 from typing import Any
 
 import torch
@@ -151,8 +153,8 @@ class MemoryCallback(TrainerCallback):
         card = Card(tuple(torch.cuda.get_device_capability())) if cuda else Card()
         resolved = resolve_recipe(self._spec, recipe)
         if blocks:
-            return simulate(write_long_tape(self._spec, resolved, card=card)).allocated
-        tape = write_tape(self._spec, resolved, card=card)
+            return simulate(write_long_tape(self._spec, resolved, card=card, looped=True)).allocated
+        tape = write_tape(self._spec, resolved, card=card, looped=True)
         return replay(tape if cuda else without_workspaces(tape)).allocated_bytes
 
     def _as_run(self, recipe: Recipe) -> Recipe:
@@ -185,6 +187,7 @@ class MemoryCallback(TrainerCallback):
         stack.enter_context(standins.in_force(card, data=True))
         inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
         self._recorder = recorder = stack.enter_context(recorded(card, model, inner, ()))
+        _note_loop(recorder)
         stack.enter_context(phases(recorder, [model]))
         recorder.begin(Phase.FORWARD, "forward")
 
@@ -193,6 +196,32 @@ class MemoryCallback(TrainerCallback):
         if stack is not None:
             stack.close()
         self._recorder = None
+
+
+def _note_loop(recorder: Any) -> None:
+    """Note what the Trainer's loop names when a step begins: numbers, and batches."""
+    from memplan.parts.loop import MODULE
+    from memplan.tape import Category, Part, Phase
+    from memplan.trace.existing import tensors_in
+
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and "batch_samples" not in frame.f_code.co_varnames:
+        frame = frame.f_back
+    if frame is None:
+        return
+    names = frame.f_locals
+    own = vars(names["self"]) if "self" in names else {}
+    numbers = {name: value for name, value in {**own, **names}.items() if isinstance(value, torch.Tensor)}
+    recorder.begin(Phase.SETUP, "loop", part=Part.RESTING)
+    recorder.tape.module = MODULE
+    for name, number in numbers.items():
+        recorder.born(number, name, Category.TEMPORARIES)
+    recorder.begin(Phase.SETUP, "batch", part=Part.RESTING)
+    recorder.tape.module = ""
+    for tensor in tensors_in(names["batch_samples"]):
+        recorder.born(tensor, "batch", Category.ACTIVATIONS)
+    if isinstance(names, dict):  # before Python 3.13 a copy that the frame keeps, tensors and all
+        names.clear()
 
 
 def _length(args: Any, loader: Any) -> int:

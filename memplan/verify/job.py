@@ -71,7 +71,7 @@ def make_job(
         model=what,
         recipe=resolved,
         run=run,
-        predicted_bytes=peak_bytes(what, resolved),
+        predicted_bytes=peak_bytes(what, resolved, looped=in_a_trainer(run)),
         anyway=anyway,
     )
 
@@ -91,6 +91,8 @@ def _is_text(name: str) -> bool:
 
 
 def _runnable(recipe: Recipe, device: str, loop: str) -> None:
+    if recipe.gpus > 1:
+        raise MemplanError("verify trains on one GPU so far: leave --gpus and --parallel out")
     loss = losses.find(recipe.loss)
     if loss.tiled and not (loop == "sft" and loss.sft):
         if loop != "memplan":
@@ -158,12 +160,17 @@ def spec_of(model: Model) -> ModelSpec:
     return spec.model_copy(update={"quantization": None})  # the verifier quantises what it makes
 
 
-def peak_bytes(model: Model, recipe: Recipe, card: Card | None = None) -> int:
-    """The predicted peak of allocated bytes."""
+def in_a_trainer(run: Run) -> bool:
+    """Whether its steps are of a Trainer's loop: memplan's own keeps nothing beside them."""
+    return run.loop != "memplan"
+
+
+def peak_bytes(model: Model, recipe: Recipe, card: Card | None = None, *, looped: bool) -> int:
+    """The predicted peak of allocated bytes; ``looped``: in a Trainer's loop."""
     from memplan.predict.step import write_tape
     from memplan.tape import replay
 
-    return replay(write_tape(spec_of(model), recipe, card=card)).allocated_bytes
+    return replay(write_tape(spec_of(model), recipe, card=card, looped=looped)).allocated_bytes
 
 
 def gets_through(model: Model, recipe: Recipe, room: int) -> bool:
@@ -205,7 +212,8 @@ def predicted_tape(measured: Measurement) -> Tape:
 
     spec = spec_of(measured.model)
     recipe = resolve_recipe(spec, measured.recipe)  # a file may say what does not suit its model
-    return write_tape(spec, recipe, card=card_of(measured.device), folded=False)
+    card, looped = card_of(measured.device), in_a_trainer(measured.run)
+    return write_tape(spec, recipe, card=card, looped=looped, folded=False)
 
 
 def card_of(device: Device) -> Card:

@@ -112,6 +112,12 @@ def line(frames: Iterable[tuple[str, int, str]]) -> dict[str, Any]:
     }
 
 
+def address(tensor: Any) -> int:
+    """Where a tensor lies: of one that is spread over ranks, this rank's part."""
+    part = getattr(tensor, "_local_tensor", tensor)
+    return int(part.untyped_storage().data_ptr())
+
+
 def known(modules: Iterable[Any], optimizers: Iterable[Any]) -> Known:
     """What lies on the card all the time, by address: parameters, what bitsandbytes keeps beside them,
     buffers and the optimizers' states."""
@@ -119,7 +125,7 @@ def known(modules: Iterable[Any], optimizers: Iterable[Any]) -> Known:
 
     def note(tensor: Any, module: str, name: str, category: str) -> None:
         if getattr(tensor, "is_cuda", False):
-            found.setdefault(tensor.untyped_storage().data_ptr(), (module, name, category))
+            found.setdefault(address(tensor), (module, name, category))
 
     for root in modules:
         for full, module in root.named_modules():

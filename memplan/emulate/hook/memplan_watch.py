@@ -177,7 +177,7 @@ class Watch:
         if self.tape and self.depth == 1:
             lists = (group["params"] for group in optimizer.param_groups)
             grads = (one.grad for params in lists for one in params if one.grad is not None)
-            self.gradients = {one.untyped_storage().data_ptr() for one in grads if one.is_cuda}
+            self.gradients = {memplan_history.address(one) for one in grads if one.is_cuda}
 
     def _updated(self, optimizer: Any, *_: Any) -> None:
         """An optimizer has stepped."""

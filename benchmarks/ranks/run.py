@@ -1,0 +1,230 @@
+"""Several GPUs on cards that are not there, held against the plan: every case of a table, by the real engines.
+
+    python benchmarks/ranks/run.py                     all of them; writes data/ranks.json
+    python benchmarks/ranks/run.py --only TEXT         those whose names have it, beside the others' rows
+    python benchmarks/ranks/run.py --missing           those that have no row yet
+    python benchmarks/ranks/run.py --predictions       the plan's side of each row anew
+
+Needs the environment of benchmarks/dry_gpu/README.md. The scripts are benchmarks/plain's, which import
+nothing of memplan's, launched by accelerate. Models are real ones with fewer layers. Tensors at the peak are
+read off the dry run's tape of a step, reserved bytes off its report. Exit status 1 if a case's tensors are not
+the plan's, or its reserved bytes more than 1 % from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from memplan import Recipe
+from memplan.importers.hf import spec_from_config
+from memplan.importers.resolve import resolve_config
+from memplan.planning import predicted
+from memplan.predict.parameters import resolve_recipe
+from memplan.tape import replay
+from memplan.tape.file import load
+from memplan.verify.job import cut
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ROOT / "benchmarks" / "plain"
+RESULTS = ROOT / "data" / "ranks.json"
+GPU = "a100"
+QUIET = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
+ENGINES = {
+    "ddp": ["--multi_gpu"],
+    "fsdp2": [
+        "--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP",
+        "--fsdp_reshard_after_forward", "true", "--fsdp_cpu_ram_efficient_loading", "false",
+    ],
+}  # fmt: skip
+SCRIPT = {"peft": "hf_trainer.py", "trl": "trl_guide.py"}
+FAMILIES = {
+    "llama-3.2-1b": 3,  # tied embeddings
+    "llama-3.1-8b": 2,
+    "qwen2.5-1.5b": 3,  # biases, tied
+    "qwen3-4b": 2,  # norms of queries and keys
+    "qwen3-30b-a3b": 2,  # experts
+}
+WORLDS = (8, 2, 3, 64)
+
+
+class Case(NamedTuple):
+    """A run: how it is launched, and the same as a recipe."""
+
+    name: str
+    model: str
+    layers: int
+    script: str
+    arguments: tuple[str, ...]
+    recipe: dict[str, Any]
+
+    @property
+    def launched(self) -> list[str]:
+        """By accelerate, on as many cards as its recipe has."""
+        engine = ENGINES[self.recipe["parallel"]]
+        count = str(self.recipe["gpus"])
+        return ["accelerate", "launch", "--num_processes", count, *engine, "--mixed_precision", "bf16"]
+
+
+def cases() -> Iterator[Case]:
+    """Families by modes by strategies; worlds, trainers, checkpointing, batches, lengths and accumulation
+    take turns."""
+    turn = 0
+    for model, layers in FAMILIES.items():
+        for mode in ("full", "lora", "qlora"):
+            if mode == "qlora" and model == "qwen3-30b-a3b":
+                continue  # bitsandbytes leaves experts as they are
+            for parallel in ENGINES:
+                for trainer in SCRIPT:
+                    for variant in range(2):
+                        yield _case(model, layers, mode, parallel, trainer, variant, turn)
+                        turn += 1
+
+
+def _case(model: str, layers: int, mode: str, parallel: str, trainer: str, variant: int, turn: int) -> Case:
+    world = WORLDS[(turn + variant) % len(WORLDS)]
+    length = (1024, 777, 2048)[turn % 3]
+    batch = 1 + (turn % 4 == 3)
+    accumulate = 2 if turn % 5 == 4 else 1
+    checkpointing = variant == 0 or mode == "qlora"
+    recipe: dict[str, Any] = {
+        "trainer": trainer, "mode": mode, "parallel": parallel, "gpus": world, "seq_len": length,
+        "batch_size": batch, "gradient_accumulation_steps": accumulate,
+    }  # fmt: skip
+    given = [
+        "--mode", mode, "--length", str(length), "--batch", str(batch), "--accumulate", str(accumulate),
+    ]  # fmt: skip
+    if mode != "full":
+        recipe |= {"r": 8, "lora_alpha": 16}
+        given += ["--r", "8"]
+        if model == "qwen3-30b-a3b":
+            recipe["target_modules"] = "attention"
+            given += ["--targets", "q_proj", "k_proj", "v_proj", "o_proj"]
+    if mode == "qlora":
+        given += ["--storage", "bfloat16"]
+    if trainer == "trl":
+        if mode != "full":
+            given += ["--dtype", "bfloat16"]
+        if mode == "lora":
+            recipe["dtype"] = "bfloat16"
+    else:
+        recipe |= {"autocast": True, "gradient_checkpointing": checkpointing}
+        if checkpointing:
+            recipe["use_reentrant"] = False
+        given += ["--bf16", *(["--checkpointing"] if checkpointing else [])]
+    name = f"{model} {mode} {parallel} {trainer} {world}" + ("" if variant == 0 else " b")
+    return Case(name, model, layers, SCRIPT[trainer], tuple(given), recipe)
+
+
+def planned(case: Case) -> dict[str, int]:
+    """What the plan says: tensors at the peak, and what is reserved."""
+    found = resolve_config(case.model)
+    spec = spec_from_config(cut(found.config, case.layers, case.model), found.name, found.hub_id)
+    run = predicted.run(spec, resolve_recipe(spec, Recipe(**case.recipe)))
+    return {"tensors": replay(run.tape).allocated_bytes, "reserved": run.free.reserved}
+
+
+def emulated(case: Case, folder: Path) -> dict[str, Any]:
+    """What the real engine took. Raises RuntimeError with the last words of a run that failed."""
+    checkpoint, out = folder / f"{case.model}-{case.layers}", folder / "out"
+    if not checkpoint.exists():
+        _memplan("stub", case.model, str(checkpoint), "--layers", str(case.layers))
+    tape = folder / "step.json.gz"
+    script = [str(SCRIPTS / case.script), str(checkpoint), "--out", str(out / "peaks.json"), *case.arguments]
+    out.mkdir(exist_ok=True)
+    told = json.loads(
+        _memplan(
+            "dry-run", "--gpu", f"{case.recipe['gpus']}x{GPU}", "--tape", str(tape), "--json", "--",
+            *case.launched, *script,
+        )
+    )  # fmt: skip
+    read = load(tape)
+    return {
+        "tensors": replay(read[0] if isinstance(read, tuple) else read).allocated_bytes,
+        "reserved": told["reserved_bytes"],
+        "gpu": told["gpu"],
+        "libraries": told["libraries"],
+    }
+
+
+def _memplan(*arguments: str) -> str:
+    environment = {**os.environ, **QUIET, "PYTHONPATH": str(ROOT)}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    ran = subprocess.run(
+        [sys.executable, "-m", "memplan", *arguments], env=environment, capture_output=True, text=True
+    )
+    if ran.returncode not in (0, 1) or not (ran.stdout or arguments[0] == "stub"):
+        raise RuntimeError("\n".join(ran.stderr.strip().splitlines()[-12:]))
+    return ran.stdout
+
+
+def row(case: Case, found: dict[str, Any], plan: dict[str, int]) -> dict[str, Any]:
+    """A record of a case that was run."""
+    figures = {kind: {"predicted": plan[kind], "emulated": found[kind]} for kind in ("tensors", "reserved")}
+    return {
+        "name": case.name, "model": case.model, "layers": case.layers, "script": case.script,
+        "recipe": case.recipe, **figures, "date": date.today().isoformat(), "gpu": found["gpu"],
+        "libraries": found["libraries"],
+    }  # fmt: skip
+
+
+def agrees(row: dict[str, Any]) -> bool:
+    """Tensors to the byte, reserved bytes to 1 %."""
+    tensors, reserved = row["tensors"], row["reserved"]
+    apart = abs(reserved["predicted"] - reserved["emulated"])
+    return bool(tensors["predicted"] == tensors["emulated"] and 100 * apart <= reserved["emulated"])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--only", metavar="TEXT")
+    parser.add_argument("--missing", action="store_true")
+    parser.add_argument("--predictions", action="store_true")
+    asked = parser.parse_args()
+    rows: dict[str, dict[str, Any]] = {}
+    if RESULTS.exists():
+        rows = {one["name"]: one for one in json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]}
+    listed = {case.name: case for case in cases()}
+    rows = {name: rows[name] for name in listed if name in rows}
+    failed = []
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        for name, case in listed.items():
+            if asked.only is not None and asked.only not in name:
+                continue
+            if asked.missing and name in rows:
+                continue
+            if asked.predictions:
+                if name in rows:
+                    for kind, size in planned(case).items():
+                        rows[name][kind]["predicted"] = size
+            else:
+                try:
+                    rows[name] = row(case, emulated(case, Path(folder)), planned(case))
+                except RuntimeError as error:
+                    failed.append(name)
+                    sys.stdout.write(f"{name}: {error}\n")
+                    continue
+            one = rows[name]
+            apart = {k: one[k]["predicted"] - one[k]["emulated"] for k in ("tensors", "reserved")}
+            sys.stdout.write(f"{name}: {apart['tensors']:+,} tensors, {apart['reserved']:+,} reserved\n")
+            sys.stdout.flush()
+            _write([rows[name] for name in listed if name in rows])
+    return int(bool(failed) or not all(map(agrees, rows.values())))
+
+
+def _write(rows: list[dict[str, Any]]) -> None:
+    text = json.dumps({"schema_version": 1, "rows": rows}, indent=1)
+    RESULTS.with_suffix(".new").write_text(text + "\n", encoding="utf-8")
+    RESULTS.with_suffix(".new").replace(RESULTS)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,30 @@
+"""Which of the ranks that share a step are alike."""
+
+from __future__ import annotations
+
+from memplan import strategies
+from memplan.asked.recipe import Mode, Recipe
+from memplan.asked.spec import ModelSpec
+from memplan.predict import blueprint
+
+
+def alike(spec: ModelSpec, recipe: Recipe) -> list[tuple[int, int]]:
+    """The first rank of each kind and how many there are of it, the one with the most first. Ranks differ
+    where a strategy divides parameters by rows and there are fewer in the last parts."""
+    world = recipe.gpus
+    strategy = strategies.of(recipe)
+    if strategy is None or not strategy.shards:
+        return [(0, world)]
+    rows = {shape[0] for shape in blueprint.named_shapes(spec).values()}
+    if recipe.mode is not Mode.FULL:
+        rows.add(recipe.r)
+    kinds: dict[tuple[int, ...], list[int]] = {}
+    for rank in range(world):
+        kinds.setdefault(tuple(_share(count, world, rank) for count in sorted(rows)), []).append(rank)
+    return [(ranks[0], len(ranks)) for ranks in kinds.values()]
+
+
+def _share(rows: int, world: int, rank: int) -> int:
+    """``torch.chunk``: equal parts but for the last ones."""
+    part = -(-rows // world)
+    return max(min(part, rows - rank * part), 0)
