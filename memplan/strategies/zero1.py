@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-1: masters and optimizer states are partitioned; gradients are reduced in the last pass."""
+"""DeepSpeed's ZeRO-1: masters and optimizer states are partitioned; the last pass reduces gradients."""
 
 from __future__ import annotations
 
