@@ -1,0 +1,137 @@
+"""DeepSpeed's ZeRO in the shadow against DeepSpeed: tensors at the peak of a step, read off the tapes of
+dry runs on emulated A100s (torch 2.13, deepspeed 0.19.8, accelerate 1.15, transformers 5.23, peft 0.21):
+
+    memplan dry-run --gpu 8xa100 --tape FILE -- accelerate launch --num_processes 8 trainer.py --bf16 \
+        --per_device_train_batch_size 1 [--gradient_checkpointing] --deepspeed zero3.json ...
+
+with benchmarks/trainers' trainer.py (rows of 2,048 tokens with an attention mask), zero2.json and zero3.json.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+
+from memplan import Recipe, strategies
+from memplan.cuda.card import Card
+from memplan.cuda.reduction import whole_scratch
+from memplan.importers.hf import spec_from_config
+from memplan.predict.parameters import resolve_recipe
+from memplan.predict.step import write_tape
+from memplan.strategies import Strategy
+from memplan.strategies._zero12 import Zero12
+from memplan.tape import Category, Phase, Tape, replay
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 2048,
+    "intermediate_size": 5632, "num_hidden_layers": 4, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "head_dim": 64, "vocab_size": 32000, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+TIED = {**LLAMA, "tie_word_embeddings": True}
+ODD = {
+    **LLAMA, "hidden_size": 1000, "intermediate_size": 2731, "num_hidden_layers": 5,
+    "num_attention_heads": 10, "num_key_value_heads": 5, "head_dim": 100, "vocab_size": 31999,
+}  # fmt: skip
+BASE = {
+    "mode": "full", "trainer": "peft", "gpus": 8, "seq_len": 2048, "dtype": "bfloat16", "autocast": True,
+    "gradient_checkpointing": True, "use_reentrant": False,
+}  # fmt: skip
+PLAIN = {"gradient_checkpointing": False, "use_reentrant": None}
+LORA = {"mode": "lora", "r": 16}
+SMALL = 50_000_000  # "reduce_bucket_size": 5e7
+
+
+def played(config: dict[str, Any], rank: int = 0, **changed: Any) -> Tape:
+    """A step as the Trainer takes it."""
+    spec = spec_from_config(config, "test")
+    return write_tape(spec, resolve_recipe(spec, Recipe(**{**BASE, **changed})), looped=True, rank=rank)
+
+
+@pytest.mark.parametrize(
+    ("config", "changed", "emulated"),
+    [
+        (LLAMA, {"parallel": "zero1"}, 3_730_043_904),
+        (LLAMA, {"parallel": "zero1", **LORA}, 2_900_999_168),
+        (LLAMA, {"parallel": "zero2"}, 3_730_043_904),
+        (LLAMA, {"parallel": "zero2", **LORA}, 2_900_999_168),
+        (LLAMA, {"parallel": "zero2", "use_reentrant": True}, 3_730_584_576),
+        (LLAMA, {"parallel": "zero2", "gpus": 2, "dtype": "float32"}, 5_131_548_672),
+        (TIED, {"parallel": "zero2", "gpus": 2}, 4_476_188_672),
+        (ODD, {"parallel": "zero2", "gpus": 3, **PLAIN}, 3_290_587_136),
+        (ODD, {"parallel": "zero2", "gpus": 3, **PLAIN, **LORA}, 2_718_579_200),
+        (LLAMA, {"parallel": "zero3"}, 2_125_355_008),
+        (LLAMA, {"parallel": "zero3", **PLAIN}, 2_814_322_688),
+        (LLAMA, {"parallel": "zero3", **LORA}, 1_586_477_056),
+        (LLAMA, {"parallel": "zero3", **PLAIN, **LORA}, 2_630_379_520),
+        (LLAMA, {"parallel": "zero3", "use_reentrant": True}, 2_125_355_008),
+        (LLAMA, {"parallel": "zero3", "gradient_accumulation_steps": 2}, 2_125_404_160),
+        (LLAMA, {"parallel": "zero3", "gpus": 2, "dtype": "float32"}, 3_994_028_032),
+        (TIED, {"parallel": "zero3", "gpus": 2}, 3_338_668_032),
+        (ODD, {"parallel": "zero3", "gpus": 3, **PLAIN}, 2_174_972_928),
+        (ODD, {"parallel": "zero3", "gpus": 3, **LORA}, 1_173_632_512),
+    ],
+)
+def test_tensors_are_those_of_deepspeed(
+    config: dict[str, Any], changed: dict[str, Any], emulated: int
+) -> None:
+    assert replay(played(config, **changed)).allocated_bytes == emulated
+
+
+@pytest.mark.parametrize(
+    ("gradients", "overlap", "accumulates", "emulated"),
+    [
+        (True, True, 1, 1_961_243_136),
+        (True, False, 1, 1_961_243_136),
+        (False, True, 1, 1_961_243_136),
+        (False, False, 1, 1_961_243_136),
+        (True, True, 2, 2_092_372_480),
+        (False, True, 2, 2_784_183_808),
+    ],
+)
+def test_many_buckets(
+    monkeypatch: pytest.MonkeyPatch, gradients: bool, overlap: bool, accumulates: int, emulated: int
+) -> None:
+    """The same with "reduce_bucket_size": 5e7, and "overlap_comm" as given."""
+    zero = partial(Zero12, gradients=gradients, overlap=overlap, bucket=SMALL)
+    monkeypatch.setattr(strategies, "of", lambda _: Strategy(zero, folds=False))
+    tape = played(LLAMA, parallel="zero2", gradient_accumulation_steps=accumulates)
+    assert replay(tape).allocated_bytes == emulated
+
+
+@pytest.mark.parametrize("parallel", ["zero1", "zero2", "zero3"])
+def test_what_rests_is_there_again_after_a_step(parallel: str) -> None:
+    tape = played(LLAMA, parallel=parallel)
+    live = 0
+    resting = []
+    for segment in tape.segments:
+        live += sum(tape.deltas[segment.start : segment.stop])
+        if segment.phase is Phase.SETUP:
+            resting.append(live)
+    assert live == resting[-1]
+
+
+def test_gathered_parameters_are_communication() -> None:
+    tape = played(LLAMA, parallel="zero3")
+    gathered = {event for event in tape.events if event >= 0 and tape.operations[event] == "all_gather"}
+    assert gathered
+    assert {tape.categories[storage] for storage in gathered} == {Category.COMMUNICATION}
+    assert {tape.streams.get(storage, 0) for storage in gathered} == {0, 2}  # persistent ones on the first
+
+
+@pytest.mark.parametrize(
+    ("count", "itemsize", "scratch"),
+    [
+        # has_inf_or_nan's amax of bf16, get_grad_norm_direct's norms of fp64, as in those tapes
+        (38_928_384, 2, [(864, 4)]),
+        (38_928_384, 8, [(3456, 4)]),
+        (1_441_792, 8, [(1408, 4)]),
+        (524_288, 8, [(512, 4)]),
+        (32_768, 8, []),
+        (256, 8, []),
+    ],
+)
+def test_reductions_to_one_number(count: int, itemsize: int, scratch: list[tuple[int, int]]) -> None:
+    assert whole_scratch(count, itemsize, itemsize, Card()) == scratch
