@@ -198,7 +198,6 @@ def at_rest(
         state.spread.looped = looped
     model = Builder(spec, recipe).build(played)
     if state.spread is not None:
-        tape.begin(Phase.SETUP, "spread", part=Part.RESTING)
         model.trainable = state.spread.optimized(model.trainable)
     embedding = model.embedding.weight
     states = update.states(

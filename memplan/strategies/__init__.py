@@ -59,8 +59,8 @@ class Spread:
         return parameter
 
     def optimized(self, groups: list[Group]) -> list[Group]:
-        """Write what is made of the trained parameters when all of them are there; what the optimizer is
-        given of them."""
+        """Write what is made of the trained parameters when all are there, in segments of its own; what the
+        optimizer is given of them."""
         return groups
 
     def rest(self, groups: list[Group]) -> None:

@@ -182,6 +182,12 @@ class Coordinator:
             one.status = IN_FLIGHT
             self.in_flight[one] = handle
 
+    def gather_now(self, one: Parameter) -> None:
+        """``param.all_gather()``."""
+        with category(Category.COMMUNICATION):
+            one.tensor.storage = self.whole(one).storage
+        one.status = AVAILABLE
+
     def whole(self, one: Parameter) -> Tensor:
         """A parameter in a buffer of its own."""
         return empty((one.partition * self.world,), one.tensor.dtype, "all_gather")

@@ -81,6 +81,7 @@ class Zero12(Zero):
             return empty(shape, dtype, "parameter")
 
     def optimized(self, groups: list[Group]) -> list[Group]:
+        state.tape.begin(Phase.SETUP, "partitions", part=Part.RESTING)
         state.tape.module = "deepspeed"
         for group in self.grouped():
             elements = self.laid(group, _ALIGNMENT * self.world)

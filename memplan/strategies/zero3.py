@@ -63,7 +63,7 @@ class Zero3(Zero):
         self.modules: dict[tuple[int | None, str], Module] = {}
         self.layer: int | None = None
         self.hidden = 0
-        self.in_backward = False
+        self.in_backward = self.running = False
         self.sub_groups: list[list[Parameter]] = []
         self.flat: list[Tensor] = []
         self.bucket: Tensor | None = None
@@ -102,6 +102,7 @@ class Zero3(Zero):
 
     def optimized(self, groups: list[Group]) -> list[Group]:
         """``_create_fp16_partitions_with_defragmentation``, ``_setup_for_real_optimizer``."""
+        state.tape.begin(Phase.SETUP, "partitions", part=TapePart.RESTING)
         state.tape.module = "zero3"
         for group in self.grouped():
             sub: list[Parameter] = []
@@ -129,8 +130,7 @@ class Zero3(Zero):
         with category(Category.COMMUNICATION):
             for one in self.parameters:
                 if one.persists:
-                    one.tensor.storage = self.coordinator.whole(one).storage
-                    one.status = AVAILABLE
+                    self.coordinator.gather_now(one)
 
     def rehearsed(self) -> None:
         """All is released, and the trace is known."""
@@ -172,6 +172,15 @@ class Zero3(Zero):
         out = run(x, *rest)
         return self.leave(one, out)
 
+    def read(self, weight: Tensor) -> None:
+        """A parameter is read outside of its module's forward (``ZeROOrderedDict``): from the next pass on it
+        is gathered for the module that reads it, too, which is the one with the head."""
+        one = self.of_tensor[id(weight)]
+        if not self.running or one.status == AVAILABLE:
+            return
+        self.find(self.outer()[-2]).parameters.append(one)
+        self.coordinator.gather_now(one)
+
     def enter(self, one: Module, x: Tensor | None) -> Tensor | None:
         """The hooks before a module's forward."""
         module = state.tape.module
@@ -196,10 +205,11 @@ class Zero3(Zero):
         return self._watched(one, out)
 
     def _watched(self, one: Module, out: Any) -> Any:
-        if isinstance(out, tuple | list):
-            return type(out)(self._watched(one, part) for part in out)
         if isinstance(out, dict):
             return {key: self._watched(one, part) for key, part in out.items()}
+        if isinstance(out, tuple):
+            parts = (self._watched(one, part) for part in out)
+            return type(out)(*parts) if hasattr(out, "_fields") else tuple(parts)
         if not isinstance(out, Tensor):
             return out
         one.pre_backward += 1
@@ -229,6 +239,7 @@ class Zero3(Zero):
         """The modules around the layers are entered."""
         self.layer = None
         self.coordinator.reset_step()
+        self.running = True
         for name in self.outer():
             self.enter(self.find(name), None)
 
@@ -263,6 +274,7 @@ class Zero3(Zero):
 
     def after(self, loss: Any, logits: Tensor | None) -> Any:
         """The model is left."""
+        self.running = False
         for name in reversed(self.outer()[:-1]):
             loss, logits = self.leave(self.find(name), (loss, logits))
         return loss, logits
@@ -400,7 +412,10 @@ class Leaf:
         return self._spread.module(self._name, self._module, x)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
+        found = getattr(self._module, name)
+        if name == "weight":
+            self._spread.read(found)
+        return found
 
 
 # -- LinearFunctionForZeroStage3 (runtime/zero/linear.py), which F.linear is where the model is made ------
