@@ -63,8 +63,8 @@ def test_every_kind_of_case_is_among_the_rows() -> None:
 
 
 def test_units_as_pytorchs_tutorial_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Llama-3.1-8B, ``fully_shard`` on each layer and on the model, fp32 shards, bf16 compute, sums in fp32, one
-    sequence of 4,096 tokens, world 8, second step: torch 2.13's CUDA build on an emulated A100 80GB."""
+    """Llama-3.1-8B, ``fully_shard`` on each layer and on the model, fp32 shards, bf16 compute, sums in fp32,
+    one sequence of 4,096 tokens, world 8, second step: torch 2.13's CUDA build on an emulated A100 80GB."""
     from memplan.importers.resolve import resolve
 
     spec = resolve("llama-3.1-8b").spec

@@ -32,8 +32,9 @@ CONTEXT_BYTES = {
     "shared": 832 * MIB,
 }  # fmt: skip
 
-# What a process takes beside that where several share a step: NCCL's buffers. Assumed too: public messages and
-# nvidia-smi's figures of such processes leave 0.2 to 0.6 GiB more than those of single ones (docs/fit.md).
+# What a process takes beside that where several share a step: NCCL's buffers. Assumed too: public messages
+# and nvidia-smi's figures of such processes leave 0.2 to 0.6 GiB more than those of single ones
+# (docs/fit.md).
 NCCL_BYTES = 640 * MIB
 
 # A run that leaves less than this share of what it reserves is called tight: what memplan promises for

@@ -12,11 +12,12 @@ ROOT = Path(__file__).resolve().parent.parent
 SECTION = """\
 ## Several GPUs
 
-The real engines on cards that are not there: `python benchmarks/ranks/run.py` launched benchmarks/plain's scripts
-with accelerate {rows} times ({versions}; {engines}), on the first layers of real models, and the first rank ran
-against a NCCL that sends nothing. Tensors at the peak of a step, read off the dry run's tape, are the plan's **to
-the byte in {tensors} of {rows}**; reserved bytes in {reserved}, within 1 % in {within}. The scripts are
-transformers' own or TRL's; worlds of {worlds}; with and without checkpointing, one and two passes a step.
+The real engines on cards that are not there: `python benchmarks/ranks/run.py` launched the scripts of
+benchmarks/plain with accelerate {rows} times ({versions}; {engines}), on the first layers of real models, and
+the first rank ran against a NCCL that sends nothing. Tensors at the peak of a step, read off the dry run's
+tape, are the plan's **to the byte in {tensors} of {rows}**; reserved bytes in {reserved}, within 1 % in
+{within}. The scripts are transformers' own or TRL's; worlds of {worlds}; with and without checkpointing, one
+and two passes a step.
 
 | model | layers | mode | strategy | GPUs | trainer | batch | tensors | | reserved | |
 | --- | ---: | --- | --- | ---: | --- | --- | ---: | ---: | ---: | ---: |
@@ -25,9 +26,9 @@ transformers' own or TRL's; worlds of {worlds}; with and without checkpointing, 
 """
 
 LEFT = """\
-What is left: DDP's buckets are made twice, and what the allocator has cached of the first ones and of the flat
-tensors in which the first rank's weights were broadcast is laid out a little otherwise. Not measured on several
-GPUs; NCCL's own buffers lie beside the allocator and are not counted.
+What is left: DDP's buckets are made twice, and what the allocator has cached of the first ones and of the
+flat tensors in which the first rank's weights were broadcast is laid out a little otherwise. Not measured on
+several GPUs; NCCL's own buffers lie beside the allocator and are not counted.
 """
 
 
