@@ -23,7 +23,8 @@ HEAD = """\
 Made by `python docs/generate.py` from `data/reconciliation.json`, `data/emulated.json`, `data/plain.json`,
 `data/ranks.json`, `data/measured_emulated.json`, `data/published_comparison.json` and
 `data/reports_comparison.json`, which `benchmarks/reconcile.py`, `benchmarks/dry_gpu/compare.py`,
-`benchmarks/plain/run.py`, `benchmarks/ranks/run.py`, `benchmarks/dry_gpu/against_measured.py`, `benchmarks/published.py` and `benchmarks/reports.py` write, and
+`benchmarks/plain/run.py`, `benchmarks/ranks/run.py`, `benchmarks/dry_gpu/against_measured.py`,
+`benchmarks/published.py` and `benchmarks/reports.py` write, and
 from the files of `data/measurements`, which `memplan verify` writes.
 
 *Predicted* is the plan; *traced* is the real libraries' step under fake tensors on a CPU

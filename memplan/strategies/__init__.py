@@ -8,90 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from memplan import rooms
 from memplan.asked.recipe import Recipe
-from memplan.optimizers import Group
-from memplan.parts.context import Layer
-from memplan.shadow.autograd import AccumulateGrad
-from memplan.shadow.tensor import DType, Shape, Tensor
-from memplan.tape import Category, Tape
+from memplan.shadow.spread import Spread
+from memplan.shadow.tensor import Tensor
+from memplan.tape import Tape
 from memplan.weights import LoadStep, Temporary
 
 EMBEDDING, NORM, HEAD = "embedding", "norm", "head"
 Resting = list[tuple[int, str, int]]
 Forward = Callable[[Tensor], Tensor]
 Part = int | str  # a layer, by its position among those that are played, or what is before and behind them
-
-
-class Spread:
-    """A strategy while a step is played, by ``world`` ranks: what it does differently from one GPU.
-
-    ``autocast``: whether the forward runs under the recipe's; ``last``: whether the pass that is played is
-    the last one of its step.
-    """
-
-    autocast = True
-    last = True
-
-    def __init__(self, world: int) -> None:
-        self.world = world
-
-    def begin(self, part: Part) -> None:
-        """What is made from here on belongs to a part."""
-
-    def parameter(self, shape: Shape, dtype: DType, kind: Category, trainable: bool) -> Tensor | None:
-        """Write what rests of a parameter; what the model computes with, or None if that is all of it."""
-        return None
-
-    def updated(self, parameter: Tensor) -> Tensor:
-        """What the optimizer updates in the place of what the model computes with."""
-        return parameter
-
-    def rest(self, groups: list[Group]) -> None:
-        """Write what else rests beside the trained parameters, in segments of its own."""
-
-    def before(self) -> None:
-        """The model's forward begins."""
-
-    def given(self, number: Tensor) -> Tensor:
-        """A number that the model is given with its batch."""
-        return number
-
-    def embed(self, run: Forward, ids: Tensor) -> Tensor:
-        """The embedding's forward."""
-        return run(ids)
-
-    def around(self, layer: int, run: Layer) -> Layer:
-        """A layer's."""
-        return run
-
-    def normed(self, run: Forward, hidden: Tensor) -> Tensor:
-        """The last norm's."""
-        return run(hidden)
-
-    def head(self, head: Any) -> Any:
-        """The output layer, which may be called or have its weight read."""
-        return head
-
-    def after(self, loss: Any, logits: Tensor | None) -> tuple[Any, Tensor | None]:
-        """The model's forward is over, and returns these: both as the caller gets them."""
-        return loss, logits
-
-    def arrived(self, node: AccumulateGrad) -> None:
-        """A parameter has its first gradient."""
-
-    def finish(self) -> None:
-        """Backward is over."""
-
-    def norm(self, stacked: Tensor) -> Tensor:
-        """The stacked norms of what this rank has of the gradients, as norms of all of them."""
-        return stacked
-
-    def again(self) -> Spread | None:
-        """The same to play the step once more with, where what rests follows from a step."""
-        return None
 
 
 @dataclass(frozen=True, slots=True)

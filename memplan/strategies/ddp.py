@@ -17,6 +17,7 @@ from typing import Any
 from memplan.asked.recipe import Mode, Recipe
 from memplan.optimizers import Group
 from memplan.shadow.autograd import AccumulateGrad, Node, attach
+from memplan.shadow.spread import Spread
 from memplan.shadow.tensor import (
     DType,
     Tensor,
@@ -26,7 +27,7 @@ from memplan.shadow.tensor import (
     int32,
     state,
 )
-from memplan.strategies import Spread, Strategy
+from memplan.strategies import Strategy
 from memplan.tape import Category, Part, Phase, Tape
 from memplan.weights import LoadStep, Temporary
 
