@@ -86,6 +86,7 @@ def example_plan(**options: Any) -> Plan:
             activations=categories.activations + categories.logits_and_loss + categories.temporaries,
         ),
         allocator=allocator,
+        ranks=(),
         fits=tuple(
             Fit(
                 gpu=gpu,

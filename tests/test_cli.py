@@ -91,6 +91,7 @@ def test_json_has_the_documented_keys_and_adds_up(memplan: Run, mode: str) -> No
         "activations",
         "logits_and_loss",
         "temporaries",
+        "communication",
     }
     assert sum(peak["by_category"].values()) == peak["tensor_bytes"] == sum(document["summary"].values())
     assert peak["tensor_bytes"] <= peak["allocated_bytes"] == document["allocator"]["allocated_bytes"]

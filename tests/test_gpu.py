@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from memplan.asked.gpus import DEFAULT_GPUS, Gpu, find_gpu, largest_gap_mib, load_gpus, of_size
+from memplan.asked.gpus import DEFAULT_GPUS, Gpu, find_gpu, largest_gap_mib, load_gpus, of_size, several
 from memplan.asked.recipe import Recipe
 from memplan.device import driver
 from memplan.device.driver import Installed
@@ -233,9 +233,10 @@ def test_any_text_is_a_card_or_a_memplan_error(text: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["2xA100", "2 x a100", "a100 x2", "2×a100", "2*a100"])
-def test_several_cards_are_not_planned_yet_and_a_dry_run_takes_them(name: str) -> None:
-    with pytest.raises(MemplanError, match=r"one card so far: .*`memplan dry-run --gpu 2xa100 -- COMMAND`"):
-        find_gpu(name)
+def test_several_cards_are_the_card_and_a_number(name: str) -> None:
+    assert find_gpu(name) is find_gpu("a100")
+    assert several(name) == 2
+    assert several("a100") == several("24GB") == 1
 
 
 def test_one_of_a_card_is_the_card_and_none_of_it_is_no_card() -> None:

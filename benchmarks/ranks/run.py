@@ -1,4 +1,4 @@
-"""Several GPUs on cards that are not there, held against the plan: every case of a table, by the real engines.
+"""Several GPUs on cards that are not there, held against the plan: each case of a table by the real engines.
 
     python benchmarks/ranks/run.py                     all of them; writes data/ranks.json
     python benchmarks/ranks/run.py --only TEXT         those whose names have it, beside the others' rows
@@ -7,8 +7,8 @@
 
 Needs the environment of benchmarks/dry_gpu/README.md. The scripts are benchmarks/plain's, which import
 nothing of memplan's, launched by accelerate. Models are real ones with fewer layers. Tensors at the peak are
-read off the dry run's tape of a step, reserved bytes off its report. Exit status 1 if a case's tensors are not
-the plan's, or its reserved bytes more than 1 % from it.
+read off the dry run's tape of a step, reserved bytes off its report. Exit status 1 if a case's tensors are
+not the plan's, or its reserved bytes more than 1 % from it.
 """
 
 from __future__ import annotations
@@ -202,9 +202,10 @@ def main() -> int:
             if asked.missing and name in rows:
                 continue
             if asked.predictions:
-                if name in rows:
-                    for kind, size in planned(case).items():
-                        rows[name][kind]["predicted"] = size
+                if name not in rows:
+                    continue
+                for kind, size in planned(case).items():
+                    rows[name][kind]["predicted"] = size
             else:
                 try:
                     rows[name] = row(case, emulated(case, Path(folder)), planned(case))

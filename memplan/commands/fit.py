@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from memplan.device.fit import Fit
     from memplan.planning.frontier import What
     from memplan.planning.plan import Plan
+    from memplan.planning.records import HowMany
     from memplan.planning.study import Asked
 
 STATUS_FITS, STATUS_DOES_NOT_FIT = 0, 1
@@ -39,6 +40,7 @@ examples:
   memplan fit llama-8b --mode lora --gradient-checkpointing --gpu 4090
   memplan fit llama-70b --gpu a6000 && ./train.sh
   memplan fit llama-8b --gpu 4090 --maximize seq-len
+  memplan fit llama-70b --mode full --gpu h100 --how-many
 """
 
 
@@ -58,6 +60,11 @@ def parser() -> Parser:
         choices=("batch-size", "seq-len"),
         default=None,
         help="find the largest that fits, with the allocator simulated",
+    )
+    add_switch(
+        result,
+        "--how-many",
+        "find the fewest GPUs of this kind that are enough, by each way of sharing a step",
     )
     add_switch(result, "--eval", "judge the run with an evaluation in it, which else is said beside")
     result.add_argument(
@@ -83,6 +90,9 @@ def run(arguments: argparse.Namespace) -> int:
     if lengths is not None and arguments.maximize is not None:
         raise UsageError("--maximize looks for one length or batch, --lengths plays many: ask one of them")
     asked = ask(arguments.model, recipe, arguments.gpu, arguments.config, lengths)
+    counts: tuple[HowMany, ...] = ()
+    if arguments.how_many:
+        counts, asked = _counted(asked, arguments)
     given = asked.given.model_dump(exclude_unset=True)
     what: What | None = None
     if arguments.maximize is not None:
@@ -92,7 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
             return STATUS_DOES_NOT_FIT
         asked = found
     study = Prediction(asked)
-    answer = plan_of(study).telling(evaluation=study.judged_evaluation)
+    answer = plan_of(study).telling(evaluation=study.judged_evaluation, how_many=counts)
     if arguments.eval:
         answer = answer.telling(fits=_evaluated(answer))
     fits = all(fit.verdict != "does not fit" for fit in answer.fits)
@@ -122,6 +132,22 @@ def _evaluated(answer: Plan) -> tuple[Fit, ...]:
         else fit
         for fit in answer.fits
     )
+
+
+def _counted(asked: Asked, arguments: argparse.Namespace) -> tuple[tuple[HowMany, ...], Asked]:
+    """The fewest cards by each strategy, and the question on the fewest of all."""
+    from memplan.planning.how_many import how_many
+
+    if len(asked.gpus) > 1:
+        raise UsageError("--how-many asks about one kind of card: give one --gpu")
+    if asked.recipe.gpus > 1 or arguments.maximize is not None:
+        raise UsageError("--how-many looks for a number of GPUs: leave out --gpus and --maximize")
+    counts = how_many(asked, asked.gpus[0])
+    best = counts[0]
+    if best.gpus is None or best.gpus == 1:
+        return counts, asked
+    spread = {"parallel": best.parallel, "gpus": best.gpus}
+    return counts, asked.otherwise(asked.given.model_copy(update=spread))
 
 
 def _maximized(asked: Asked, what: What) -> Asked | None:

@@ -32,6 +32,11 @@ CONTEXT_BYTES = {
     "shared": 832 * MIB,
 }  # fmt: skip
 
+# What a process takes beside that where several share a step: NCCL's buffers. Assumed too: public messages
+# and nvidia-smi's figures of such processes leave 0.2 to 0.6 GiB more than those of single ones
+# (docs/fit.md).
+NCCL_BYTES = 640 * MIB
+
 # A run that leaves less than this share of what it reserves is called tight: what memplan promises for
 # reserved bytes is 2 % (docs/fit.md).
 MARGIN_PER_CENT = 2
@@ -67,7 +72,7 @@ class Fit(BaseModel):
 
 class Run:
     """A run to be held against cards: its tape with every layer played, how it is loaded onto a card of so
-    many bytes, and the allocator's settings."""
+    many bytes, and the allocator's settings; ``ranks``: how many processes share its steps."""
 
     def __init__(
         self,
@@ -75,8 +80,9 @@ class Run:
         loading: Callable[[int | None], Tape | None],
         settings: AllocatorSettings,
         card: Card | None = None,
+        ranks: int = 1,
     ) -> None:
-        self.tape, self.settings = tape, settings
+        self.tape, self.settings, self.ranks = tape, settings, ranks
         self.loading = loading
         self.card = card or Card()
         self._simulations: dict[_Bounds, Simulation] = {}
@@ -125,7 +131,7 @@ class Evaluated(Run):
     """A run with an evaluation after its steps: what it took to get there is not played again."""
 
     def __init__(self, run: Run, tape: Callable[[], Tape]) -> None:
-        super().__init__(run.tape, run.loading, run.settings, run.card)
+        super().__init__(run.tape, run.loading, run.settings, run.card, run.ranks)
         self._run, self._evaluation = run, tape
 
     def _found(self, bounds: _Bounds) -> Reserved:
@@ -137,7 +143,7 @@ class Varied(Run):
     """A run whose steps differ: ``steps`` gives the unfolded tapes of those after its first, ``tape``."""
 
     def __init__(self, run: Run, steps: Callable[[], Iterable[Tape]]) -> None:
-        super().__init__(run.tape, run.loading, run.settings, run.card)
+        super().__init__(run.tape, run.loading, run.settings, run.card, run.ranks)
         self._steps = steps
 
     def steady(self, simulation: Simulation) -> Reserved:
@@ -198,12 +204,12 @@ def judge(gpu: Gpu, run: Run, *, explain: bool = True) -> Fit:
     """Hold a run against a card. Without ``explain`` it is not found out at which request a run ends that
     needs more than there is: it is said not to fit, though it may be tight."""
     total = usable_bytes(gpu)
-    outside = context_bytes(gpu, run.card)
+    outside = context_bytes(gpu, run.card, run.ranks)
     free = run.free
     room = total - outside
     needed = free.reserved + outside
     limit = run.settings.limit(total)
-    allowed = allowed_bytes(gpu, run.card, run.settings)
+    allowed = allowed_bytes(gpu, run.card, run.settings, run.ranks)
     retries, note = 0, None
     verdict: Verdict = "fits"
     if free.reserved > allowed and not explain:
@@ -236,7 +242,7 @@ def judge(gpu: Gpu, run: Run, *, explain: bool = True) -> Fit:
 def excess(gpu: Gpu, run: Run) -> int:
     """Bytes by which a run goes beyond what is called *fits* on a card; at most 0 if it is called so. Of one
     that goes beyond it in its first step already, those."""
-    allowed = allowed_bytes(gpu, run.card, run.settings)
+    allowed = allowed_bytes(gpu, run.card, run.settings, run.ranks)
     begun = beyond(run.begun.reserved, allowed)
     return begun if begun > 0 else beyond(run.free.reserved, allowed)
 
@@ -246,21 +252,21 @@ def beyond(reserved: int, allowed: int) -> int:
     return reserved + reserved * MARGIN_PER_CENT // 100 - allowed
 
 
-def allowed_bytes(gpu: Gpu, written_for: Card, settings: AllocatorSettings) -> int:
+def allowed_bytes(gpu: Gpu, written_for: Card, settings: AllocatorSettings, ranks: int = 1) -> int:
     """Bytes that a run may reserve on a card."""
     total = usable_bytes(gpu)
-    room = total - context_bytes(gpu, written_for)
+    room = total - context_bytes(gpu, written_for, ranks)
     limit = settings.limit(total)
     return room if limit is None else min(room, limit)
 
 
-def context_bytes(gpu: Gpu, written_for: Card) -> int:
-    """Bytes that a process takes outside the simulated run: the context, and what this card's two cuBLAS
-    workspaces have more than those that the run was written with."""
+def context_bytes(gpu: Gpu, written_for: Card, ranks: int = 1) -> int:
+    """Bytes that a process takes outside the simulated run: the context, what this card's two cuBLAS
+    workspaces have more than those that the run was written with, and NCCL's where several share a step."""
     workspaces = 0
     if gpu.capability is not None:
         workspaces = 2 * (Card(gpu.capability).cublas_workspace - written_for.cublas_workspace)
-    return CONTEXT_BYTES[gpu.kind] + workspaces
+    return CONTEXT_BYTES[gpu.kind] + workspaces + (NCCL_BYTES if ranks > 1 else 0)
 
 
 def _out_of_memory(at: RanOut) -> str:

@@ -19,6 +19,7 @@ from memplan.planning.records import (
     AllocatorInfo,
     CategoryBytes,
     Evaluation,
+    HowMany,
     ModelInfo,
     ParameterCounts,
     PeakInfo,
@@ -46,6 +47,7 @@ class Told(Record):
     slip: Slipped | None = None
     played: Played | None = None
     ranks: tuple[Ranks, ...] | None = None
+    how_many: tuple[HowMany, ...] = ()
 
 
 class Plan(Record):
@@ -122,6 +124,12 @@ class Plan(Record):
         if self._told.ranks is not None or self._study is None:
             return self._told.ranks or ()
         return self._study.ranks
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def how_many(self) -> tuple[HowMany, ...]:
+        """The fewest GPUs by each strategy, where that was asked for."""
+        return self._told.how_many
 
     def telling(self, **told: Any) -> Plan:
         """The same plan with answers (:class:`Told`) in the place of those that its study would find."""

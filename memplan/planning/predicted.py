@@ -69,7 +69,8 @@ def run(
         lambda step: write_long_tape(spec, recipe, card=card, lengths=step, looped=True, rank=rank)
     )
     tape = written(played[0])
-    run = Run(tape, partial(loading, spec, recipe, tape), parse_settings(recipe.alloc_conf), card)
+    settings = parse_settings(recipe.alloc_conf)
+    run = Run(tape, partial(loading, spec, recipe, tape), settings, card, recipe.gpus)
     return run if lengths is None else Varied(run, lambda: map(written, played[1:]))
 
 

@@ -152,6 +152,16 @@ class Ranks(Record):
     host_bytes: int = 0
 
 
+class HowMany(Record):
+    """The fewest GPUs that a run fits on when they share its steps so, None where no number is enough, and
+    bytes that each of them needs then. ``note``: why there is none."""
+
+    parallel: str
+    gpus: int | None = None
+    needed_bytes: int | None = None
+    note: str | None = None
+
+
 class Evaluation(BaseModel):
     """An evaluation in the middle of training, of sequences as long as those that are trained on, with only
     the loss asked for (no ``compute_metrics``). Bytes.

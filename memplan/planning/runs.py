@@ -36,9 +36,10 @@ class Runs:
         """What :func:`memplan.device.fit.excess` says of the run that it is a step of."""
         if not can_rerun(self._settings) or step.long.streams:
             tape = step.tape
-            run = Run(tape, partial(loading, self.spec, self.recipe, tape), self._settings, self.card)
+            load = partial(loading, self.spec, self.recipe, tape)
+            run = Run(tape, load, self._settings, self.card, self.recipe.gpus)
             return fit.excess(self.gpu, run)
-        allowed = allowed_bytes(self.gpu, self.card or Card(), self._settings)
+        allowed = allowed_bytes(self.gpu, self.card or Card(), self._settings, self.recipe.gpus)
         over = 0
         for reserved in self._rerun_of(step).play(step.sizes):
             over = beyond(reserved, allowed)

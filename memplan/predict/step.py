@@ -25,6 +25,7 @@ from memplan.predict.fed import Batch, Lengths, Rows, batch, of_lengths, waiting
 from memplan.predict.fold import Played
 from memplan.predict.unlike import Standing, standing
 from memplan.shadow import autograd, ops
+from memplan.shadow.spread import Spread
 from memplan.shadow.tensor import (
     DTYPES,
     Tensor,
@@ -176,7 +177,7 @@ def router_loss(spec: ModelSpec, recipe: Recipe) -> bool:
     return weighed and losses.find(recipe.loss).sft
 
 
-def _spread(recipe: Recipe, rank: int = 0) -> strategies.Spread | None:
+def _spread(recipe: Recipe, rank: int = 0) -> Spread | None:
     strategy = strategies.of(recipe)
     return None if strategy is None else strategy.spread(recipe, rank)
 
@@ -186,7 +187,7 @@ def at_rest(
     recipe: Recipe,
     card: Card | None,
     played: Played | Standing,
-    spread: strategies.Spread | None = None,
+    spread: Spread | None = None,
     *,
     looped: bool,
 ) -> tuple[Model, State, list[Tensor], Loop[Tensor] | None]:
@@ -228,7 +229,7 @@ def _play(
     step: Sequence[Rows],
     card: Card | None,
     played: Played | Standing,
-    spread: strategies.Spread | None = None,
+    spread: Spread | None = None,
     *,
     looped: bool,
 ) -> Tape:

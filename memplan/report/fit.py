@@ -9,7 +9,7 @@ from rich.text import Text
 
 from memplan.report.console import QUIET, Cell, heading, note, table
 from memplan.report.evaluation import evaluating, lengths, slipped, varying
-from memplan.report.headline import FEW, Line, accumulating, remedies, verdicts
+from memplan.report.headline import FEW, Line, accumulating, counted, remedies, verdicts
 from memplan.report.plan import (
     TIGHT,
     VERDICT_STYLES,
@@ -63,7 +63,8 @@ def show_fit(
 ) -> None:
     """Print whether the plan fits each card. ``given``: the recipe's fields that were asked for; ``found``:
     what --maximize says; ``verbose``: more than a first screen."""
-    lines = [*([found] if found is not None else []), *verdicts(plan.fits, plan.recipe.gpus)]
+    lines = [*([found] if found is not None else []), *counted(plan)]
+    lines += verdicts(plan.fits, plan.recipe.gpus)
     lines += remedies(plan)
     parts = [
         Part(lambda console: show_headline(lines, console)),

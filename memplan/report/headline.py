@@ -100,6 +100,22 @@ def largest(plan: Plan, what: str, value: int) -> Line:
     return Line(f"Up to {found} fit the {short_card(fit.gpu)} ({kept})", "fits")
 
 
+def counted(plan: Plan) -> list[Line]:
+    """What --how-many found."""
+    lines = []
+    for found in plan.how_many:
+        card = short_card(plan.fits[0].gpu)
+        each = "" if found.needed_bytes is None else f" ({gib(found.needed_bytes)} GiB needed on each)"
+        if found.gpus == 1:
+            lines.append(Line(f"One {card} is enough{each}", "fits"))
+            break  # whatever shares a step of one
+        if found.gpus is None:
+            lines.append(Line(f"{found.parallel}: {found.note}{each}", "does not fit"))
+        else:
+            lines.append(Line(f"{found.parallel}: {found.gpus} × {card}{each}", "fits"))
+    return lines
+
+
 def accumulating(plan: Plan, fits: Sequence[Fit] = ()) -> str | None:
     """What accumulating gradients would take, where that is more; else None. ``fits``: verdicts, where they
     are known."""

@@ -14,7 +14,7 @@ from memplan.tape import Category, Tape
 
 if TYPE_CHECKING:
     from memplan.shadow.autograd import Frame, Node
-    from memplan.strategies import Spread
+    from memplan.shadow.spread import Spread
 
 Shape = tuple[int, ...]
 

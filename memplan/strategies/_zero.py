@@ -16,6 +16,7 @@ from memplan.cuda.reduction import whole_scratch
 from memplan.optimizers import Group, State
 from memplan.parts.loop import Loop
 from memplan.shadow.autograd import AccumulateGrad, require_grad
+from memplan.shadow.spread import Spread
 from memplan.shadow.tensor import (
     DTYPES,
     DType,
@@ -30,7 +31,6 @@ from memplan.shadow.tensor import (
     state,
     uint8,
 )
-from memplan.strategies import Spread
 from memplan.tape import Category
 
 REDUCING = 1  # the stream ``reduction_stream``

@@ -17,6 +17,7 @@ from typing import Any
 from memplan.asked.recipe import Mode, Recipe
 from memplan.optimizers import Group
 from memplan.shadow.autograd import AccumulateGrad, Node, attach
+from memplan.shadow.spread import Spread
 from memplan.shadow.tensor import (
     DType,
     Tensor,
@@ -26,7 +27,7 @@ from memplan.shadow.tensor import (
     int32,
     state,
 )
-from memplan.strategies import Spread, Strategy
+from memplan.strategies import Strategy
 from memplan.tape import Category, Part, Phase, Tape
 from memplan.weights import LoadStep, Temporary
 
@@ -143,7 +144,9 @@ def _wrap(step: Tape, temporary: Temporary) -> Iterator[LoadStep]:
         if event >= 0
     ]
     flying: list[int] = []
-    for nbytes in _filled(step, loaded, _BROADCAST, _BROADCAST):
+    for nbytes, count in _filled(step, loaded, _BROADCAST, _BROADCAST):
+        if count == 1:  # is flat as it lies
+            continue
         take, number = temporary(nbytes)
         yield take
         flying.append(number)
@@ -153,25 +156,26 @@ def _wrap(step: Tape, temporary: Temporary) -> Iterator[LoadStep]:
         yield "drop", number
     if any(segment.part is Part.RENEWED for segment in step.segments):
         parameters = [event for event in loaded if step.modules[event] != "model.rotary_emb"]
-        for nbytes in reversed(list(_filled(step, parameters, _FIRST, _CAP))):
+        for nbytes, _ in reversed(list(_filled(step, parameters, _FIRST, _CAP))):
             yield temporary(nbytes)[0]
 
 
-def _filled(step: Tape, storages: list[int], first: int, cap: int) -> Iterator[int]:
-    """Bytes of buckets, in the order in which they begin; adapters, which are of another dtype, apart."""
-    found: list[tuple[int, int]] = []
-    filling: dict[Category, tuple[int, int]] = {}
+def _filled(step: Tape, storages: list[int], first: int, cap: int) -> Iterator[tuple[int, int]]:
+    """Bytes of buckets and how many tensors each has, in the order in which they begin; adapters, which are
+    of another dtype, apart."""
+    found: list[tuple[int, int, int]] = []
+    filling: dict[Category, tuple[int, int, int]] = {}
     limits: dict[Category, int] = {}
     for place, storage in enumerate(storages):
         kind = step.categories[storage]
-        begun, nbytes = filling.pop(kind, (place, 0))
+        begun, nbytes, count = filling.pop(kind, (place, 0, 0))
         nbytes += step.sizes[storage]
         if nbytes >= limits.setdefault(kind, first):
-            found.append((begun, nbytes))
+            found.append((begun, nbytes, count + 1))
             limits[kind] = cap
         else:
-            filling[kind] = begun, nbytes
-    yield from (nbytes for _, nbytes in sorted([*found, *filling.values()]))
+            filling[kind] = begun, nbytes, count + 1
+    yield from ((nbytes, count) for _, nbytes, count in sorted([*found, *filling.values()]))
 
 
 STRATEGY = Strategy(Ddp, wrap=_wrap)

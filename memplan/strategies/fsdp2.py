@@ -22,6 +22,7 @@ from memplan.cuda import lists
 from memplan.parts.context import Context, Layer, Leaves
 from memplan.shadow import ops
 from memplan.shadow.autograd import AccumulateGrad, Node, attach, require_grad
+from memplan.shadow.spread import Spread
 from memplan.shadow.tensor import (
     DTYPES,
     DType,
@@ -36,7 +37,7 @@ from memplan.shadow.tensor import (
     stream,
     uint8,
 )
-from memplan.strategies import EMBEDDING, NORM, Forward, Part, Resting, Spread, Strategy
+from memplan.strategies import EMBEDDING, NORM, Forward, Part, Resting, Strategy
 from memplan.tape import Category
 from memplan.weights import LoadStep, Temporary
 

@@ -1,0 +1,65 @@
+"""The part of docs/accuracy.md about data/ranks.json."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+SECTION = """\
+## Several GPUs
+
+The real engines on cards that are not there: `python benchmarks/ranks/run.py` launched the scripts of
+benchmarks/plain with accelerate {rows} times ({versions}; {engines}), on the first layers of real models, and
+the first rank ran against a NCCL that sends nothing. Tensors at the peak of a step, read off the dry run's
+tape, are the plan's **to the byte in {tensors} of {rows}**; reserved bytes in {reserved}, within 1 % in
+{within}. The scripts are transformers' own or TRL's; worlds of {worlds}; with and without checkpointing, one
+and two passes a step.
+
+| model | layers | mode | strategy | GPUs | trainer | batch | tensors | | reserved | |
+| --- | ---: | --- | --- | ---: | --- | --- | ---: | ---: | ---: | ---: |
+{table}
+{left}
+"""
+
+LEFT = """\
+What is left: DDP's buckets are made twice, and what the allocator has cached of the first ones and of the
+flat tensors in which the first rank's weights were broadcast is laid out a little otherwise. Not measured on
+several GPUs; NCCL's own buffers lie beside the allocator and are not counted.
+"""
+
+
+def section() -> str:
+    """The section, from the file's rows."""
+    rows = json.loads((ROOT / "data" / "ranks.json").read_text(encoding="utf-8"))["rows"]
+    engines = Counter(row["recipe"]["parallel"] for row in rows)
+    worlds = sorted({row["recipe"]["gpus"] for row in rows})
+    return SECTION.format(
+        rows=len(rows),
+        versions=", ".join(f"{name} {version}" for name, version in rows[0]["libraries"].items()),
+        engines=", ".join(f"{count} of {name}" for name, count in sorted(engines.items())),
+        tensors=sum(not _apart(row["tensors"]) for row in rows),
+        reserved=sum(not _apart(row["reserved"]) for row in rows),
+        within=sum(100 * abs(_apart(row["reserved"])) <= row["reserved"]["emulated"] for row in rows),
+        worlds=", ".join(map(str, worlds[:-1])) + f" and {worlds[-1]}",
+        table="".join(map(_row, rows)),
+        left=LEFT,
+    )
+
+
+def _apart(figure: dict[str, int]) -> int:
+    return figure["predicted"] - figure["emulated"]
+
+
+def _row(row: dict[str, Any]) -> str:
+    recipe = row["recipe"]
+    passes = recipe["gradient_accumulation_steps"]
+    batch = f"{recipe['batch_size']} × {recipe['seq_len']}" + (f", {passes} passes" if passes > 1 else "")
+    cells = [row["model"], str(row["layers"]), recipe["mode"], recipe["parallel"], str(recipe["gpus"])]
+    cells += [recipe["trainer"], batch]
+    for figure in (row["tensors"], row["reserved"]):
+        cells += [f"{figure['emulated']:,}", f"{_apart(figure):+,}"]
+    return f"| {' | '.join(cells)} |\n"

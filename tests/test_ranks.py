@@ -1,0 +1,239 @@
+"""Several GPUs: the plan of each rank, against what the real engines took on cards that are not there."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Outcome
+from small_specs import SPECS
+
+from memplan import Recipe, plan
+from memplan.asked.spec import ModelSpec
+from memplan.errors import MemplanError
+from memplan.predict import step as steps
+from memplan.predict.parameters import resolve_recipe
+from memplan.predict.ranks import alike
+from memplan.predict.step import write_long_tape, write_tape
+from memplan.shadow.tensor import playing
+from memplan.strategies.fsdp2 import Fsdp2
+from memplan.tape import Category, Tape, replay
+from memplan.tape.curves import live_bytes
+
+ROOT = Path(__file__).resolve().parents[1]
+ROWS = json.loads((ROOT / "data" / "ranks.json").read_text(encoding="utf-8"))["rows"]
+Run = Callable[..., Outcome]
+
+
+def _runner() -> Any:
+    path = ROOT / "benchmarks" / "ranks" / "run.py"
+    found = importlib.util.spec_from_file_location("ranks_run", path)
+    assert found is not None and found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+RUNNER = _runner()
+CASES = {case.name: case for case in RUNNER.cases()}
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[row["name"] for row in ROWS])
+def test_a_rank_takes_what_the_real_engine_took(row: dict[str, Any]) -> None:
+    case = CASES[row["name"]]
+    assert (case.model, case.layers, case.recipe) == (row["model"], row["layers"], row["recipe"])
+    planned = RUNNER.planned(case)
+    assert planned == {kind: row[kind]["predicted"] for kind in planned}
+    assert planned["tensors"] == row["tensors"]["emulated"]
+    assert abs(planned["reserved"] - row["reserved"]["emulated"]) <= row["reserved"]["emulated"] * 0.05
+
+
+def test_every_kind_of_case_is_among_the_rows() -> None:
+    told = [row["recipe"] for row in ROWS]
+    assert {one["parallel"] for one in told} == {"ddp", "fsdp2"}
+    assert {one["mode"] for one in told} == {"full", "lora", "qlora"}
+    assert {one["gpus"] for one in told} == {2, 3, 8, 64}
+    assert {one["trainer"] for one in told} == {"peft", "trl"}
+    assert {one["gradient_accumulation_steps"] for one in told} == {1, 2}
+    assert len(told) >= 80
+
+
+def test_units_as_pytorchs_tutorial_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama-3.1-8B, ``fully_shard`` on each layer and on the model, fp32 shards, bf16 compute, sums in fp32,
+    one sequence of 4,096 tokens, world 8, second step: torch 2.13's CUDA build on an emulated A100 80GB."""
+    from memplan.importers.resolve import resolve
+
+    spec = resolve("llama-3.1-8b").spec
+    recipe = Recipe(
+        trainer="peft", mode="full", seq_len=4096, parallel="fsdp2", gpus=8, autocast=True,
+        gradient_checkpointing=True, reduce_dtype="float32", loss="standard",
+    )  # fmt: skip
+    monkeypatch.setattr(steps, "_spread", lambda recipe, rank=0: Fsdp2(recipe, rank, by_itself=True))
+    tape = write_tape(spec, resolve_recipe(spec, recipe))
+    assert replay(tape).allocated_bytes == 22_114_403_840
+
+
+HOW: dict[str, dict[str, Any]] = {
+    "full": {"mode": "full"},
+    "full, two passes": {"mode": "full", "gradient_accumulation_steps": 2},
+    "full, as the Trainer": {"mode": "full", "trainer": "peft", "autocast": True},
+    "lora": {"mode": "lora"},
+    "qlora": {"mode": "qlora"},
+}
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("how", HOW.values(), ids=HOW)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3", "mixtral"])
+def test_layers_may_be_folded(family: str, how: dict[str, Any], parallel: str) -> None:
+    spec = SPECS[family](7)
+    given = {"target_modules": "attention"} if family == "mixtral" and how["mode"] != "full" else {}
+    recipe = resolve_recipe(spec, Recipe(**how, **given, parallel=parallel, gpus=3, seq_len=64))
+    every = write_tape(spec, recipe, folded=False, looped=True)
+    assert replay(write_tape(spec, recipe, looped=True)).allocated_bytes == replay(every).allocated_bytes
+    long = write_long_tape(spec, recipe, looped=True)
+    assert (live_bytes(long), _streams(long)) == (live_bytes(every), _streams(every))
+
+
+def _streams(tape: Tape) -> list[int]:
+    return [tape.streams.get(event, 0) for event in tape.events if event >= 0]
+
+
+def test_what_rests_is_divided_and_what_is_gathered_has_a_category() -> None:
+    one, eight = (
+        plan("llama-3.1-8b", Recipe(mode="full", parallel=parallel, gpus=gpus), gpus=[])
+        for parallel, gpus in ((None, 1), ("fsdp2", 8))
+    )
+    for part in ("weights", "optimizer_state"):
+        share = getattr(one.static_bytes, part) / getattr(eight.static_bytes, part)
+        assert share == pytest.approx(8, rel=1e-3)
+    assert one.peak.by_category.communication == 0 < eight.peak.by_category.communication
+    assert sum(eight.peak.by_category.model_dump().values()) == eight.peak.tensor_bytes
+    ddp = plan("llama-3.2-1b", Recipe(mode="full", parallel="ddp", gpus=8), gpus=[])
+    assert ddp.static_bytes.communication == ddp.static_bytes.weights - 1024  # but the rotary tables
+
+
+def test_ranks_that_have_less_are_told() -> None:
+    told = plan("qwen3-0.6b", Recipe(mode="full", parallel="fsdp2", gpus=3), gpus=[])
+    assert [(rank.rank, rank.count) for rank in told.ranks] == [(0, 2), (2, 1)]
+    most, least = told.ranks
+    assert most.peak_allocated_bytes == told.peak.tensor_bytes > least.peak_allocated_bytes
+    assert most.reserved_bytes == told.allocator.reserved_bytes >= least.reserved_bytes
+    assert plan("qwen3-0.6b", Recipe(mode="full"), gpus=[]).ranks == ()
+
+
+@pytest.mark.parametrize("world", [2, 3, 8, 64, 300])
+def test_alike_are_those_with_as_many_rows(world: int) -> None:
+    spec = SPECS["llama"](2)
+    recipe = resolve_recipe(spec, Recipe(mode="full", parallel="fsdp2", gpus=world))
+    found = alike(spec, recipe)
+    assert sum(count for _, count in found) == world
+    assert found[0][0] == 0
+    sizes = []
+    for rank, _ in found:
+        tape = write_tape(spec, recipe, rank=rank)
+        resting = dict.fromkeys(Category, 0)
+        for segment in tape.segments:
+            if segment.phase.value == "setup":
+                for event in tape.events[segment.start : segment.stop]:
+                    resting[tape.categories[event]] += tape.sizes[event] * segment.repeat
+        sizes.append(resting[Category.OPTIMIZER_STATE])
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) > 1 or len(sizes) == 1
+
+
+def test_gradients_are_whole_until_the_last_pass() -> None:
+    spec = SPECS["llama"](4)
+    peaks = []
+    for passes in (1, 2):
+        recipe = Recipe(mode="full", parallel="fsdp2", gpus=8, seq_len=64, gradient_accumulation_steps=passes)
+        tape = write_tape(spec, resolve_recipe(spec, recipe))
+        peaks.append(replay(tape).by_category[Category.GRADIENTS])
+    assert peaks[1] > 3 * peaks[0]  # bf16 and whole, instead of fp32 and an eighth
+
+
+def test_streams_have_pools_of_their_own() -> None:
+    from memplan.device.playback import simulate
+
+    spec = SPECS["llama"](4)
+    recipe = resolve_recipe(spec, Recipe(mode="full", parallel="fsdp2", gpus=2, seq_len=64))
+    tape = write_long_tape(spec, recipe)
+    assert {tape.streams.get(event, 0) for event in tape.events if event >= 0} == {0, 1, 2}
+    apart = simulate(tape).reserved
+    tape.streams = {}
+    assert simulate(tape).reserved < apart
+
+
+def test_a_card_may_say_how_many(memplan: Run) -> None:
+    by_card = memplan("llama-3.2-1b", "--mode", "full", "--parallel", "fsdp2", "--gpu", "8xh100", "--json")
+    by_count = memplan(
+        "llama-3.2-1b", "--mode", "full", "--parallel", "fsdp2", "--gpus", "8", "--gpu", "h100", "--json"
+    )
+    assert by_card.status == 0
+    assert by_card.out == by_count.out
+    (rank,) = json.loads(by_card.out)["ranks"]
+    assert rank.keys() == {"rank", "count", "peak_allocated_bytes", "reserved_bytes", "host_bytes"}
+    assert (rank["rank"], rank["count"]) == (0, 8)
+    told = memplan("llama-3.2-1b", "--mode", "full", "--gpu", "8xh100")
+    assert told.out.startswith("Each of 8 H100 80GB HBM3: fits, ")
+    assert "ddp on 8 GPUs" in told.out
+
+
+@pytest.mark.parametrize("command", ["fit", "compare", "frontier"])
+def test_other_questions_hear_it_too(command: str, memplan: Run) -> None:
+    asked = ["llama-3.2-1b", "--parallel", "fsdp2", "--gpu", "2x4090"]
+    asked += ["--batch-sizes", "1", "--json"] if command == "frontier" else ["--json"]
+    outcome = memplan(command, *asked)
+    assert outcome.status == 0, outcome.err
+    assert '"gpus": 2' in outcome.out
+    assert '"parallel": "fsdp2"' in outcome.out
+
+
+REFUSED = [
+    (("--parallel", "fsdp2"), "fsdp2 is for several GPUs: say how many, such as --gpus 8"),
+    (
+        ("--gpus", "8", "--parallel", "fsdp2", "--optimizer", "adamw_bnb_8bit"),
+        "can't update sharded parameters",
+    ),
+    (
+        ("--gpus", "8", "--parallel", "fsdp2", "--mode", "lora", "--use-dora"),
+        "DoRA under FSDP2 is not planned",
+    ),
+    (("--gpus", "8", "--parallel", "fsdp2", "--use-reentrant"), "non-reentrant checkpointing"),
+    (("--gpus", "8", "--parallel", "fsdp2", "--mode", "lora", "--no-autocast"), "use --autocast"),
+    (("--gpus", "8", "--shard-dtype", "bf16"), "shard_dtype is of FSDP2's mixed precision"),
+    (("--gpus", "2", "--gpu", "8xh100"), "8 cards were named, and gpus says 2"),
+    (("--gpu", "2xa100", "--gpu", "8xh100"), "one number of GPUs"),
+    (("--gpu", "0xh100"), "is no card"),
+    (("--gpus", "0"), "gpus"),
+    (("--gpus", "8", "--parallel", "fsdp3"), "fsdp3"),
+]
+
+
+@pytest.mark.parametrize(("options", "told"), REFUSED, ids=[" ".join(options) for options, _ in REFUSED])
+def test_what_cannot_be_is_refused_in_a_sentence(options: tuple[str, ...], told: str, memplan: Run) -> None:
+    outcome = memplan("llama-3.2-1b", *options)
+    assert outcome.status == 2
+    assert told in outcome.err
+    assert outcome.err.count("\n") == 1
+
+
+def test_a_trace_and_a_verification_are_of_one_gpu(memplan: Run) -> None:
+    for command in ("trace", "verify"):
+        outcome = memplan(command, "llama-3.2-1b", "--gpus", "2")
+        assert outcome.status == 2
+        assert "one GPU" in outcome.err
+
+
+def test_one_gpu_is_as_before() -> None:
+    spec: ModelSpec = SPECS["llama"](3)
+    with pytest.raises(MemplanError):
+        resolve_recipe(spec, Recipe(parallel="ddp"))
+    recipe = resolve_recipe(spec, Recipe(gpus=1))
+    assert recipe.parallel is None
+    with playing():
+        assert steps._spread(recipe) is None
