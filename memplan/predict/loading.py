@@ -55,7 +55,8 @@ def loading(spec: ModelSpec, recipe: Recipe, step: Tape, capacity: int | None = 
     """
     shapes = blueprint.named_shapes(spec)
     strategy = strategies.of(recipe)
-    if strategy is not None and strategy.load is not None:
+    quantised = weights.of(recipe) is not None
+    if strategy is not None and strategy.load is not None and (strategy.shards or not quantised):
         return _spread(strategy, shapes, recipe, step)
     if strategy is not None and strategy.wrap is not None:
         steps = list(_steps(shapes, _brought(step), recipe, step, capacity, stock=True))
@@ -100,6 +101,8 @@ def _spread(strategy: strategies.Strategy, shapes: Mapping[str, Shape], recipe: 
         count = known.get(name, 0)
         exact = next((count * size for size in (4, 2) if 0 <= share - count * size < share // 8), share)
         whole[name] = exact if ".lora_" not in name else share
+    itemsize = _ITEMSIZE[recipe.dtype]
+    whole |= {name: count * itemsize for name, count in known.items() if name not in whole}
     steps = [*strategy.load(resting, whole, temporary), *(("alloc", number) for number in made)]
     return _written(iter(steps), step, emptied=False)
 

@@ -66,6 +66,7 @@ class Zero(Spread):
         self.trained: list[Trained] = []
         self.by_node: dict[AccumulateGrad, Trained] = {}
         self.masters: list[Tensor] = []
+        self.kind = Category.WEIGHTS
         self.kept_norm: Tensor | None = None
 
     def computed(self, dtype: DType) -> DType:
@@ -87,8 +88,9 @@ class Zero(Spread):
 
     def master(self, elements: int, name: str) -> None:
         """A flat part of the fp32 parameters, which the optimizer updates."""
-        with category(Category.OPTIMIZER_STATE):
-            master = empty((elements,), float32, name)
+        state.tape.module = name
+        with category(self.kind):
+            master = empty((elements,), float32, "parameter")
         require_grad(master, parameter=True)
         self.masters.append(master)
 
@@ -241,3 +243,13 @@ def unscale(norm: Tensor) -> None:
     factor = scalar(float32, name)
     del inverse
     del factor, combined_scale, clamped
+
+
+# -- loading -----------------------------------------------------------------------------------------------
+
+
+def place(name: str) -> tuple[int, int]:
+    """Where a module is in the model: the embedding, layers, the norm, the output layer."""
+    if name.startswith("model.layers."):
+        return 1, int(name.split(".")[2])
+    return {"model.embed_tokens": 0, "model.norm": 2}.get(name, 3), 0

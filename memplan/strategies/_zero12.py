@@ -5,6 +5,7 @@ ranks reduce when they are full.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from memplan.asked.recipe import Recipe
@@ -13,6 +14,7 @@ from memplan.parts.loop import Loop
 from memplan.shadow import autograd, ops
 from memplan.shadow.autograd import AccumulateGrad
 from memplan.shadow.tensor import DType, Shape, Tensor, bool_, category, empty, float32, state, stream, uint8
+from memplan.strategies import Resting
 from memplan.strategies._zero import (
     REDUCING,
     Trained,
@@ -21,13 +23,16 @@ from memplan.strategies._zero import (
     has_inf_or_nan,
     is_invalid_grad_norm,
     mask_nan_or_inf,
+    place,
     scalar,
     unscale_and_clip_grads,
     vector_norm,
 )
 from memplan.tape import Category, Part, Phase
+from memplan.weights import LoadStep, Temporary
 
 _BUCKET = 500_000_000  # elements: reduce_bucket_size (runtime/zero/config.py)
+FLAT, MASTER = "bit16_groups_flat", "single_partition_of_fp32_groups"
 _ALIGNMENT = 2  # nccl_start_alignment_factor
 
 
@@ -81,18 +86,19 @@ class Zero12(Zero):
             return empty(shape, dtype, "parameter")
 
     def optimized(self, groups: list[Group]) -> list[Group]:
-        state.tape.begin(Phase.SETUP, "partitions", part=Part.RESTING)
-        state.tape.module = "deepspeed"
+        state.tape.begin(Phase.SETUP, "partitions", part=Part.LOADED)
         for group in self.grouped():
             elements = self.laid(group, _ALIGNMENT * self.world)
             partition = elements // self.world
+            state.tape.module = FLAT
             with category(self.kind):
-                self.flat.append(empty((elements,), self.dtype, "bit16_groups_flat"))
-            self.master(partition, "single_partition_of_fp32_groups")
+                self.flat.append(empty((elements,), self.dtype, "parameter"))
+            self.master(partition, MASTER)
             own = [one for one in group if self.rank in _partitions(one, partition)]
             flat = Flat(group, elements, partition, own)
             self.groups.append(flat)
             self.group_of.update(dict.fromkeys(group, flat))
+        state.tape.begin(Phase.SETUP, "norm", part=Part.RESTING)
         self.keep_norm(None, None)
         return [Group(None, 1, [master]) for master in self.masters]
 
@@ -301,3 +307,39 @@ class Zero12(Zero):
 def _partitions(one: Trained, partition: int) -> range:
     """The ranks that have a part of a parameter."""
     return range(one.start // partition, (one.start + one.numel - 1) // partition + 1)
+
+
+def load(resting: Resting, whole: Mapping[str, int], temporary: Temporary) -> Iterator[LoadStep]:
+    """The model comes onto the card as it is (``module.to(device)``), and each of its groups is laid out
+    flat; what it lay in goes. A partition is copied in its own dtype before it is widened; gradients of all
+    are made once (``initialize_optimizer_states``)."""
+    frozen: dict[str, list[int]] = {}
+    groups: list[tuple[int, int, int]] = []
+    for at, (number, name, _) in enumerate(resting):
+        if name == FLAT:
+            groups.append((number, *resting[at + 1][::2]))
+        elif name != MASTER:
+            frozen.setdefault(name, []).append(number)
+    came: dict[str, int] = {}
+    for name in sorted(whole, key=place):
+        if name in frozen:
+            yield from (("alloc", number) for number in frozen[name])
+        elif name not in (FLAT, MASTER):
+            take, came[name] = temporary(whole[name])
+            yield take
+    for last, (flat, master, widened) in enumerate(groups):
+        yield "empty_cache", 0
+        yield "alloc", flat
+        for name in [name for name in came if last or _decays(name)]:
+            yield "drop", came.pop(name)
+        take, copied = temporary(widened // 2)
+        yield take
+        yield "alloc", master
+        yield "drop", copied
+    made = [temporary(widened) for *_, widened in groups]
+    yield from (take for take, _ in made)
+    yield from (("drop", number) for _, number in made)
+
+
+def _decays(name: str) -> bool:
+    return "norm" not in name and not name.endswith(".bias")

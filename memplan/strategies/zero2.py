@@ -5,6 +5,6 @@ from __future__ import annotations
 from functools import partial
 
 from memplan.strategies import Strategy
-from memplan.strategies._zero12 import Zero12
+from memplan.strategies._zero12 import Zero12, load
 
-STRATEGY = Strategy(partial(Zero12, gradients=True), folds=False)
+STRATEGY = Strategy(partial(Zero12, gradients=True), load=load, folds=False)

@@ -6,7 +6,7 @@ is played.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from typing import Any
 
@@ -31,20 +31,23 @@ from memplan.shadow.tensor import (
     stream,
     view_strides,
 )
-from memplan.strategies import Part, Strategy
+from memplan.strategies import Part, Resting, Strategy
 from memplan.strategies._fetching import AVAILABLE, PARTITIONED, Coordinator, Module, Parameter
 from memplan.strategies._zero import (
     REDUCING,
     Zero,
     combine_grad_norm_groups,
     is_invalid_grad_norm,
+    place,
     scalar,
     unscale,
     vector_norm,
 )
 from memplan.tape import Category, Phase
 from memplan.tape import Part as TapePart
+from memplan.weights import LoadStep, Temporary
 
+_FLAT, _MASTER, _GRADIENTS = "lp_param_buffer", "fp32_partitioned_groups_flat", "gradients"
 _SUB_GROUP = 1_000_000_000  # elements: sub_group_size
 
 
@@ -102,8 +105,8 @@ class Zero3(Zero):
 
     def optimized(self, groups: list[Group]) -> list[Group]:
         """``_create_fp16_partitions_with_defragmentation``, ``_setup_for_real_optimizer``."""
-        state.tape.begin(Phase.SETUP, "partitions", part=TapePart.RESTING)
-        state.tape.module = "zero3"
+        tape = state.tape
+        tape.begin(Phase.SETUP, "partitions", part=TapePart.LOADED)
         for group in self.grouped():
             sub: list[Parameter] = []
             for trained in group:
@@ -112,14 +115,18 @@ class Zero3(Zero):
                     self.sub_groups.append(sub)
                     sub = []
         sizes = [sum(one.partition for one in sub) for sub in self.sub_groups]
+        tape.module = _FLAT
         with category(self.kind):
-            self.flat.append(empty((sum(sizes),), self.trained[0].tensor.dtype, "lp_param_buffer"))
+            self.flat.append(empty((sum(sizes),), self.trained[0].tensor.dtype, "parameter"))
         for size in sizes:
-            self.master(size, "fp32_partitioned_groups_flat")
+            self.master(size, _MASTER)
+        tape.module = _GRADIENTS
         with category(Category.COMMUNICATION):
             self.bucket = empty((self.hidden * self.hidden,), self.dtype, "ipg_bucket")
         with category(Category.GRADIENTS):
             self.flat.append(empty((sum(sizes),), self.dtype, "grad_partitions_flat_buffer"))
+        tape.begin(Phase.SETUP, "norm", part=TapePart.RESTING)
+        tape.module = "zero3"
         self.flat.append(scalar(bool_, "inf_or_nan_tracker"))
         self.keep_norm(None, None)
         return [Group(None, 1, [master]) for master in self.masters]
@@ -460,4 +467,52 @@ def _folded(x: Tensor) -> Tensor:
     return clone(x)
 
 
-STRATEGY = Strategy(Zero3, folds=False)
+# -- loading -----------------------------------------------------------------------------------------------
+
+
+def _load(resting: Resting, whole: Mapping[str, int], temporary: Temporary) -> Iterator[LoadStep]:
+    """Each parameter is made whole and divided (``zero.Init``), gathered once to be filled, once more when
+    its hooks are made; between, partitions of trained ones are laid together on the host (``defragment``)."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    for number, name, nbytes in resting:
+        found.setdefault(name, []).append((number, nbytes))
+    own = (_FLAT, _MASTER, _GRADIENTS)
+    names = sorted((name for name in whole if name not in own), key=place)
+    trained = [name for name in names if name not in found]
+    (flat, flat_nbytes), *_ = found[_FLAT]
+    share = flat_nbytes / max(sum(whole[name] for name in trained), 1)
+    partitions = []
+    for name in names:
+        take, made = temporary(whole[name])
+        yield take
+        if name in found:
+            yield from (("alloc", number) for number, _ in found[name])
+        else:
+            take, number = temporary(int(whole[name] * share))
+            yield take
+            partitions.append(number)
+        yield "drop", made
+    yield from _gathered(names, whole, temporary)
+    yield from (("drop", number) for number in partitions)
+    yield "empty_cache", 0
+    yield "alloc", flat
+    for number, nbytes in found[_MASTER]:
+        take, converted = temporary(nbytes)
+        yield take
+        yield "alloc", number
+        yield "drop", converted
+    take, buffer = temporary(max(nbytes for _, nbytes in found[_MASTER]))
+    yield take
+    yield "drop", buffer
+    yield from (("alloc", number) for number, _ in found[_GRADIENTS])
+    yield from _gathered(trained, whole, temporary)
+
+
+def _gathered(names: list[str], whole: Mapping[str, int], temporary: Temporary) -> Iterator[LoadStep]:
+    for name in names:
+        take, number = temporary(whole[name])
+        yield take
+        yield "drop", number
+
+
+STRATEGY = Strategy(Zero3, load=_load, folds=False)
