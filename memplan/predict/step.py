@@ -271,7 +271,7 @@ def _play(
         del unscaled
         loss = (lost or loss).detach()
         lost = None
-        if loop is not None:
+        if loop is not None and not (spread is not None and spread.inside and spread.last):
             loop.backward(loss)
     if spread is None or not spread.update(recipe, states, loop):
         if recipe.max_grad_norm or looped:
@@ -281,6 +281,8 @@ def _play(
         if loop is not None:
             loop.updated()
         update.zero_grad(model.trainable)
+    if loop is not None and spread is not None and spread.inside:
+        loop.backward(loss)
     tape.begin(Phase.OPTIMIZER, "end")
     del loss
     tape.finish()  # what dies with these names is no part of the step

@@ -18,7 +18,8 @@ class Spread:
     the last one of its step; ``looped``: whether a Trainer's loop is around it.
 
     ``divides``: whether the loss is divided by the number of passes; ``rehearses``: whether a pass is played
-    before the step, and forgotten; ``linear``: what is in the place of ``F.linear``.
+    before the step, and forgotten; ``inside``: whether the optimizer's step is a part of the last backward
+    pass to the loop; ``linear``: what is in the place of ``F.linear``.
     """
 
     autocast = True
@@ -26,6 +27,7 @@ class Spread:
     looped = False
     divides = True
     rehearses = False
+    inside = False
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
 
     def __init__(self, world: int) -> None:

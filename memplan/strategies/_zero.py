@@ -57,6 +57,7 @@ class Zero(Spread):
 
     autocast = False
     divides = False
+    inside = True  # accelerate, utils/deepspeed.py, DeepSpeedEngineWrapper.backward
 
     def __init__(self, recipe: Recipe, rank: int = 0) -> None:
         super().__init__(recipe.gpus)
