@@ -150,7 +150,7 @@ def _pack(frame: Frame, tensor: Tensor) -> Any:
     holder_ = frame.holders[frame.packed]
     frame.holders[frame.packed] = None
     frame.packed += 1
-    alias = tensor.detach()
+    alias = tensor.detach() if tensor.requires_grad else tensor  # _recomputation_hook, pack_hook
     keep(alias)
     if holder_ is not None:
         holder_.tensor = alias

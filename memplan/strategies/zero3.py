@@ -58,7 +58,7 @@ class Zero3(Zero):
 
     def __init__(self, recipe: Recipe, rank: int = 0) -> None:
         super().__init__(recipe, rank)
-        self.adapted = recipe.mode is not Mode.FULL
+        self.adapted, self.trainer = recipe.mode is not Mode.FULL, recipe.trainer
         self.coordinator = Coordinator(self.world)
         self.parameters: list[Parameter] = []
         self.of_tensor: dict[int, Parameter] = {}
@@ -82,8 +82,10 @@ class Zero3(Zero):
 
     def parameter(self, shape: Shape, dtype: DType, kind: Category, trainable: bool) -> Tensor:
         """What rests of it is here where it is frozen, else in a flat buffer."""
-        # zero.Init makes the model in its dtype; what is added later keeps its own
-        tensor = Tensor(shape, dtype if kind is Category.ADAPTERS else self.computed(dtype), None)
+        # zero.Init makes the model in its dtype, and what is added later keeps its own, which TRL asks not to
+        # be another (trl 1.16, trainer/sft_trainer.py, autocast_adapter_dtype)
+        keeps = kind is Category.ADAPTERS and self.trainer != "trl"
+        tensor = Tensor(shape, dtype if keeps else self.computed(dtype), None)
         numel = prod(shape)
         partition = -(-numel // self.world)
         if not self.parameters:
