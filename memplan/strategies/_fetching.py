@@ -4,7 +4,7 @@ partition_parameters.py)."""
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
 from memplan.shadow.tensor import DType, Tensor, category, empty, state, stream
@@ -34,9 +34,11 @@ class Parameter:
 
 @dataclass(slots=True, eq=False)
 class Module:
-    """A module that is called, and its own parameters."""
+    """A module that is called, and its own parameters; of a ``leaf`` those of all modules in it."""
 
+    key: tuple[int | None, str]  # its layer and name
     parameters: list[Parameter]
+    leaf: bool = False
     grads_remaining: int = 0
     pre_backward: int = 0  # applied_pre_backward_ref_cnt
     recompute: list[Parameter] = field(default_factory=list)
@@ -75,10 +77,11 @@ class Coalesced:
 
 
 class Coordinator:
-    """``PartitionedParameterCoordinator``. ``prefetch``: stage3_prefetch_bucket_size."""
+    """``PartitionedParameterCoordinator``. ``prefetch``: stage3_prefetch_bucket_size; ``nested``: all
+    parameters in a module."""
 
-    def __init__(self, world: int) -> None:
-        self.world = world
+    def __init__(self, world: int, nested: Callable[[Module], Collection[Parameter]]) -> None:
+        self.world, self.nested = world, nested
         self.prefetch = 0
         self.in_flight: dict[Parameter, One | Coalesced] = {}
         self.order: list[Module] = []
@@ -100,8 +103,9 @@ class Coordinator:
             self.before.append(total)
             for parameter in sorted(module.parameters, key=lambda one: one.ds_id):
                 self.traced.append((parameter, step))
-                self.uses.setdefault(parameter, []).append(step)
-                total += parameter.numel
+                if not module.leaf:
+                    self.uses.setdefault(parameter, []).append(step)
+                    total += parameter.numel
 
     def reset_step(self) -> None:
         """A pass through the model begins."""
@@ -194,7 +198,7 @@ class Coordinator:
 
     def release(self, module: Module, *, forward: bool) -> None:
         """``release_sub_module``."""
-        wanted = [one for one in module.parameters if not self.complete or self.goes(one)]
+        wanted = [one for one in module.parameters if not self.complete or self.goes(one, module.leaf)]
         every: Iterable[Parameter] = module.parameters
         if not forward:
             wanted += [one for one in module.recompute if not one.persists]
@@ -206,10 +210,21 @@ class Coordinator:
             if one in wanted:
                 self.release_parameter(one)
 
-    def goes(self, one: Parameter) -> bool:
-        """``__params_to_release``: not if it is needed again soon."""
+    def goes(self, one: Parameter, leaf: bool) -> bool:
+        """``__params_to_release``: not if it is needed again soon. What is between counts by modules' own
+        parameters, or by all in them where it is a leaf that is released."""
         if one.persists or one.fetched_for > self.step:
             return False
+        if leaf:
+            passed = 0
+            for module in self.order[self.step :]:
+                if passed >= _REUSE:
+                    break
+                inside = self.nested(module)
+                if one in inside:
+                    return False
+                passed += sum(other.numel for other in inside)
+            return True
         here = self.before[self.step] if self.step < len(self.before) else 0
         again = next((step for step in self.uses.get(one, ()) if step >= self.step), None)
         return again is None or self.before[again] - here >= _REUSE

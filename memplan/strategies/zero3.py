@@ -51,6 +51,9 @@ _FLAT, _MASTER, _GRADIENTS = "lp_param_buffer", "fp32_partitioned_groups_flat", 
 _SUB_GROUP = 1_000_000_000  # elements: sub_group_size
 
 
+Names = dict[tuple[int | None, str], list[Parameter]]  # by layer and name
+
+
 class Zero3(Zero):
     """A step on one rank."""
 
@@ -59,10 +62,14 @@ class Zero3(Zero):
     def __init__(self, recipe: Recipe, rank: int = 0) -> None:
         super().__init__(recipe, rank)
         self.adapted, self.trainer = recipe.mode is not Mode.FULL, recipe.trainer
-        self.coordinator = Coordinator(self.world)
+        of_name: Names = {}
+        self.of_name = of_name
+        self.coordinator = Coordinator(self.world, lambda module: _nested(module, of_name))
         self.parameters: list[Parameter] = []
         self.of_tensor: dict[int, Parameter] = {}
-        self.of_name: dict[tuple[int | None, str], list[Parameter]] = {}
+        self.in_leaves: set[int] = (
+            set()
+        )  # of a module whose parameters are gathered together (z3_leaf_module)
         self.modules: dict[tuple[int | None, str], Module] = {}
         self.layer: int | None = None
         self.hidden = 0
@@ -102,6 +109,8 @@ class Zero3(Zero):
         one = Parameter(tensor, numel, partition, ds_id, kept, persists=numel <= 10 * self.hidden)
         self.parameters.append(one)
         self.of_tensor[id(tensor)] = one
+        if state.tape.module.startswith(("mlp.experts.", "mlp.gate.")):
+            self.in_leaves.add(id(tensor))
         self.of_name.setdefault((self.layer, state.tape.module), []).append(one)
         return tensor
 
@@ -171,7 +180,10 @@ class Zero3(Zero):
         key = self.layer, name
         found = self.modules.get(key)
         if found is None:
-            found = self.modules[key] = Module(self.of_name.get(key, []))
+            experts = (f"mlp.experts.{name}" for name in ("gate_up_proj", "down_proj"))
+            own = [key, *((self.layer, part) for part in (*experts, "mlp.gate.weight") if name == "mlp")]
+            parameters = [one for part in own for one in self.of_name.get(part, ())]
+            found = self.modules[key] = Module(key, parameters, name == "mlp" and bool(parameters))
         return found
 
     def module(self, name: str, run: Callable[..., Any], x: Tensor | None, *rest: Any) -> Any:
@@ -241,6 +253,10 @@ class Zero3(Zero):
         one: Module = node.context
         one.grads_remaining -= 1
         if not one.grads_remaining:
+            if one.leaf:  # reduce_leaf_module_grads
+                for parameter in one.parameters:
+                    if isinstance(parameter.tensor.node, AccumulateGrad):
+                        self.add(parameter)
             self.coordinator.release(one, forward=False)
         return (grad,)
 
@@ -304,9 +320,16 @@ class Zero3(Zero):
         del scaled
 
     def accumulated(self, node: AccumulateGrad) -> None:
-        """``reduce_independent_p_g_buckets_and_remove_grads``."""
+        """Gradients of experts wait for their module's backward to end."""
         one = self.of_tensor[id(self.by_node[node].tensor)]
+        if id(one.tensor) not in self.in_leaves:
+            self.add(one)
+
+    def add(self, one: Parameter) -> None:
+        """``reduce_independent_p_g_buckets_and_remove_grads``."""
+        node = one.tensor.node
         assert self.bucket is not None
+        assert isinstance(node, AccumulateGrad)
         size = self.bucket.shape[0]
         if self.elements and self.elements + one.numel > size:
             self.reduce()
@@ -406,6 +429,20 @@ class Zero3(Zero):
             grad_norms.pop()
         del norm_is_inf, norm_is_nan, inf_or_nan, err
         return masked
+
+
+def _nested(module: Module, of_name: Names) -> list[Parameter]:
+    """All parameters in a module, by its name."""
+    layer, name = module.key
+    name = name.removesuffix(".adapter")
+    if layer is None and name in ("", "base_model", "base_model.model", "model"):
+        return [one for key, own in of_name.items() if key[1] != "lm_head" or name != "model" for one in own]
+    return [
+        one
+        for (of_layer, of), own in of_name.items()
+        if of_layer == layer and (not name or of == name or of.startswith(name + "."))
+        for one in own
+    ]
 
 
 class Leaf:
