@@ -37,6 +37,12 @@ def _rotate(q: Tensor, k: Tensor, context: Context) -> tuple[Tensor, Tensor]:
 
 
 def _attention(m: Leaves, x: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
+    if state.spread is not None:  # all arguments are given by name
+        return state.spread.module("self_attn", _attend, None, m, x, context)  # type: ignore[no-any-return]
+    return _attend(None, m, x, context)
+
+
+def _attend(_: None, m: Leaves, x: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
     """One projection, kept alive by its name until the end."""
     spec = context.spec
     qkv = m["self_attn.qkv_proj"](x)
@@ -56,21 +62,34 @@ def _attention(m: Leaves, x: Tensor, context: Context) -> tuple[Tensor, Tensor |
 
 
 def _mlp(m: Leaves, x: Tensor, context: Context) -> Tensor:
+    if state.spread is not None:
+        return state.spread.module("mlp", _gated, x, m, context)  # type: ignore[no-any-return]
+    return _gated(x, m, context)
+
+
+def _gated(x: Tensor, m: Leaves, context: Context) -> Tensor:
     up_states = m["mlp.gate_up_proj"](x)
     gate, up_states = ops.chunk_last(up_states)
     up_states = ops.mul(up_states, act(context.spec, gate))
     return m["mlp.down_proj"](up_states)  # type: ignore[no-any-return]
 
 
+def _dropout(name: str, hidden: Tensor, context: Context) -> Tensor:
+    p = context.spec.resid_dropout
+    if state.spread is not None:
+        return state.spread.module(name, ops.dropout, hidden, p)  # type: ignore[no-any-return]
+    return ops.dropout(hidden, p)
+
+
 def _layer(m: Leaves, hidden: Tensor, context: Context) -> Tensor:
     before = hidden
     hidden = m["input_layernorm"](hidden)
     hidden, _weights = _attention(m, hidden, context)
-    hidden = residual(before, ops.dropout(hidden, context.spec.resid_dropout))
+    hidden = residual(before, _dropout("resid_attn_dropout", hidden, context))
     before = hidden
     hidden = m["post_attention_layernorm"](hidden)
     hidden = _mlp(m, hidden, context)
-    hidden = residual(before, ops.dropout(hidden, context.spec.resid_dropout))
+    hidden = residual(before, _dropout("resid_mlp_dropout", hidden, context))
     return hidden
 
 
