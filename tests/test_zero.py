@@ -18,12 +18,14 @@ from memplan import Recipe, strategies
 from memplan.cuda.card import Card
 from memplan.cuda.reduction import whole_scratch
 from memplan.importers.hf import spec_from_config
+from memplan.importers.resolve import resolve_config
 from memplan.planning import predicted
 from memplan.predict.parameters import resolve_recipe
 from memplan.predict.step import write_tape
 from memplan.strategies import Strategy
 from memplan.strategies._zero12 import Zero12
 from memplan.tape import Category, Phase, Tape, replay
+from memplan.verify.job import cut
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 2048,
@@ -79,6 +81,61 @@ def test_tensors_are_those_of_deepspeed(
     config: dict[str, Any], changed: dict[str, Any], emulated: int
 ) -> None:
     assert replay(played(config, **changed)).allocated_bytes == emulated
+
+
+FAMILIES = [
+    ("phi-3.5-mini", 3, {"parallel": "zero3"}, 3_059_911_680),
+    ("gemma-2-2b", 3, {"parallel": "zero3"}, 10_755_848_192),
+    ("gemma-3-1b", 3, {"parallel": "zero3"}, 8_036_344_832),
+    # benchmarks/plain's scripts instead, launched as benchmarks/ranks/run.py launches them
+    ("qwen2.5-1.5b", 3, {"parallel": "zero3", "gpus": 3, **PLAIN}, 7_158_775_296),
+    (
+        "qwen2.5-1.5b", 3,
+        {"parallel": "zero2", "gpus": 3, "seq_len": 777, **PLAIN, **LORA, "r": 8},
+        3_023_544_832,
+    ),
+    ("qwen3-4b", 2, {"parallel": "zero3", "seq_len": 777}, 3_834_384_896),
+    (
+        "qwen3-4b", 2,
+        {"parallel": "zero2", "gpus": 3, "seq_len": 777, "gradient_accumulation_steps": 2, **PLAIN},
+        8_673_668_096,
+    ),
+    (
+        "qwen3-30b-a3b", 2,
+        {"parallel": "zero2", "seq_len": 1024, "gradient_accumulation_steps": 2},
+        10_645_353_472,
+    ),
+    ("qwen3-30b-a3b", 2, {"parallel": "zero3", "seq_len": 777}, 7_824_247_296),
+    (
+        "llama-3.2-1b", 3,
+        {"parallel": "zero2", "mode": "qlora", "r": 8, "seq_len": 1024, "gradient_accumulation_steps": 2},
+        2_811_079_680,
+    ),
+    ("llama-3.2-1b", 3, {"trainer": "trl", "parallel": "zero3", "gpus": 3, "seq_len": 1024}, 4_975_069_184),
+    ("llama-3.1-8b", 2, {"trainer": "trl", "parallel": "zero3", "gpus": 3, "seq_len": 1024}, 14_249_662_464),
+    (
+        "llama-3.1-8b", 2,
+        {"trainer": "trl", "parallel": "zero2", "gpus": 3, **LORA, "r": 8, "dtype": "bfloat16"},
+        5_545_562_624,
+    ),
+    (
+        "qwen3-4b", 2,
+        {
+            "trainer": "trl", "parallel": "zero3", "gpus": 3, "seq_len": 1024, **LORA, "r": 8,
+            "dtype": "bfloat16",
+        },
+        1_812_614_656,
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "layers", "changed", "emulated"), FAMILIES)
+def test_families_and_trainers(model: str, layers: int, changed: dict[str, Any], emulated: int) -> None:
+    found = resolve_config(model)
+    spec = spec_from_config(cut(found.config, layers, model), found.name, found.hub_id)
+    recipe = Recipe(**({**BASE, **changed} if "trainer" not in changed else {"mode": "full", **changed}))
+    tape = write_tape(spec, resolve_recipe(spec, recipe), looped=True)
+    assert replay(tape).allocated_bytes == emulated
 
 
 @pytest.mark.parametrize(
