@@ -24,6 +24,7 @@ from memplan.predict.parameters import resolve_recipe
 from memplan.predict.step import write_tape
 from memplan.strategies import Strategy
 from memplan.strategies._zero12 import Zero12
+from memplan.strategies.zero3 import Zero3
 from memplan.tape import Category, Phase, Tape, replay
 from memplan.verify.job import cut
 
@@ -165,6 +166,12 @@ LLAMA_8B = {
     "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                      "original_max_position_embeddings": 8192},
 }  # fmt: skip
+
+
+def test_other_sizes_than_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    zero = partial(Zero3, bucket=5_000_000, prefetch=20_000_000, persistence=100_000)
+    monkeypatch.setattr(strategies, "of", lambda _: Strategy(zero, folds=False))
+    assert replay(played(LLAMA, parallel="zero3", **LORA)).allocated_bytes == 1_588_088_832
 
 
 @pytest.mark.parametrize(

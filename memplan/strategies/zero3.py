@@ -55,12 +55,23 @@ Names = dict[tuple[int | None, str], list[Parameter]]  # by layer and name
 
 
 class Zero3(Zero):
-    """A step on one rank."""
+    """A step on one rank. Elements: ``bucket``: reduce_bucket_size; ``prefetch``:
+    stage3_prefetch_bucket_size; ``persistence``: stage3_param_persistence_threshold. None is "auto":
+    transformers/integrations/deepspeed.py, ``trainer_config_finalize``, takes them from the model's width."""
 
     rehearses = True
 
-    def __init__(self, recipe: Recipe, rank: int = 0) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        rank: int = 0,
+        *,
+        bucket: int | None = None,
+        prefetch: int | None = None,
+        persistence: int | None = None,
+    ) -> None:
         super().__init__(recipe, rank)
+        self.size, self.prefetch, self.persistence = bucket, prefetch, persistence
         self.adapted, self.trainer = recipe.mode is not Mode.FULL, recipe.trainer
         of_name: Names = {}
         self.of_name = of_name
@@ -72,7 +83,6 @@ class Zero3(Zero):
         )  # of a module whose parameters are gathered together (z3_leaf_module)
         self.modules: dict[tuple[int | None, str], Module] = {}
         self.layer: int | None = None
-        self.hidden = 0
         self.in_backward = self.running = False
         self.sub_groups: list[list[Parameter]] = []
         self.flat: list[Tensor] = []
@@ -95,9 +105,12 @@ class Zero3(Zero):
         tensor = Tensor(shape, dtype if keeps else self.computed(dtype), None)
         numel = prod(shape)
         partition = -(-numel // self.world)
-        if not self.parameters:
-            self.hidden = shape[-1]
-            self.coordinator.prefetch = int(0.9 * self.hidden * self.hidden)
+        if not self.parameters:  # the embedding
+            width = shape[-1]
+            self.size = self.size or width * width
+            self.coordinator.prefetch = int(0.9 * width * width) if self.prefetch is None else self.prefetch
+            self.persistence = 10 * width if self.persistence is None else self.persistence
+        assert self.persistence is not None
         kept = None
         if trainable:
             self.remember(tensor)
@@ -106,7 +119,7 @@ class Zero3(Zero):
             with category(kind):
                 kept = empty((partition,), tensor.dtype, "ds_tensor")
         ds_id = (kind is Category.ADAPTERS, len(self.parameters))
-        one = Parameter(tensor, numel, partition, ds_id, kept, persists=numel <= 10 * self.hidden)
+        one = Parameter(tensor, numel, partition, ds_id, kept, persists=numel <= self.persistence)
         self.parameters.append(one)
         self.of_tensor[id(tensor)] = one
         if state.tape.module.startswith(("mlp.experts.", "mlp.gate.")):
@@ -133,7 +146,7 @@ class Zero3(Zero):
             self.master(size, _MASTER)
         tape.module = _GRADIENTS
         with category(Category.COMMUNICATION):
-            self.bucket = empty((self.hidden * self.hidden,), self.dtype, "ipg_bucket")
+            self.bucket = empty((self.size or 0,), self.dtype, "ipg_bucket")
         with category(Category.GRADIENTS):
             self.flat.append(empty((sum(sizes),), self.dtype, "grad_partitions_flat_buffer"))
         tape.begin(Phase.SETUP, "norm", part=TapePart.RESTING)
