@@ -112,7 +112,8 @@ class Fsdp2(Spread):
         mixed = recipe.autocast
         narrow = DTYPES[recipe.dtype.value] if recipe.dtype is DTypeName.FLOAT16 else bfloat16
         wide = DTYPES[recipe.shard_dtype.value] if recipe.shard_dtype else float32
-        self.trained = wide if mixed else None
+        # accelerate upcasts what is trained, of a model without 4-bit weights
+        self.trained = wide if mixed and recipe.mode is not Mode.QLORA else None
         self.computing = narrow if mixed else None
         self.reducing = DTYPES[recipe.reduce_dtype.value] if recipe.reduce_dtype else self.computing
         self.adapted = recipe.mode is not Mode.FULL  # accelerate finds no norm in PEFT's model
@@ -416,8 +417,11 @@ class _Head:
         whole: Tensor = self._head.weight
         if self._spread.tail.whole:
             return whole
+        spread = self._spread
+        parts = spread.by_whole[id(whole)]
         with category(Category.COMMUNICATION):
-            return empty(whole.shape, self._spread.updated(whole).dtype, "full_tensor")
+            gathered = empty((spread.world * parts.rows, *whole.shape[1:]), parts.shard.dtype, "full_tensor")
+        return Tensor(whole.shape, gathered.dtype, gathered.storage)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         return self._spread.run_head(self._head, hidden)
