@@ -37,7 +37,7 @@ from memplan.shadow.tensor import (
     stream,
     uint8,
 )
-from memplan.strategies import EMBEDDING, NORM, Forward, Part, Resting, Strategy
+from memplan.strategies import EMBEDDING, NORM, Forward, Lying, Part, Resting, Strategy
 from memplan.tape import Category
 from memplan.weights import LoadStep, Temporary
 
@@ -433,7 +433,9 @@ def _tensors(loss: Any, logits: Tensor | None) -> list[Tensor]:
     return returned if logits is None else [*returned, logits]
 
 
-def _load(resting: Resting, whole: Mapping[str, int], temporary: Temporary) -> Iterator[LoadStep]:
+def _load(
+    resting: Resting, whole: Mapping[str, int], temporary: Temporary, lying: Lying
+) -> Iterator[LoadStep]:
     """``fully_shard`` of one unit after the other: all of its parameters come onto the card, a part of each
     is copied, and they go. accelerate's names for the weights of embedding and output layer hold those to the
     end of its preparation."""
@@ -444,11 +446,13 @@ def _load(resting: Resting, whole: Mapping[str, int], temporary: Temporary) -> I
     for unit in sorted(units, key=lambda unit: (not unit.startswith("model.layers."), "norm" not in unit)):
         came: list[int] = []
         for _, name in units[unit]:
+            there = held if unit in ("model.embed_tokens", "lm_head") else came
+            there += lying.get(name, ())
             nbytes = whole.get(name)
             if nbytes is not None:
                 take, number = temporary(nbytes)
                 yield take
-                (held if unit in ("model.embed_tokens", "lm_head") else came).append(number)
+                there.append(number)
         for number, _ in units[unit]:
             yield "alloc", number
         for number in came:
