@@ -1,13 +1,16 @@
-"""What a Trainer's loop keeps on the card beside the step: named, as long as it is there, and nowhere else."""
+"""What a Trainer's loop keeps on the card beside the step: by name, while it is there, and nowhere else."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Outcome
 from small_specs import SPECS, config
 
 from memplan import Recipe, plan
@@ -17,11 +20,14 @@ from memplan.planning import predicted
 from memplan.predict.parameters import resolve_recipe
 from memplan.predict.step import write_long_tape, write_tape
 from memplan.tape import Phase, Tape, replay
+from memplan.tape.file import save
 from memplan.tape.writer import sound
 
 DATA = Path(__file__).parent.parent / "data"
 ROWS = {row["name"]: row for row in json.loads((DATA / "plain.json").read_text(encoding="utf-8"))["rows"]}
 SPEC = SPECS["llama"](2)
+
+Run = Callable[..., Outcome]
 
 
 def recipe(**options: Any) -> Recipe:
@@ -202,3 +208,17 @@ def test_a_trace_keeps_the_same(options: dict[str, Any], tmp_path: Path) -> None
     assert found.equal, found.changes
     assert not found.peak_only_a
     assert answer.peak.tensor_bytes == plan(path, asked, gpus=[]).peak.tensor_bytes
+
+
+@pytest.mark.parametrize(
+    ("provenance", "looped"), [("measured", False), ("measured", True), ("emulated", True)]
+)
+def test_a_diff_shows_no_loop_where_there_is_none(
+    provenance: str, looped: bool, memplan: Run, tmp_path: Path
+) -> None:
+    model, other = tmp_path / "config.json", tmp_path / "other.json"
+    model.write_text(json.dumps(config("llama", 2)), encoding="utf-8")
+    found = write_tape(SPEC, recipe(), looped=looped, folded=False)
+    save(replace(found, provenance=provenance), other)
+    options = ("--trainer", "peft", "--mode", "lora", "--seq-len", "64")
+    assert memplan("diff", f"plan:{model}", str(other), *options).status == 0
