@@ -51,15 +51,22 @@ def evaluation(
     return write_evaluation(spec, recipe, batch_size, card=card, folded=folded)
 
 
-def run(spec: ModelSpec, recipe: Recipe, card: Card | None = None, lengths: Lengths | None = None) -> Run:
+def run(
+    spec: ModelSpec,
+    recipe: Recipe,
+    card: Card | None = None,
+    lengths: Lengths | None = None,
+    *,
+    looped: bool = True,
+) -> Run:
     """The whole run of a resolved recipe, for the allocator: loading, and a step with every layer played;
-    with ``lengths``, all steps that these make."""
+    with ``lengths``, all steps that these make. ``looped=False``: without a Trainer's loop around them."""
     from memplan.asked.alloc_conf import parse_settings
     from memplan.predict.loading import loading
     from memplan.predict.step import write_long_tape
 
     played = [None] if lengths is None else steps(recipe, lengths)
-    written = cache(lambda step: write_long_tape(spec, recipe, card=card, lengths=step, looped=True))
+    written = cache(lambda step: write_long_tape(spec, recipe, card=card, lengths=step, looped=looped))
     tape = written(played[0])
     run = Run(tape, partial(loading, spec, recipe, tape), parse_settings(recipe.alloc_conf), card)
     return run if lengths is None else Varied(run, lambda: map(written, played[1:]))
