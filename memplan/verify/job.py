@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -205,7 +206,8 @@ def predicted_tape(measured: Measurement) -> Tape:
 
     spec = spec_of(measured.model)
     recipe = resolve_recipe(spec, measured.recipe)  # a file may say what does not suit its model
-    return write_tape(spec, recipe, card=card_of(measured.device), folded=False)
+    card = replace(card_of(measured.device), cudnn_attention=measured.run.cudnn_attention)
+    return write_tape(spec, recipe, card=card, folded=False)
 
 
 def card_of(device: Device) -> Card:
