@@ -67,9 +67,26 @@ def start(torch: Any, *, skewed: bool = False) -> None:
 def values(torch: Any, tensor: Any) -> Any:
     """A tensor's values, to be read and written on the host; None if they are imagined."""
     is_real, twin, _ = _memory(torch)
+    tensor = _own(tensor)
     if not tensor.is_cuda:
         return tensor
     return twin(tensor) if is_real(tensor) else None
+
+
+def _own(tensor: Any) -> Any:
+    """Itself, or what has its memory: of what is sharded (DTensor) this rank's part, of what a collective is
+    bringing its result."""
+    while _is_made_of_others(tensor):
+        part = getattr(tensor, "_local_tensor", getattr(tensor, "elem", None))
+        if part is None:
+            break
+        tensor = part
+    return tensor
+
+
+def _is_made_of_others(tensor: Any) -> bool:
+    """Whether it wraps tensors, and has no memory of its own."""
+    return hasattr(type(tensor), "__tensor_flatten__")
 
 
 def _memory(torch: Any) -> tuple[Callable[[Any], bool], Callable[[Any], Any], Callable[[Any], Any]]:
@@ -79,11 +96,13 @@ def _memory(torch: Any) -> tuple[Callable[[Any], bool], Callable[[Any], Any], Ca
     tensor_of = torch.Tensor
 
     def is_real(tensor: Any) -> bool:
+        tensor = _own(tensor)
         if tensor.dtype not in whole or tensor.layout is not torch.strided:
             return False
         return bool(tensor.numel() <= (_BYTES if tensor.dtype in (torch.uint8, torch.int8) else _MOST))
 
     def twin(tensor: Any) -> Any:
+        tensor = _own(tensor)
         if not tensor.is_cuda or tensor.layout is not torch.strided:
             return tensor
         if tensor.is_floating_point() or tensor.is_complex():  # as many zeros
@@ -122,7 +141,7 @@ def _mode(torch: Any, skewed: bool) -> Any:
 
     def tensors(value: Any) -> Iterable[Any]:
         if isinstance(value, tensor_of):
-            yield value
+            yield _own(value)
         elif isinstance(value, (list, tuple)):
             for one in value:
                 yield from tensors(one)
@@ -156,7 +175,9 @@ def _mode(torch: Any, skewed: bool) -> Any:
                 if name in ("to", "cuda") and isinstance(made, tensor_of) and made.is_cuda and is_real(made):
                     twin(made).copy_(args[0])  # as large as it may be
                 return made
-            if any(wrapped(one) or one.layout is not torch.strided for one in given):
+            if any(
+                wrapped(one) or _is_made_of_others(one) or one.layout is not torch.strided for one in given
+            ):
                 return func(*args, **kwargs)  # vmap's, sparse ones: no memory of their own to be read
             if name in _READ:
                 return call(func, args, kwargs)
@@ -185,7 +206,7 @@ def _mode(torch: Any, skewed: bool) -> Any:
             return
         if name == "__setitem__" and not is_real(args[0]):
             return  # floats, at places that whole numbers say
-        inside = "out" in kwargs or made is None or any(made is one for one in given)
+        inside = "out" in kwargs or made is None or any(_own(made) is one for one in given)
         places = [one for one in given if one.is_cuda and is_real(one)] if inside else results
         if not any(one.is_cuda and is_real(one) for one in places):
             return

@@ -33,6 +33,11 @@ _PARTS = {  # and of that, the part which is this rank's
     "reduce_scatter_single": ("output", "input"),
 }
 _IN_PLACE = {"all_reduce": "tensor", "reduce": "tensor", "all_reduce_coalesced": "tensors"}
+# Those of _functional_collectives, whose results are new tensors.
+_FUNCTIONAL = (
+    "all_reduce", "broadcast", "all_gather_tensor", "all_gather_single", "reduce_scatter_tensor",
+    "reduce_scatter_single",
+)  # fmt: skip
 # Since PyTorch 2.13 these call newer ones.
 _OLDER = {"all_gather_into_tensor": "all_gather_single", "reduce_scatter_tensor": "reduce_scatter_single"}
 
@@ -74,6 +79,11 @@ def prepare(torch: Any) -> None:
     for name in (*_ALL, *_PARTS, *_IN_PLACE):
         if hasattr(c10d, name) and not hasattr(c10d, _OLDER.get(name, "")):
             put(name, _repeating(torch, name, getattr(c10d, name)))
+    import torch.distributed._functional_collectives as functional
+
+    for name in _FUNCTIONAL:
+        if hasattr(functional, name):
+            setattr(functional, name, _repeating_anew(torch, functional, getattr(functional, name)))
 
 
 def _told() -> dict[str, Any]:
@@ -224,6 +234,37 @@ def _repeating(torch: Any, name: str, function: Any) -> Any:
         for place, sent in pairs:
             _put(torch, values(torch, place), values(torch, sent), given.get("op"), ranks)
         return done
+
+    return repeating
+
+
+def _repeating_anew(torch: Any, functional: Any, function: Any) -> Any:
+    """The same of a function whose result is a new tensor."""
+    from functools import wraps
+    from inspect import signature
+
+    from memplan_integers import values
+
+    told, kinds = signature(function), torch.distributed.ReduceOp
+
+    @wraps(function)
+    def repeating(*args: Any, **kwargs: Any) -> Any:
+        made = function(*args, **kwargs)
+        bound = told.bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        place, sent = values(torch, made), values(torch, given["self"])
+        if place is None or sent is None:
+            return made
+        named = functional._resolve_group_name(given["group"], given.get("tag", ""))
+        group = torch.distributed.distributed_c10d._resolve_process_group(named)
+        if "gather_dim" in given:
+            sent = torch.cat([sent] * group.size(), given["gather_dim"])
+        elif "scatter_dim" in given:
+            sent = sent.chunk(group.size(), given["scatter_dim"])[group.rank()]
+        op = getattr(kinds, str(given.get("reduceOp")).upper(), None)
+        _put(torch, place, sent, op, group.size())
+        return made
 
     return repeating
 
