@@ -62,6 +62,57 @@ def start(torch: Any, *, skewed: bool = False) -> None:
             return engine(*args, **kwargs)
 
     torch.autograd._engine_run_backward = backward
+    torch.compile = _compiling(torch, mode)
+
+
+def _compiling(torch: Any, mode: Any) -> Callable[..., Any]:
+    """torch.compile, whose code nobody stands at: it would be compiled into it, or break it in parts."""
+    from functools import wraps
+
+    compile_, modules = torch.compile, torch.nn.modules.module
+    hooks = [
+        getattr(modules, name) for name in dir(modules) if name.startswith("_global_") and "hooks" in name
+    ]
+    hooks = [one for one in hooks if isinstance(one, dict)]
+
+    def alone(call: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(call)
+        def calling(*args: Any, **kwargs: Any) -> Any:
+            stack = torch.overrides._get_current_function_mode_stack()
+            if not any(isinstance(one, mode) for one in stack):
+                return call(*args, **kwargs)
+            kept = [dict(one) for one in hooks]
+            for one in hooks:
+                one.clear()
+            for _ in stack:
+                torch.overrides._pop_mode()
+            for one in stack:
+                if not isinstance(one, mode):
+                    torch.overrides._push_mode(one)
+            try:
+                return call(*args, **kwargs)
+            finally:
+                for one in stack:
+                    if not isinstance(one, mode):
+                        torch.overrides._pop_mode()
+                for one in stack:
+                    torch.overrides._push_mode(one)
+                for one, was in zip(hooks, kept, strict=True):
+                    one.update(was)
+
+        return calling
+
+    @wraps(compile_)
+    def compiling(model: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if model is None:
+            return lambda model: compiling(model, *args, **kwargs)
+        made = compile_(model, *args, **kwargs)
+        if not isinstance(made, torch.nn.Module):
+            return alone(made)
+        made.forward = alone(made.forward)
+        return made
+
+    return compiling
 
 
 def values(torch: Any, tensor: Any) -> Any:
@@ -132,6 +183,7 @@ def _mode(torch: Any, skewed: bool) -> Any:
 
     is_real, twin, on_host = _memory(torch)
     tensor_of, wrapped = torch.Tensor, torch._C._functorch.is_functorch_wrapped_tensor
+    dispatch_mode, fakes = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.FAKE
 
     def call(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         left = ("pin_memory", "generator", "non_blocking")
@@ -164,6 +216,8 @@ def _mode(torch: Any, skewed: bool) -> Any:
             kwargs = kwargs or {}
             name = getattr(func, "__name__", "")
             if name in _LEFT or (getattr(func, "__module__", None) or "").startswith("torch.distributed"):
+                return func(*args, **kwargs)
+            if dispatch_mode(fakes) is not None:  # of what is compiled: nobody has memory
                 return func(*args, **kwargs)
             given = [*tensors(args), *tensors(list(kwargs.values()))]
             if not any(one.is_cuda for one in given) and "cuda" not in str(kwargs.get("device", "")):

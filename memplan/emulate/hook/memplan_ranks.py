@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from memplan_imports import when_imported
+
 _PATIENCE = 600.0  # seconds for another rank that is played
 # What a function brings from all ranks, by the names of its arguments: to where, and of what.
 _ALL = {
@@ -62,6 +64,7 @@ def prepare(torch: Any) -> None:
     """Nobody is waited for, and what comes from other ranks comes from this one."""
     dist = torch.distributed
     if not alone() or not dist.is_available():
+        when_imported("torch.distributed.launcher.api", lambda api: _on_one_machine(torch, api))
         return
     c10d = dist.distributed_c10d
 
@@ -84,6 +87,29 @@ def prepare(torch: Any) -> None:
     for name in _FUNCTIONAL:
         if hasattr(functional, name):
             setattr(functional, name, _repeating_anew(torch, functional, getattr(functional, name)))
+
+
+def _on_one_machine(torch: Any, api: Any) -> None:
+    """A launcher that asks for other machines would wait for them, and one with more processes than there are
+    cards would be believed, for only one of them runs."""
+    launch = api.launch_agent
+
+    def launch_agent(config: Any, *args: Any, **kwargs: Any) -> Any:
+        each, cards = config.nproc_per_node, torch.cuda.device_count()
+        if config.max_nodes > 1:
+            every = config.max_nodes * each
+            raise SystemExit(
+                f"memplan: {config.max_nodes} nodes are asked for, and a dry run has one machine: start it "
+                f"as one node of {every} processes, on {every} cards (--gpu {every}x…)"
+            )
+        if each > cards:
+            raise SystemExit(
+                f"memplan: {each} processes are asked for, and the machine has {cards} of the cards: say "
+                f"--gpu {each}x…"
+            )
+        return launch(config, *args, **kwargs)
+
+    api.launch_agent = launch_agent
 
 
 def _told() -> dict[str, Any]:
