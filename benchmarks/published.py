@@ -30,7 +30,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from memplan import Plan, __version__, plan
+from memplan import __version__
 from memplan.asked.gpus import find_gpu
 from memplan.asked.recipe import Recipe
 from memplan.asked.spec import ModelSpec
@@ -38,7 +38,7 @@ from memplan.device.fit import context_bytes
 from memplan.importers.resolve import resolve
 from memplan.planning import predicted
 from memplan.predict.step import write_tape
-from memplan.tape import Category, Phase, rounded, static_bytes
+from memplan.tape import Category, Phase, Tape, replay, rounded, static_bytes, timeline
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 MEASUREMENTS = DATA / "published_measurements.json"
@@ -172,10 +172,10 @@ def unsplit_rest(nbytes: int) -> int:
     return rest if rest <= MIB else 0
 
 
-def moments(result: Plan) -> dict[str, int]:
+def moments(step: Tape) -> dict[str, int]:
     """The highest level of each part of the step, any of which can be the peak."""
     levels: dict[str, int] = {}
-    for point in result.timeline():
+    for point in timeline(step):
         if point.phase is not Phase.SETUP:
             part = "layers' backward" if point.phase is Phase.BACKWARD and point.layer is not None else ""
             name = part or ("loss's backward" if point.phase is Phase.BACKWARD else point.phase.value)
@@ -186,7 +186,7 @@ def moments(result: Plan) -> dict[str, int]:
 def reserved(spec: ModelSpec, recipe: Recipe, row: dict[str, Any]) -> dict[str, Any]:
     """What the allocator would reserve for today's run on the row's card, beside what nvidia-smi showed."""
     gpu = find_gpu("a100-80")
-    run = predicted.run(spec, recipe)
+    run = predicted.run(spec, recipe, looped=False)  # another Trainer's, whose own numbers are named below
     found = run.within(gpu.visible_bytes - context_bytes(gpu, run.card), gpu.visible_bytes)
     return {
         "published_driver_bytes": row["nvidia_smi_peak"],
@@ -224,20 +224,20 @@ def compare(row: dict[str, Any]) -> dict[str, Any]:
     if status == "not planned":
         return entry | {"published_bytes": row["bytes"]}
     spec, recipe = spec_of(row), recipe_of(row).resolved()
-    before = static_bytes(write_tape(spec, recipe))
-    result = plan(spec, recipe, gpus=[])
+    step = write_tape(spec, recipe)
+    before, peak = static_bytes(step), replay(step)
     if status == "after step":
         del before[Category.ACTIVATIONS]  # the batch, whose length is not known
-        gradients = max(point.by_category[Category.GRADIENTS] for point in result.timeline())
+        gradients = max(point.by_category[Category.GRADIENTS] for point in timeline(step))
         floor = sum(before.values()) + gradients
         return entry | {"after_step": error(floor, row["bytes"])}
-    entry["peak"] = error(result.peak.tensor_bytes, row["bytes"])
-    entry["peak"] |= {"phase": result.peak.phase, "operation": result.peak.operation}
+    entry["peak"] = error(peak.allocated_bytes, row["bytes"])
+    entry["peak"] |= {"phase": peak.phase.value, "operation": peak.operation}
     entry["after_step"] = error(sum(before.values()), row["torch_alloc_after_train"])
     entry["reserved"] = reserved(spec, recipe, row)
     if status == "planned":
         named = differences(row, spec)
-        levels = entry["peak"]["moments"] = moments(result)
+        levels = entry["peak"]["moments"] = moments(step)
         then = levels["optimizer" if row["mode"] == "full" else "forward"]  # where the published run peaked
         accounted = then + sum(size for _, size in named)
         entry["accounted"] = error(accounted, row["bytes"]) | {

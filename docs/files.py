@@ -14,7 +14,6 @@ from memplan.runfiles._keys import Keys
 
 TEMPLATE = Path(__file__).parent / "templates" / "files.md"
 ROWS = Path(__file__).parents[1] / "data" / "files.json"
-SCALARS = 4096  # bytes, as benchmarks/files/run.py has it
 SPECIAL = ("sample_packing", "attn_implementation")  # edits that change the step
 
 # Files that between them have every key of their kind looked at.
@@ -45,7 +44,9 @@ def page() -> str:
         .replace("{kinds}\n", "\n".join(kinds))
         .replace("{rows}", "".join(map(_row, rows)).rstrip())
         .replace("{count}", str(len(rows)))
-        .replace("{equal}", str(sum(row["why"] is None and abs(_left(row)) <= SCALARS for row in rows)))
+        .replace("{equal}", str(sum(row["why"] is None and not _apart(row, "tensors") for row in rows)))
+        .replace("{blocks}", str(sum(row["why"] is None and not _apart(row, "allocated") for row in rows)))
+        .replace("{reserved}", str(sum(row["why"] is None and not _apart(row, "reserved") for row in rows)))
         .replace("{versions}", "; ".join(dict.fromkeys(_versions(row) for row in rows if row["why"] is None)))
         .replace("{card}", rows[0]["gpu"].removeprefix("NVIDIA "))
     )
@@ -53,11 +54,6 @@ def page() -> str:
 
 def _apart(row: Mapping[str, Any], figure: str) -> int:
     return int(row[figure]["predicted"] - row[figure]["emulated"])
-
-
-def _left(row: Mapping[str, Any]) -> int:
-    """What the plan's tensors at the peak have more, those that wait put aside."""
-    return _apart(row, "tensors") + int(row["waiting_bytes"])
 
 
 def _versions(row: Mapping[str, Any]) -> str:
@@ -71,10 +67,9 @@ def _row(row: Mapping[str, Any]) -> str:
     special = [f"`{key}: {json.dumps(edits[key])}`" for key in SPECIAL if key in edits]
     cells = [title, f"`{row['file']}`", row["model"], ", ".join(special) or "–"]
     if row["why"] is not None:
-        return f"| {' | '.join([*cells, row['why'], '–', '–', '–', '–'])} |\n"
-    cells += [f"{row['allocated']['emulated']:,}", f"{_apart(row, 'allocated'):+,}"]
-    slack = _apart(row, "allocated") - _apart(row, "tensors")
-    cells += [f"{figure:+,}" if figure else "–" for figure in (-row["waiting_bytes"], _left(row), slack)]
+        return f"| {' | '.join([*cells, row['why'], *'–––––'])} |\n"
+    for figure in ("tensors", "allocated", "reserved"):
+        cells += [f"{row[figure]['emulated']:,}", f"{_apart(row, figure):+,}"]
     return f"| {' | '.join(cells)} |\n"
 
 

@@ -19,7 +19,6 @@ DATA = Path(__file__).resolve().parent.parent / "data"
 FOLDER = DATA / "measurements"
 
 LT_WORKSPACE = 1 << 20  # bytes that torch 2.11 takes for cuBLASLt, for each thread that multiplies with it
-TRAINERS = 2560  # bytes of the Trainer's own scalars (docs/plain.py)
 
 WAYS = {"up": "each segment above the last", "down": "each segment below the last"}
 
@@ -73,26 +72,24 @@ def _pairs() -> list[tuple[Measurement, Comparison]]:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a difference is made of, in bytes; what neither workspaces nor the Trainer explain is ``blocks``.
+    """What a difference is made of, in bytes; what workspaces do not explain is ``blocks``.
     ``emulated``: what an emulated card says less what was measured, for each way that addresses go."""
 
     run: str
     difference: int
     workspaces: int
-    scalars: int
     emulated: dict[str, int | None]
 
     @property
     def blocks(self) -> int:
         """Where tapes hold the same tensors, nothing else is left."""
-        return self.difference - self.workspaces - self.scalars
+        return self.difference - self.workspaces
 
 
 def parts(run: Measurement, found: Comparison) -> Parts:
     """Of a run that trained. One without a tape (the Trainer's) is taken to have the workspaces that the same
     recipe had in memplan's loop."""
     assert found.allocated.error is not None
-    scalars = -TRAINERS if run.run.loop == "trainer" else 0
     name = run.run.campaign or found.title
     row = next((row for row in _emulated() if row["run"] == run.run.campaign), None)
     at = next(i for i, step in enumerate(run.steps) if step == run.steady)
@@ -100,7 +97,7 @@ def parts(run: Measurement, found: Comparison) -> Parts:
         way: None if row is None else row[way]["allocated_bytes"][at] - run.steps[at].allocated_bytes
         for way in WAYS
     }
-    return Parts(name, found.allocated.error, -LT_WORKSPACE * _lt_workspaces(run), scalars, emulated)
+    return Parts(name, found.allocated.error, -LT_WORKSPACE * _lt_workspaces(run), emulated)
 
 
 @cache
@@ -169,7 +166,7 @@ def differences() -> str:
 
 
 def _row(one: Parts) -> str:
-    made_of = [f"{number:+,}" if number else "–" for number in (one.workspaces, one.scalars, one.blocks)]
+    made_of = [f"{number:+,}" if number else "–" for number in (one.workspaces, one.blocks)]
     emulated = ["" if number is None else f"{number:+,}" for number in one.emulated.values()]
     return f"| {one.run} | {one.difference:+,} | {' | '.join([*made_of, *emulated])} |\n"
 

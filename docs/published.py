@@ -71,10 +71,11 @@ What made the difference:
   instead. In the LoRA rows and in QLoRA without upcasts that is the difference: what else has changed
   is a few megabytes at most at any moment of the step. `--loss shifted` plays that loss: LoRA is within
   0.006 % then, QLoRA without upcasts within 0.008 %. Emulated with transformers 4.48.3, PEFT 0.13.2 and
-  checkpointing, Llama-3.2-1B in LoRA, QLoRA and full fine-tuning takes what that plan says and three scalars
-  of the Trainer's (1,536 bytes). It is a loss and not a version: without checkpointing, 4.48's SDPA repeated
-  keys and values of grouped heads, which makes 2.6 % more (LoRA, 4 × 1024). Of one sequence the copy is a
-  view, and takes nothing. From 4.49 on the loss is today's (4.57.1, emulated: equal).
+  checkpointing, Llama-3.2-1B in LoRA, QLoRA and full fine-tuning takes what that plan's step does and three
+  numbers of its Trainer's loop (1,536 bytes; today's keeps five). It is a loss and not a version: without
+  checkpointing, 4.48's SDPA repeated keys and values of grouped heads, which makes 2.6 % more (LoRA,
+  4 × 1024). Of one sequence the copy is a view, and takes nothing. From 4.49 on the loss is today's
+  (4.57.1, emulated: equal).
 - **PEFT's upcasts.** `prepare_model_for_kbit_training` makes embedding and `lm_head` fp32. TRL 0.13's
   `peft_module_casting_to_bf16` made them bf16 again under `bf16=True`; the norms stayed fp32. memplan's
   `kbit_prep` is PEFT's function alone, so the plan of these rows has both matrices in fp32, autocast's bf16

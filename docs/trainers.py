@@ -8,6 +8,7 @@ from pathlib import Path
 from memplan import rooms, stacks
 from memplan.asked.options import SHORT_DTYPES
 from memplan.asked.recipe import Recipe, recipe_options
+from memplan.parts import loop
 from memplan.stacks import Setting, Stack
 
 TEMPLATE = Path(__file__).parent / "templates" / "trainers.md"
@@ -23,6 +24,7 @@ def page() -> str:
         .replace("{line}", " | ".join("---" for _ in known))
         .replace("{settings}\n", _rows(known, lambda stack: stack.settings) + _reentrance(known))
         .replace("{sizes}\n", _rows(known, lambda stack: stack.sizes))
+        .replace("{kept}\n", _kept(known))
         .replace("{sources}\n", "".join(map(_sources, known, known.values())))
     )
 
@@ -69,6 +71,17 @@ def _reentrance(known: Mapping[str, Stack]) -> str:
         }
         cells.append(_cell(Setting(source="", by_mode=kinds)))
     return f"| checkpoints | {' | '.join(cells)} |\n"
+
+
+def _kept(known: Mapping[str, Stack]) -> str:
+    of_all = {**loop.KEPT, **loop.SCALER, loop.WAITING: loop.BATCHES}
+    rows = [f"| `{name}` | {source} |\n" for name, source in of_all.items()]
+    rows += [
+        f"| `{name}` | {stack.title}, {source} |\n"
+        for stack in known.values()
+        for name, source in stack.keeps.items()
+    ]
+    return "".join(rows)
 
 
 def _sources(name: str, stack: Stack) -> str:

@@ -461,6 +461,34 @@ def test_a_rank_alone_waits_for_nobody(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ((1, 8), None),
+        ((1, 9), "9 processes are asked for"),
+        ((2, 8), "one node of 16 processes, on 16 cards"),
+    ],
+)
+def test_a_launcher_gets_one_machine_and_no_more_cards_than_there_are(
+    asked: tuple[int, int], said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "memplan" / "emulate" / "hook")
+    import importlib
+
+    launched: list[object] = []
+    api = SimpleNamespace(launch_agent=lambda config: launched.append(config))
+    torch = SimpleNamespace(cuda=SimpleNamespace(device_count=lambda: 8))
+    importlib.import_module("memplan_ranks")._on_one_machine(torch, api)
+    config = SimpleNamespace(max_nodes=asked[0], nproc_per_node=asked[1])
+    if said is None:
+        api.launch_agent(config)
+        assert launched == [config]
+        return
+    with pytest.raises(SystemExit, match=said):
+        api.launch_agent(config)
+    assert not launched
+
+
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="asks Linux what is resident")
 def test_zeros_that_nobody_wrote_are_converted_into_such(monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")

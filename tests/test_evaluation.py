@@ -115,7 +115,7 @@ def test_all_layers_and_a_few_folded_ones_say_the_same(model, options):
 def test_a_plan_warns_where_evaluating_takes_more_than_training():
     found = plan("llama-3.2-1b", Recipe(trainer="peft", autocast=True))
     assert found.peak.tensor_bytes < 5.7e9
-    assert found.evaluation.tensor_bytes == 22_797_610_496
+    assert found.evaluation.tensor_bytes == 22_797_612_544
     assert evaluating(found) == (
         "Evaluating with the Trainer's default batch of 8 takes at least 21.23 GiB, more than a training "
         "step: set per_device_eval_batch_size=1 (4.00 GiB)."

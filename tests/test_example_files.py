@@ -43,5 +43,5 @@ def test_the_plan_is_the_row_s_and_its_tensors_those_of_the_dry_run(
     planned = plan(file, gpus=[])
     assert planned.peak.tensor_bytes == row["tensors"]["predicted"]
     assert planned.allocator.allocated_bytes == row["allocated"]["predicted"]
-    apart = row["tensors"]["predicted"] - row["tensors"]["emulated"]
-    assert abs(apart + row["waiting_bytes"]) <= 4096
+    # every number that a loop keeps, and the batches that wait, are in the plan
+    assert row["tensors"]["predicted"] == row["tensors"]["emulated"]

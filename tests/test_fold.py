@@ -97,7 +97,7 @@ def test_most_tapes_need_not_be_played() -> None:
         recipe = resolve_recipe(spec, Recipe(trainer="peft", seq_len=130, **options))
         played = layers_to_play(step.kinds(spec, recipe), first_is_like_others=recipe.mode.value == "full")
         with playing():
-            tape = step._play(spec, recipe, [whole(recipe)], None, played)
+            tape = step._play(spec, recipe, [whole(recipe)], None, played, looped=True)
             assert fold.fold(tape, played)
             assert fold.unfold(tape, played) is not None, options
 
@@ -222,7 +222,10 @@ def test_of_layers_that_differ_in_no_order_few_are_played(options: dict[str, obj
     chosen = step.standing(step.kinds(spec, recipe), step._trained(spec, recipe))
     assert len(chosen.indices) < 40
     with playing():
-        assert unlike.unfold(step._play(spec, recipe, [whole(recipe)], None, chosen), chosen) is not None
+        assert (
+            unlike.unfold(step._play(spec, recipe, [whole(recipe)], None, chosen, looped=True), chosen)
+            is not None
+        )
     tape = write_tape(spec, recipe)
     assert len({(segment.start, segment.stop) for segment in tape.segments}) < 1000
     assert max(segment.layer or 0 for segment in tape.segments) == 319

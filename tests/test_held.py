@@ -212,3 +212,19 @@ def test_a_measurement_whose_targets_match_nothing_is_refused() -> None:
     wrong = measured.recipe.model_copy(update={"target_modules": "nothing"})
     with pytest.raises(MemplanError):
         predicted_tape(measured.model_copy(update={"recipe": wrong}))
+
+
+def test_a_run_without_cudnn_s_attention_is_held_against_a_plan_without_it() -> None:
+    """Emulated runs have to switch it off, and those of the H200 did: reserved bytes tell them apart."""
+    from example_measurements import CARD, example
+
+    from memplan.verify.job import predicted_tape
+    from memplan.verify.measurement import Run
+
+    measured = example(device=CARD.model_copy(update={"capability": (9, 0)}))
+    recipe = Recipe(trainer="peft", mode="full", seq_len=64).resolved()
+    for cudnn in (True, False):
+        run = {"recipe": recipe, "run": Run(cudnn_attention=cudnn)}
+        taken = predicted_tape(measured.model_copy(update=run)).operations
+        assert ("_scaled_dot_product_cudnn_attention" in taken) is cudnn
+        assert ("_scaled_dot_product_flash_attention" in taken) is not cudnn

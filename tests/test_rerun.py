@@ -80,7 +80,7 @@ def test_a_run_of_other_sizes_is_the_run_itself(
     tapes = LongTapes(spec, recipe)
     for batch, length in points:
         asked = recipe.model_copy(update={"batch_size": batch, "seq_len": length})
-        once = write_long_tape(spec, asked)
+        once = write_long_tape(spec, asked, looped=True)
         step = tapes.of(batch, length)
         assert step.tape == once
         rerun = Rerun(step.long, step.kinds, loading(spec, recipe, step.long), parse_settings(""))

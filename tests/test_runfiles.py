@@ -209,6 +209,19 @@ def test_accelerate_beside_a_model(write: Write) -> None:
     assert plan("llama-3.2-1b", Recipe(trainer="peft", mode="lora"), config=path).recipe.autocast
 
 
+def test_accelerate_says_how_many_gpus_and_how(write: Write) -> None:
+    config = {"fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
+    path = write(
+        {"distributed_type": "FSDP", "mixed_precision": "bf16", "num_processes": 4, "fsdp_config": config}
+    )
+    told = plan("llama-3.2-1b", Recipe(mode="full"), config=path, gpus=[])
+    assert (told.recipe.parallel, told.recipe.gpus) == ("fsdp2", 4)
+    same = plan("llama-3.2-1b", Recipe(mode="full", parallel="fsdp2", gpus=4), gpus=[])
+    assert told.peak.tensor_bytes == same.peak.tensor_bytes
+    path = write({"distributed_type": "MULTI_GPU", "mixed_precision": "bf16", "num_processes": 2})
+    assert plan("llama-3.2-1b", Recipe(mode="lora"), config=path, gpus=[]).recipe.parallel == "ddp"
+
+
 @pytest.mark.parametrize(
     ("bf16", "fp16", "dtype", "autocast"),
     [
@@ -318,7 +331,17 @@ BAD = {
         "is torchtune's own code",
     ),
     "no model": ({"distributed_type": "NO"}, "(accelerate) names no model"),
-    "several processes": ({"distributed_type": "MULTI_GPU", "num_processes": 2}, "spreads the run"),
+    "DeepSpeed": ({"distributed_type": "DEEPSPEED", "num_processes": 2}, "spreads the run"),
+    "FSDP1": ({"distributed_type": "FSDP", "num_processes": 2, "fsdp_config": {}}, "is of FSDP1"),
+    "offloading": (
+        {
+            "distributed_type": "FSDP",
+            "num_processes": 2,
+            "fsdp_config": {"fsdp_version": 2, "fsdp_offload_params": True},
+        },
+        "is of fsdp_offload_params True",
+    ),
+    "no count": ({"distributed_type": "MULTI_GPU", "num_processes": "two"}, "num_processes must be a whole"),
     "nothing": ("", "holds null, but a run file has keys and values"),
     "a list of things": ("- a\n- b\n", "holds a list"),
     "a key that is no name": ("base_model: x\n1: 2\n", "has the key 1"),

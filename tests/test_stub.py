@@ -120,7 +120,46 @@ def test_a_checkpoint_of_holes_is_loaded_as_any_other(memplan: Memplan, config: 
     assert not any(parameter.any() for parameter in model.parameters())
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "made")
     assert len(tokenizer("w1 w2 unknown")["input_ids"]) == 3
+    assert len(tokenizer) == CONFIG["vocab_size"]  # a program may cut the embeddings to it
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "made"}
+
+
+@pytest.mark.slow
+def test_a_pipeline_of_several_components(memplan: Memplan, config: Path, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("diffusers")
+    config.unlink()
+    given = {
+        "model_index.json": {
+            "text_encoder": ["transformers", "CLIPTextModel"], "none": [None, None],
+            "tokenizer": ["transformers", "CLIPTokenizer"], "vae": ["diffusers", "AutoencoderKL"],
+            "scheduler": ["diffusers", "DDPMScheduler"],
+        },
+        "tokenizer/tokenizer_config.json": {"model_max_length": 77},
+        "scheduler/scheduler_config.json": {"_class_name": "DDPMScheduler"},
+        "vae/config.json": {"_class_name": "AutoencoderKL", "block_out_channels": [32]},
+        "text_encoder/config.json": {
+            "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "hidden_size": 32,
+            "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 300,
+        },
+    }  # fmt: skip
+    for name, content in given.items():
+        (tmp_path / "given" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "given" / name).write_text(json.dumps(content))
+    assert memplan("stub", tmp_path / "given", tmp_path / "made", "--layers", "1").status == 2
+    outcome = memplan("stub", tmp_path / "given", tmp_path / "made")
+    assert (outcome.status, outcome.err) == (0, "")
+    (words,) = (
+        tensor
+        for name, tensor in header(tmp_path / "made/text_encoder").items()
+        if name.endswith("token_embedding.weight")
+    )
+    assert (words["dtype"], words["shape"]) == ("F32", [300, 32])
+    assert header(tmp_path / "made/vae/diffusion_pytorch_model.safetensors")
+    assert (
+        json.loads((tmp_path / "made/tokenizer/tokenizer_config.json").read_text())["model_max_length"] == 77
+    )
+    assert (tmp_path / "made/scheduler/scheduler_config.json").exists()
 
 
 @pytest.mark.slow

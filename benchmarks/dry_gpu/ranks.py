@@ -12,7 +12,10 @@ import sys
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 on_card = "--cpu" not in sys.argv
 if on_card:
@@ -56,6 +59,19 @@ for device in ("cpu", "cuda") if on_card else ("cpu",):
     assert part.tolist() == [1]
     dist.broadcast(sent, 3)
     assert sent.tolist() == [3, 4]
+if on_card:  # whose results are new tensors, and what is sharded
+    sent, counts = torch.tensor([3, 4], device="cuda"), torch.arange(world, device="cuda") + 5
+    assert functional.all_reduce(sent, "sum", dist.group.WORLD).tolist() == [24, 32]
+    assert functional.all_reduce(sent, "max", half).tolist() == [3, 4]
+    assert (functional.all_gather_tensor(sent, 0, half) + 1).tolist() == [4, 5] * 4
+    assert functional.reduce_scatter_tensor(counts, "sum", 0, dist.group.WORLD).tolist() == [5 * world]
+    sharded = distribute_tensor(torch.arange(16), init_device_mesh("cuda", (world,)), [Shard(0)])
+    assert sharded.to_local().tolist() == [0, 1]
+    assert (sharded * 2 + 1).to_local().tolist() == [1, 3]
+    assert sharded.full_tensor().tolist() == [0, 1] * world
+    assert bool((sharded < 2).all()) and not bool((sharded > 1).any())
+    floats = distribute_tensor(torch.randn(16), init_device_mesh("cuda", (world,)), [Shard(0)])
+    assert not bool(((floats < -3) | (floats > 3)).any())
 objects: list[object] = [None] * world
 dist.all_gather_object(objects, "mine")
 assert objects == ["mine"] * world

@@ -116,6 +116,19 @@ for layer in (nn.LSTM, nn.GRU, nn.RNN):
 nn.BatchNorm2d(64, device=card)(x).sum().backward()
 del x, y
 
+# what is compiled is compiled in one piece, its backward too, and takes what it takes; nobody stands at it
+x = torch.randn(512, 512, device=card, requires_grad=True)
+compiled = torch.compile(lambda it: ((it * 2 + 1).sin() * 3).exp(), fullgraph=True)
+compiled(x)  # compiling takes some, too
+torch.cuda.reset_peak_memory_stats()
+before = torch.cuda.memory_allocated()
+y = compiled(x)
+assert torch.cuda.max_memory_allocated() - before == y.nbytes  # no tensor between
+y.sum().backward()
+assert x.grad is not None and x.grad.shape == x.shape
+same(ids + 1, ids.to(card) + 1)
+del x, y
+
 # floats are zero wherever somebody asks, whatever lay in that memory before
 stale = torch.full((1000,), -1, device=card)
 del stale

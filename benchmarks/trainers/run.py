@@ -6,6 +6,8 @@
 
 Needs the environment of benchmarks/dry_gpu/README.md. A case that names an environment runs in that one, made
 once under --environments: that of dry_gpu, and then `pip install` of each line of environments/NAME.txt.
+A script of somebody else's is run from a checkout of its repository under --sources, by the repository's name
+(sources.json says which commit was tried): it is read there and never copied.
 Checkpoints are made by memplan stub, data sets here. Exit status 1 if a case does not go through.
 """
 
@@ -16,10 +18,12 @@ import json
 import os
 import re
 import shlex
+import struct
 import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
@@ -77,8 +81,26 @@ def prompts() -> Iterator[dict[str, Any]]:
         yield {"prompt": [said("user", "word", 50 + row)]}
 
 
+def captions() -> Iterator[dict[str, Any]]:
+    for row in range(ROWS // 8):
+        yield {"file_name": f"{row}.png", "text": " ".join(["word"] * (5 + row))}
+
+
+def grey(width: int, height: int) -> bytes:
+    """A PNG of one colour."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        )
+
+    told = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits of red, green and blue
+    lines = zlib.compress((b"\0" + b"\x80" * 3 * width) * height)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", told) + chunk(b"IDAT", lines) + chunk(b"IEND", b"")
+
+
 def data(folder: Path) -> dict[str, str]:
-    """Data sets in files of lines, by the name that stands for their folder."""
+    """Data sets in files, by the name that stands for their folder: of lines, but for a text's."""
     found = {}
     for name, rows in (("CHAT", chats()), ("PREFERENCES", preferences()), ("PROMPTS", prompts())):
         place = folder / name.lower()
@@ -86,6 +108,18 @@ def data(folder: Path) -> dict[str, str]:
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (place / "train.jsonl").write_text(text, encoding="utf-8")
         found[name] = str(place)
+    # a set of its own for evaluation
+    (split := folder / "split").mkdir()
+    for part in ("train", "test"):
+        (split / f"{part}.jsonl").write_bytes(Path(found["CHAT"], "train.jsonl").read_bytes())
+    (prose := folder / "text").mkdir()
+    (prose / "train.txt").write_text((" ".join(["word"] * 100) + "\n") * 100 * ROWS, encoding="utf-8")
+    (pictures := folder / "pictures").mkdir()
+    for row in captions():
+        (pictures / row["file_name"]).write_bytes(grey(1200, 1100))
+    listed = "".join(json.dumps(row) + "\n" for row in captions())
+    (pictures / "metadata.jsonl").write_text(listed, encoding="utf-8")
+    found |= {"SPLIT": str(split), "TEXT": str(prose), "PICTURES": str(pictures)}
     # LLaMA-Factory asks for a list of them
     listed = json.dumps({"chats": {"file_name": "train.jsonl", **LLAMA_FACTORY}})
     Path(found["CHAT"], "dataset_info.json").write_text(listed, encoding="utf-8")
@@ -119,14 +153,30 @@ def of_python(line: str) -> dict[str, str]:
     return {"PYTHON": str(found[-1]) if found else f"python{version[1]}"}
 
 
-def dry_run(case: dict[str, Any], folder: Path, sets: dict[str, str], python: Path) -> dict[str, Any]:
-    """A case's row: memplan's answer, or the sentence that it ends with. ``python``: of its environment."""
+def checkout(case: dict[str, Any], sources: Path | None) -> Path:
+    """Where the script lies that is somebody else's. Raises SystemExit."""
+    told = json.loads((HERE / "sources.json").read_text(encoding="utf-8"))["sources"][case["source"]]
+    if sources is not None and (place := sources.absolute() / str(case["source"])).is_dir():
+        return place
+    raise SystemExit(
+        f"{case['name']} runs a script of {told['url']}, of {told['at']}: say with --sources FOLDER where a "
+        f"checkout lies, as FOLDER/{case['source']}"
+    )
+
+
+def dry_run(
+    case: dict[str, Any], folder: Path, sets: dict[str, str], python: Path, source: Path
+) -> dict[str, Any]:
+    """A case's row: memplan's answer, or the sentence that it ends with. ``python``: of its environment.
+    ``source``: the checkout of its script."""
     memplan = [sys.executable, "-m", "memplan"]
     model = folder / "-".join([case.get("environment", "usual"), case["model"], *case.get("stub", [])])
     out = folder / "out"
     out.mkdir(exist_ok=True)
     if not model.exists():
-        given = HERE / "configs" / f"{case['model']}.json"  # of one that memplan's own list has not
+        # of what memplan's own list has not: a configuration, or a folder of them
+        given = HERE / "configs" / case["model"]
+        given = given if given.is_dir() else HERE / "configs" / f"{case['model']}.json"
         named = str(given) if given.exists() else case["model"]
         stub = [*memplan, "stub", named, str(model), "--python", str(python), *case.get("stub", [])]
         subprocess.run(stub, check=True, capture_output=True)
@@ -136,6 +186,7 @@ def dry_run(case: dict[str, Any], folder: Path, sets: dict[str, str], python: Pa
         "OUT": str(out),
         "PLAIN": str(ROOT / "benchmarks" / "plain"),
         "HERE": str(HERE),
+        "SOURCE": str(source),
     }
     command = shlex.split(case["command"].format(**places))
     path = os.pathsep.join((str(python.parent), os.environ["PATH"]))
@@ -180,6 +231,9 @@ def main() -> int:
     parser.add_argument(
         "--environments", type=Path, metavar="FOLDER", help="where those lie that cases name, and are made"
     )
+    parser.add_argument(
+        "--sources", type=Path, metavar="FOLDER", help="of checkouts, for the scripts of others"
+    )
     asked = parser.parse_args()
     chosen = [case for case in cases() if not asked.names or case["name"] in asked.names]
     if len(chosen) < len(asked.names):
@@ -189,11 +243,13 @@ def main() -> int:
         if asked.environments is None:
             parser.error(f"the environment {name} is needed: say with --environments FOLDER where it lies")
         pythons[name] = environment(name, asked.environments)
+    sources = {case["name"]: checkout(case, asked.sources) if "source" in case else HERE for case in chosen}
     rows = []
     with tempfile.TemporaryDirectory(prefix="trainers-") as place:
         sets = data(Path(place))
         for case in chosen:
-            row = dry_run(case, Path(place), sets, pythons[case.get("environment", "")])
+            python = pythons[case.get("environment", "")]
+            row = dry_run(case, Path(place), sets, python, sources[case["name"]])
             told = row.pop("said", "")
             rows.append(row)
             needed = row.get("needed_bytes")

@@ -13,10 +13,11 @@ ROWS, LENGTHS = 256, "2048"
 
 EXAMPLES = """\
 Safetensors of the right shapes in shards, made of holes: 141 GB of a 70B take
-some KB. Of a Hub id it is what the Hub has, of whose weights only the headers
+some MB. Of a Hub id it is what the Hub has, of whose weights only the headers
 are read; without a network, or of a config.json, what the configuration asks
 for, with a tokenizer of a few words, and a processor for a model that takes
-pictures. Programs load it as any other checkpoint; its weights are zeros.
+pictures; of a folder with a model_index.json, the pipeline of diffusers.
+Programs load it as any other checkpoint; its weights are zeros.
 
 examples:
   memplan stub llama-70b ./llama-70b
@@ -66,7 +67,7 @@ def parser() -> Parser:
 def run(arguments: argparse.Namespace) -> int:
     """Make it; 0."""
     from memplan.emulate.rows import MOST, length, write_rows
-    from memplan.emulate.stub import stub
+    from memplan.emulate.stub import stub, stub_pipeline
     from memplan.importers.resolve import hub_id_of, resolve_config
     from memplan.streams import remark
 
@@ -79,6 +80,12 @@ def run(arguments: argparse.Namespace) -> int:
     if not 0 < rows <= MOST:
         raise UsageError(f"--rows takes a whole number from 1 to {MOST:,}")
     draw = length(arguments.lengths or LENGTHS)
+    if Path(arguments.model, "model_index.json").is_file():
+        if layers is not None or arguments.merged or arguments.data is not None:
+            raise UsageError("--layers, --merged and --data are of a model, and this is a pipeline")
+        stub_pipeline(Path(arguments.model), folder, arguments.python)
+        _tell(arguments, None, None)
+        return 0
     hub_id = hub_id_of(arguments.model)
 
     def config() -> dict[str, Any]:
@@ -88,18 +95,24 @@ def run(arguments: argparse.Namespace) -> int:
     if lacking := stub(config, folder, arguments.python, hub_id=as_published, merged=arguments.merged):
         remark(lacking)
     data = None if arguments.data is None else write_rows(Path(arguments.data), rows, draw, folder)
-    if arguments.json:
-        from memplan.report.machine import print_answer
-
-        told = {"model": arguments.model, "hub_id": hub_id, "folder": str(folder)}
-        print_answer({**told, "data": None if data is None else str(data)})
-    else:
-        from memplan.streams import say
-
-        say(f"{folder}: {arguments.model}, a checkpoint of zeros that takes no disk\n")
-        if data is not None:
-            say(f"{data}: {rows:,} rows of random tokens\n")
+    _tell(arguments, hub_id, data)
     return 0
+
+
+def _tell(arguments: argparse.Namespace, hub_id: str | None, data: Path | None) -> None:
+    """Say what was made, and ``data`` if rows were."""
+    from memplan.report.machine import print_answer
+    from memplan.streams import say
+
+    folder = str(Path(arguments.folder))
+    if arguments.json:
+        told = {"model": arguments.model, "hub_id": hub_id, "folder": folder}
+        print_answer({**told, "data": None if data is None else str(data)})
+        return
+    say(f"{folder}: {arguments.model}, a checkpoint of zeros that takes no disk\n")
+    if data is not None:
+        rows = ROWS if arguments.rows is None else arguments.rows
+        say(f"{data}: {rows:,} rows of random tokens\n")
 
 
 def _cut(config: dict[str, Any], layers: int | None) -> dict[str, Any]:

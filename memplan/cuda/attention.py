@@ -42,7 +42,8 @@ def kernel(
     if grouped and not gqa:
         return "math"
     # check_prefer_cudnn_attention: first on 9.0 and 10.x with cuDNN > 9.15.0, which the wheels carry
-    if card.capability[0] in (9, 10) and half and head_dim <= 128 and head_dim % 8 == 0 and keys > 1:
+    prefers_cudnn = card.cudnn_attention and card.capability[0] in (9, 10)
+    if prefers_cudnn and half and head_dim <= 128 and head_dim % 8 == 0 and keys > 1:
         return "cudnn"
     ampere = card.capability >= FLASH_CAPABILITY
     if ampere and half and not masked and value_dim == head_dim <= _FLASH_MAX_HEAD_DIM:

@@ -25,6 +25,7 @@ class Card:
     """A GPU as far as stand-ins ask."""
 
     capability: tuple[int, int] = (8, 0)
+    cudnn_attention: bool = True  # torch.backends.cuda.enable_cudnn_sdp
 
     @property
     def multiprocessors(self) -> int:

@@ -53,6 +53,8 @@ def environment(
         "LD_LIBRARY_PATH": _before(str(libraries), "LD_LIBRARY_PATH"),
         "PYTHONPATH": _before(str(HOOK), "PYTHONPATH"),
         "TRITON_LIBCUDA_PATH": str(libraries),
+        # what Inductor chooses by times that mean nothing is none of a GPU's business
+        "TORCHINDUCTOR_CACHE_DIR": str(libraries.parent / "inductor"),
     }
     if watching is not None:
         told = {**asdict(watching), "folder": str(watching.folder), "memplan": sys.executable}

@@ -117,7 +117,7 @@ def _behind(command: list[str], name: str) -> dict[str, Any]:
     anything. Raises MemplanError."""
     place = shutil.which(name)
     if place is None:
-        raise MemplanError(f"there is no program {shown(name)}")
+        raise MemplanError(_missing(name))
     words = command[command.index(name) :]
     for at, word in enumerate(words):
         if _is_python(word):
@@ -138,6 +138,12 @@ def _behind(command: list[str], name: str) -> dict[str, Any]:
         except (OSError, ValueError, IndexError) as error:
             raise MemplanError(f"{shown(name)} starts no Python: see above") from error
     return told
+
+
+def _missing(name: str) -> str:
+    if Path(name).is_file():
+        return f"{shown(name)} can't be executed as it is: start it with python, or make it executable"
+    return f"there is no program {shown(name)}"
 
 
 def _program(command: list[str]) -> str:
@@ -166,7 +172,7 @@ def interpreter(name: str) -> Path:
     """The Python that a program runs with: itself, or what its first line names. Raises MemplanError."""
     place = shutil.which(name)
     if place is None:
-        raise MemplanError(f"there is no program {shown(name)}")
+        raise MemplanError(_missing(name))
     if _is_python(place) or _is_python(str(Path(place).resolve())):
         return Path(place)
     words = _first_line(name)

@@ -25,19 +25,20 @@ One = TypeVar("One")
 # The names of numbers, and where they are. All but `found_inf` are there when a step begins, from the second
 # step on; the first one makes the loss and the norm that "the one before" has left.
 ITEMS = "num_items_in_batch"
+_TRAINER, _SCALER = "transformers, `trainer.py`, ", "torch, `amp/grad_scaler.py`, `GradScaler`, "
 KEPT: Mapping[str, str] = {
-    "_tr_loss": "transformers, `trainer.py`, `_inner_training_loop`: the sum of losses until it is logged",
-    "tr_loss_step": "`_run_epoch`: the loss of the backward pass before, until the next one has been made",
-    "grad_norm": "`_run_epoch`: the norm of the step before, until clipping; then the new one, computed also "
-    "where nothing is clipped (`_get_grad_norm`)",
-    ITEMS: "`_get_num_items_in_batch`: the labels that count in a step, by which each loss is divided",
+    "_tr_loss": f"{_TRAINER}`_inner_training_loop`: the sum of losses until it is logged",
+    "tr_loss_step": f"{_TRAINER}`_run_epoch`: the loss of the backward pass before, until there is a new one",
+    "grad_norm": f"{_TRAINER}`_run_epoch`: the norm of the step before, until clipping; then the new one; "
+    "where nothing is clipped, too (`_get_grad_norm`)",
+    ITEMS: f"{_TRAINER}`_get_num_items_in_batch`: labels that count in a step; losses are divided by it",
 }
 SCALER: Mapping[str, str] = {
-    "_scale": "torch, `amp/grad_scaler.py`, `GradScaler`, with fp16: by which each loss is multiplied",
-    "_growth_tracker": "`GradScaler`",
-    "found_inf": "`GradScaler.unscale_`, until the update has been made",
+    "_scale": f"{_SCALER}with fp16: by which each loss is multiplied",
+    "_growth_tracker": f"{_SCALER}with fp16",
+    "found_inf": f"{_SCALER}`unscale_`, with fp16: until the update has been made",
 }
-BATCHES = "`get_batch_samples`: the batches of all backward passes of a step, before its first forward pass"
+BATCHES = f"{_TRAINER}`get_batch_samples`: all batches of a step, before its first forward pass"
 
 MODULE, WAITING = "Trainer", "waiting batch"  # on the tape: the module of the numbers; an operation
 _APART = 256  # batches that wait, each in blocks of its own; what is beyond them, in one of each kind

@@ -57,16 +57,19 @@ def run(
     card: Card | None = None,
     lengths: Lengths | None = None,
     rank: int = 0,
+    *,
+    looped: bool = True,
 ) -> Run:
     """The whole run of a resolved recipe, for the allocator: loading, and a step with every layer played;
-    with ``lengths``, all steps that these make. ``rank``: of those that share the step."""
+    with ``lengths``, all steps that these make. ``rank``: of those that share the step; ``looped=False``:
+    without a Trainer's loop around them."""
     from memplan.asked.alloc_conf import parse_settings
     from memplan.predict.loading import loading
     from memplan.predict.step import write_long_tape
 
     played = [None] if lengths is None else steps(recipe, lengths)
     written = cache(
-        lambda step: write_long_tape(spec, recipe, card=card, lengths=step, looped=True, rank=rank)
+        lambda step: write_long_tape(spec, recipe, card=card, lengths=step, looped=looped, rank=rank)
     )
     tape = written(played[0])
     settings = parse_settings(recipe.alloc_conf)

@@ -29,6 +29,7 @@ computes when it begins.
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import count
 from math import prod
@@ -55,9 +56,11 @@ def loading(spec: ModelSpec, recipe: Recipe, step: Tape, capacity: int | None = 
     """
     shapes = blueprint.named_shapes(spec)
     strategy = strategies.of(recipe)
-    quantised = weights.of(recipe) is not None
-    if strategy is not None and strategy.load is not None and (strategy.shards or not quantised):
-        return _spread(strategy, shapes, recipe, step)
+    if strategy is not None and strategy.load is not None:
+        if weights.of(recipe) is None:
+            return _spread(strategy, shapes, recipe, step)
+        if strategy.shards:
+            return _sharded(strategy, spec, shapes, recipe, step, capacity)
     if strategy is not None and strategy.wrap is not None:
         steps = list(_steps(shapes, _brought(step), recipe, step, capacity, stock=True))
         wrapped = strategy.wrap(step, _temporary(sum(what == "scratch" for what, _ in steps)))
@@ -103,7 +106,52 @@ def _spread(strategy: strategies.Strategy, shapes: Mapping[str, Shape], recipe: 
         whole[name] = exact if ".lora_" not in name else share
     itemsize = _ITEMSIZE[recipe.dtype]
     whole |= {name: count * itemsize for name, count in known.items() if name not in whole}
-    steps = [*strategy.load(resting, whole, temporary), *(("alloc", number) for number in made)]
+    steps = [*strategy.load(resting, whole, temporary, {}), *(("alloc", number) for number in made)]
+    return _written(iter(steps), step, emptied=False)
+
+
+def _sharded(
+    strategy: strategies.Strategy,
+    spec: ModelSpec,
+    shapes: Mapping[str, Shape],
+    recipe: Recipe,
+    step: Tape,
+    capacity: int | None,
+) -> Tape:
+    """The same of one with 4-bit weights, which is whole on the card as on one GPU before it is sharded."""
+    from memplan.predict.step import write_long_tape
+
+    assert strategy.load is not None
+    alone = recipe.model_copy(update={"parallel": None, "gpus": 1})
+    lone = write_long_tape(spec, alone)
+    whole = {one.storage: one for one in _brought(lone)}
+    resting, stays = [], defaultdict(list)  # of these, what is whole on each rank
+    for one in _brought(step):
+        if one.made or one.category is Category.QUANTIZATION_STATE:
+            stays[one.name].append(one.storage)
+        else:
+            resting.append((one.storage, one.name, step.sizes[one.storage]))
+    temporary = _temporary()
+    steps: list[LoadStep] = []
+    lies: dict[str, list[int]] = defaultdict(list)
+    numbers: list[int] = []  # of what is only there for a while, as numbered on one GPU
+    for what, value in _steps(shapes, list(whole.values()), alone, lone, capacity, stock=True):
+        if what == "scratch":
+            take, number = temporary(value)
+            numbers.append(number)
+            steps.append(take)
+        elif what == "drop":
+            steps.append((what, numbers[value]))
+        elif what == "alloc" and stays.get(whole[value].name):
+            steps.append((what, stays[whole[value].name].pop(0)))
+        elif what == "alloc":
+            take, number = temporary(lone.sizes[value])
+            lies[whole[value].name].append(number)
+            steps.append(take)
+        else:
+            steps.append((what, value))
+    steps.append(("empty_cache", 0))
+    steps += strategy.load(resting, {}, temporary, lies)
     return _written(iter(steps), step, emptied=False)
 
 

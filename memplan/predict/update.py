@@ -41,6 +41,7 @@ def clip(groups: list[Group], loop: Loop[Tensor] | None) -> None:
     """``clip_grad_norm_`` with foreach: a norm a gradient, stacked, and gradients scaled in place."""
     tape = state.tape
     if loop is not None:
+        tape.begin(Phase.OPTIMIZER, "norms")
         loop.clipping()
     tape.module = "clip_grad_norm_"
     count = sum(group.repeat * len(group.parameters) for group in groups)

@@ -6,14 +6,28 @@ from memplan.runfiles import RunFile
 from memplan.runfiles._keys import Keys, words
 
 _ALONE = ("NO", "no")
+# What FSDP2 is planned with, by keys of `fsdp_config`; what is not there is so by default or moves nothing.
+_FSDP2 = {
+    "fsdp_version": (2,),
+    "fsdp_auto_wrap_policy": ("TRANSFORMER_BASED_WRAP", None),
+    "fsdp_reshard_after_forward": (True, None),
+    "fsdp_offload_params": (False, None),
+    "fsdp_activation_checkpointing": (False, None),
+}
 
 
 def _read(keys: Keys) -> None:
     kind = keys.text("distributed_type") or "NO"
-    if kind not in _ALONE:
-        keys.refuse("distributed_type", "spreads the run over several cards, which memplan does not plan yet")
-    keys.several("num_processes", "num_machines")
-    keys.refuse_any(dict.fromkeys(("deepspeed_config", "fsdp_config"), "is not planned yet"))
+    if kind == "MULTI_GPU":
+        _of_several(keys, "ddp")
+    elif kind == "FSDP":
+        _sharded(keys)
+    elif kind in _ALONE:
+        keys.several("num_processes", "num_machines")
+    else:
+        keys.refuse("distributed_type", "spreads the run in a way that memplan does not plan yet")
+    others = ("deepspeed_config", *(() if kind == "FSDP" else ("fsdp_config",)))
+    keys.refuse_any(dict.fromkeys(others, "is not planned yet"))
     keys.refuse_any({"use_cpu": "trains on the processor, whose memory memplan does not plan"})
     precision = keys.one_of("mixed_precision", {"no": False, "bf16": True, "fp16": True, "fp8": None}, False)
     if precision is None:
@@ -21,6 +35,27 @@ def _read(keys: Keys) -> None:
     if precision:  # "no" leaves it to the trainer, whose own bf16 overrules it
         keys.put("autocast", True)
     keys.leave_out("what torch.compile keeps is another amount", "dynamo_config")
+
+
+def _of_several(keys: Keys, parallel: str) -> None:
+    keys.unheard("num_machines")
+    count = keys.whole("num_processes")
+    if count is not None and count > 1:
+        keys.put("gpus", count)
+        keys.put("parallel", parallel)
+
+
+def _sharded(keys: Keys) -> None:
+    config = keys.mapping("fsdp_config")
+    for key, planned in _FSDP2.items():
+        if config.get(key) not in planned:
+            what = "FSDP1" if key == "fsdp_version" else f"{key} {config[key]}"
+            keys.refuse("fsdp_config", f"is of {what}, which memplan does not plan yet")
+    if keys.value("parallelism_config"):
+        keys.refuse("parallelism_config", "spreads the run in more ways, which memplan does not plan yet")
+    _of_several(keys, "fsdp2")
+    if config.get("fsdp_cpu_ram_efficient_loading"):
+        keys.leave_out("loading on the first rank alone moves what is reserved: played as on all of them")
 
 
 RUNFILE = RunFile(

@@ -240,12 +240,12 @@ def backward(root: Tensor, grad: Tensor) -> None:
 
 def _evaluate(node: Node, dependencies: dict[Node, int]) -> list[Node]:
     """Run one node, hand its gradients on, and return the nodes that became ready."""
-    if type(node) is AccumulateGrad:
-        _accumulate_grad(node)
-        return []
     if node.before is not None:
         node.before()
         state.tape.module = node.module
+    if type(node) is AccumulateGrad:
+        _accumulate_grad(node)
+        return []
     incoming: Any = node.grads
     node.grads = None
     outgoing = list(node.backward(node, incoming[0] if len(incoming) == 1 else incoming))

@@ -14,7 +14,7 @@ from memplan.parts.loop import Loop
 from memplan.shadow import autograd, ops
 from memplan.shadow.autograd import AccumulateGrad
 from memplan.shadow.tensor import DType, Shape, Tensor, bool_, category, empty, float32, state, stream, uint8
-from memplan.strategies import Resting
+from memplan.strategies import Lying, Resting
 from memplan.strategies._zero import (
     REDUCING,
     Trained,
@@ -309,7 +309,9 @@ def _partitions(one: Trained, partition: int) -> range:
     return range(one.start // partition, (one.start + one.numel - 1) // partition + 1)
 
 
-def load(resting: Resting, whole: Mapping[str, int], temporary: Temporary) -> Iterator[LoadStep]:
+def load(
+    resting: Resting, whole: Mapping[str, int], temporary: Temporary, _lying: Lying
+) -> Iterator[LoadStep]:
     """The model comes onto the card as it is (``module.to(device)``), and each of its groups is laid out
     flat; what it lay in goes. A partition is copied in its own dtype before it is widened; gradients of all
     are made once (``initialize_optimizer_states``)."""

@@ -37,7 +37,7 @@ from memplan.shadow.tensor import (
     stream,
     uint8,
 )
-from memplan.strategies import EMBEDDING, NORM, Forward, Part, Resting, Strategy
+from memplan.strategies import EMBEDDING, NORM, Forward, Lying, Part, Resting, Strategy
 from memplan.tape import Category
 from memplan.weights import LoadStep, Temporary
 
@@ -112,7 +112,8 @@ class Fsdp2(Spread):
         mixed = recipe.autocast
         narrow = DTYPES[recipe.dtype.value] if recipe.dtype is DTypeName.FLOAT16 else bfloat16
         wide = DTYPES[recipe.shard_dtype.value] if recipe.shard_dtype else float32
-        self.trained = wide if mixed else None
+        # accelerate upcasts what is trained, of a model without 4-bit weights
+        self.trained = wide if mixed and recipe.mode is not Mode.QLORA else None
         self.computing = narrow if mixed else None
         self.reducing = DTYPES[recipe.reduce_dtype.value] if recipe.reduce_dtype else self.computing
         self.adapted = recipe.mode is not Mode.FULL  # accelerate finds no norm in PEFT's model
@@ -416,8 +417,11 @@ class _Head:
         whole: Tensor = self._head.weight
         if self._spread.tail.whole:
             return whole
+        spread = self._spread
+        parts = spread.by_whole[id(whole)]
         with category(Category.COMMUNICATION):
-            return empty(whole.shape, self._spread.updated(whole).dtype, "full_tensor")
+            gathered = empty((spread.world * parts.rows, *whole.shape[1:]), parts.shard.dtype, "full_tensor")
+        return Tensor(whole.shape, gathered.dtype, gathered.storage)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         return self._spread.run_head(self._head, hidden)
@@ -429,7 +433,9 @@ def _tensors(loss: Any, logits: Tensor | None) -> list[Tensor]:
     return returned if logits is None else [*returned, logits]
 
 
-def _load(resting: Resting, whole: Mapping[str, int], temporary: Temporary) -> Iterator[LoadStep]:
+def _load(
+    resting: Resting, whole: Mapping[str, int], temporary: Temporary, lying: Lying
+) -> Iterator[LoadStep]:
     """``fully_shard`` of one unit after the other: all of its parameters come onto the card, a part of each
     is copied, and they go. accelerate's names for the weights of embedding and output layer hold those to the
     end of its preparation."""
@@ -440,11 +446,13 @@ def _load(resting: Resting, whole: Mapping[str, int], temporary: Temporary) -> I
     for unit in sorted(units, key=lambda unit: (not unit.startswith("model.layers."), "norm" not in unit)):
         came: list[int] = []
         for _, name in units[unit]:
+            there = held if unit in ("model.embed_tokens", "lm_head") else came
+            there += lying.get(name, ())
             nbytes = whole.get(name)
             if nbytes is not None:
                 take, number = temporary(nbytes)
                 yield take
-                (held if unit in ("model.embed_tokens", "lm_head") else came).append(number)
+                there.append(number)
         for number, _ in units[unit]:
             yield "alloc", number
         for number in came:

@@ -31,7 +31,7 @@ from memplan.shadow.tensor import (
     stream,
     view_strides,
 )
-from memplan.strategies import Part, Resting, Strategy
+from memplan.strategies import Lying, Part, Resting, Strategy
 from memplan.strategies._fetching import AVAILABLE, PARTITIONED, Coordinator, Module, Parameter
 from memplan.strategies._zero import (
     REDUCING,
@@ -522,7 +522,9 @@ def _folded(x: Tensor) -> Tensor:
 # -- loading -----------------------------------------------------------------------------------------------
 
 
-def _load(resting: Resting, whole: Mapping[str, int], temporary: Temporary) -> Iterator[LoadStep]:
+def _load(
+    resting: Resting, whole: Mapping[str, int], temporary: Temporary, _lying: Lying
+) -> Iterator[LoadStep]:
     """Each parameter is made whole and divided (``zero.Init``), gathered once to be filled, once more when
     its hooks are made; between, partitions of trained ones are laid together on the host (``defragment``)."""
     found: dict[str, list[tuple[int, int]]] = {}

@@ -116,7 +116,7 @@ def compare(measured: Measurement) -> Comparison:
             "is what the card left room for, not what the run would take"
         )
     if not measured.run.cudnn_attention:
-        remarks.append("cuDNN's attention was switched off, as the plan has FlashAttention")
+        remarks.append("cuDNN's attention was switched off, and the plan is of what PyTorch takes then")
     played = None
     if measured.device.kind == "cuda":
         limit = measured.run.cap_bytes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -212,8 +213,8 @@ def predicted_tape(measured: Measurement) -> Tape:
 
     spec = spec_of(measured.model)
     recipe = resolve_recipe(spec, measured.recipe)  # a file may say what does not suit its model
-    card, looped = card_of(measured.device), in_a_trainer(measured.run)
-    return write_tape(spec, recipe, card=card, looped=looped, folded=False)
+    card = replace(card_of(measured.device), cudnn_attention=measured.run.cudnn_attention)
+    return write_tape(spec, recipe, card=card, looped=in_a_trainer(measured.run), folded=False)
 
 
 def card_of(device: Device) -> Card:

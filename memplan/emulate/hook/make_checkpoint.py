@@ -38,8 +38,8 @@ Tensors = dict[str, tuple[str, list[int]]]  # safetensors' name of the type, and
 def make(config: dict[str, Any], folder: Path, merged: bool) -> None:
     """Write config.json, model-*.safetensors and their index, a tokenizer and a processor."""
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    _holes(folder, *_tensors(config, folder, merged))
-    _tokenizer(folder, {})
+    holes(folder, "model", *tensors(config, folder, merged))
+    tokenizer(folder, {})
     try:
         _processor(folder)
     except Exception as error:  # whatever a model's own processor raises: weights are there all the same
@@ -49,7 +49,7 @@ def make(config: dict[str, Any], folder: Path, merged: bool) -> None:
         sys.stdout.write(f"made without a processor, which transformers can't make: {said}\n")
 
 
-def _tensors(config: dict[str, Any], folder: Path, merged: bool) -> tuple[Tensors, dict[str, bytes]]:
+def tensors(config: dict[str, Any], folder: Path, merged: bool) -> tuple[Tensors, dict[str, bytes]]:
     """What the checkpoint holds, and of what is read as text the content."""
     import torch
     import transformers
@@ -143,7 +143,7 @@ def _in_mxfp4(tensors: Tensors) -> Tensors:
     return found
 
 
-def _holes(folder: Path, tensors: Tensors, contents: dict[str, bytes]) -> None:
+def holes(folder: Path, called: str, tensors: Tensors, contents: dict[str, bytes]) -> None:
     """The tensors in one file, or in several and their index."""
     shards: list[Tensors] = [{}]
     size = total = 0
@@ -155,15 +155,16 @@ def _holes(folder: Path, tensors: Tensors, contents: dict[str, bytes]) -> None:
         shards[-1][name] = dtype, shape
         size, total = size + nbytes, total + nbytes
     if len(shards) == 1:
-        _shard(folder / "model.safetensors", shards[0], contents)
+        _shard(folder / f"{called}.safetensors", shards[0], contents)
         return
     where: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        file = f"{called}-{number:05}-of-{len(shards):05}.safetensors"
         _shard(folder / file, shard, contents)
         where |= dict.fromkeys(shard, file)
     index = {"metadata": {"total_size": total}, "weight_map": where}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(index, indent=1) + "\n"
+    (folder / f"{called}.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
 def _shard(path: Path, tensors: Tensors, contents: dict[str, bytes]) -> None:
@@ -176,9 +177,10 @@ def _shard(path: Path, tensors: Tensors, contents: dict[str, bytes]) -> None:
     memplan_holes.write(path, told, {"format": "pt"}, here)
 
 
-def _tokenizer(folder: Path, marks: dict[str, int], image: str = "", video: str = "") -> None:
+def tokenizer(folder: Path, marks: dict[str, int], image: str = "", video: str = "") -> None:
     """One that takes each word for a token, and knows few; or each byte, where transformers makes its
-    tokenizer by a class of its own, whatever its files say (Qwen2's), and that class sees no words.
+    tokenizer by a class of its own, whatever its files say (Qwen2's), and that class sees no words. It has as
+    many tokens as the model, for a program may cut the embeddings to its length.
     ``marks``: tokens of a model's own, with their numbers."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -187,6 +189,8 @@ def _tokenizer(folder: Path, marks: dict[str, int], image: str = "", video: str 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # 256
     for listed in (names, letters):
         words = {word: number for number, word in enumerate(listed)} | {"<eos>": WORDS} | marks
+        free = set(range(WORDS, _vocabulary(folder))) - set(words.values())
+        words |= {f"w{number}": number for number in sorted(free)}
         by_words = listed is names
         plain = Tokenizer(models.WordLevel(words, unk_token="w0") if by_words else models.BPE(words, []))
         plain.pre_tokenizer = (
@@ -198,6 +202,15 @@ def _tokenizer(folder: Path, marks: dict[str, int], image: str = "", video: str 
         made.save_pretrained(folder)
         if _takes_words(folder):
             return
+
+
+def _vocabulary(folder: Path) -> int:
+    """How many tokens the model in the folder has; 0 where none says."""
+    if not (file := folder / "config.json").exists():
+        return 0
+    config = json.loads(file.read_text(encoding="utf-8"))
+    told = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    return told if isinstance(told, int) else 0
 
 
 def _takes_words(folder: Path) -> bool:
@@ -235,7 +248,7 @@ def _processor(folder: Path) -> None:
             marks[token] = number if number is not None else WORDS + 1 + len(marks)
     start, end = (getattr(blank, f"vision_{name}_token", "") for name in ("start", "end"))
     image, video = (start + getattr(blank, f"{name}_token", "") + end for name in ("image", "video"))
-    _tokenizer(folder, marks, image, video)
+    tokenizer(folder, marks, image, video)
     AutoProcessor.from_pretrained(folder).save_pretrained(folder)
 
 

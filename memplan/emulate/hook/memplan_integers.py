@@ -62,14 +62,82 @@ def start(torch: Any, *, skewed: bool = False) -> None:
             return engine(*args, **kwargs)
 
     torch.autograd._engine_run_backward = backward
+    torch.compile = _compiling(torch, mode)
+
+
+def _compiling(torch: Any, mode: Any) -> Callable[..., Any]:
+    """torch.compile, whose code nobody stands at: it would be compiled into it, or break it in parts."""
+    from functools import wraps
+
+    compile_, modules = torch.compile, torch.nn.modules.module
+    hooks = [
+        getattr(modules, name) for name in dir(modules) if name.startswith("_global_") and "hooks" in name
+    ]
+    hooks = [one for one in hooks if isinstance(one, dict)]
+
+    def alone(call: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(call)
+        def calling(*args: Any, **kwargs: Any) -> Any:
+            stack = torch.overrides._get_current_function_mode_stack()
+            if not any(isinstance(one, mode) for one in stack):
+                return call(*args, **kwargs)
+            kept = [dict(one) for one in hooks]
+            for one in hooks:
+                one.clear()
+            for _ in stack:
+                torch.overrides._pop_mode()
+            for one in stack:
+                if not isinstance(one, mode):
+                    torch.overrides._push_mode(one)
+            try:
+                return call(*args, **kwargs)
+            finally:
+                for one in stack:
+                    if not isinstance(one, mode):
+                        torch.overrides._pop_mode()
+                for one in stack:
+                    torch.overrides._push_mode(one)
+                for one, was in zip(hooks, kept, strict=True):
+                    one.update(was)
+
+        return calling
+
+    @wraps(compile_)
+    def compiling(model: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if model is None:
+            return lambda model: compiling(model, *args, **kwargs)
+        made = compile_(model, *args, **kwargs)
+        if not isinstance(made, torch.nn.Module):
+            return alone(made)
+        made.forward = alone(made.forward)
+        return made
+
+    return compiling
 
 
 def values(torch: Any, tensor: Any) -> Any:
     """A tensor's values, to be read and written on the host; None if they are imagined."""
     is_real, twin, _ = _memory(torch)
+    tensor = _own(tensor)
     if not tensor.is_cuda:
         return tensor
     return twin(tensor) if is_real(tensor) else None
+
+
+def _own(tensor: Any) -> Any:
+    """Itself, or what has its memory: of what is sharded (DTensor) this rank's part, of what a collective is
+    bringing its result."""
+    while _is_made_of_others(tensor):
+        part = getattr(tensor, "_local_tensor", getattr(tensor, "elem", None))
+        if part is None:
+            break
+        tensor = part
+    return tensor
+
+
+def _is_made_of_others(tensor: Any) -> bool:
+    """Whether it wraps tensors, and has no memory of its own."""
+    return hasattr(type(tensor), "__tensor_flatten__")
 
 
 def _memory(torch: Any) -> tuple[Callable[[Any], bool], Callable[[Any], Any], Callable[[Any], Any]]:
@@ -79,11 +147,13 @@ def _memory(torch: Any) -> tuple[Callable[[Any], bool], Callable[[Any], Any], Ca
     tensor_of = torch.Tensor
 
     def is_real(tensor: Any) -> bool:
+        tensor = _own(tensor)
         if tensor.dtype not in whole or tensor.layout is not torch.strided:
             return False
         return bool(tensor.numel() <= (_BYTES if tensor.dtype in (torch.uint8, torch.int8) else _MOST))
 
     def twin(tensor: Any) -> Any:
+        tensor = _own(tensor)
         if not tensor.is_cuda or tensor.layout is not torch.strided:
             return tensor
         if tensor.is_floating_point() or tensor.is_complex():  # as many zeros
@@ -113,6 +183,7 @@ def _mode(torch: Any, skewed: bool) -> Any:
 
     is_real, twin, on_host = _memory(torch)
     tensor_of, wrapped = torch.Tensor, torch._C._functorch.is_functorch_wrapped_tensor
+    dispatch_mode, fakes = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.FAKE
 
     def call(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         left = ("pin_memory", "generator", "non_blocking")
@@ -122,7 +193,7 @@ def _mode(torch: Any, skewed: bool) -> Any:
 
     def tensors(value: Any) -> Iterable[Any]:
         if isinstance(value, tensor_of):
-            yield value
+            yield _own(value)
         elif isinstance(value, (list, tuple)):
             for one in value:
                 yield from tensors(one)
@@ -146,6 +217,8 @@ def _mode(torch: Any, skewed: bool) -> Any:
             name = getattr(func, "__name__", "")
             if name in _LEFT or (getattr(func, "__module__", None) or "").startswith("torch.distributed"):
                 return func(*args, **kwargs)
+            if dispatch_mode(fakes) is not None:  # of what is compiled: nobody has memory
+                return func(*args, **kwargs)
             given = [*tensors(args), *tensors(list(kwargs.values()))]
             if not any(one.is_cuda for one in given) and "cuda" not in str(kwargs.get("device", "")):
                 if name in memplan_zeros.CONVERSIONS and args:
@@ -156,7 +229,9 @@ def _mode(torch: Any, skewed: bool) -> Any:
                 if name in ("to", "cuda") and isinstance(made, tensor_of) and made.is_cuda and is_real(made):
                     twin(made).copy_(args[0])  # as large as it may be
                 return made
-            if any(wrapped(one) or one.layout is not torch.strided for one in given):
+            if any(
+                wrapped(one) or _is_made_of_others(one) or one.layout is not torch.strided for one in given
+            ):
                 return func(*args, **kwargs)  # vmap's, sparse ones: no memory of their own to be read
             if name in _READ:
                 return call(func, args, kwargs)
@@ -185,7 +260,7 @@ def _mode(torch: Any, skewed: bool) -> Any:
             return
         if name == "__setitem__" and not is_real(args[0]):
             return  # floats, at places that whole numbers say
-        inside = "out" in kwargs or made is None or any(made is one for one in given)
+        inside = "out" in kwargs or made is None or any(_own(made) is one for one in given)
         places = [one for one in given if one.is_cuda and is_real(one)] if inside else results
         if not any(one.is_cuda and is_real(one) for one in places):
             return

@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from memplan_imports import when_imported
+
 _PATIENCE = 600.0  # seconds for another rank that is played
 # What a function brings from all ranks, by the names of its arguments: to where, and of what.
 _ALL = {
@@ -33,6 +35,11 @@ _PARTS = {  # and of that, the part which is this rank's
     "reduce_scatter_single": ("output", "input"),
 }
 _IN_PLACE = {"all_reduce": "tensor", "reduce": "tensor", "all_reduce_coalesced": "tensors"}
+# Those of _functional_collectives, whose results are new tensors.
+_FUNCTIONAL = (
+    "all_reduce", "broadcast", "all_gather_tensor", "all_gather_single", "reduce_scatter_tensor",
+    "reduce_scatter_single",
+)  # fmt: skip
 # Since PyTorch 2.13 these call newer ones.
 _OLDER = {"all_gather_into_tensor": "all_gather_single", "reduce_scatter_tensor": "reduce_scatter_single"}
 
@@ -57,6 +64,7 @@ def prepare(torch: Any) -> None:
     """Nobody is waited for, and what comes from other ranks comes from this one."""
     dist = torch.distributed
     if not alone() or not dist.is_available():
+        when_imported("torch.distributed.launcher.api", lambda api: _on_one_machine(torch, api))
         return
     c10d = dist.distributed_c10d
 
@@ -74,6 +82,34 @@ def prepare(torch: Any) -> None:
     for name in (*_ALL, *_PARTS, *_IN_PLACE):
         if hasattr(c10d, name) and not hasattr(c10d, _OLDER.get(name, "")):
             put(name, _repeating(torch, name, getattr(c10d, name)))
+    import torch.distributed._functional_collectives as functional
+
+    for name in _FUNCTIONAL:
+        if hasattr(functional, name):
+            setattr(functional, name, _repeating_anew(torch, functional, getattr(functional, name)))
+
+
+def _on_one_machine(torch: Any, api: Any) -> None:
+    """A launcher that asks for other machines would wait for them, and one with more processes than there are
+    cards would be believed, for only one of them runs."""
+    launch = api.launch_agent
+
+    def launch_agent(config: Any, *args: Any, **kwargs: Any) -> Any:
+        each, cards = config.nproc_per_node, torch.cuda.device_count()
+        if config.max_nodes > 1:
+            every = config.max_nodes * each
+            raise SystemExit(
+                f"memplan: {config.max_nodes} nodes are asked for, and a dry run has one machine: start it "
+                f"as one node of {every} processes, on {every} cards (--gpu {every}x…)"
+            )
+        if each > cards:
+            raise SystemExit(
+                f"memplan: {each} processes are asked for, and the machine has {cards} of the cards: say "
+                f"--gpu {each}x…"
+            )
+        return launch(config, *args, **kwargs)
+
+    api.launch_agent = launch_agent
 
 
 def _told() -> dict[str, Any]:
@@ -224,6 +260,37 @@ def _repeating(torch: Any, name: str, function: Any) -> Any:
         for place, sent in pairs:
             _put(torch, values(torch, place), values(torch, sent), given.get("op"), ranks)
         return done
+
+    return repeating
+
+
+def _repeating_anew(torch: Any, functional: Any, function: Any) -> Any:
+    """The same of a function whose result is a new tensor."""
+    from functools import wraps
+    from inspect import signature
+
+    from memplan_integers import values
+
+    told, kinds = signature(function), torch.distributed.ReduceOp
+
+    @wraps(function)
+    def repeating(*args: Any, **kwargs: Any) -> Any:
+        made = function(*args, **kwargs)
+        bound = told.bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        place, sent = values(torch, made), values(torch, given["self"])
+        if place is None or sent is None:
+            return made
+        named = functional._resolve_group_name(given["group"], given.get("tag", ""))
+        group = torch.distributed.distributed_c10d._resolve_process_group(named)
+        if "gather_dim" in given:
+            sent = torch.cat([sent] * group.size(), given["gather_dim"])
+        elif "scatter_dim" in given:
+            sent = sent.chunk(group.size(), given["scatter_dim"])[group.rank()]
+        op = getattr(kinds, str(given.get("reduceOp")).upper(), None)
+        _put(torch, place, sent, op, group.size())
+        return made
 
     return repeating
 
