@@ -17,6 +17,7 @@ import pytest
 from memplan import Recipe, strategies
 from memplan.cuda.card import Card
 from memplan.cuda.reduction import whole_scratch
+from memplan.errors import RecipeError
 from memplan.importers.hf import spec_from_config
 from memplan.importers.resolve import resolve_config
 from memplan.planning import predicted
@@ -135,7 +136,7 @@ def test_families_and_trainers(model: str, layers: int, changed: dict[str, Any],
     found = resolve_config(model)
     spec = spec_from_config(cut(found.config, layers, model), found.name, found.hub_id)
     recipe = Recipe(**({**BASE, **changed} if "trainer" not in changed else {"mode": "full", **changed}))
-    tape = write_tape(spec, resolve_recipe(spec, recipe), looped=True)
+    tape = write_tape(spec, resolve_recipe(spec, recipe), looped=True, rank=0)
     assert replay(tape).allocated_bytes == emulated
 
 
@@ -190,7 +191,7 @@ def test_reserved_bytes_are_those_of_deepspeed(
 ) -> None:
     """To 0.1 %. Of the models, the larger one is Llama-3.1-8B."""
     spec = spec_from_config(config, "test")
-    run = predicted.run(spec, resolve_recipe(spec, Recipe(**{**BASE, **changed})))
+    run = predicted.run(spec, resolve_recipe(spec, Recipe(**{**BASE, **changed})), rank=0)
     assert replay(run.tape).allocated_bytes == tensors
     assert run.free.reserved == pytest.approx(reserved, rel=0.001)
 
@@ -205,6 +206,36 @@ def test_what_rests_is_there_again_after_a_step(parallel: str) -> None:
         if segment.phase is Phase.SETUP:
             resting.append(live)
     assert live == resting[-1]
+
+
+def test_the_rank_that_takes_the_most_is_played() -> None:
+    peaks = [replay(played(ODD, rank, parallel="zero2", **LORA)).allocated_bytes for rank in range(8)]
+    spec = spec_from_config(ODD, "test")
+    recipe = Recipe(**{**BASE, "parallel": "zero2", **LORA})
+    tape = write_tape(spec, resolve_recipe(spec, recipe), looped=True)
+    assert replay(tape).allocated_bytes == max(peaks) > min(peaks)
+    assert peaks[tape.rank] == max(peaks)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"optimizer": "adamw_bnb_8bit"}, "ZeRO-3 with optimizer adamw_bnb_8bit is not planned"),
+        ({"mode": "qlora"}, "does not divide 4-bit weights"),
+        ({"mode": "lora", "use_dora": True}, "use_dora"),
+        ({"trainer": "peft", "autocast": False}, "use --autocast"),
+    ],
+)
+def test_what_was_not_compared_is_refused(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(RecipeError, match=told):
+        Recipe(**{"mode": "full", "parallel": "zero3", "gpus": 8, **options})
+
+
+def test_adapted_experts_are_refused() -> None:
+    found = resolve_config("qwen3-30b-a3b")
+    spec = spec_from_config(found.config, found.name, found.hub_id)
+    with pytest.raises(RecipeError, match="adapters on experts under ZeRO"):
+        resolve_recipe(spec, Recipe(mode="lora", parallel="zero2", gpus=8))
 
 
 def test_gathered_parameters_are_communication() -> None:

@@ -5,10 +5,10 @@
     python benchmarks/ranks/run.py --missing           those that have no row yet
     python benchmarks/ranks/run.py --predictions       the plan's side of each row anew
 
-Needs the environment of benchmarks/dry_gpu/README.md. The scripts are benchmarks/plain's, which import
-nothing of memplan's, launched by accelerate. Models are real ones with fewer layers. Tensors at the peak are
-read off the dry run's tape of a step, reserved bytes off its report. Exit status 1 if a case's tensors are
-not the plan's, or its reserved bytes more than 1 % from it.
+Needs the environment of benchmarks/dry_gpu/README.md, with DeepSpeed for the cases of ZeRO. The scripts are
+benchmarks/plain's, which import nothing of memplan's, launched by accelerate. Models are real ones with fewer
+layers. Tensors at the peak are read off the dry run's tape of a step, reserved bytes off its report. Exit
+status 1 if a case's tensors are not the plan's, or its reserved bytes more than 1 % from it.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ SCRIPTS = ROOT / "benchmarks" / "plain"
 RESULTS = ROOT / "data" / "ranks.json"
 GPU = "a100"
 QUIET = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
+DEEPSPEED = ROOT / "benchmarks" / "trainers"  # where transformers' examples of its files are
 ENGINES = {
     "ddp": ["--multi_gpu"],
     "fsdp2": [
@@ -45,6 +46,10 @@ ENGINES = {
         "--fsdp_reshard_after_forward", "true", "--fsdp_cpu_ram_efficient_loading", "false",
     ],
 }  # fmt: skip
+ZERO = {
+    name: ["--use_deepspeed", "--deepspeed_config_file", str(DEEPSPEED / f"{name}.json")]
+    for name in ("zero2", "zero3")
+}
 SCRIPT = {"peft": "hf_trainer.py", "trl": "trl_guide.py"}
 FAMILIES = {
     "llama-3.2-1b": 3,  # tied embeddings
@@ -53,7 +58,6 @@ FAMILIES = {
     "qwen3-4b": 2,  # norms of queries and keys
     "qwen3-30b-a3b": 2,  # experts
 }
-WORLDS = (8, 2, 3, 64)
 
 
 class Case(NamedTuple):
@@ -69,14 +73,14 @@ class Case(NamedTuple):
     @property
     def launched(self) -> list[str]:
         """By accelerate, on as many cards as its recipe has."""
-        engine = ENGINES[self.recipe["parallel"]]
+        engine = (ENGINES | ZERO)[self.recipe["parallel"]]
         count = str(self.recipe["gpus"])
         return ["accelerate", "launch", "--num_processes", count, *engine, "--mixed_precision", "bf16"]
 
 
 def cases() -> Iterator[Case]:
     """Families by modes by strategies; worlds, trainers, checkpointing, batches, lengths and accumulation
-    take turns."""
+    take turns. The fewest ranks and many, each way; then ZeRO."""
     turn = 0
     for model, layers in FAMILIES.items():
         for mode in ("full", "lora", "qlora"):
@@ -85,12 +89,28 @@ def cases() -> Iterator[Case]:
             for parallel in ENGINES:
                 for trainer in SCRIPT:
                     for variant in range(2):
-                        yield _case(model, layers, mode, parallel, trainer, variant, turn)
+                        world = (8, 3)[(turn + variant) // 2 % 2]
+                        yield _case(model, layers, mode, parallel, trainer, variant, turn, world)
                         turn += 1
+    for parallel in ENGINES:
+        for turn, (model, mode) in enumerate((("llama-3.2-1b", "full"), ("qwen3-4b", "lora"))):
+            for world in (2, 64):
+                yield _case(model, FAMILIES[model], mode, parallel, "peft", 0, turn, world)
+    turn = 0
+    for model, layers in FAMILIES.items():
+        for mode in ("full", "lora", "qlora"):
+            for parallel in ZERO:
+                if mode == "qlora" and (model == "qwen3-30b-a3b" or parallel == "zero3"):
+                    continue  # it does not divide 4-bit weights
+                trainer = ("peft", "trl")[(turn + turn // 2) % 2]
+                world = (8, 2, 3, 64)[turn % 4]
+                yield _case(model, layers, mode, parallel, trainer, turn // 4 % 2, turn, world)
+                turn += 1
 
 
-def _case(model: str, layers: int, mode: str, parallel: str, trainer: str, variant: int, turn: int) -> Case:
-    world = WORLDS[(turn + variant) % len(WORLDS)]
+def _case(
+    model: str, layers: int, mode: str, parallel: str, trainer: str, variant: int, turn: int, world: int
+) -> Case:
     length = (1024, 777, 2048)[turn % 3]
     batch = 1 + (turn % 4 == 3)
     accumulate = 2 if turn % 5 == 4 else 1
@@ -108,6 +128,10 @@ def _case(model: str, layers: int, mode: str, parallel: str, trainer: str, varia
         if model == "qwen3-30b-a3b":
             recipe["target_modules"] = "attention"
             given += ["--targets", "q_proj", "k_proj", "v_proj", "o_proj"]
+        if parallel == "zero3" and trainer == "peft":
+            # the script makes the model before TrainingArguments, so that zero.Init has not made it and the
+            # engine casts adapters, too
+            recipe["adapter_dtype"] = "bfloat16"
     if mode == "qlora":
         given += ["--storage", "bfloat16"]
     if trainer == "trl":
@@ -128,7 +152,7 @@ def planned(case: Case) -> dict[str, int]:
     """What the plan says: tensors at the peak, and what is reserved."""
     found = resolve_config(case.model)
     spec = spec_from_config(cut(found.config, case.layers, case.model), found.name, found.hub_id)
-    run = predicted.run(spec, resolve_recipe(spec, Recipe(**case.recipe)))
+    run = predicted.run(spec, resolve_recipe(spec, Recipe(**case.recipe)), rank=0)
     return {"tensors": replay(run.tape).allocated_bytes, "reserved": run.free.reserved}
 
 

@@ -501,7 +501,9 @@ class Recipe(BaseModel):
             source=(
                 "accelerate, `commands/launch.py`: several processes without `--use_fsdp` or "
                 "`--use_deepspeed` are DDP's. `fsdp2`: `--use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy "
-                "TRANSFORMER_BASED_WRAP --fsdp_reshard_after_forward true`."
+                "TRANSFORMER_BASED_WRAP --fsdp_reshard_after_forward true`. `zero1`, `zero2`, `zero3`: "
+                "DeepSpeed's, with `overlap_comm` and with sizes of buckets as transformers' own examples "
+                "have them (500,000,000 elements; those of ZeRO-3 `auto`)."
             ),
         ),
     ] = None
@@ -604,6 +606,8 @@ class Recipe(BaseModel):
         for name in ("shard_dtype", "reduce_dtype"):
             if getattr(self, name) is not None and not (sharded and self.autocast):
                 raise ValueError(f"{name} is of FSDP2's mixed precision: use --parallel fsdp2 --autocast")
+        if self.parallel in ZERO:
+            self._check_zero()
         if not sharded:
             return
         for name, rest, why in _NOT_SHARDED:
@@ -622,6 +626,20 @@ class Recipe(BaseModel):
                 "FSDP2 gathers adapters and what they adapt together, which without mixed precision are of "
                 "two dtypes and not planned: use --autocast"
             )
+
+    def _check_zero(self) -> None:
+        """What ZeRO was compared with DeepSpeed in."""
+        name = f"ZeRO-{self.parallel[-1]}" if self.parallel else ""
+        if not self.autocast:
+            raise ValueError(f"{name} is planned in bf16, as DeepSpeed trains with bf16=True: use --autocast")
+        if self.parallel == "zero3" and self.mode is Mode.QLORA:
+            raise ValueError("ZeRO-3 does not divide 4-bit weights: use --parallel zero2 or fsdp2")
+        for field, rest in _AS_COMPARED:
+            if getattr(self, field) not in rest:
+                raise ValueError(
+                    f"{name} with {field} {getattr(self, field)} is not planned: leave it out, use "
+                    "--parallel ddp, or run a rank of your own program with `memplan dry-run`"
+                )
 
     def _check_batches(self) -> None:
         kind = self.batches.value
@@ -746,6 +764,17 @@ class Recipe(BaseModel):
         )
 
 
+ZERO = ("zero1", "zero2", "zero3")
+_AS_COMPARED = (
+    ("optimizer", ("adamw_torch_fused",)),
+    ("dtype", (DTypeName.BFLOAT16, DTypeName.FLOAT32)),
+    ("kernels", (Kernels.STOCK,)),
+    ("use_dora", (False,)),
+    ("use_cache", (False,)),
+    ("modules_to_save", ((),)),
+    ("loss", ("standard", "chunked")),
+    ("momentum", (0.0,)),
+)
 _SHARDED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 _NOT_SHARDED = (
     ("kernels", (Kernels.STOCK,), "memplan's kernels multiply by whole 4-bit weights, which FSDP2 shards"),

@@ -56,13 +56,13 @@ def run(
     recipe: Recipe,
     card: Card | None = None,
     lengths: Lengths | None = None,
-    rank: int = 0,
+    rank: int | None = None,
     *,
     looped: bool = True,
 ) -> Run:
     """The whole run of a resolved recipe, for the allocator: loading, and a step with every layer played;
-    with ``lengths``, all steps that these make. ``rank``: of those that share the step; ``looped=False``:
-    without a Trainer's loop around them."""
+    with ``lengths``, all steps that these make. ``rank``: of those that share the step, the one that
+    takes the most unless given; ``looped=False``: without a Trainer's loop around them."""
     from memplan.asked.alloc_conf import parse_settings
     from memplan.predict.loading import loading
     from memplan.predict.step import write_long_tape

@@ -307,7 +307,8 @@ class Prediction(Study):
 
     @cached_property
     def ranks(self) -> tuple[Ranks, ...]:
-        """The same: the first rank has as much as any, the last one less of what is not divided evenly."""
+        """The same: no rank has more than the first of these. Under ZeRO, whose ranks differ by gradients of
+        parameters that two of them have parts of, the others are not played."""
         from memplan.predict.ranks import alike
 
         if self.recipe.parallel is None:
@@ -315,7 +316,7 @@ class Prediction(Study):
         first, *others = alike(self.asked.spec, self.recipe)
         found = [
             Ranks(
-                rank=0,
+                rank=self.tape.rank,
                 count=first[1],
                 peak_allocated_bytes=self.peak.allocated_bytes,
                 reserved_bytes=self.allocator.reserved_bytes,
@@ -359,7 +360,10 @@ class Prediction(Study):
 
     @property
     def _evaluated_in(self) -> int:
-        """Sequences in a batch of an evaluation; 0 where none is made."""
+        """Sequences in a batch of an evaluation; 0 where none is made, or where nobody has compared one:
+        under ZeRO-3, which gathers ahead by what training has recorded."""
+        if self.recipe.parallel == "zero3":
+            return 0
         read = self.asked.read
         return DEFAULT_BATCH if read is None or read.evaluates is None else read.evaluates
 

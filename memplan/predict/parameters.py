@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from memplan import adapters, families, optimizers
 from memplan.asked.options import TARGET_PRESETS
-from memplan.asked.recipe import DTypeName, Mode, QuantType, Recipe
+from memplan.asked.recipe import ZERO, DTypeName, Mode, QuantType, Recipe
 from memplan.asked.spec import ModelSpec
 from memplan.errors import RecipeError
 from memplan.predict import blueprint, targets
@@ -64,6 +64,11 @@ def _check_experts(spec: ModelSpec, recipe: Recipe) -> None:
     if not spec.num_experts:
         return
     if recipe.target_modules == "all-linear":
+        if recipe.parallel in ZERO:
+            raise RecipeError(
+                "adapters on experts under ZeRO are not planned: adapt attention only (--target-modules "
+                "attention), or use --parallel ddp or fsdp2"
+            )
         for option, wanted in (("lora_dropout", recipe.lora_dropout), ("use_dora", recipe.use_dora)):
             if wanted:
                 raise RecipeError(

@@ -50,14 +50,14 @@ def write_tape(
     lengths: Sequence[Lengths] | None = None,
     looped: bool = False,
     folded: bool = True,
-    rank: int = 0,
+    rank: int | None = None,
 ) -> Tape:
     """Play a step of ``recipe`` (resolved) on ``spec``.
 
     ``card`` is the reference card unless given; ``lengths``: those of the sequences of each forward pass of
     the step, which else are ``seq_len``. ``looped``: it is a step of a Trainer's loop, which keeps more
     on the card (:mod:`memplan.parts.loop`). ``folded=False`` plays every layer; ``rank``: of those that share
-    the step.
+    the step; unless given, the one that takes the most.
     Raises RecipeError if the recipe does not suit the model.
     """
     return _written(spec, recipe, card, lengths, rank, looped=looped, folded=folded, unfolded=False)
@@ -70,7 +70,7 @@ def write_long_tape(
     card: Card | None = None,
     lengths: Sequence[Lengths] | None = None,
     looped: bool = False,
-    rank: int = 0,
+    rank: int | None = None,
 ) -> Tape:
     """The tape of ``write_tape(folded=False)``, written out from the folded one where that can be done."""
     return _written(spec, recipe, card, lengths, rank, looped=looped, folded=True, unfolded=True)
@@ -81,7 +81,7 @@ def _written(
     recipe: Recipe,
     card: Card | None,
     lengths: Sequence[Lengths] | None,
-    rank: int,
+    rank: int | None,
     *,
     looped: bool,
     folded: bool,
@@ -98,7 +98,7 @@ def _written(
         folded=folded,
         unfolded=unfolded,
     )
-    tape.rank = rank
+    tape.rank = 0 if state.spread is None else state.spread.rank
     for segment in tape.segments:
         if segment.phase is Phase.OPTIMIZER:
             segment.layer = None  # an update goes by parameters, not by layers: folding alone needed to know
@@ -177,7 +177,7 @@ def router_loss(spec: ModelSpec, recipe: Recipe) -> bool:
     return weighed and losses.find(recipe.loss).sft
 
 
-def _spread(recipe: Recipe, rank: int = 0) -> Spread | None:
+def _spread(recipe: Recipe, rank: int | None = None) -> Spread | None:
     strategy = strategies.of(recipe)
     return None if strategy is None else strategy.spread(recipe, rank)
 

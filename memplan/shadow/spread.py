@@ -12,7 +12,7 @@ from memplan.tape import Category, Phase
 
 class Spread:
     """A strategy (:mod:`memplan.strategies`) while a step is played, by ``world`` ranks: what it does
-    differently from one GPU.
+    differently from one GPU, on one of them, ``rank``.
 
     ``autocast``: whether the forward runs under the recipe's; ``last``: whether the pass that is played is
     the last one of its step; ``looped``: whether a Trainer's loop is around it.
@@ -30,8 +30,8 @@ class Spread:
     inside = False
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
 
-    def __init__(self, world: int) -> None:
-        self.world = world
+    def __init__(self, world: int, rank: int | None = None) -> None:
+        self.world, self.rank = world, rank or 0
 
     def begin(self, part: int | str) -> None:
         """What is made from here on belongs to a layer, by its position among those that are played, or to

@@ -25,7 +25,8 @@ Part = int | str  # a layer, by its position among those that are played, or wha
 
 @dataclass(frozen=True, slots=True)
 class Strategy:
-    """A strategy. ``spread``: begins a step of the (resolved) recipe on a rank. ``shards``: whether ranks
+    """A strategy. ``spread``: begins a step of the (resolved) recipe on a rank, on the one that
+    takes the most unless it is given. ``shards``: whether ranks
     have parts of parameters, along their first axis; ``folds``: whether like layers do alike, which is not
     so where what is done in one depends on how much there was before it.
 
@@ -35,7 +36,7 @@ class Strategy:
     follows, of the tape of a step; what it does not drop goes after the first step.
     """
 
-    spread: Callable[[Recipe, int], Spread]
+    spread: Callable[[Recipe, int | None], Spread]
     shards: bool = False
     load: Callable[[Resting, Mapping[str, int], Temporary, Lying], Iterator[LoadStep]] | None = None
     wrap: Callable[[Tape, Temporary], Iterator[LoadStep]] | None = None

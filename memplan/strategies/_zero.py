@@ -59,9 +59,8 @@ class Zero(Spread):
     divides = False
     inside = True  # accelerate, utils/deepspeed.py, DeepSpeedEngineWrapper.backward
 
-    def __init__(self, recipe: Recipe, rank: int = 0) -> None:
-        super().__init__(recipe.gpus)
-        self.rank = rank
+    def __init__(self, recipe: Recipe, rank: int | None = None) -> None:
+        super().__init__(recipe.gpus, rank)
         self.dtype = DTYPES[recipe.dtype.value] if recipe.dtype is DTypeName.FLOAT16 else bfloat16
         self.clips = bool(recipe.max_grad_norm)
         self.trained: list[Trained] = []

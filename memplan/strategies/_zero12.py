@@ -62,9 +62,16 @@ class Zero12(Zero):
     """A step on one rank. ``gradients``: they are partitioned, too (stage 2); ``overlap``: overlap_comm."""
 
     def __init__(
-        self, recipe: Recipe, rank: int = 0, *, gradients: bool, overlap: bool = True, bucket: int = _BUCKET
+        self,
+        recipe: Recipe,
+        rank: int | None = None,
+        *,
+        gradients: bool,
+        overlap: bool = True,
+        bucket: int = _BUCKET,
     ) -> None:
         super().__init__(recipe, rank)
+        self.chosen = rank is not None
         self.gradients, self.overlap, self.size = gradients, overlap, bucket
         self.groups: list[Flat] = []
         self.group_of: dict[Trained, Flat] = {}
@@ -87,8 +94,10 @@ class Zero12(Zero):
 
     def optimized(self, groups: list[Group]) -> list[Group]:
         state.tape.begin(Phase.SETUP, "partitions", part=Part.LOADED)
-        for group in self.grouped():
-            elements = self.laid(group, _ALIGNMENT * self.world)
+        laid = [(group, self.laid(group, _ALIGNMENT * self.world)) for group in self.grouped()]
+        if not self.chosen:
+            self.rank = _most(laid, self.world)
+        for group, elements in laid:
             partition = elements // self.world
             state.tape.module = FLAT
             with category(self.kind):
@@ -307,6 +316,16 @@ class Zero12(Zero):
 def _partitions(one: Trained, partition: int) -> range:
     """The ranks that have a part of a parameter."""
     return range(one.start // partition, (one.start + one.numel - 1) // partition + 1)
+
+
+def _most(groups: list[tuple[list[Trained], int]], world: int) -> int:
+    """The rank that has a part of the most elements: gradients of such parameters are kept whole."""
+    elements = [0] * world
+    for group, padded in groups:
+        for one in group:
+            for rank in _partitions(one, padded // world):
+                elements[rank] += one.numel
+    return elements.index(max(elements))
 
 
 def load(

@@ -39,8 +39,10 @@ class Ddp(Spread):
     """``unused``: ``find_unused_parameters``, which is on unless the model is transformers' own and
     checkpoints."""
 
-    def __init__(self, recipe: Recipe, rank: int, order: list[tuple[int, int]] | None = None) -> None:
-        super().__init__(recipe.gpus)
+    def __init__(
+        self, recipe: Recipe, rank: int | None = None, order: list[tuple[int, int]] | None = None
+    ) -> None:
+        super().__init__(recipe.gpus, rank)
         self.recipe = recipe
         self.order = order  # of gradients in a step before: parameters by group and number
         self._numbers: dict[int, tuple[int, int]] = {}

@@ -106,9 +106,9 @@ class Fsdp2(Spread):
 
     autocast = False
 
-    def __init__(self, recipe: Recipe, rank: int, *, by_itself: bool = False) -> None:
-        super().__init__(recipe.gpus)
-        self.rank, self.by_itself = rank, by_itself
+    def __init__(self, recipe: Recipe, rank: int | None = None, *, by_itself: bool = False) -> None:
+        super().__init__(recipe.gpus, rank)
+        self.by_itself = by_itself
         mixed = recipe.autocast
         narrow = DTYPES[recipe.dtype.value] if recipe.dtype is DTypeName.FLOAT16 else bfloat16
         wide = DTYPES[recipe.shard_dtype.value] if recipe.shard_dtype else float32

@@ -64,7 +64,7 @@ class Zero3(Zero):
     def __init__(
         self,
         recipe: Recipe,
-        rank: int = 0,
+        rank: int | None = None,
         *,
         bucket: int | None = None,
         prefetch: int | None = None,
