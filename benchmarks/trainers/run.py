@@ -134,7 +134,7 @@ def environment(name: str, folder: Path) -> Path:
         print(f"making {place}", flush=True)
         lines = (HERE / "environments" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
         install = [str(ROOT / "benchmarks" / "dry_gpu" / "install.sh"), str(place)]
-        subprocess.run(install, check=True, env={**os.environ, **of_python(lines[0])})
+        subprocess.run(install, check=True, env={**os.environ, **asked_of(lines)})
         for line in lines:
             if words := shlex.split(line, comments=True):
                 pip = [str(python), "-m", "pip", "install", "--quiet", *words]
@@ -143,14 +143,18 @@ def environment(name: str, folder: Path) -> Path:
     return python
 
 
-def of_python(line: str) -> dict[str, str]:
-    """What install.sh is told where an environment's file begins with ``# Python 3.12``: pyenv's newest."""
-    version = re.fullmatch(r"# Python (\d+\.\d+)", line)
-    if version is None:
-        return {}
-    root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
-    found = sorted(root.glob(f"versions/{version[1]}.*/bin/python"))
-    return {"PYTHON": str(found[-1]) if found else f"python{version[1]}"}
+def asked_of(lines: list[str]) -> dict[str, str]:
+    """What install.sh is told where an environment's file begins with ``# Python 3.12``, pyenv's newest then,
+    or with ``# PyTorch torch==…``."""
+    found = {}
+    for line in lines:
+        if version := re.fullmatch(r"# Python (\d+\.\d+)", line):
+            root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+            there = sorted(root.glob(f"versions/{version[1]}.*/bin/python"))
+            found["PYTHON"] = str(there[-1]) if there else f"python{version[1]}"
+        elif packages := re.fullmatch(r"# PyTorch (torch==.*)", line):
+            found["PYTORCH"] = packages[1]
+    return found
 
 
 def checkout(case: dict[str, Any], sources: Path | None) -> Path:

@@ -464,12 +464,10 @@ def start(torch: Any) -> None:
     import memplan_deepspeed
     import memplan_integers
     import memplan_ranks
-    import memplan_serve
     from memplan_imports import when_imported
 
     memplan_ranks.prepare(torch)
     told = json.loads(os.environ["MEMPLAN_WATCH"])
-    memplan_serve.start(told["folder"], told["memplan"])
     if torch.cuda.is_available():
         memplan_cudnn.start(torch)
         torch.distributions.Distribution.set_default_validate_args(False)  # no scale is above zero

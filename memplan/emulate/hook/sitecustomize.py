@@ -73,4 +73,11 @@ if "MEMPLAN_CARD_LIBRARIES" in os.environ:
     memplan_ranks.leave()
     _instead()
     when_imported("torch", _after_torch, before=_before_torch)
+    if "MEMPLAN_WATCH" in os.environ:  # before a program imports huggingface_hub, which may be before PyTorch
+        import json
+
+        import memplan_serve
+
+        told = json.loads(os.environ["MEMPLAN_WATCH"])
+        memplan_serve.start(told["folder"], told["memplan"])
 _next_one()
