@@ -87,6 +87,7 @@ def test_what_people_type_is_ours(typed: str, ours: str) -> None:
         ("--fsdp", "DDP and FSDP2 (--gpus N"),
         ("--zero3", "dry-run --gpu 8xa100"),
         ("--parallel ddp,fsdp2", "takes one of them; `memplan compare MODEL --sweep parallel=ddp,fsdp2` all"),
+        ("--per_device_eval_batch_size 1", "read from a trainer's file (--config FILE)"),
         ("--load-in-8bit", "8-bit weights are not planned"),
         ("--quantization_bit 8", "no others"),
         ("--neftune_noise_alpha 5", "NEFTune"),

@@ -133,6 +133,9 @@ _NOT_PLANNED = {
     "8-bit weights are not planned, 4-bit ones (--mode qlora) and 16-bit ones are": "load-in-8bit 8bit",
     "GPTQ and AWQ weights are not planned, bitsandbytes' 4-bit ones (--mode qlora) are": "gptq awq",
     "FP8 training is not planned": "fp8",
+    "how many sequences an evaluation takes is read from a trainer's file (--config FILE); else they are the "
+    "Trainer's 8, and where these take more than a step, the answer says what one takes": "eval-batch-size "
+    "per-device-eval-batch-size",
     "GaLore, BAdam, APOLLO and LoMo are not planned": "use-galore galore use-badam use-apollo lomo "
     "galore-rank optim-target-modules",
     "layers that are frozen in full fine-tuning are not planned: use --mode lora, or --mode full for all of "
