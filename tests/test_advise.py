@@ -108,6 +108,17 @@ def test_what_neither_saves_nor_fits_is_not_advised() -> None:
     assert all(change.saves_bytes > 0 or change.verdict != "does not fit" for change in told.changes)
 
 
+def test_what_ddp_leaves_whole_fsdp2_shares_out() -> None:
+    told = advise("llama-3.2-1b", Recipe(mode="full", gpus=4), "3060")
+    first = told.changes[0]
+    assert (first.command, first.verdict) == ("--parallel fsdp2", "fits")
+    after = plan("llama-3.2-1b", Recipe(mode="full", gpus=4, parallel="fsdp2"), gpus=["3060"])
+    assert (first.tensor_bytes, first.needed_bytes) == (after.peak.tensor_bytes, after.fits[0].needed_bytes)
+    for alone in (Recipe(mode="full"), Recipe(mode="full", gpus=2, parallel="fsdp2")):
+        changes = advise("llama-3.1-8b", alone, "3060").changes
+        assert all("fsdp2" not in change.command for change in changes)
+
+
 def test_checkpointing_is_told_where_there_is_some() -> None:
     for on in (True, False):
         told = advise("llama-3.1-70b", Recipe(trainer="peft", gradient_checkpointing=on), "4090")

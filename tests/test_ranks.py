@@ -168,6 +168,15 @@ def test_streams_have_pools_of_their_own() -> None:
     assert simulate(tape).reserved < apart
 
 
+def test_why_sharding_4_bit_weights_is_no_help_is_said(memplan: Run) -> None:
+    counted = memplan("fit", "llama-70b", "--mode", "qlora", "--gpu", "4090", "--how-many", "--no-advise")
+    assert "fsdp2: no number of them is enough: each loads all of the 4-bit weights first" in counted.out
+    asked = ("fit", "llama-3.1-8b", "--gpu", "8x4090", "--parallel", "fsdp2", "--mode")
+    told = "Each GPU loads all of the 4-bit weights before it keeps its part."
+    assert told in memplan(*asked, "qlora").out
+    assert told not in memplan(*asked, "lora").out
+
+
 def test_a_card_may_say_how_many(memplan: Run) -> None:
     by_card = memplan("llama-3.2-1b", "--mode", "full", "--parallel", "fsdp2", "--gpu", "8xh100", "--json")
     by_count = memplan(

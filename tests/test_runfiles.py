@@ -223,6 +223,24 @@ def test_accelerate_says_how_many_gpus_and_how(write: Write) -> None:
 
 
 @pytest.mark.parametrize(
+    ("launched", "parallel", "gpus"),
+    [
+        ({"num_processes": 4}, "ddp", 4),
+        ({"num_processes": 1}, None, 1),
+        ({"accelerate_config": "single_gpu"}, None, 1),
+        ({"accelerate_config": "multi_gpu"}, "ddp", 8),
+        ({"accelerate_config": "fsdp2", "num_processes": 2}, "fsdp2", 2),
+    ],
+)
+def test_trl_launches_several(
+    launched: dict[str, Any], parallel: str | None, gpus: int, write: Write
+) -> None:
+    found = read(write({"model_name_or_path": "llama-3.2-1b", "use_peft": True, **launched}))
+    assert (found.recipe().parallel, found.recipe().gpus) == (parallel, gpus)
+    assert any("the first rank alone" in sentence for sentence in found.left_out) == (parallel == "fsdp2")
+
+
+@pytest.mark.parametrize(
     ("bf16", "fp16", "dtype", "autocast"),
     [
         ("auto", None, "bfloat16", True),
@@ -333,6 +351,10 @@ BAD = {
     "no model": ({"distributed_type": "NO"}, "(accelerate) names no model"),
     "DeepSpeed": ({"distributed_type": "DEEPSPEED", "num_processes": 2}, "spreads the run"),
     "FSDP1": ({"distributed_type": "FSDP", "num_processes": 2, "fsdp_config": {}}, "is of FSDP1"),
+    "one GPU and four": (
+        {"model_name_or_path": "x", "use_peft": True, "accelerate_config": "single_gpu", "num_processes": 4},
+        "num_processes: 4 contradicts accelerate_config: single_gpu",
+    ),
     "offloading": (
         {
             "distributed_type": "FSDP",

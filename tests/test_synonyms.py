@@ -66,6 +66,9 @@ def options(line: str) -> dict[str, Any]:
         ("--gradient-accumulation 8", "--gradient-accumulation-steps 8"),
         ("--grad-accum 8", "--gradient-accumulation-steps 8"),
         ("--use-liger-kernel", "--loss liger"),
+        ("--num_processes 8", "--gpus 8"),
+        ("--nproc_per_node=8 --fsdp2", "--gpus 8 --parallel fsdp2"),
+        ("--ddp --num-gpus 2", "--parallel ddp --gpus 2"),
         ("--gradient_checkpointing", "--gradient-checkpointing"),
         ("--gradient_checkpointing False", "--no-gradient-checkpointing"),
         ("--no-activation-checkpointing", "--no-gradient-checkpointing"),
@@ -80,9 +83,11 @@ def test_what_people_type_is_ours(typed: str, ours: str) -> None:
 @pytest.mark.parametrize(
     ("typed", "complaint"),
     [
-        ("--deepspeed ds.json", "one GPU without sharding"),
-        ("--fsdp", "one GPU without sharding"),
-        ("--num_gpus 8", "dry-run --gpu 8xa100"),
+        ("--deepspeed ds.json", "DDP and FSDP2 (--gpus N"),
+        ("--fsdp", "DDP and FSDP2 (--gpus N"),
+        ("--zero3", "dry-run --gpu 8xa100"),
+        ("--parallel ddp,fsdp2", "takes one of them; `memplan compare MODEL --sweep parallel=ddp,fsdp2` all"),
+        ("--per_device_eval_batch_size 1", "read from a trainer's file (--config FILE)"),
         ("--load-in-8bit", "8-bit weights are not planned"),
         ("--quantization_bit 8", "no others"),
         ("--neftune_noise_alpha 5", "NEFTune"),
@@ -101,7 +106,7 @@ def test_what_people_type_is_ours(typed: str, ours: str) -> None:
         *((f"--mode {mode}", "preference training") for mode in ("dpo", "ORPO", "kto", "grpo", "ppo", "rm")),
         ("--stage dpo", "--stage dpo: preference training is not planned yet; `memplan dry-run"),
         ("--rl simpo", "preference training"),
-        ("--mode fsdp", "one GPU without sharding"),
+        ("--mode fsdp", "DDP and FSDP2 (--gpus N"),
         ("--mode half", "choose from 'full', 'lora', 'qlora'"),
         ("--maximize seq-len", "it is one of `memplan fit`"),
         ("fits", "unexpected argument 'fits'"),
@@ -183,3 +188,12 @@ def test_shells_complete_each_option_once(memplan: Run) -> None:
 
 def test_unplanned_options_are_errors_of_ours() -> None:
     assert issubclass(synonyms.Unplanned, MemplanError)
+
+
+@pytest.mark.parametrize(
+    "typed", ["trl sft --config x.yaml", "python train.py", "accelerate launch --config_file a.yaml train.py"]
+)
+def test_a_program_in_place_of_a_model_is_told_apart(typed: str, memplan: Run) -> None:
+    outcome = memplan(*typed.split())
+    assert outcome.status == 2
+    assert f"{typed.split()[0]} is a program: memplan takes the file that it trains from" in outcome.err

@@ -55,12 +55,24 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=30, **settings)
 
 
+# What a run is started with, typed where MODEL stands.
+_PROGRAMS = (
+    "accelerate", "axolotl", "deepspeed", "llamafactory-cli", "python", "python3", "torchrun", "trl", "tune",
+    "unsloth", "uv",
+)  # fmt: skip
+
+
 def parse(parser: Parser, arguments: Sequence[str], *, quiet: bool = False) -> argparse.Namespace:
     """The arguments as a namespace, in the words of any trainer. Raises UsageError, or Unplanned for what
     memplan has no meaning for. What was made of others' words is said unless ``quiet``."""
     options = parser._option_string_actions
     reading = synonyms.read(arguments, options)
     namespace, unknown = parser.parse_known_args(reading.words)
+    if unknown and (program := getattr(namespace, "model", None)) in _PROGRAMS:
+        raise UsageError(
+            f"{program} is a program: memplan takes the file that it trains from (`memplan fit run.yaml`) "
+            f"or runs it on a card that is not there, `memplan dry-run --gpu NAME -- {program} ...`"
+        )
     for word in unknown:
         if word.startswith("-") and word != "-":
             name = word.split("=")[0]

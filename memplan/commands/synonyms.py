@@ -42,6 +42,7 @@ NAMES: dict[str, str] = {
     "kbit-prep": "prepare-model-for-kbit-training",
     "mode": "finetuning-type finetune-type tuning-type adapter method",
     "gpu": "card gpu-type gpu-name",
+    "gpus": "num-gpus n-gpus n-gpu gpus-per-node num-processes nproc-per-node world-size",
 }
 
 # Those without a value of their own, or with true or false: what stands for them, with and without "no".
@@ -77,6 +78,8 @@ SWITCHES: dict[str, tuple[str, str]] = {
     "packing": ("", ""),
     "sample-packing": ("", ""),
     "padding-free": ("--batches packed", ""),
+    "ddp": ("--parallel ddp", ""),
+    "fsdp2": ("--parallel fsdp2", ""),
     "save": ("", ""),
 }
 _FULL = (
@@ -118,18 +121,21 @@ VALUES: dict[str, dict[str, str]] = {
     },
 }  # fmt: skip
 
-_ONE_CARD = (
-    "memplan plans one GPU without sharding or offloading; `memplan dry-run --gpu 8xa100 -- COMMAND` runs "
-    "such a program on cards that are not there"
+_OTHERWISE = (
+    "of several GPUs memplan plans DDP and FSDP2 (--gpus N --parallel ddp or fsdp2), without offloading; "
+    "`memplan dry-run --gpu 8xa100 -- COMMAND` runs any such program on cards that are not there"
 )
 _NOT_PLANNED = {
-    _ONE_CARD: "deepspeed ds-config fsdp fsdp-config fsdp-version zero zero-stage num-gpus num-processes "
-    "n-gpus gpus-per-node nproc-per-node nnodes num-nodes world-size tensor-parallel-size tp tp-size pp "
-    "pipeline-parallel-size context-parallel-size sequence-parallel-size sp-size ddp ddp-backend offload "
-    "cpu-offload activation-offloading offload-optimizer offload-params",
+    _OTHERWISE: "deepspeed ds-config fsdp fsdp-config fsdp-version zero zero1 zero2 zero3 zero-stage nnodes "
+    "num-nodes tensor-parallel-size tp tp-size pp pipeline-parallel-size context-parallel-size "
+    "sequence-parallel-size sp-size ddp-backend offload cpu-offload activation-offloading offload-optimizer "
+    "offload-params",
     "8-bit weights are not planned, 4-bit ones (--mode qlora) and 16-bit ones are": "load-in-8bit 8bit",
     "GPTQ and AWQ weights are not planned, bitsandbytes' 4-bit ones (--mode qlora) are": "gptq awq",
     "FP8 training is not planned": "fp8",
+    "how many sequences an evaluation takes is read from a trainer's file (--config FILE); else they are the "
+    "Trainer's 8, and where these take more than a step, the answer says what one takes": "eval-batch-size "
+    "per-device-eval-batch-size",
     "GaLore, BAdam, APOLLO and LoMo are not planned": "use-galore galore use-badam use-apollo lomo "
     "galore-rank optim-target-modules",
     "layers that are frozen in full fine-tuning are not planned: use --mode lora, or --mode full for all of "
@@ -334,6 +340,8 @@ class _Reader:
             return known[plain.replace("_", "-")]
         action = self.actions[f"--{ours}"]
         choices = [str(choice) for choice in action.choices or ()]
+        if "," in plain and {*plain.split(",")} <= {*choices}:
+            raise Unplanned(f"--{ours} takes one of them; `memplan compare MODEL --sweep {ours}={plain}` all")
         if ours == "optimizer" or (choices and given not in choices and plain in choices):
             return plain
         return given

@@ -156,6 +156,17 @@ IDEAS = (
     ),
     _Idea(
         Cost.TIME,
+        _said("shared out by FSDP2"),
+        "time: each layer is gathered from the other GPUs, twice a step",
+        lambda recipe: {"parallel": "fsdp2"} if recipe.parallel == "ddp" else None,
+        _said("--parallel fsdp2"),
+        _said(
+            "accelerate launch --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP "
+            "--fsdp_reshard_after_forward true"
+        ),
+    ),
+    _Idea(
+        Cost.TIME,
         _said("gradient checkpointing"),
         "time: every layer's forward runs twice, about a third more",
         lambda recipe: None if recipe.gradient_checkpointing else {"gradient_checkpointing": True},

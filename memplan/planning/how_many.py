@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from memplan import rooms
+from memplan import rooms, strategies
 from memplan.asked.gpus import Gpu
 from memplan.device.fit import Run, excess, judge
 from memplan.errors import RecipeError
@@ -37,13 +37,19 @@ def _fewest(asked: Asked, gpu: Gpu, parallel: str) -> HowMany:
         reserved = _run(asked, gpu, parallel, high).free.reserved
         if high == _MOST or reserved == before:
             needed = judge(gpu, _run(asked, gpu, parallel, high), explain=False).needed_bytes
-            return HowMany(parallel=parallel, needed_bytes=needed, note="no number of them is enough")
+            return HowMany(parallel=parallel, needed_bytes=needed, note=_none(asked, parallel))
         low, high, before = high, 2 * high, reserved if high > 1 else -1
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(middle) else (middle, high)
     needed = judge(gpu, _run(asked, gpu, parallel, high)).needed_bytes
     return HowMany(parallel=parallel, gpus=high, needed_bytes=needed)
+
+
+def _none(asked: Asked, parallel: str) -> str:
+    several = asked.otherwise(asked.given.model_copy(update={"parallel": parallel, "gpus": 2}))
+    why = ": each loads all of the 4-bit weights first" if strategies.loads_whole(several.recipe) else ""
+    return f"no number of them is enough{why}"
 
 
 def _run(asked: Asked, gpu: Gpu, parallel: str, count: int) -> Run:

@@ -110,6 +110,11 @@ def _show_sizes(plan: Plan, console: Console) -> None:
         f"{gib(allocator.reserved_bytes)} GiB (allocator simulated), "
         f"{gib(allocator.fragmentation_bytes)} more than allocated",
     )
+    if plan.recipe.parallel and allocator.fragmentation_bytes > allocator.reserved_bytes // 10:
+        from memplan import strategies
+
+        if strategies.loads_whole(plan.recipe):
+            console.print(Text("  Each GPU loads all of the 4-bit weights before it keeps its part."))
 
 
 def _show_cards(plan: Plan, console: Console) -> None:

@@ -130,8 +130,9 @@ def accumulating(plan: Plan, fits: Sequence[Fit] = ()) -> str | None:
     then = f", which does not fit the {' or the '.join(lost)}" if lost else ""
     whole = ", not divided," if plan.recipe.parallel == "fsdp2" else ""
     return (
-        f"Accumulating gradients (--gradient-accumulation-steps 2 or more) takes {gib(more)} GiB at the peak "
-        f"instead of {gib(plan.peak.tensor_bytes)}, for they stay{whole} through the next forward{then}."
+        f"Accumulating gradients (--gradient-accumulation-steps 2 or more) takes {gib(more)} GiB of tensors "
+        f"at the peak instead of {gib(plan.peak.tensor_bytes)}, for they stay{whole} through the next "
+        f"forward{then}."
     )
 
 

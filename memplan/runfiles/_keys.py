@@ -188,7 +188,7 @@ class Keys:
         for key in keys:
             value = self.whole(key, least=-1)
             if value is not None and value > 1:
-                self.refuse(key, "spreads the run over several cards, which memplan does not plan yet")
+                self.refuse(key, "spreads the run over several cards in a way that memplan does not plan yet")
             self.understood.pop(key, None)
 
     def leave_out(self, words: str, *keys: str) -> None:

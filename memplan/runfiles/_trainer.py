@@ -31,7 +31,11 @@ IGNORED = words(
     fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap env
     """
 )
-SEVERAL = "spreads the run over several cards, which memplan does not plan yet"
+SEVERAL = "spreads the run over several cards in a way that memplan does not plan yet"
+ON_THE_FIRST_RANK = (
+    "fsdp_cpu_ram_efficient_loading: the first rank alone loads, which moves what is reserved; played as if "
+    "all did"
+)
 REFUSED: Mapping[str, str] = {
     "deepspeed": SEVERAL,
     "fsdp": SEVERAL,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from memplan.runfiles import RunFile
 from memplan.runfiles._keys import Keys, words
+from memplan.runfiles._trainer import ON_THE_FIRST_RANK
 
 _ALONE = ("NO", "no")
 # What FSDP2 is planned with, by keys of `fsdp_config`; what is not there is so by default or moves nothing.
@@ -55,7 +56,7 @@ def _sharded(keys: Keys) -> None:
         keys.refuse("parallelism_config", "spreads the run in more ways, which memplan does not plan yet")
     _of_several(keys, "fsdp2")
     if config.get("fsdp_cpu_ram_efficient_loading"):
-        keys.leave_out("loading on the first rank alone moves what is reserved: played as on all of them")
+        keys.leave_out(ON_THE_FIRST_RANK)
 
 
 RUNFILE = RunFile(

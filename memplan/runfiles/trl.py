@@ -9,6 +9,7 @@ from memplan.runfiles import RunFile, sizes
 from memplan.runfiles._keys import Keys, words
 from memplan.runfiles._trainer import (
     IGNORED,
+    ON_THE_FIRST_RANK,
     REFUSED,
     SAYS,
     SEVERAL,
@@ -36,6 +37,9 @@ _REFUSED = {
     "lora_target_parameters": "names parameters, and memplan plans adapters on modules",
 }
 
+_LAUNCHED = {None: "ddp", "single_gpu": None, "multi_gpu": "ddp", "fsdp2": "fsdp2"}
+_PROCESSES = 8  # that both of TRL's own have
+
 
 def _read(keys: Keys) -> None:
     keys.put("trainer", "trl")
@@ -44,11 +48,7 @@ def _read(keys: Keys) -> None:
     model = any(map(keys.given, _MODEL))
     keys.sizes = sizes("trl", None if model else ("batch_size", "seq_len"))
     quantised_in_8_bits(keys)
-    # `trl/cli`: what accelerate is launched with stands in the same file
-    keys.several("num_processes", "num_machines")
-    if keys.text("accelerate_config") not in (None, "single_gpu"):
-        keys.refuse("accelerate_config", SEVERAL)
-    keys.understood.pop("accelerate_config", None)
+    _launched(keys)
     loss = keys.text("loss_type")
     if loss not in (None, "nll", "chunked_nll"):
         keys.refuse("loss_type", "is another loss than memplan plans")
@@ -62,6 +62,24 @@ def _read(keys: Keys) -> None:
     if model:
         _adapter(keys)
     _leave_out(keys)
+
+
+def _launched(keys: Keys) -> None:
+    """`trl/cli`: what accelerate is launched with stands in the same file; `trl/accelerate_configs`."""
+    keys.several("num_machines")
+    name = keys.text("accelerate_config")
+    if name not in _LAUNCHED:
+        keys.refuse("accelerate_config", SEVERAL)
+    count = keys.whole("num_processes")
+    if count is None and name in ("multi_gpu", "fsdp2"):
+        count = _PROCESSES
+    if count is not None and count > 1:
+        if name == "single_gpu":
+            keys.refuse("num_processes", "contradicts accelerate_config: single_gpu", instead=False)
+        keys.put("gpus", count)
+        keys.put("parallel", _LAUNCHED[name])
+        if name == "fsdp2":
+            keys.leave_out(ON_THE_FIRST_RANK)
 
 
 def _precision(keys: Keys) -> None:

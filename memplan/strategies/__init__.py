@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from memplan import rooms
+from memplan import rooms, weights
 from memplan.asked.recipe import Recipe
 from memplan.shadow.spread import Spread
 from memplan.shadow.tensor import Tensor
@@ -49,3 +49,9 @@ def of(recipe: Recipe) -> Strategy | None:
         return None
     strategy: Strategy = rooms.thing("strategies", recipe.parallel, "STRATEGY", "strategy")
     return strategy
+
+
+def loads_whole(recipe: Recipe) -> bool:
+    """Whether a rank that keeps parts of weights loads all of them first, which more is reserved for."""
+    strategy = of(recipe)
+    return strategy is not None and strategy.shards and weights.of(recipe) is not None
