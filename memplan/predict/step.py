@@ -91,14 +91,23 @@ def _written(
     # alike
     micro_steps = min(recipe.gradient_accumulation_steps, 2)
     step = [whole(recipe)] * micro_steps if lengths is None else [of_lengths(recipe, one) for one in lengths]
+    which = 0
+
+    def play(played: Played | Standing) -> Tape:
+        nonlocal which
+        spread = _spread(recipe, rank)
+        found = _play(spec, recipe, step, card, played, spread, looped=looped)
+        which = 0 if spread is None else spread.rank
+        return found
+
     tape = written(
-        lambda played: _play(spec, recipe, step, card, played, _spread(recipe, rank), looped=looped),
+        play,
         spec,
         widest(step),
         folded=folded,
         unfolded=unfolded,
     )
-    tape.rank = 0 if state.spread is None else state.spread.rank
+    tape.rank = which
     for segment in tape.segments:
         if segment.phase is Phase.OPTIMIZER:
             segment.layer = None  # an update goes by parameters, not by layers: folding alone needed to know
