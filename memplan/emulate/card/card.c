@@ -7,7 +7,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
-#define ADDRESSES ((size_t)16 << 40) /* fewer where the system has not so many, but four times the memory of all cards */
+#define ADDRESSES ((size_t)16 << 40) /* fewer where the system has not so many, but four times the memory of all cards, or more for those */
 #define CARDS 64
 #define PAGE ((size_t)2 << 20) /* the driver's, for all that a caching allocator asks */
 
@@ -32,7 +32,9 @@ static void set_up(void) {
         fprintf(stderr, "memplan: MEMPLAN_CARD does not describe a card; start programs with memplan dry-run\n");
         exit(2);
     }
-    for (addresses = ADDRESSES, start = MAP_FAILED; start == MAP_FAILED && addresses / 4 >= c->total * c->count; ) {
+    addresses = ADDRESSES;
+    while (addresses / 4 < c->total * c->count) addresses *= 2;
+    for (start = MAP_FAILED; start == MAP_FAILED && addresses / 4 >= c->total * c->count; ) {
         start = mmap(NULL, addresses, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (start == MAP_FAILED) addresses /= 2;
     }
