@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from memplan import Recipe, plan
 from memplan.asked.spec import ModelSpec
 from memplan.errors import MemplanError
 from memplan.predict import step as steps
+from memplan.predict.blueprint import named_shapes
+from memplan.predict.loading import loading
 from memplan.predict.parameters import resolve_recipe
 from memplan.predict.ranks import alike
 from memplan.predict.step import write_long_tape, write_tape
@@ -237,3 +240,22 @@ def test_one_gpu_is_as_before() -> None:
     assert recipe.parallel is None
     with playing():
         assert steps._spread(recipe) is None
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_adapted_experts_in_four_bits_come_onto_the_card_once(family: str) -> None:
+    """Their adapters are called alike."""
+    spec = SPECS[family](2)
+    recipe = resolve_recipe(spec, Recipe(mode="qlora", parallel="fsdp2", gpus=8, seq_len=64))
+    loaded = loading(spec, recipe, write_long_tape(spec, recipe))
+    dropped = [~event for event in loaded.events if event < 0]
+    assert len(dropped) == len(set(dropped)) > 0
+
+
+def test_a_bias_is_not_taken_for_its_weight_where_it_is_loaded() -> None:
+    spec = SPECS["qwen2"](2)
+    recipe = resolve_recipe(spec, Recipe(mode="full", parallel="fsdp2", gpus=2, seq_len=64))
+    step = write_long_tape(spec, recipe)
+    loaded = loading(spec, recipe, step)
+    whole = sorted(size for size in loaded.sizes[len(step.sizes) :] if size > 4096)
+    assert whole == sorted(4 * prod(shape) for name, shape in named_shapes(spec).items() if len(shape) > 1)

@@ -29,14 +29,14 @@ class Strategy:
     have parts of parameters, along their first axis.
 
     ``load``: the steps by which what rests comes onto the card once the model is made, of storages by number,
-    full name and bytes, of the bytes of each parameter by name, and of where those lie that are whole on the
-    card already; None if as on one GPU. ``wrap``: what
+    full name and bytes, of the bytes of each whole parameter by that number, and of where those lie that are
+    whole on the card already, by name; None if as on one GPU. ``wrap``: what
     follows, of the tape of a step; what it does not drop goes after the first step.
     """
 
     spread: Callable[[Recipe, int], Spread]
     shards: bool = False
-    load: Callable[[Resting, Mapping[str, int], Temporary, Lying], Iterator[LoadStep]] | None = None
+    load: Callable[[Resting, Mapping[int, int], Temporary, Lying], Iterator[LoadStep]] | None = None
     wrap: Callable[[Tape, Temporary], Iterator[LoadStep]] | None = None
 
 
