@@ -80,9 +80,9 @@ def test_what_people_type_is_ours(typed: str, ours: str) -> None:
 @pytest.mark.parametrize(
     ("typed", "complaint"),
     [
-        ("--deepspeed ds.json", "one GPU without sharding"),
-        ("--fsdp", "one GPU without sharding"),
-        ("--num_gpus 8", "dry-run --gpu 8xa100"),
+        ("--deepspeed ds.json", "without offloading"),
+        ("--fsdp", "without offloading"),
+        ("--num_gpus 8", "--gpu NxNAME"),
         ("--load-in-8bit", "8-bit weights are not planned"),
         ("--quantization_bit 8", "no others"),
         ("--neftune_noise_alpha 5", "NEFTune"),
@@ -101,7 +101,7 @@ def test_what_people_type_is_ours(typed: str, ours: str) -> None:
         *((f"--mode {mode}", "preference training") for mode in ("dpo", "ORPO", "kto", "grpo", "ppo", "rm")),
         ("--stage dpo", "--stage dpo: preference training is not planned yet; `memplan dry-run"),
         ("--rl simpo", "preference training"),
-        ("--mode fsdp", "one GPU without sharding"),
+        ("--mode fsdp", "without offloading"),
         ("--mode half", "choose from 'full', 'lora', 'qlora'"),
         ("--maximize seq-len", "it is one of `memplan fit`"),
         ("fits", "unexpected argument 'fits'"),

@@ -118,15 +118,17 @@ VALUES: dict[str, dict[str, str]] = {
     },
 }  # fmt: skip
 
-_ONE_CARD = (
-    "memplan plans one GPU without sharding or offloading; `memplan dry-run --gpu 8xa100 -- COMMAND` runs "
+_ELSEWHERE = (
+    "memplan plans one GPU or several of a machine that share a step (--gpus N --parallel ddp or fsdp2), "
+    "without offloading; `memplan dry-run --gpu 8xa100 -- COMMAND` runs "
     "such a program on cards that are not there"
 )
+_HOW_MANY = "say how many GPUs share a step with --gpus N or --gpu NxNAME, and how with --parallel"
 _NOT_PLANNED = {
-    _ONE_CARD: "deepspeed ds-config fsdp fsdp-config fsdp-version zero zero-stage num-gpus num-processes "
-    "n-gpus gpus-per-node nproc-per-node nnodes num-nodes world-size tensor-parallel-size tp tp-size pp "
-    "pipeline-parallel-size context-parallel-size sequence-parallel-size sp-size ddp ddp-backend offload "
-    "cpu-offload activation-offloading offload-optimizer offload-params",
+    _HOW_MANY: "num-gpus num-processes n-gpus gpus-per-node nproc-per-node world-size ddp fsdp2 multi-gpu",
+    _ELSEWHERE: "deepspeed ds-config fsdp fsdp-config fsdp-version zero zero-stage nnodes num-nodes "
+    "tensor-parallel-size tp tp-size pp pipeline-parallel-size context-parallel-size sequence-parallel-size "
+    "sp-size ddp-backend offload cpu-offload activation-offloading offload-optimizer offload-params",
     "8-bit weights are not planned, 4-bit ones (--mode qlora) and 16-bit ones are": "load-in-8bit 8bit",
     "GPTQ and AWQ weights are not planned, bitsandbytes' 4-bit ones (--mode qlora) are": "gptq awq",
     "FP8 training is not planned": "fp8",

@@ -65,9 +65,9 @@ def ask(
     from memplan.predict.parameters import resolve_recipe
 
     named, read = opened(model, config)
-    given = _of_cards(recipe or Recipe(), gpus)
-    if read is not None:
-        given = read.recipe(recipe)
+    if recipe is not None or gpus is not None:
+        recipe = _of_cards(recipe or Recipe(), gpus)
+    given = (recipe or Recipe()) if read is None else read.recipe(recipe)
     judged = tuple(cards.able(given, gpus))  # names that are wrong are said to be before anything is played
     found = resolve(named)
     if read is not None:
@@ -317,7 +317,7 @@ class Prediction(Study):
             Ranks(
                 rank=0,
                 count=first[1],
-                peak_allocated_bytes=self.peak.allocated_bytes,
+                peak_allocated_bytes=self.allocator.allocated_bytes,
                 reserved_bytes=self.allocator.reserved_bytes,
             )
         ]
@@ -327,7 +327,7 @@ class Prediction(Study):
                 Ranks(
                     rank=rank,
                     count=count,
-                    peak_allocated_bytes=replay(run.tape).allocated_bytes,
+                    peak_allocated_bytes=run.free.allocated,
                     reserved_bytes=run.free.reserved,
                 )
             )
