@@ -333,3 +333,41 @@ def test_a_launchers_word_for_how_many_is_told_ours(memplan: Run) -> None:
     outcome = memplan("llama-3.2-1b", "--num-processes", "8")
     assert outcome.status == 2
     assert "--gpus N" in outcome.err
+
+
+def test_the_largest_that_fits_each_is_the_largest(memplan: Run) -> None:
+    for parallel in ("ddp", "fsdp2"):
+        options = ("llama-3.2-1b", "--mode", "lora", "--parallel", parallel, "--gpu", "2x4090")
+        told = memplan("fit", *options, "--maximize", "batch-size")
+        assert told.status == 0, told.err
+        most = int(told.out.split()[2])
+        assert (
+            "sequences at once fit each of 2 RTX 4090 (2,048 tokens each)\nEach of 2 RTX 4090: fits, "
+            in told.out
+        )
+        assert memplan("fit", *options, "--batch-size", str(most + 1)).out.startswith(
+            "Each of 2 RTX 4090: tight"
+        )
+
+
+def test_fsdp2_is_advised_where_ddp_is_too_large(memplan: Run) -> None:
+    told = memplan("fit", "llama-3.1-8b", "--mode", "full", "--gpu", "8xh100").out
+    assert "\nIt fits with --parallel fsdp2 (" in told
+    told = memplan("fit", "llama-3.1-8b", "--mode", "full", "--parallel", "fsdp2", "--gpu", "2x24GB").out
+    assert "--mode qlora (" in " ".join(told.split())  # with mixed precision, which adapters need there
+
+
+def test_several_are_told_as_several(memplan: Run) -> None:
+    told = memplan("llama-3.2-1b", "--mode", "lora", "--gpus", "4").out
+    assert " GiB at the peak on each of 4 GPUs: fits all of 9 cards" in told
+    assert "--gpu 4xNAME" in " ".join(told.split())
+    told = memplan("compare", "llama-3.2-1b", "--gpu", "4xh100").out
+    assert told.startswith("full  fits on each of 4 H100 80GB HBM3 (")
+    told = memplan("compare", "llama-3.2-1b", "--mode", "lora", "--sweep", "gpus=1,2").out
+    assert "device-map" not in told
+
+
+def test_adapters_of_experts_are_divided_too() -> None:
+    spec = SPECS["qwen3_moe"](2)
+    recipe = resolve_recipe(spec, Recipe(mode="lora", parallel="fsdp2", gpus=3))
+    assert len(alike(spec, recipe)) > 1
