@@ -371,3 +371,12 @@ def test_adapters_of_experts_are_divided_too() -> None:
     spec = SPECS["qwen3_moe"](2)
     recipe = resolve_recipe(spec, Recipe(mode="lora", parallel="fsdp2", gpus=3))
     assert len(alike(spec, recipe)) > 1
+
+
+def test_a_frontier_is_of_each_card(memplan: Run) -> None:
+    for parallel in ("ddp", "fsdp2"):
+        told = memplan(
+            "frontier", "llama-3.2-1b", "--modes", "lora", "--parallel", parallel, "--gpu", "2x4090",
+            "--batch-sizes", "4", "--no-exact",
+        )  # fmt: skip
+        assert "on each of 2 RTX 4090, 23.52 GiB usable" in told.out

@@ -147,7 +147,7 @@ def _counted(asked: Asked, by: str | None) -> tuple[tuple[HowMany, ...], Asked]:
         raise UsageError("--how-many asks about one kind of card: give one --gpu")
     if by is None and asked.recipe.gpus > 1:
         raise UsageError(
-            f"--how-many looks for a number of GPUs, and {asked.recipe.gpus} were named: name the card alone"
+            f"--how-many looks for a number of GPUs, which is said to be {asked.recipe.gpus}: leave that out"
         )
     counts = how_many(asked, asked.gpus[0], by)
     return counts, on_the_fewest(asked, counts)

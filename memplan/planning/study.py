@@ -371,7 +371,12 @@ class Prediction(Study):
             return None
         if found.changes.keys() & self.asked.given.model_fields_set:
             return None
-        changed = Recipe(**{**self.recipe.model_dump(), **found.changes})  # 4-bit layers multiply as before
+        try:
+            changed = Recipe(
+                **{**self.recipe.model_dump(), **found.changes}
+            )  # 4-bit layers multiply as before
+        except RecipeError:  # what was asked for can't be had so
+            return None
         peak = replay(predicted.write(self.asked.spec, changed, lengths=self.asked.lengths))
         return Slipped(told=found.told, more_bytes=peak.allocated_bytes - self.peak.allocated_bytes)
 
