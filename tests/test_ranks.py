@@ -380,3 +380,17 @@ def test_a_frontier_is_of_each_card(memplan: Run) -> None:
             "--batch-sizes", "4", "--no-exact",
         )  # fmt: skip
         assert "on each of 2 RTX 4090, 23.52 GiB usable" in told.out
+
+
+def test_advice_is_no_matter_of_a_launchers_file(tmp_path: Path, memplan: Run) -> None:
+    path = tmp_path / "accelerate.yaml"
+    path.write_text(
+        "distributed_type: MULTI_GPU\nnum_processes: 8\nmixed_precision: bf16\n", encoding="utf-8"
+    )
+    outcome = memplan("fit", "llama-3.1-8b", "--mode", "full", "--config", str(path), "--gpu", "h100")
+    assert outcome.status == 1
+    told = " ".join(outcome.out.split())
+    assert "It fits with accelerate launch --use_fsdp --fsdp_version 2 " in told
+    assert "--how-many looks for a number of GPUs, which is said to be 8" in (
+        memplan("fit", "llama-3.1-8b", "--config", str(path), "--gpu", "h100", "--how-many").err
+    )

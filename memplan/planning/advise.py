@@ -334,12 +334,14 @@ def advise(study: Prediction, gpu: str) -> Advice:
 
 
 def _file(study: Prediction) -> RunFile | None:
-    """The kind of file that the recipe is from: what is advised is a change of it."""
+    """The kind of file that the recipe is from, if it says what a recipe is and not only where it runs: what
+    is advised is a change of it."""
     if study.asked.read is None:
         return None
     from memplan.runfiles import find
 
-    return find(study.asked.read.kind)
+    found = find(study.asked.read.kind)
+    return found if found.says else None
 
 
 def _lines(idea: _Idea, recipe: Recipe, file: RunFile) -> str:

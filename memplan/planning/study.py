@@ -371,10 +371,8 @@ class Prediction(Study):
             return None
         if found.changes.keys() & self.asked.given.model_fields_set:
             return None
-        try:
-            changed = Recipe(
-                **{**self.recipe.model_dump(), **found.changes}
-            )  # 4-bit layers multiply as before
+        try:  # of the resolved recipe: 4-bit layers multiply as before
+            changed = Recipe(**{**self.recipe.model_dump(), **found.changes})
         except RecipeError:  # what was asked for can't be had so
             return None
         peak = replay(predicted.write(self.asked.spec, changed, lengths=self.asked.lengths))
