@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from memplan import Recipe, plan
 from memplan.asked.spec import ModelSpec
 from memplan.errors import MemplanError
 from memplan.predict import step as steps
+from memplan.predict.blueprint import named_shapes
+from memplan.predict.loading import loading
 from memplan.predict.parameters import resolve_recipe
 from memplan.predict.ranks import alike
 from memplan.predict.step import write_long_tape, write_tape
@@ -121,7 +124,7 @@ def test_ranks_that_have_less_are_told() -> None:
     told = plan("qwen3-0.6b", Recipe(mode="full", parallel="fsdp2", gpus=3), gpus=[])
     assert [(rank.rank, rank.count) for rank in told.ranks] == [(0, 2), (2, 1)]
     most, least = told.ranks
-    assert most.peak_allocated_bytes == told.peak.tensor_bytes > least.peak_allocated_bytes
+    assert most.peak_allocated_bytes == told.peak.allocated_bytes > least.peak_allocated_bytes
     assert most.reserved_bytes == told.allocator.reserved_bytes >= least.reserved_bytes
     assert plan("qwen3-0.6b", Recipe(mode="full"), gpus=[]).ranks == ()
 
@@ -246,3 +249,157 @@ def test_one_gpu_is_as_before() -> None:
     assert recipe.parallel is None
     with playing():
         assert steps._spread(recipe) is None
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_adapted_experts_in_four_bits_come_onto_the_card_once(family: str) -> None:
+    """Their adapters are called alike."""
+    spec = SPECS[family](2)
+    recipe = resolve_recipe(spec, Recipe(mode="qlora", parallel="fsdp2", gpus=8, seq_len=64))
+    loaded = loading(spec, recipe, write_long_tape(spec, recipe))
+    dropped = [~event for event in loaded.events if event < 0]
+    assert len(dropped) == len(set(dropped)) > 0
+
+
+def test_a_bias_is_not_taken_for_its_weight_where_it_is_loaded() -> None:
+    spec = SPECS["qwen2"](2)
+    recipe = resolve_recipe(spec, Recipe(mode="full", parallel="fsdp2", gpus=2, seq_len=64))
+    step = write_long_tape(spec, recipe)
+    loaded = loading(spec, recipe, step)
+    whole = sorted(size for size in loaded.sizes[len(step.sizes) :] if size > 4096)
+    assert whole == sorted(4 * prod(shape) for name, shape in named_shapes(spec).items() if len(shape) > 1)
+
+
+def test_a_peak_is_that_of_the_first_ranks(memplan: Run) -> None:
+    for parallel in ("ddp", "fsdp2"):
+        told = plan("llama-3.2-1b", Recipe(mode="lora", parallel=parallel, gpus=3), gpus=[])
+        assert told.ranks[0].peak_allocated_bytes == told.peak.allocated_bytes
+
+
+def test_a_card_of_a_file_may_say_how_many(tmp_path: Path) -> None:
+    path = tmp_path / "axolotl.yaml"
+    path.write_text(
+        "base_model: meta-llama/Llama-3.2-1B\nadapter: lora\nlora_r: 8\nlora_alpha: 16\n"
+        "lora_target_linear: true\nsequence_len: 512\nmicro_batch_size: 1\n"
+        "optimizer: adamw_torch\nbf16: true\n",
+        encoding="utf-8",
+    )
+    assert plan(path, gpus=["8xh100"]).recipe.gpus == 8
+    assert plan(path, Recipe(parallel="fsdp2"), gpus=["8xh100"]).recipe.parallel == "fsdp2"
+
+
+def test_a_number_of_cards_may_be_of_what_is_here(memplan: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from memplan.device import driver
+    from memplan.device.driver import Installed
+
+    here = {"NVIDIA GeForce RTX 4090": Installed(25_000 << 20, (8, 9))}
+    monkeypatch.setattr(driver, "installed", lambda: here)
+    outcome = memplan("fit", "llama-3.2-1b", "--gpu", "2xauto")
+    assert outcome.out.startswith("Each of 2 RTX 4090: fits, ")
+    outcome = memplan("fit", "llama-3.2-1b", "--gpu", "1024xh100")
+    assert outcome.out.startswith("Each of 1024 H100")
+
+
+HOW_MANY = [
+    (
+        ("--optimizer", "adamw_bnb_8bit"),
+        1,
+        "fsdp2: FSDP2 is planned with adamw_torch and adamw_torch_fused, not",
+    ),
+    (("--parallel", "fsdp2"), 0, "fsdp2: 9 × RTX 4090 "),
+    (("--parallel", "fsdp2", "--shard-dtype", "bf16"), 0, "fsdp2: 5 × RTX 4090 "),
+    (("--parallel", "ddp"), 1, "ddp: no number of them is enough "),
+]
+
+
+@pytest.mark.parametrize(("options", "status", "told"), HOW_MANY, ids=[" ".join(one[0]) for one in HOW_MANY])
+def test_how_many_are_of_the_strategies_that_can_be_had(
+    options: tuple[str, ...], status: int, told: str, memplan: Run
+) -> None:
+    asked = ("llama-3.1-8b", "--mode", "full", "--gpu", "4090", "--how-many", "--no-advise")
+    outcome = memplan("fit", *asked, *options)
+    assert outcome.status == status, outcome.err
+    assert told in " ".join(outcome.out.split())
+    if "--parallel" in options:
+        answer = json.loads(memplan("fit", *asked, *options, "--json").out)
+        assert [one["parallel"] for one in answer["how_many"]] == [options[1]]
+        assert answer["recipe"]["gpus"] == (answer["how_many"][0]["gpus"] or 1)
+
+
+def test_how_many_is_no_question_about_a_number(memplan: Run) -> None:
+    for options in (
+        ("--gpu", "8xh100"),
+        ("--gpu", "h100", "--gpus", "8"),
+        ("--gpu", "h100", "--maximize", "seq-len"),
+    ):
+        outcome = memplan("fit", "llama-3.2-1b", "--how-many", *options)
+        assert outcome.status == 2
+        assert "look" in outcome.err
+        assert outcome.err.count("\n") == 1
+
+
+def test_a_launchers_word_for_how_many_is_told_ours(memplan: Run) -> None:
+    outcome = memplan("llama-3.2-1b", "--num-processes", "8")
+    assert outcome.status == 2
+    assert "--gpus N" in outcome.err
+
+
+def test_the_largest_that_fits_each_is_the_largest(memplan: Run) -> None:
+    for parallel in ("ddp", "fsdp2"):
+        options = ("llama-3.2-1b", "--mode", "lora", "--parallel", parallel, "--gpu", "2x4090")
+        told = memplan("fit", *options, "--maximize", "batch-size")
+        assert told.status == 0, told.err
+        most = int(told.out.split()[2])
+        assert (
+            "sequences at once fit each of 2 RTX 4090 (2,048 tokens each)\nEach of 2 RTX 4090: fits, "
+            in told.out
+        )
+        assert memplan("fit", *options, "--batch-size", str(most + 1)).out.startswith(
+            "Each of 2 RTX 4090: tight"
+        )
+
+
+def test_fsdp2_is_advised_where_ddp_is_too_large(memplan: Run) -> None:
+    told = memplan("fit", "llama-3.1-8b", "--mode", "full", "--gpu", "8xh100").out
+    assert "\nIt fits with --parallel fsdp2 (" in told
+    told = memplan("fit", "llama-3.1-8b", "--mode", "full", "--parallel", "fsdp2", "--gpu", "2x24GB").out
+    assert "--mode qlora (" in " ".join(told.split())  # with mixed precision, which adapters need there
+
+
+def test_several_are_told_as_several(memplan: Run) -> None:
+    told = memplan("llama-3.2-1b", "--mode", "lora", "--gpus", "4").out
+    assert " GiB at the peak on each of 4 GPUs: fits all of 9 cards" in told
+    assert "--gpu 4xNAME" in " ".join(told.split())
+    told = memplan("compare", "llama-3.2-1b", "--gpu", "4xh100").out
+    assert told.startswith("full  fits on each of 4 H100 80GB HBM3 (")
+    told = memplan("compare", "llama-3.2-1b", "--mode", "lora", "--sweep", "gpus=1,2").out
+    assert "device-map" not in told
+
+
+def test_adapters_of_experts_are_divided_too() -> None:
+    spec = SPECS["qwen3_moe"](2)
+    recipe = resolve_recipe(spec, Recipe(mode="lora", parallel="fsdp2", gpus=3))
+    assert len(alike(spec, recipe)) > 1
+
+
+def test_a_frontier_is_of_each_card(memplan: Run) -> None:
+    for parallel in ("ddp", "fsdp2"):
+        told = memplan(
+            "frontier", "llama-3.2-1b", "--modes", "lora", "--parallel", parallel, "--gpu", "2x4090",
+            "--batch-sizes", "4", "--no-exact",
+        )  # fmt: skip
+        assert "on each of 2 RTX 4090, 23.52 GiB usable" in told.out
+
+
+def test_advice_is_no_matter_of_a_launchers_file(tmp_path: Path, memplan: Run) -> None:
+    path = tmp_path / "accelerate.yaml"
+    path.write_text(
+        "distributed_type: MULTI_GPU\nnum_processes: 8\nmixed_precision: bf16\n", encoding="utf-8"
+    )
+    outcome = memplan("fit", "llama-3.1-8b", "--mode", "full", "--config", str(path), "--gpu", "h100")
+    assert outcome.status == 1
+    told = " ".join(outcome.out.split())
+    assert "It fits with accelerate launch --use_fsdp --fsdp_version 2 " in told
+    assert "--how-many looks for a number of GPUs, which is said to be 8" in (
+        memplan("fit", "llama-3.1-8b", "--config", str(path), "--gpu", "h100", "--how-many").err
+    )

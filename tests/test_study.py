@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections import Counter
 from collections.abc import Callable
@@ -85,3 +86,8 @@ def test_the_api_can_be_listed() -> None:
     import memplan
 
     assert set(memplan.__all__) <= set(dir(memplan))
+
+
+def test_a_slip_that_cannot_be_had_is_not_told() -> None:
+    told = plan("llama-3.2-1b", Recipe(mode="lora", adapter_dtype="bfloat16"), gpus=[])
+    assert json.loads(told.model_dump_json())["slip"] is None

@@ -33,7 +33,7 @@ _SIZE = re.compile(
 )
 _NUMBER_WITH_UNIT = r"[+-]?(?:\d[\d.]*(?:e[+-]?\d+)?|inf|nan) ?[kmgt]i?b(?: card)?"
 _MOST_GB = 512  # of a size that is asked about; the largest card that is listed has 288
-_SEVERAL = re.compile(r"(\d{1,3}) ?[x×*] ?(.+)|(.+?) ?[x×*] ?(\d{1,3})", re.IGNORECASE)
+_SEVERAL = re.compile(r"(\d{1,4}) ?[x×*] ?(.+)|(.+?) ?[x×*] ?(\d{1,4})", re.IGNORECASE)
 _AMPERE = (8, 0)  # the compute capability from which on FlashAttention runs and bf16 is there
 
 Slug = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
@@ -198,6 +198,12 @@ def several(name: str) -> int:
     """How many cards a name means: 8 of 8xH100, else 1. Raises MemplanError for none."""
     found = _counted(name)
     return 1 if found is None else found[0]
+
+
+def own_name(name: str) -> str:
+    """The card's own name, without how many there are of it. Raises MemplanError for none."""
+    found = _counted(name)
+    return (name if found is None else found[1]).strip()
 
 
 def together(names: Iterable[str]) -> int:

@@ -89,10 +89,15 @@ def run(arguments: argparse.Namespace) -> int:
     lengths = given_lengths(arguments)
     if lengths is not None and arguments.maximize is not None:
         raise UsageError("--maximize looks for one length or batch, --lengths plays many: ask one of them")
+    if arguments.how_many and arguments.maximize is not None:
+        raise UsageError("--how-many and --maximize each look for a number: ask one of them")
+    by = recipe.parallel if arguments.how_many and recipe.gpus == 1 else None
+    if by is not None:  # on how many is yet to be found
+        recipe = Recipe(**{**recipe.model_dump(exclude_unset=True), "gpus": 2})
     asked = ask(arguments.model, recipe, arguments.gpu, arguments.config, lengths)
     counts: tuple[HowMany, ...] = ()
     if arguments.how_many:
-        counts, asked = _counted(asked, arguments)
+        counts, asked = _counted(asked, by)
     given = asked.given.model_dump(exclude_unset=True)
     what: What | None = None
     if arguments.maximize is not None:
@@ -134,20 +139,18 @@ def _evaluated(answer: Plan) -> tuple[Fit, ...]:
     )
 
 
-def _counted(asked: Asked, arguments: argparse.Namespace) -> tuple[tuple[HowMany, ...], Asked]:
-    """The fewest cards by each strategy, and the question on the fewest of all."""
-    from memplan.planning.how_many import how_many
+def _counted(asked: Asked, by: str | None) -> tuple[tuple[HowMany, ...], Asked]:
+    """The fewest cards by each strategy, or by the one that was named, and the question on the fewest."""
+    from memplan.planning.how_many import how_many, on_the_fewest
 
     if len(asked.gpus) > 1:
         raise UsageError("--how-many asks about one kind of card: give one --gpu")
-    if asked.recipe.gpus > 1 or arguments.maximize is not None:
-        raise UsageError("--how-many looks for a number of GPUs: leave out --gpus and --maximize")
-    counts = how_many(asked, asked.gpus[0])
-    best = counts[0]
-    if best.gpus is None or best.gpus == 1:
-        return counts, asked
-    spread = {"parallel": best.parallel, "gpus": best.gpus}
-    return counts, asked.otherwise(asked.given.model_copy(update=spread))
+    if by is None and asked.recipe.gpus > 1:
+        raise UsageError(
+            f"--how-many looks for a number of GPUs, which is said to be {asked.recipe.gpus}: leave that out"
+        )
+    counts = how_many(asked, asked.gpus[0], by)
+    return counts, on_the_fewest(asked, counts)
 
 
 def _maximized(asked: Asked, what: What) -> Asked | None:

@@ -80,6 +80,9 @@ SWITCHES: dict[str, tuple[str, str]] = {
     "padding-free": ("--batches packed", ""),
     "ddp": ("--parallel ddp", ""),
     "fsdp2": ("--parallel fsdp2", ""),
+    "zero1": ("--parallel zero1", ""),
+    "zero2": ("--parallel zero2", ""),
+    "zero3": ("--parallel zero3", ""),
     "save": ("", ""),
 }
 _FULL = (
@@ -122,11 +125,12 @@ VALUES: dict[str, dict[str, str]] = {
 }  # fmt: skip
 
 _OTHERWISE = (
-    "of several GPUs memplan plans DDP and FSDP2 (--gpus N --parallel ddp or fsdp2), without offloading; "
+    "of several GPUs memplan plans DDP, FSDP2 and ZeRO (--gpus N --parallel ddp, fsdp2, zero1, zero2 or "
+    "zero3), without offloading; "
     "`memplan dry-run --gpu 8xa100 -- COMMAND` runs any such program on cards that are not there"
 )
 _NOT_PLANNED = {
-    _OTHERWISE: "deepspeed ds-config fsdp fsdp-config fsdp-version zero zero1 zero2 zero3 zero-stage nnodes "
+    _OTHERWISE: "deepspeed ds-config fsdp fsdp-config fsdp-version zero zero-stage nnodes "
     "num-nodes tensor-parallel-size tp tp-size pp pipeline-parallel-size context-parallel-size "
     "sequence-parallel-size sp-size ddp-backend offload cpu-offload activation-offloading offload-optimizer "
     "offload-params",

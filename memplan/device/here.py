@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from contextlib import suppress
 
-from memplan.asked.gpus import MIB, Gpu, find_gpu, load_gpus
+from memplan.asked.gpus import MIB, Gpu, find_gpu, load_gpus, own_name
 from memplan.device import driver
 from memplan.device.driver import Installed
 from memplan.errors import MemplanError
@@ -16,7 +16,7 @@ AUTO = "auto"
 def find_cards(name: str) -> list[Gpu]:
     """The card of a name; the kinds of card that this machine has, if the name is ``auto``, the smallest
     first. Raises MemplanError."""
-    if name.strip().lower() != AUTO:
+    if own_name(name).lower() != AUTO:
         return [find_gpu(name)]
     here = driver.installed()
     if not here:

@@ -84,6 +84,11 @@ def _without_autocast(recipe: Recipe) -> str:
     return " --no-autocast" if recipe.autocast else ""
 
 
+def _shards(recipe: Recipe) -> bool:
+    """Whether adapters need mixed precision."""
+    return recipe.parallel == "fsdp2"
+
+
 _32_BIT = ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit")
 
 IDEAS = (
@@ -189,6 +194,17 @@ IDEAS = (
     ),
     _Idea(
         Cost.TIME,
+        _said("FSDP2: each GPU keeps a part of every parameter"),
+        "time: parameters are gathered for each layer, forward and backward",
+        lambda recipe: {"parallel": "fsdp2"} if recipe.parallel == "ddp" else None,
+        _said("--parallel fsdp2"),
+        _said(
+            "accelerate launch --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP "
+            "--fsdp_reshard_after_forward true"
+        ),
+    ),
+    _Idea(
+        Cost.TIME,
         _said("memplan's kernels"),
         "time: 1.1 to 1.6 times a step's on an H200; needs Triton and an NVIDIA card from Ampere on",
         lambda recipe: (
@@ -269,8 +285,12 @@ IDEAS = (
         Cost.METHOD,
         _said("QLoRA: the base in 4 bits"),
         "time to dequantise, a little quality",
-        lambda recipe: {"mode": Mode.QLORA, "autocast": False} if recipe.mode is not Mode.QLORA else None,
-        lambda recipe: "--mode qlora" + _without_autocast(recipe),
+        lambda recipe: (
+            {"mode": Mode.QLORA, "autocast": recipe.autocast and _shards(recipe)}
+            if recipe.mode is not Mode.QLORA
+            else None
+        ),
+        lambda recipe: "--mode qlora" + ("" if _shards(recipe) else _without_autocast(recipe)),
         _said(
             'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)'
         ),
@@ -325,12 +345,14 @@ def advise(study: Prediction, gpu: str) -> Advice:
 
 
 def _file(study: Prediction) -> RunFile | None:
-    """The kind of file that the recipe is from: what is advised is a change of it."""
+    """The kind of file that the recipe is from, if it says what a recipe is and not only where it runs: what
+    is advised is a change of it."""
     if study.asked.read is None:
         return None
     from memplan.runfiles import find
 
-    return find(study.asked.read.kind)
+    found = find(study.asked.read.kind)
+    return found if found.says else None
 
 
 def _lines(idea: _Idea, recipe: Recipe, file: RunFile) -> str:

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from memplan import rooms, strategies
+from memplan.asked.alloc_conf import parse_settings
 from memplan.asked.gpus import Gpu
-from memplan.device.fit import Run, excess, judge
+from memplan.asked.recipe import Recipe
+from memplan.cuda.card import Card
+from memplan.device.fit import Run, allowed_bytes, excess, judge
 from memplan.errors import RecipeError
 from memplan.planning import predicted
 from memplan.planning.cards import written_for
 from memplan.planning.records import HowMany
 from memplan.planning.study import Asked
+from memplan.tape import replay
 
 _MOST = 4096  # GPUs that a recipe may have
 
 
-def how_many(asked: Asked, gpu: Gpu) -> tuple[HowMany, ...]:
+def how_many(asked: Asked, gpu: Gpu, parallel: str | None = None) -> tuple[HowMany, ...]:
     """The fewest that have 2 % of what is reserved to spare, and what each of them needs; the fewest first.
-    Of a strategy that does not divide what is too large there is no number."""
-    found = (_of(asked, gpu, parallel) for parallel in rooms.names("strategies"))
+    Of a strategy that does not divide what is too large, or that the recipe can't have, there is no number.
+    ``parallel``: the only strategy that is asked about."""
+    found = (_of(asked, gpu, one) for one in ([parallel] if parallel else rooms.names("strategies")))
     return tuple(sorted(found, key=lambda one: one.gpus or _MOST + 1))
+
+
+def on_the_fewest(asked: Asked, counts: Sequence[HowMany]) -> Asked:
+    """The question on the fewest of all; on one where no number is enough."""
+    return _on(asked, counts[0].parallel, counts[0].gpus or 1)
 
 
 def _of(asked: Asked, gpu: Gpu, parallel: str) -> HowMany:
@@ -29,30 +41,44 @@ def _of(asked: Asked, gpu: Gpu, parallel: str) -> HowMany:
 
 
 def _fewest(asked: Asked, gpu: Gpu, parallel: str) -> HowMany:
-    def fits(count: int) -> bool:
-        return excess(gpu, _run(asked, gpu, parallel, count)) <= 0
-
+    _on(asked, parallel, 2)  # refuses what the strategy can't have, on however few it would fit
     low, high, before = 0, 1, -1
-    while not fits(high):
-        reserved = _run(asked, gpu, parallel, high).free.reserved
-        if high == _MOST or reserved == before:
-            needed = judge(gpu, _run(asked, gpu, parallel, high), explain=False).needed_bytes
+    while (more := _beyond(_on(asked, parallel, high), gpu)) > 0:
+        if high == _MOST or more == before:
+            needed = judge(gpu, _run(_on(asked, parallel, high), gpu), explain=False).needed_bytes
             return HowMany(parallel=parallel, needed_bytes=needed, note=_none(asked, parallel))
-        low, high, before = high, 2 * high, reserved if high > 1 else -1
+        low, high, before = high, 2 * high, more if high > 1 else -1
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if fits(middle) else (middle, high)
-    needed = judge(gpu, _run(asked, gpu, parallel, high)).needed_bytes
+        enough = _beyond(_on(asked, parallel, middle), gpu) <= 0
+        low, high = (low, middle) if enough else (middle, high)
+    needed = judge(gpu, _run(_on(asked, parallel, high), gpu)).needed_bytes
     return HowMany(parallel=parallel, gpus=high, needed_bytes=needed)
 
 
 def _none(asked: Asked, parallel: str) -> str:
-    several = asked.otherwise(asked.given.model_copy(update={"parallel": parallel, "gpus": 2}))
+    several = _on(asked, parallel, 2)
     why = ": each loads all of the 4-bit weights first" if strategies.loads_whole(several.recipe) else ""
     return f"no number of them is enough{why}"
 
 
-def _run(asked: Asked, gpu: Gpu, parallel: str, count: int) -> Run:
-    spread = {"parallel": parallel if count > 1 else None, "gpus": count}
-    again = asked.otherwise(asked.given.model_copy(update=spread))
-    return predicted.run(again.spec, again.recipe, written_for(again.recipe, gpu), again.lengths)
+def _on(asked: Asked, parallel: str, count: int) -> Asked:
+    """The question on so many. Raises RecipeError."""
+    changed: dict[str, object] = {"parallel": parallel, "gpus": count}
+    if count == 1:
+        changed |= dict.fromkeys(("parallel", "shard_dtype", "reduce_dtype"))
+    return asked.otherwise(Recipe(**{**asked.given.model_dump(exclude_unset=True), **changed}))
+
+
+def _beyond(asked: Asked, gpu: Gpu) -> int:
+    """Bytes by which a run goes beyond what fits; of one whose tensors do already, those, for the allocator's
+    simulation takes far longer."""
+    card = written_for(asked.recipe, gpu)
+    peak = replay(predicted.write(asked.spec, asked.recipe, card, lengths=asked.lengths)).allocated_bytes
+    settings = parse_settings(asked.recipe.alloc_conf)
+    tensors = peak - allowed_bytes(gpu, card or Card(), settings, asked.recipe.gpus)
+    return tensors if tensors > 0 else excess(gpu, _run(asked, gpu))
+
+
+def _run(asked: Asked, gpu: Gpu) -> Run:
+    return predicted.run(asked.spec, asked.recipe, written_for(asked.recipe, gpu), asked.lengths)

@@ -142,8 +142,8 @@ class AllocatorInfo(Record):
 
 class Ranks(Record):
     """GPUs that share a step and are alike. ``rank``: of the first of them; ``count``: how many there are;
-    ``peak_allocated_bytes``: of tensors, at the peak of its step; ``reserved_bytes``: of the whole run;
-    ``host_bytes``: of what it keeps on the host, offloaded."""
+    ``peak_allocated_bytes``: ``max_memory_allocated`` of a step, as the plan's ``peak`` has it;
+    ``reserved_bytes``: of the whole run; ``host_bytes``: of what it keeps on the host, offloaded."""
 
     rank: int
     count: int

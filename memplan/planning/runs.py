@@ -34,7 +34,7 @@ class Runs:
 
     def excess(self, step: Resized) -> int:
         """What :func:`memplan.device.fit.excess` says of the run that it is a step of."""
-        if not can_rerun(self._settings) or step.long.streams:
+        if not can_rerun(self._settings) or self.recipe.parallel is not None:  # streams, buckets of a step
             tape = step.tape
             load = partial(loading, self.spec, self.recipe, tape)
             run = Run(tape, load, self._settings, self.card, self.recipe.gpus)

@@ -65,9 +65,9 @@ def ask(
     from memplan.predict.parameters import resolve_recipe
 
     named, read = opened(model, config)
-    given = _of_cards(recipe or Recipe(), gpus)
-    if read is not None:
-        given = read.recipe(recipe)
+    if recipe is not None or gpus is not None:
+        recipe = _of_cards(recipe or Recipe(), gpus)
+    given = (recipe or Recipe()) if read is None else read.recipe(recipe)
     judged = tuple(cards.able(given, gpus))  # names that are wrong are said to be before anything is played
     found = resolve(named)
     if read is not None:
@@ -318,7 +318,7 @@ class Prediction(Study):
             Ranks(
                 rank=self.tape.rank,
                 count=first[1],
-                peak_allocated_bytes=self.peak.allocated_bytes,
+                peak_allocated_bytes=self.allocator.allocated_bytes,
                 reserved_bytes=self.allocator.reserved_bytes,
             )
         ]
@@ -328,7 +328,7 @@ class Prediction(Study):
                 Ranks(
                     rank=rank,
                     count=count,
-                    peak_allocated_bytes=replay(run.tape).allocated_bytes,
+                    peak_allocated_bytes=run.free.allocated,
                     reserved_bytes=run.free.reserved,
                 )
             )
@@ -375,7 +375,10 @@ class Prediction(Study):
             return None
         if found.changes.keys() & self.asked.given.model_fields_set:
             return None
-        changed = Recipe(**{**self.recipe.model_dump(), **found.changes})  # 4-bit layers multiply as before
+        try:  # of the resolved recipe: 4-bit layers multiply as before
+            changed = Recipe(**{**self.recipe.model_dump(), **found.changes})
+        except RecipeError:  # what was asked for can't be had so
+            return None
         peak = replay(predicted.write(self.asked.spec, changed, lengths=self.asked.lengths))
         return Slipped(told=found.told, more_bytes=peak.allocated_bytes - self.peak.allocated_bytes)
 

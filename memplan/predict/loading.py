@@ -98,14 +98,14 @@ def _spread(strategy: strategies.Strategy, shapes: Mapping[str, Shape], recipe: 
     resting = [(one.storage, one.name, step.sizes[one.storage]) for one in brought if not one.made]
     made = [one.storage for one in brought if one.made]
     known = {name.removesuffix(".weight"): prod(shape) for name, shape in shapes.items()}
-    whole = {}
-    for _, name, nbytes in resting:
+    there = {name for _, name, _ in resting}
+    itemsize = _ITEMSIZE[recipe.dtype]
+    whole: dict[int | str, int] = {n: count * itemsize for n, count in known.items() if n not in there}
+    for number, name, nbytes in resting:
         share = nbytes * recipe.gpus
         count = known.get(name, 0)
         exact = next((count * size for size in (4, 2) if 0 <= share - count * size < share // 8), share)
-        whole[name] = exact if ".lora_" not in name else share
-    itemsize = _ITEMSIZE[recipe.dtype]
-    whole |= {name: count * itemsize for name, count in known.items() if name not in whole}
+        whole[number] = exact if ".lora_" not in name else share
     steps = [*strategy.load(resting, whole, temporary, {}), *(("alloc", number) for number in made)]
     return _written(iter(steps), step, emptied=False)
 

@@ -15,9 +15,12 @@ def alike(spec: ModelSpec, recipe: Recipe) -> list[tuple[int, int]]:
     strategy = strategies.of(recipe)
     if strategy is None or not strategy.shards:
         return [(0, world)]
-    rows = {shape[0] for shape in blueprint.named_shapes(spec).values()}
+    shapes = blueprint.named_shapes(spec).values()
+    rows = {shape[0] for shape in shapes}
     if recipe.mode is not Mode.FULL:
         rows.add(recipe.r)
+        for experts, outputs, _ in (shape for shape in shapes if len(shape) == 3):
+            rows |= {outputs, experts * recipe.r, 2 * experts * recipe.r}
     kinds: dict[tuple[int, ...], list[int]] = {}
     for rank in range(world):
         kinds.setdefault(tuple(_share(count, world, rank) for count in sorted(rows)), []).append(rank)

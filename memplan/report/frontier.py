@@ -29,9 +29,10 @@ CAPPED_BY_US = f"* the model's own limit, or {LONGEST:,} tokens: no longer ones 
 
 def show_frontier(frontier: Frontier, console: Console) -> None:
     """Print the table."""
-    heading(
-        console, frontier.model, f"on {short_card(frontier.gpu)}, {gib(frontier.usable_bytes)} GiB usable"
-    )
+    several = max((row.recipe.gpus for row in frontier.rows), default=1)
+    each = f"each of {several} " if several > 1 else ""
+    usable = f"{gib(frontier.usable_bytes)} GiB usable"
+    heading(console, frontier.model, f"on {each}{short_card(frontier.gpu)}, {usable}")
     how = "longest sequence" if frontier.simulated else "longest sequence, at most"
     console.print(f"{how}, by batch size; most tokens a step")
     batches = [cell.batch_size for cell in frontier.rows[0].cells] if frontier.rows else []

@@ -41,7 +41,8 @@ def of_modes(plans: Sequence[Plan], cards: Sequence[Sequence[tuple[Gpu, Verdict]
         if len(told) == 1:
             ((name, verdict, size),) = told
             sizes = f"{gib(plan.peak.allocated_bytes)} at the peak, {gib(size)} usable"
-            lines.append(Line(f"{mode} {verdict} on the {short_card(name)} ({sizes})", verdict))
+            card = _each(name, plan.recipe.gpus, "the ")
+            lines.append(Line(f"{mode} {verdict} on {card} ({sizes})", verdict))
         elif told:
             line = _together(told)
             lines.append(line._replace(text=f"{mode} {line.text[0].lower()}{line.text[1:]}"))
@@ -52,10 +53,11 @@ def at_a_glance(plan: Plan, glances: Iterable[tuple[Gpu, Verdict]]) -> list[Line
     """The same where nobody named a card, without the allocator's simulation."""
     cards = [(gpu.name, verdict, gpu.visible_bytes) for gpu, verdict in glances]
     peak = gib(plan.peak.allocated_bytes)
+    each = "" if plan.recipe.gpus == 1 else f" on each of {plan.recipe.gpus} GPUs"
     if not cards:
-        return [Line(f"{peak} GiB at the peak")]
+        return [Line(f"{peak} GiB at the peak{each}")]
     told = _together(cards)
-    return [Line(f"{peak} GiB at the peak: {told.text[0].lower()}{told.text[1:]}", told.verdict)]
+    return [Line(f"{peak} GiB at the peak{each}: {told.text[0].lower()}{told.text[1:]}", told.verdict)]
 
 
 def remedies(plan: Plan) -> list[Line]:
@@ -97,7 +99,7 @@ def largest(plan: Plan, what: str, value: int) -> Line:
     recipe = plan.recipe
     kept = f"batch size {recipe.batch_size}" if what == "seq_len" else f"{recipe.seq_len:,} tokens each"
     found = f"{value:,} tokens a sequence" if what == "seq_len" else f"{value:,} sequences at once"
-    return Line(f"Up to {found} fit the {short_card(fit.gpu)} ({kept})", "fits")
+    return Line(f"Up to {found} fit {_each(fit.gpu, recipe.gpus, 'the ')} ({kept})", "fits")
 
 
 def counted(plan: Plan) -> list[Line]:
@@ -136,8 +138,13 @@ def accumulating(plan: Plan, fits: Sequence[Fit] = ()) -> str | None:
     )
 
 
+def _each(gpu: str, count: int, article: str = "") -> str:
+    """The card; of several that share a step, each."""
+    return f"{article}{short_card(gpu)}" if count == 1 else f"each of {count} {short_card(gpu)}"
+
+
 def _verdict(fit: Fit, each: int) -> str:
-    card = short_card(fit.gpu) if each == 1 else f"Each of {each} {short_card(fit.gpu)}"
+    card = _each(fit.gpu, each).replace("each", "Each", 1) if each > 1 else short_card(fit.gpu)
     sizes = f"({gib(fit.needed_bytes)} needed, {gib(fit.total_bytes)} usable)"
     if fit.headroom_bytes != fit.total_bytes - fit.needed_bytes:  # of a share of the card
         allowed = gib(fit.headroom_bytes + fit.reserved_bytes)

@@ -123,7 +123,9 @@ def show_headline(lines: Iterable[Line], console: Console) -> None:
 
 def _show_next(plan: Plan, console: Console, fits: Collection[Fit]) -> None:
     if not fits:
-        note(console, f"One card, and what to change there: `memplan fit {plan.model.name} --gpu NAME`")
+        several = plan.recipe.gpus
+        cards, name = ("One kind of card", f"{several}xNAME") if several > 1 else ("One card", "NAME")
+        note(console, f"{cards}, and what to change there: `memplan fit {plan.model.name} --gpu {name}`")
     elif any(fit.verdict == "does not fit" for fit in fits):
         note(console, "What would make it fit: `memplan fit`, asked the same")
 

@@ -55,7 +55,7 @@ def show_sweep(plans: Sequence[Plan], console: Console, *, judged: bool) -> None
 
 def _following(varied: Sequence[str]) -> set[str]:
     """Fields that follow from another one that varies, as the alpha does from the rank."""
-    follows = {"lora_alpha": "r", "kbit_prep": "mode", "use_reentrant": "mode"}
+    follows = {"lora_alpha": "r", "kbit_prep": "mode", "use_reentrant": "mode", "device_map": "gpus"}
     return {field for field, other in follows.items() if other in varied}
 
 

@@ -18,6 +18,7 @@ from memplan.weights import LoadStep, Temporary
 
 EMBEDDING, NORM, HEAD = "embedding", "norm", "head"
 Lying = Mapping[str, list[int]]
+Whole = Mapping[int | str, int]
 Resting = list[tuple[int, str, int]]
 Forward = Callable[[Tensor], Tensor]
 Part = int | str  # a layer, by its position among those that are played, or what is before and behind them
@@ -31,14 +32,14 @@ class Strategy:
     so where what is done in one depends on how much there was before it.
 
     ``load``: the steps by which what rests comes onto the card once the model is made, of storages by number,
-    full name and bytes, of the bytes of each parameter by name, and of where those lie that are whole on the
-    card already; None if as on one GPU. ``wrap``: what
-    follows, of the tape of a step; what it does not drop goes after the first step.
+    full name and bytes, of the bytes of each whole parameter by that number, or by its name where nothing
+    rests of it alone, and of where those lie that are whole on the card already, by name; None if as on one
+    GPU. ``wrap``: what follows, of the tape of a step; what it does not drop goes after the first step.
     """
 
     spread: Callable[[Recipe, int | None], Spread]
     shards: bool = False
-    load: Callable[[Resting, Mapping[str, int], Temporary, Lying], Iterator[LoadStep]] | None = None
+    load: Callable[[Resting, Whole, Temporary, Lying], Iterator[LoadStep]] | None = None
     wrap: Callable[[Tape, Temporary], Iterator[LoadStep]] | None = None
     folds: bool = True
 

@@ -31,6 +31,7 @@ from memplan.shadow.tensor import (
     state,
     uint8,
 )
+from memplan.strategies import Resting, Whole
 from memplan.tape import Category
 
 REDUCING = 1  # the stream ``reduction_stream``
@@ -120,6 +121,14 @@ class Zero(Spread):
             one.start = start
             start += one.numel
         return -(-start // alignment) * alignment
+
+
+def by_name(resting: Resting, whole: Whole) -> dict[str, int]:
+    """Bytes of whole parameters by their names."""
+    found = {name: nbytes for name, nbytes in whole.items() if isinstance(name, str)}
+    for number, name, _ in resting:
+        found[name] = found.get(name, 0) + whole[number]
+    return found
 
 
 # -- scalars on the card: each is an allocation ----------------------------------------------------------

@@ -5,7 +5,7 @@ ranks reduce when they are full.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from memplan.asked.recipe import Recipe
@@ -14,11 +14,12 @@ from memplan.parts.loop import Loop
 from memplan.shadow import autograd, ops
 from memplan.shadow.autograd import AccumulateGrad
 from memplan.shadow.tensor import DType, Shape, Tensor, bool_, category, empty, float32, state, stream, uint8
-from memplan.strategies import Lying, Resting
+from memplan.strategies import Lying, Resting, Whole
 from memplan.strategies._zero import (
     REDUCING,
     Trained,
     Zero,
+    by_name,
     combine_grad_norm_groups,
     has_inf_or_nan,
     is_invalid_grad_norm,
@@ -328,9 +329,7 @@ def _most(groups: list[tuple[list[Trained], int]], world: int) -> int:
     return elements.index(max(elements))
 
 
-def load(
-    resting: Resting, whole: Mapping[str, int], temporary: Temporary, _lying: Lying
-) -> Iterator[LoadStep]:
+def load(resting: Resting, whole: Whole, temporary: Temporary, _lying: Lying) -> Iterator[LoadStep]:
     """The model comes onto the card as it is (``module.to(device)``), and each of its groups is laid out
     flat; what it lay in goes. A partition is copied in its own dtype before it is widened; gradients of all
     are made once (``initialize_optimizer_states``)."""
@@ -342,11 +341,12 @@ def load(
         elif name != MASTER:
             frozen.setdefault(name, []).append(number)
     came: dict[str, int] = {}
-    for name in sorted(whole, key=place):
+    nbytes_of = by_name(resting, whole)
+    for name in sorted(nbytes_of, key=place):
         if name in frozen:
             yield from (("alloc", number) for number in frozen[name])
         elif name not in (FLAT, MASTER):
-            take, came[name] = temporary(whole[name])
+            take, came[name] = temporary(nbytes_of[name])
             yield take
     for last, (flat, master, widened) in enumerate(groups):
         yield "empty_cache", 0

@@ -12,7 +12,7 @@ and with them the embedding where it is the output layer's weight.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -37,7 +37,7 @@ from memplan.shadow.tensor import (
     stream,
     uint8,
 )
-from memplan.strategies import EMBEDDING, NORM, Forward, Lying, Part, Resting, Strategy
+from memplan.strategies import EMBEDDING, NORM, Forward, Lying, Part, Resting, Strategy, Whole
 from memplan.tape import Category
 from memplan.weights import LoadStep, Temporary
 
@@ -433,9 +433,7 @@ def _tensors(loss: Any, logits: Tensor | None) -> list[Tensor]:
     return returned if logits is None else [*returned, logits]
 
 
-def _load(
-    resting: Resting, whole: Mapping[str, int], temporary: Temporary, lying: Lying
-) -> Iterator[LoadStep]:
+def _load(resting: Resting, whole: Whole, temporary: Temporary, lying: Lying) -> Iterator[LoadStep]:
     """``fully_shard`` of one unit after the other: all of its parameters come onto the card, a part of each
     is copied, and they go. accelerate's names for the weights of embedding and output layer hold those to the
     end of its preparation."""
@@ -445,14 +443,14 @@ def _load(
     held: list[int] = []
     for unit in sorted(units, key=lambda unit: (not unit.startswith("model.layers."), "norm" not in unit)):
         came: list[int] = []
-        for _, name in units[unit]:
-            there = held if unit in ("model.embed_tokens", "lm_head") else came
+        there = held if unit in ("model.embed_tokens", "lm_head") else came
+        for name in dict.fromkeys(name for _, name in units[unit]):  # several may be called alike
             there += lying.get(name, ())
-            nbytes = whole.get(name)
-            if nbytes is not None:
-                take, number = temporary(nbytes)
+        for number, _ in units[unit]:
+            if number in whole:
+                take, temporarily = temporary(whole[number])
                 yield take
-                there.append(number)
+                there.append(temporarily)
         for number, _ in units[unit]:
             yield "alloc", number
         for number in came:

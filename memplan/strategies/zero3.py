@@ -6,7 +6,7 @@ is played.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from math import prod
 from typing import Any
 
@@ -31,11 +31,12 @@ from memplan.shadow.tensor import (
     stream,
     view_strides,
 )
-from memplan.strategies import Lying, Part, Resting, Strategy
+from memplan.strategies import Lying, Part, Resting, Strategy, Whole
 from memplan.strategies._fetching import AVAILABLE, PARTITIONED, Coordinator, Module, Parameter
 from memplan.strategies._zero import (
     REDUCING,
     Zero,
+    by_name,
     combine_grad_norm_groups,
     is_invalid_grad_norm,
     place,
@@ -522,31 +523,30 @@ def _folded(x: Tensor) -> Tensor:
 # -- loading -----------------------------------------------------------------------------------------------
 
 
-def _load(
-    resting: Resting, whole: Mapping[str, int], temporary: Temporary, _lying: Lying
-) -> Iterator[LoadStep]:
+def _load(resting: Resting, whole: Whole, temporary: Temporary, _lying: Lying) -> Iterator[LoadStep]:
     """Each parameter is made whole and divided (``zero.Init``), gathered once to be filled, once more when
     its hooks are made; between, partitions of trained ones are laid together on the host (``defragment``)."""
     found: dict[str, list[tuple[int, int]]] = {}
     for number, name, nbytes in resting:
         found.setdefault(name, []).append((number, nbytes))
     own = (_FLAT, _MASTER, _GRADIENTS)
-    names = sorted((name for name in whole if name not in own), key=place)
+    nbytes_of = by_name(resting, whole)
+    names = sorted((name for name in nbytes_of if name not in own), key=place)
     trained = [name for name in names if name not in found]
     (flat, flat_nbytes), *_ = found[_FLAT]
-    share = flat_nbytes / max(sum(whole[name] for name in trained), 1)
+    share = flat_nbytes / max(sum(nbytes_of[name] for name in trained), 1)
     partitions = []
     for name in names:
-        take, made = temporary(whole[name])
+        take, made = temporary(nbytes_of[name])
         yield take
         if name in found:
             yield from (("alloc", number) for number, _ in found[name])
         else:
-            take, number = temporary(int(whole[name] * share))
+            take, number = temporary(int(nbytes_of[name] * share))
             yield take
             partitions.append(number)
         yield "drop", made
-    yield from _gathered(names, whole, temporary)
+    yield from _gathered(names, nbytes_of, temporary)
     yield from (("drop", number) for number in partitions)
     yield "empty_cache", 0
     yield "alloc", flat
@@ -559,12 +559,12 @@ def _load(
     yield take
     yield "drop", buffer
     yield from (("alloc", number) for number, _ in found[_GRADIENTS])
-    yield from _gathered(trained, whole, temporary)
+    yield from _gathered(trained, nbytes_of, temporary)
 
 
-def _gathered(names: list[str], whole: Mapping[str, int], temporary: Temporary) -> Iterator[LoadStep]:
+def _gathered(names: list[str], nbytes_of: dict[str, int], temporary: Temporary) -> Iterator[LoadStep]:
     for name in names:
-        take, number = temporary(whole[name])
+        take, number = temporary(nbytes_of[name])
         yield take
         yield "drop", number
 

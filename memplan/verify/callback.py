@@ -74,7 +74,7 @@ class MemoryCallback(TrainerCallback):
         self.on_cuda = torch.cuda.is_available() and not getattr(args, "use_cpu", False)
         try:
             if getattr(args, "world_size", 1) > 1:
-                raise MemplanError("memplan plans one GPU, and this run has several processes")
+                raise MemplanError("runs of one process are measured, and this one has several")
             self._spec = spec_of(model)
             if self.recipe is None:
                 length = self.seq_len or _length(args, kwargs.get("train_dataloader"))
