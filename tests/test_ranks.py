@@ -16,6 +16,7 @@ from small_specs import SPECS
 from memplan import Recipe, plan
 from memplan.asked.spec import ModelSpec
 from memplan.errors import MemplanError
+from memplan.planning.traced import trace_plan
 from memplan.predict import step as steps
 from memplan.predict.blueprint import named_shapes
 from memplan.predict.loading import loading
@@ -203,6 +204,9 @@ def test_other_questions_hear_it_too(command: str, memplan: Run) -> None:
     assert outcome.status == 0, outcome.err
     assert '"gpus": 2' in outcome.out
     assert '"parallel": "fsdp2"' in outcome.out
+    outcome = memplan(command, *asked, "--gpus", "4")
+    assert (outcome.status, outcome.out) == (2, "")
+    assert "2 cards were named, and gpus says 4" in outcome.err
 
 
 REFUSED = [
@@ -219,6 +223,7 @@ REFUSED = [
     (("--gpus", "8", "--parallel", "fsdp2", "--mode", "lora", "--no-autocast"), "use --autocast"),
     (("--gpus", "8", "--shard-dtype", "bf16"), "shard_dtype is of FSDP2's mixed precision"),
     (("--gpus", "2", "--gpu", "8xh100"), "8 cards were named, and gpus says 2"),
+    (("--gpus", "2", "--gpu", "1xh100"), "one card was named, and gpus says 2"),
     (("--gpu", "2xa100", "--gpu", "8xh100"), "one number of GPUs"),
     (("--gpu", "0xh100"), "is no card"),
     (("--gpus", "0"), "gpus"),
@@ -239,6 +244,8 @@ def test_a_trace_and_a_verification_are_of_one_gpu(memplan: Run) -> None:
         outcome = memplan(command, "llama-3.2-1b", "--gpus", "2")
         assert outcome.status == 2
         assert "one GPU" in outcome.err
+    with pytest.raises(MemplanError, match="a trace is of one GPU"):
+        trace_plan("llama-3.2-1b", gpus=["8xh100"])
 
 
 def test_one_gpu_is_as_before() -> None:

@@ -206,12 +206,20 @@ def own_name(name: str) -> str:
     return (name if found is None else found[1]).strip()
 
 
-def together(names: Iterable[str]) -> int:
-    """How many cards share a question that names these. Raises MemplanError where that is several numbers."""
-    counts = {several(name) for name in ([names] if isinstance(names, str) else names)} or {1}
+def together(names: Iterable[str], said: int | None = None) -> int | None:
+    """How many cards share a question that names these; None where no name says it. Raises MemplanError
+    where that is several numbers, or not the one that is ``said`` beside."""
+    names = [names] if isinstance(names, str) else list(names)
+    counts = {several(name) for name in names}
     if len(counts) > 1:
         raise MemplanError("one question is about one number of GPUs: give each card the same, or ask twice")
-    return counts.pop()
+    if all(_counted(name) is None for name in names):
+        return None
+    count = counts.pop()
+    if said is not None and said != count:
+        cards = "one card was" if count == 1 else f"{count} cards were"
+        raise MemplanError(f"{cards} named, and gpus says {said}: leave one of them out")
+    return count
 
 
 def _counted(name: str) -> tuple[int, str] | None:

@@ -288,8 +288,8 @@ def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The recipe's options that were given, by field."""
     given = vars(arguments)
     options = {field: given[field] for field in Recipe.model_fields if field in given}
-    count = together(given.get("gpu") or ())
-    return {"gpus": count, **options} if count > 1 else options
+    count = together(given.get("gpu") or (), options.get("gpus"))
+    return options if count is None else {"gpus": count, **options}
 
 
 def applicable(options: dict[str, Any], mode: str) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def ask(
 
     named, read = opened(model, config)
     if recipe is not None or gpus is not None:
-        recipe = _of_cards(recipe or Recipe(), gpus)
+        recipe = of_cards(recipe or Recipe(), gpus)
     given = (recipe or Recipe()) if read is None else read.recipe(recipe)
     judged = tuple(cards.able(given, gpus))  # names that are wrong are said to be before anything is played
     found = resolve(named)
@@ -78,13 +78,11 @@ def ask(
     return Asked(found.spec, given, resolved, judged, gpus is not None, found.note, read, lengths)
 
 
-def _of_cards(given: Recipe, gpus: Iterable[str] | None) -> Recipe:
+def of_cards(given: Recipe, gpus: Iterable[str] | None) -> Recipe:
     """The recipe on as many GPUs as a card's name says, such as 8xh100."""
-    count = 1 if gpus is None else together(gpus)
-    if count == 1 or given.gpus == count:
+    count = None if gpus is None else together(gpus, given.gpus if "gpus" in given.model_fields_set else None)
+    if count is None:
         return given
-    if "gpus" in given.model_fields_set and given.gpus != count:
-        raise RecipeError(f"{count} cards were named, and gpus says {given.gpus}: leave one of them out")
     return Recipe(**{**given.model_dump(exclude_unset=True), "gpus": count})
 
 

@@ -19,6 +19,7 @@ from memplan.importers.resolve import ResolvedConfig, resolve_config
 from memplan.planning.cards import able
 from memplan.planning.plan import Plan, plan_from_tape
 from memplan.planning.records import ModelInfo, ParameterCounts
+from memplan.planning.study import of_cards
 from memplan.predict.loading import loading_of
 from memplan.tape import Phase, Tape
 
@@ -44,10 +45,11 @@ def trace_plan(
     that transformers has; ``progress`` is told each phase and layer that it comes to.
     Raises MemplanError (UnknownName, SpecError, RecipeError, TraceError).
     """
-    cards = able(recipe or Recipe(), gpus)  # names that are wrong are said to be before anything is traced
+    recipe = of_cards(recipe or Recipe(), gpus)
+    cards = able(recipe, gpus)  # names that are wrong are said to be before anything is traced
     found = model if isinstance(model, ResolvedConfig) else resolve_config(model)
     stored = method_of(found.config.get("quantization_config")) == "bitsandbytes"
-    traced = _trace(found, checked(found, recipe or Recipe()), progress, stored, looped)
+    traced = _trace(found, checked(found, recipe), progress, stored, looped)
     answer = plan_from_tape(
         traced.tape,
         ModelInfo(name=found.name, hub_id=found.hub_id, architecture=traced.architecture, note=found.note),
