@@ -42,15 +42,19 @@ def _of(asked: Asked, gpu: Gpu, parallel: str) -> HowMany:
 
 def _fewest(asked: Asked, gpu: Gpu, parallel: str) -> HowMany:
     _on(asked, parallel, 2)  # refuses what the strategy can't have, on however few it would fit
-    low, high, before = 0, 1, -1
-    while (more := _beyond(_on(asked, parallel, high), gpu)) > 0:
-        if high == _MOST or more == before:
-            needed = judge(gpu, _run(_on(asked, parallel, high), gpu), explain=False).needed_bytes
+    low, high = 0, 1
+    before: tuple[int, int] | None = None
+    while max(beyond := _beyond(_on(asked, parallel, high), gpu)) > 0:
+        # Tensors at the peak are the most of several sums of what is divided and what is not, each a line
+        # over 1 / GPUs: no number has less than the line through the last two points has at its end.
+        hopeless = before is not None and (beyond == before or 2 * beyond[0] > max(before[0], 0))
+        if high == _MOST or hopeless:
+            needed = judge(gpu, _run(_on(asked, parallel, _MOST), gpu), explain=False).needed_bytes
             return HowMany(parallel=parallel, needed_bytes=needed, note=_none(asked, parallel))
-        low, high, before = high, 2 * high, more if high > 1 else -1
+        low, high, before = high, 2 * high, beyond if high > 1 else None
     while high - low > 1:
         middle = (low + high) // 2
-        enough = _beyond(_on(asked, parallel, middle), gpu) <= 0
+        enough = max(_beyond(_on(asked, parallel, middle), gpu)) <= 0
         low, high = (low, middle) if enough else (middle, high)
     needed = judge(gpu, _run(_on(asked, parallel, high), gpu)).needed_bytes
     return HowMany(parallel=parallel, gpus=high, needed_bytes=needed)
@@ -70,14 +74,14 @@ def _on(asked: Asked, parallel: str, count: int) -> Asked:
     return asked.otherwise(Recipe(**{**asked.given.model_dump(exclude_unset=True), **changed}))
 
 
-def _beyond(asked: Asked, gpu: Gpu) -> int:
-    """Bytes by which a run goes beyond what fits; of one whose tensors do already, those, for the allocator's
-    simulation takes far longer."""
+def _beyond(asked: Asked, gpu: Gpu) -> tuple[int, int]:
+    """Bytes by which a run's tensors go beyond what fits, and what is reserved; of one whose tensors do,
+    those twice, for the allocator's simulation takes far longer."""
     card = written_for(asked.recipe, gpu)
     peak = replay(predicted.write(asked.spec, asked.recipe, card, lengths=asked.lengths)).allocated_bytes
     settings = parse_settings(asked.recipe.alloc_conf)
     tensors = peak - allowed_bytes(gpu, card or Card(), settings, asked.recipe.gpus)
-    return tensors if tensors > 0 else excess(gpu, _run(asked, gpu))
+    return tensors, tensors if tensors > 0 else excess(gpu, _run(asked, gpu))
 
 
 def _run(asked: Asked, gpu: Gpu) -> Run:
