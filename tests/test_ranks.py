@@ -53,17 +53,16 @@ def test_a_rank_takes_what_the_real_engine_took(row: dict[str, Any]) -> None:
     planned = RUNNER.planned(case)
     assert planned == {kind: row[kind]["predicted"] for kind in planned}
     assert planned["tensors"] == row["tensors"]["emulated"]
-    assert abs(planned["reserved"] - row["reserved"]["emulated"]) <= row["reserved"]["emulated"] * 0.05
 
 
 def test_every_kind_of_case_is_among_the_rows() -> None:
     told = [row["recipe"] for row in ROWS]
-    assert {one["parallel"] for one in told} == {"ddp", "fsdp2"}
+    assert {one["parallel"] for one in told} == {"ddp", "fsdp2", "zero2", "zero3"}
     assert {one["mode"] for one in told} == {"full", "lora", "qlora"}
     assert {one["gpus"] for one in told} == {2, 3, 8, 64}
     assert {one["trainer"] for one in told} == {"peft", "trl"}
     assert {one["gradient_accumulation_steps"] for one in told} == {1, 2}
-    assert len(told) >= 80
+    assert len(told) == len(CASES)
 
 
 def test_units_as_pytorchs_tutorial_has_them(monkeypatch: pytest.MonkeyPatch) -> None:

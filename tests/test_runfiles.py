@@ -349,7 +349,7 @@ BAD = {
         "is torchtune's own code",
     ),
     "no model": ({"distributed_type": "NO"}, "(accelerate) names no model"),
-    "DeepSpeed": ({"distributed_type": "DEEPSPEED", "num_processes": 2}, "spreads the run"),
+    "DeepSpeed": ({"distributed_type": "DEEPSPEED", "num_processes": 2}, "sets up DeepSpeed"),
     "FSDP1": ({"distributed_type": "FSDP", "num_processes": 2, "fsdp_config": {}}, "is of FSDP1"),
     "one GPU and four": (
         {"model_name_or_path": "x", "use_peft": True, "accelerate_config": "single_gpu", "num_processes": 4},

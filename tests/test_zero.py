@@ -235,6 +235,8 @@ def test_adapted_experts_are_refused() -> None:
     spec = spec_from_config(found.config, found.name, found.hub_id)
     with pytest.raises(RecipeError, match="adapters on experts under ZeRO"):
         resolve_recipe(spec, Recipe(mode="lora", parallel="zero2", gpus=8))
+    with pytest.raises(RecipeError, match="mixture of experts under ZeRO-3"):
+        resolve_recipe(spec, Recipe(mode="lora", parallel="zero3", gpus=8, target_modules="attention"))
 
 
 def test_gathered_parameters_are_communication() -> None:

@@ -63,6 +63,10 @@ def _check_experts(spec: ModelSpec, recipe: Recipe) -> None:
     """What PEFT's ParamWrapper, which adapts experts, can't do."""
     if not spec.num_experts:
         return
+    if recipe.parallel == "zero3":  # in the one run of it a layer's experts were there for longer
+        raise RecipeError(
+            "adapters in a mixture of experts under ZeRO-3 are not planned: use --parallel zero2 or fsdp2"
+        )
     if recipe.target_modules == "all-linear":
         if recipe.parallel in ZERO:
             raise RecipeError(

@@ -32,12 +32,16 @@ IGNORED = words(
     """
 )
 SEVERAL = "spreads the run over several cards in a way that memplan does not plan yet"
+DEEPSPEED = (
+    "sets up DeepSpeed, whose files memplan does not read yet: without it, --parallel zero2 or zero3 asks "
+    "about its usual setup"
+)
 ON_THE_FIRST_RANK = (
     "fsdp_cpu_ram_efficient_loading: the first rank alone loads, which moves what is reserved; played as if "
     "all did"
 )
 REFUSED: Mapping[str, str] = {
-    "deepspeed": SEVERAL,
+    "deepspeed": DEEPSPEED,
     "fsdp": SEVERAL,
     "parallelism_config": SEVERAL,
     **dict.fromkeys(("use_cpu", "no_cuda"), "trains on the processor, whose memory memplan does not plan"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from memplan.runfiles import RunFile
 from memplan.runfiles._keys import Keys, words
-from memplan.runfiles._trainer import ON_THE_FIRST_RANK
+from memplan.runfiles._trainer import DEEPSPEED, ON_THE_FIRST_RANK
 
 _ALONE = ("NO", "no")
 # What FSDP2 is planned with, by keys of `fsdp_config`; what is not there is so by default or moves nothing.
@@ -25,6 +25,8 @@ def _read(keys: Keys) -> None:
         _sharded(keys)
     elif kind in _ALONE:
         keys.several("num_processes", "num_machines")
+    elif kind == "DEEPSPEED":
+        keys.refuse("distributed_type", DEEPSPEED)
     else:
         keys.refuse("distributed_type", "spreads the run in a way that memplan does not plan yet")
     others = ("deepspeed_config", *(() if kind == "FSDP" else ("fsdp_config",)))

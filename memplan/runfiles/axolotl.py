@@ -8,6 +8,7 @@ from typing import Any
 from memplan.runfiles import RunFile, sizes
 from memplan.runfiles._keys import Keys, words
 from memplan.runfiles._trainer import (
+    DEEPSPEED,
     IGNORED,
     SEVERAL,
     as_any_of,
@@ -53,7 +54,7 @@ _REFUSED = {
     "lisa_n_layers": "trains a few layers at a time, which memplan does not plan",
     "unfrozen_parameters": "trains a part of the weights, which memplan does not plan",
     "processor_type": "trains on images or sound, which memplan does not plan",
-    "deepspeed": SEVERAL,
+    "deepspeed": DEEPSPEED,
     "fsdp": SEVERAL,
     "fsdp_config": SEVERAL,
     "gptq": _BASE,
