@@ -18,8 +18,9 @@ class Spread:
     the last one of its step; ``looped``: whether a Trainer's loop is around it.
 
     ``divides``: whether the loss is divided by the number of passes; ``rehearses``: whether a pass is played
-    before the step, and forgotten; ``inside``: whether the optimizer's step is a part of the last backward
-    pass to the loop; ``linear``: what is in the place of ``F.linear``.
+    before the step, and forgotten; ``shards``: whether what is not trained rests in parts, too; ``inside``:
+    whether the optimizer's step is a part of the last backward pass to the loop; ``linear``: what is in the
+    place of ``F.linear``.
     """
 
     autocast = True
@@ -27,6 +28,7 @@ class Spread:
     looped = False
     divides = True
     rehearses = False
+    shards = False
     inside = False
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
 

@@ -105,6 +105,7 @@ class Fsdp2(Spread):
     gathers what its layers have not, and keeps it."""
 
     autocast = False
+    shards = True
 
     def __init__(self, recipe: Recipe, rank: int | None = None, *, by_itself: bool = False) -> None:
         super().__init__(recipe.gpus, rank)

@@ -37,7 +37,7 @@ class Linear4bit(Base):
         self,
         name: str,
         shape: Shape,
-        bias: bool,
+        bias: DType | None,
         compute_dtype: DType,
         state_dtype: DType,
         *,
@@ -53,8 +53,13 @@ class Linear4bit(Base):
         else:  # as numbers that can be sharded: bnb_4bit_quant_storage
             packed = (-(-count // (2 * state_dtype.itemsize)), 1)
             self.quantized = parameter(packed, state_dtype, name + ".weight", Category.WEIGHTS, False)
-        # Biases end in the compute dtype whatever they were: Linear4bit.forward rewrites bias.data.
-        self.bias = buffer((shape[0],), compute_dtype, name + ".bias", Category.WEIGHTS) if bias else None
+        self.bias = None
+        if bias is not None and state.spread is not None and state.spread.shards:
+            self.bias = parameter((shape[0],), bias, name + ".bias", Category.WEIGHTS, False)
+        elif (
+            bias is not None
+        ):  # ends in the compute dtype whatever it was: Linear4bit.forward rewrites bias.data
+            self.bias = buffer((shape[0],), compute_dtype, name + ".bias", Category.WEIGHTS)
         kind = Category.QUANTIZATION_STATE
         self.tensors = [buffer((scales,), uint8 if nested else float32, name + ".absmax", kind)]
         self.tensors.append(buffer((16,), float32, name + ".quant_map", kind))
@@ -133,7 +138,10 @@ def _linear(name: str, shapes: Mapping[str, Shape], recipe: Recipe, dtype: DType
 
         kind = NF4Linear
     compute = DTYPES[(recipe.compute_dtype or recipe.dtype).value]
-    return kind(name, shapes["weight"], "bias" in shapes, compute, dtype, nested=recipe.double_quant)
+    bias = None
+    if "bias" in shapes:  # prepare_model_for_kbit_training upcasts all that is not in 4 bits
+        bias = float32 if recipe.kbit_prep else dtype
+    return kind(name, shapes["weight"], bias, compute, dtype, nested=recipe.double_quant)
 
 
 def _shared(recipe: Recipe) -> list[Tensor]:
