@@ -30,7 +30,8 @@ What is left: DDP's buckets are made twice, and what the allocator has cached of
 flat tensors in which the first rank's weights were broadcast is laid out a little otherwise. Of ZeRO-3,
 neither how adapters are loaded nor its first step, which gathers nothing ahead, is played: reserved bytes of
 adapters may be a quarter more than planned. Those of FSDP2 with 4-bit weights or experts are off in some
-cases, without a cause that was found. Not measured on several GPUs; NCCL's own buffers lie beside the allocator and are not counted.
+cases, without a cause that was found. Not measured on several GPUs; NCCL's own buffers lie beside the
+allocator and are not counted.
 """
 
 
