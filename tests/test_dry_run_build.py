@@ -192,6 +192,25 @@ def test_where_there_are_few_addresses(tmp_path: Path) -> None:
     ctypes.CDLL(str(library))  # and it loads where there are enough
 
 
+def test_there_are_addresses_for_as_many_cards_as_may_be(tmp_path: Path) -> None:
+    library = tmp_path / "card.so"
+    compiled("-shared", "-fPIC", build.SOURCES / "card.c", "-o", library)
+    code = (
+        "import ctypes, sys; card = ctypes.CDLL(sys.argv[1]); card.card_addresses.restype = ctypes.c_void_p; "
+        "card.card_of.argtypes = [ctypes.c_void_p]; card.card_select(63); "
+        "print(card.card_of(card.card_addresses(ctypes.c_size_t(79 << 30))))"
+    )
+    told = f"64:{288 << 30}:0:10:0:148:232448:B300"
+    done = subprocess.run(
+        [sys.executable, "-c", code, library],
+        env={**os.environ, "MEMPLAN_CARD": told},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "63\n"
+
+
 # -- programs whose Python is not in their first line -----------------------------------------------------
 
 

@@ -33,7 +33,7 @@ static void set_up(void) {
         exit(2);
     }
     addresses = ADDRESSES;
-    while (addresses / 4 < c->total * c->count) addresses *= 2;
+    if (addresses / 4 < c->total * c->count) addresses = 4 * c->total * c->count;
     for (start = MAP_FAILED; start == MAP_FAILED && addresses / 4 >= c->total * c->count; ) {
         start = mmap(NULL, addresses, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (start == MAP_FAILED) addresses /= 2;
