@@ -351,12 +351,6 @@ def test_how_many_is_no_question_about_a_number(memplan: Run) -> None:
         assert outcome.err.count("\n") == 1
 
 
-def test_a_launchers_word_for_how_many_is_told_ours(memplan: Run) -> None:
-    outcome = memplan("llama-3.2-1b", "--num-processes", "8")
-    assert outcome.status == 2
-    assert "--gpus N" in outcome.err
-
-
 def test_the_largest_that_fits_each_is_the_largest(memplan: Run) -> None:
     for parallel in ("ddp", "fsdp2"):
         options = ("llama-3.2-1b", "--mode", "lora", "--parallel", parallel, "--gpu", "2x4090")

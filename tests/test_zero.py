@@ -237,6 +237,10 @@ def test_adapted_experts_are_refused() -> None:
         resolve_recipe(spec, Recipe(mode="lora", parallel="zero2", gpus=8))
     with pytest.raises(RecipeError, match="mixture of experts under ZeRO-3"):
         resolve_recipe(spec, Recipe(mode="lora", parallel="zero3", gpus=8, target_modules="attention"))
+    found = resolve_config("mixtral-8x7b")
+    spec = spec_from_config(found.config, found.name, found.hub_id)
+    with pytest.raises(RecipeError, match="Mixtral under ZeRO-3"):
+        resolve_recipe(spec, Recipe(mode="full", parallel="zero3", gpus=8))
 
 
 def test_gathered_parameters_are_communication() -> None:

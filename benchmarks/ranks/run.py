@@ -58,6 +58,8 @@ FAMILIES = {
     "qwen3-4b": 2,  # norms of queries and keys
     "qwen3-30b-a3b": 2,  # experts
 }
+# whose modules ZeRO-3 gathers for otherwise
+ALSO = {"olmo-2-1b": 3, "mistral-7b": 2, "phi-3-mini-4k": 3, "gemma-3-1b": 7}
 
 
 class Case(NamedTuple):
@@ -108,6 +110,9 @@ def cases() -> Iterator[Case]:
                 world = (8, 2, 3, 64)[turn % 4]
                 yield _case(model, layers, mode, parallel, trainer, turn // 4 % 2, turn, world)
                 turn += 1
+    for turn, (model, layers) in enumerate(ALSO.items()):
+        yield _case(model, layers, "full", "zero3", "peft", 0, turn, 8)
+        yield _case(model, layers, "lora", "zero3", "peft", 0, turn, 3)
 
 
 def _case(

@@ -20,6 +20,9 @@ def resolve_recipe(spec: ModelSpec, recipe: Recipe) -> Recipe:
     resolved = recipe.model_copy(update={"attn": attn}).resolved()
     if recipe.momentum and not optimizers.find(recipe.optimizer).momentum:
         raise RecipeError(f"{recipe.optimizer} has no momentum: leave it out, or use the optimizer sgd")
+    if resolved.parallel == "zero3" and spec.model_type == "mixtral":
+        # its router comes before its experts, which is the order in which their gradients are summed
+        raise RecipeError("Mixtral under ZeRO-3 is not planned: use --parallel zero2 or fsdp2")
     if resolved.mode is not Mode.FULL:
         _check_experts(spec, resolved)
         targets.check(resolved, _adapted(spec, resolved), _linear_shapes(spec), _names(spec))
