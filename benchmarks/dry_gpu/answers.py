@@ -129,7 +129,8 @@ def main() -> None:
         phases = {segment.phase for segment in step.segments}
         assert phases >= {Phase.SETUP, Phase.FORWARD, Phase.BACKWARD}, phases
         used = set(step.categories)
-        assert used == set(Category) - {Category.ADAPTERS, Category.QUANTIZATION_STATE}, used
+        absent = {Category.ADAPTERS, Category.QUANTIZATION_STATE, Category.COMMUNICATION}
+        assert used == set(Category) - absent, used
         assert page.read_text(encoding="utf-8").count("<section>") >= 4 and snapshot.stat().st_size > 0
 
         asked(folder, ROUTER.format(counts=[8] * 8), "--steps", "1")
