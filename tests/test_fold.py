@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -64,6 +65,33 @@ def test_a_tape_written_out_is_the_tape_played(family: str, layers: int, options
     spec = SPECS[family](layers)
     recipe = resolve_recipe(spec, Recipe(trainer="peft", **options))
     assert told(write_long_tape(spec, recipe)) == told(write_tape(spec, recipe, folded=False))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"mode": "qlora", "use_dora": True},  # layer 0 casts what it is given
+        {"mode": "lora", "parallel": "fsdp2", "gpus": 4},  # the last layer has nothing to prefetch
+        {"mode": "full", "parallel": "fsdp2", "gpus": 4, "gradient_checkpointing": True},
+    ],
+)
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen2", "gemma2"])
+def test_where_three_units_do_not_tell_more_do(
+    family: str, asked: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = SPECS[family](24)
+    recipe = resolve_recipe(spec, Recipe(**asked))
+    whole_tape = write_tape(spec, recipe, folded=False, looped=True)
+    played: list[Played] = []
+    play = step._play
+
+    def noted(*asked: Any, **how: Any) -> Tape:
+        played.append(asked[4])
+        return play(*asked, **how)
+
+    monkeypatch.setattr(step, "_play", noted)
+    assert told(write_long_tape(spec, recipe, looped=True)) == told(whole_tape)
+    assert not any(one.complete for one in played)
 
 
 def told(tape: Tape) -> list[object]:

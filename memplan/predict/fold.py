@@ -34,12 +34,18 @@ class Played:
 
     @property
     def indices(self) -> list[int]:
-        """Real indices of the played layers: one unit from the front, the rest from the back."""
+        """Real indices of the played layers: to the repeated unit from the front, the rest from the back."""
         if self.complete:
             return list(range(self.layers))
-        front = (self.units - 1) * self.period  # units that end with the repeated one
-        back = self.period + self.layers % self.period
+        front = self.first + self.period
+        back = (self.units * self.period - front) + self.layers % self.period
         return [*range(front), *range(self.layers - back, self.layers)]
+
+    @property
+    def first(self) -> int:
+        """The first layer of the repeated unit. Of many units it is not the neighbour of the last one, which
+        may do other things (FSDP2 has nothing to prefetch there)."""
+        return (self.units - (2 if self.units < 4 else 3)) * self.period
 
     @property
     def repeat(self) -> int:
@@ -51,8 +57,7 @@ class Played:
         """The played indices, each with how many layers it stands for."""
         if self.complete:
             return [(index, 1) for index in range(self.layers)]
-        first = (self.units - 2) * self.period
-        repeated = range(first, first + self.period)
+        repeated = range(self.first, self.first + self.period)
         return [(index, self.repeat if index in repeated else 1) for index in self.indices]
 
     def longer(self) -> Played:
@@ -136,11 +141,7 @@ def _release_all(tape: Tape, segments: list[Segment]) -> bool:
 
 def _fold_run(tape: Tape, run: list[Segment], played: Played, *, descending: bool) -> list[Segment] | None:
     period = played.period
-    last = (played.units - 2) * period  # where the repeated unit begins, counted from layer 0
-    if descending:
-        start = len(run) - last - period
-    else:
-        start = last
+    start = len(run) - played.first - period if descending else played.first
     unit = run[start : start + period]
     before = run[start - period : start] if start >= period else None
     after = run[start + period : start + 2 * period]
@@ -216,7 +217,7 @@ class _Unfolding:
         self.old, self.played = tape, played
         self.tape = Tape(provenance=tape.provenance)
         self.order = {layer: position for position, layer in enumerate(played.indices)}
-        self.first = (played.units - 2) * played.period  # the unit's first layer
+        self.first = played.first
         self.last = self.first + played.period
         self.home: dict[int, tuple[int, int, int]] = {}  # storage -> run, layer as played, number of birth
         self.moved: dict[int, int] = {}  # storages that no layer made, and their new numbers

@@ -131,12 +131,13 @@ def written(
             tape = play(played)
             if isinstance(played, Standing) and unfolded and not played.complete:
                 return unlike.unfold(tape, played) or play(every)
-            if played.complete or (unlike if isinstance(played, Standing) else fold).fold(tape, played):
-                break
+            if played.complete:
+                return tape
+            if (unlike if isinstance(played, Standing) else fold).fold(tape, played):
+                long = fold.unfold(tape, played) if unfolded and isinstance(played, Played) else tape
+                if long is not None:
+                    return long
             played = played.longer()
-        if unfolded and isinstance(played, Played) and not played.complete:
-            tape = fold.unfold(tape, played) or play(every)
-    return tape
 
 
 def layers_to_play(spec: ModelSpec, recipe: Recipe) -> Played | Standing:
