@@ -84,6 +84,9 @@ def make(random: Random) -> dict[str, Any]:
         argv = [word if word not in (*MODELS, ".") else "nosuch" for word in argv]
     if command == "campaign":
         argv.append("--dry-run")
+    if command == "frontier":  # a table is as many questions as it has points, each of which has its seconds
+        argv += ["--batch-sizes", "2"] if "--batch-sizes" not in argv else []
+        argv += ["--modes", "qlora"] if not {"--modes", "--mode"} & {*argv} else []
     if random.random() < 0.1:
         odd = random.choice((*ODD, "--", "--no-such-option", "--r=8", "-x"))
         argv.insert(random.randrange(len(argv) + 1), odd)

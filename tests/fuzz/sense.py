@@ -59,7 +59,7 @@ def _monotone(run: Run) -> None:
     whole = run.free.reserved
     seen = []
     for share in SHARES:
-        visible = (int(whole * share) + context_bytes(card, run.card) >> 20) + 1
+        visible = (int(whole * share) + context_bytes(card, run.card, run.ranks) >> 20) + 1
         sized = card.model_copy(update={"name": "a card of a test", "torch_visible_mib": visible})
         seen.append(judge(sized, run).verdict)
     # A card that is too small may be just small enough for the allocator to give memory back in time: there
