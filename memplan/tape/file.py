@@ -118,6 +118,8 @@ def _read(document: Any, where: str) -> tuple[Tape, TapeInfo]:
         return _tape(document), TapeInfo.model_validate(document["info"])
     except (KeyError, IndexError, TypeError, ValueError, ValidationError) as error:
         why = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error).partition("\n")[0]
+        if isinstance(error, TypeError):
+            why = "it has values of other kinds than a tape has"
         why = printable(why)
         raise MemplanError(f"{where} is a damaged tape: {why}") from None
 
@@ -202,7 +204,8 @@ def _tape(document: dict[str, Any]) -> Tape:
 
 
 def _pairs(rows: Any) -> list[tuple[int, int]]:
-    _check(isinstance(rows, list), "its streams are no list")
+    known = isinstance(rows, list) and all(isinstance(row, list) and len(row) == 2 for row in rows)
+    _check(known, "its streams are no list of pairs")
     pairs = [(storage, stream) for storage, stream in rows]
     _check(all(type(one) is int and one >= 0 for pair in pairs for one in pair), "its streams are no numbers")
     return pairs
@@ -223,6 +226,7 @@ def _parts_by_name(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _segment(row: Any) -> Segment:
+    _check(isinstance(row, list) and len(row) == 9, "a segment is no list of nine")
     phase, name, layer, start, stop, repeat, marks, direction, part = row
     _check(isinstance(name, str), "a segment has no name")
     _check(isinstance(marks, list), "a segment's marks are no list")
