@@ -190,7 +190,7 @@ BAD = {
     ),
     "a workspace that is not there": (changed(workspaces=[9]), "has no storage"),
     "streams of nothing": (changed(streams=[[0, -1]]), "streams are no numbers"),
-    "short segment": (changed(segments=[["setup"]]), "unpack"),
+    "short segment": (changed(segments=[["setup"]]), "no list of nine"),
     "unknown phase": (changed(segments=[["nap", "", None, 0, 3, 1, [], 1, "step"]]), "Phase"),
     "folded without changes": (changed(deltas=[1]), "more events"),
     "more goes than there is": (changed(deltas=[1024, 5120, -5632]), "go than there are"),
