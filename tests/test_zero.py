@@ -9,12 +9,11 @@ with benchmarks/trainers' trainer.py (rows of 2,048 tokens with an attention mas
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import pytest
 
-from memplan import Recipe, strategies
+from memplan import Recipe
 from memplan.cuda.card import Card
 from memplan.cuda.reduction import whole_scratch
 from memplan.errors import RecipeError
@@ -23,9 +22,6 @@ from memplan.importers.resolve import resolve_config
 from memplan.planning import predicted
 from memplan.predict.parameters import resolve_recipe
 from memplan.predict.step import write_tape
-from memplan.strategies import Strategy
-from memplan.strategies._zero12 import Zero12
-from memplan.strategies.zero3 import Zero3
 from memplan.tape import Category, Phase, Tape, replay
 from memplan.verify.job import cut
 
@@ -46,7 +42,6 @@ BASE = {
 }  # fmt: skip
 PLAIN = {"gradient_checkpointing": False, "use_reentrant": None}
 LORA = {"mode": "lora", "r": 16}
-SMALL = 50_000_000  # "reduce_bucket_size": 5e7
 
 
 def played(config: dict[str, Any], rank: int = 0, **changed: Any) -> Tape:
@@ -151,13 +146,15 @@ def test_families_and_trainers(model: str, layers: int, changed: dict[str, Any],
         (False, True, 2, 2_784_183_808),
     ],
 )
-def test_many_buckets(
-    monkeypatch: pytest.MonkeyPatch, gradients: bool, overlap: bool, accumulates: int, emulated: int
-) -> None:
+def test_many_buckets(gradients: bool, overlap: bool, accumulates: int, emulated: int) -> None:
     """The same with "reduce_bucket_size": 5e7, and "overlap_comm" as given."""
-    zero = partial(Zero12, gradients=gradients, overlap=overlap, bucket=SMALL)
-    monkeypatch.setattr(strategies, "of", lambda _: Strategy(zero, folds=False))
-    tape = played(LLAMA, parallel="zero2", gradient_accumulation_steps=accumulates)
+    tape = played(
+        LLAMA,
+        parallel="zero2" if gradients else "zero1",
+        gradient_accumulation_steps=accumulates,
+        overlap_comm=overlap,
+        reduce_bucket_size=50_000_000,
+    )
     assert replay(tape).allocated_bytes == emulated
 
 
@@ -169,10 +166,29 @@ LLAMA_8B = {
 }  # fmt: skip
 
 
-def test_other_sizes_than_auto(monkeypatch: pytest.MonkeyPatch) -> None:
-    zero = partial(Zero3, bucket=5_000_000, prefetch=20_000_000, persistence=100_000)
-    monkeypatch.setattr(strategies, "of", lambda _: Strategy(zero, folds=False))
-    assert replay(played(LLAMA, parallel="zero3", **LORA)).allocated_bytes == 1_588_088_832
+def test_other_sizes_than_auto() -> None:
+    sizes = {
+        "reduce_bucket_size": 5_000_000,
+        "stage3_prefetch_bucket_size": 20_000_000,
+        "stage3_param_persistence_threshold": 100_000,
+    }
+    assert replay(played(LLAMA, parallel="zero3", **LORA, **sizes)).allocated_bytes == 1_588_088_832
+
+
+def test_auto_is_what_follows_from_the_width() -> None:
+    for parallel, sizes in (
+        ("zero2", {"reduce_bucket_size": 2048**2}),
+        (
+            "zero3",
+            {
+                "reduce_bucket_size": 2048**2,
+                "stage3_prefetch_bucket_size": int(0.9 * 2048**2),
+                "stage3_param_persistence_threshold": 10 * 2048,
+            },
+        ),
+    ):
+        auto = played(LLAMA, parallel=parallel, **dict.fromkeys(sizes, "auto"))
+        assert auto == played(LLAMA, parallel=parallel, **sizes)
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,16 @@ def of_optimizer(**told: Any) -> Option:
     return Option(group="optimizer", **told)
 
 
+def elements(text: str) -> int | str:
+    """A number of elements, as 500000000 or 5e8, or `auto`. Raises ValueError."""
+    if text == "auto":
+        return text
+    value = float(text)
+    if not value.is_integer():
+        raise ValueError("it is no whole number")
+    return int(value)
+
+
 def names(text: str) -> tuple[str, ...]:
     """Names with commas between them."""
     return tuple(name.strip() for name in text.split(",") if name.strip())

@@ -21,6 +21,7 @@ from memplan import rooms, stacks
 from memplan.asked.options import (
     SHORT_DTYPES,
     Option,
+    elements,
     loads_onto,
     names,
     of_adapters,
@@ -56,6 +57,13 @@ class Batches(str, Enum):
     FULL = "full"
     PADDED = "padded"
     PACKED = "packed"
+
+
+class Offload(str, Enum):
+    """What several GPUs keep on the host."""
+
+    OPTIMIZER = "optimizer"
+    BOTH = "both"
 
 
 class Kernels(str, Enum):
@@ -131,6 +139,21 @@ def _checkpointing(recipe: Recipe) -> str:
     if not recipe.gradient_checkpointing:
         return "no checkpointing"
     return "reentrant checkpointing" if recipe.use_reentrant else "non-reentrant checkpointing"
+
+
+Elements = Annotated[int, Field(ge=0, lt=1 << 40)] | Literal["auto"]
+_EXAMPLES = "transformers' examples of DeepSpeed's files"
+
+
+_AWAY = {Offload.OPTIMIZER: "optimizer", Offload.BOTH: "optimizer and parameters"}
+
+
+def _elements(name: str, value: int | str | None) -> str | None:
+    return None if value is None else f"{name} {value if isinstance(value, str) else f'{value:,}'}"
+
+
+def _switched(name: str, on: bool) -> str:
+    return name if on else f"no {name}"
 
 
 class Recipe(BaseModel):
@@ -516,6 +539,63 @@ class Recipe(BaseModel):
             source="One. `--gpu 8xh100` says it, too.",
         ),
     ] = Field(default=1, ge=1, le=4096)
+    offload: Annotated[
+        Offload | None,
+        of_step(
+            help="what DeepSpeed keeps on the host",
+            default="nothing",
+            phrase=lambda r: f"{_AWAY[r.offload]} on the host" if r.offload else None,
+            source=(
+                "DeepSpeed's `offload_optimizer` and `offload_param`, with `pin_memory`; accelerate, "
+                "`utils/deepspeed.py`, `map_pytorch_optim_to_deepspeed`, puts its DeepSpeedCPUAdam in the "
+                "optimizer's place."
+            ),
+        ),
+    ] = None
+    overlap_comm: Annotated[
+        bool | None,
+        of_step(
+            help="DeepSpeed's: gradients and parameters travel on streams of their own",
+            default="on",
+            phrase=lambda r: None if r.overlap_comm is None else _switched("overlap_comm", r.overlap_comm),
+            source=f"{_EXAMPLES}; DeepSpeed's own default is off for ZeRO-1 and 2.",
+        ),
+    ] = None
+    reduce_bucket_size: Annotated[
+        Elements | None,
+        of_step(
+            help="DeepSpeed's: elements of gradients that are reduced together",
+            metavar="N",
+            default="500000000; of ZeRO-3 auto, the width squared",
+            read=elements,
+            phrase=lambda r: _elements("reduce_bucket_size", r.reduce_bucket_size),
+            source=f"{_EXAMPLES}; DeepSpeed's own default is 500,000,000 (`runtime/zero/config.py`).",
+        ),
+    ] = None
+    stage3_prefetch_bucket_size: Annotated[
+        Elements | None,
+        of_step(
+            help="DeepSpeed's: elements of parameters that are gathered ahead",
+            metavar="N",
+            default="auto, 0.9 times the width squared",
+            read=elements,
+            phrase=lambda r: _elements("stage3_prefetch_bucket_size", r.stage3_prefetch_bucket_size),
+            source=f"{_EXAMPLES}; DeepSpeed's own default is 50,000,000.",
+        ),
+    ] = None
+    stage3_param_persistence_threshold: Annotated[
+        Elements | None,
+        of_step(
+            help="DeepSpeed's: elements up to which a parameter stays whole",
+            metavar="N",
+            default="auto, ten times the width",
+            read=elements,
+            phrase=lambda r: _elements(
+                "stage3_param_persistence_threshold", r.stage3_param_persistence_threshold
+            ),
+            source=f"{_EXAMPLES}; DeepSpeed's own default is 100,000.",
+        ),
+    ] = None
     shard_dtype: Annotated[
         DTypeName | None,
         of_step(
@@ -608,6 +688,10 @@ class Recipe(BaseModel):
                 raise ValueError(f"{name} is of FSDP2's mixed precision: use --parallel fsdp2 --autocast")
         if self.parallel in ZERO:
             self._check_zero()
+        else:
+            for name in _OF_ZERO:
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} is DeepSpeed's: use --parallel zero2 or zero3, or leave it out")
         if not sharded:
             return
         for name, rest, why in _NOT_SHARDED:
@@ -629,6 +713,15 @@ class Recipe(BaseModel):
 
     def _check_zero(self) -> None:
         """What ZeRO was compared with DeepSpeed in."""
+        if self.offload is not None and self.parallel == "zero1":
+            raise ValueError("ZeRO-1 with offload is not planned: use --parallel zero2 or zero3")
+        if self.offload is Offload.BOTH and self.parallel != "zero3":
+            raise ValueError(
+                "DeepSpeed offloads parameters in ZeRO-3 alone: use --parallel zero3, or --offload optimizer"
+            )
+        for field in _OF_ZERO3:
+            if self.parallel != "zero3" and getattr(self, field) is not None:
+                raise ValueError(f"{field} is of ZeRO-3: use --parallel zero3, or leave it out")
         name = f"ZeRO-{self.parallel[-1]}" if self.parallel else ""
         if not self.autocast:
             raise ValueError(f"{name} is planned in bf16, as DeepSpeed trains with bf16=True: use --autocast")
@@ -765,6 +858,9 @@ class Recipe(BaseModel):
 
 
 ZERO = ("zero1", "zero2", "zero3")
+_OF_ZERO3 = ("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
+_OF_ZERO = ("offload", "overlap_comm", "reduce_bucket_size", *_OF_ZERO3)
+OF_SEVERAL = ("parallel", "shard_dtype", "reduce_dtype", *_OF_ZERO)  # fields that say nothing of one GPU
 _AS_COMPARED = (
     ("optimizer", ("adamw_torch_fused",)),
     ("dtype", (DTypeName.BFLOAT16, DTypeName.FLOAT32)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from enum import Enum
@@ -17,10 +18,12 @@ from memplan.asked.recipe import OPTIMIZER_ALIASES, Mode, Recipe, recipe_options
 from memplan.commands import COMMANDS, module_of, synonyms
 from memplan.errors import MemplanError, UnknownName, shown
 from memplan.streams import remark_with_answer, say
+from memplan.units import gib
 
 if TYPE_CHECKING:
     from memplan.asked.lengths import Lengths
     from memplan.asked.spec import ModelSpec
+    from memplan.planning.plan import Plan
 
 
 class UsageError(MemplanError):
@@ -145,6 +148,38 @@ def add_lengths(parser: Parser) -> None:
         help="play steps whose sequences differ: a file with a length in tokens on each line, in the run's "
         "order, or lognormal:MEAN,SD,MAX; --seq-len is where they are cut",
     )
+
+
+def add_host_memory(parser: Parser) -> None:
+    """The option --host-memory."""
+    parser.add_argument(
+        "--host-memory",
+        metavar="SIZE",
+        type=_host_memory,
+        default=None,
+        help="the host's memory, such as 512GB: what is offloaded beyond it is refused",
+    )
+
+
+def _host_memory(text: str) -> int:
+    """Bytes. Raises argparse.ArgumentTypeError."""
+    found = re.fullmatch(r"(\d{1,6}(?:\.\d{1,3})?)\s*(gb|gib|tb|tib)", text.strip(), re.IGNORECASE)
+    if found is None or not float(found[1]):
+        raise argparse.ArgumentTypeError(f"takes a size, such as 512GB, not {shown(text)}")
+    unit = {"gb": 10**9, "gib": 1 << 30, "tb": 10**12, "tib": 1 << 40}[found[2].lower()]
+    return int(float(found[1]) * unit)
+
+
+def check_host(answer: Plan, arguments: argparse.Namespace) -> None:
+    """Raise MemplanError if what the processes keep on the host does not fit there."""
+    room: int | None = arguments.host_memory
+    count = answer.recipe.gpus
+    if room is not None and answer.host_bytes * count > room:
+        raise MemplanError(
+            f"{count} processes keep {gib(answer.host_bytes)} GiB each on the host, "
+            f"{gib(answer.host_bytes * count)} GiB in all, and --host-memory leaves {gib(room)} GiB: offload "
+            "less, or take a larger host"
+        )
 
 
 def given_lengths(arguments: argparse.Namespace) -> Lengths | None:

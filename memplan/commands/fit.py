@@ -11,12 +11,14 @@ from memplan.commands.arguments import (
     Parser,
     UsageError,
     add_gpus,
+    add_host_memory,
     add_json,
     add_lengths,
     add_recipe,
     add_run_file,
     add_switch,
     add_verbose,
+    check_host,
     given_lengths,
     given_options,
 )
@@ -55,6 +57,7 @@ def parser() -> Parser:
     add_run_file(result)
     add_gpus(result, required=True)
     add_lengths(result)
+    add_host_memory(result)
     result.add_argument(
         "--maximize",
         choices=("batch-size", "seq-len"),
@@ -107,7 +110,9 @@ def run(arguments: argparse.Namespace) -> int:
             return STATUS_DOES_NOT_FIT
         asked = found
     study = Prediction(asked)
-    answer = plan_of(study).telling(evaluation=study.judged_evaluation, how_many=counts)
+    answer = plan_of(study)
+    check_host(answer, arguments)
+    answer = answer.telling(evaluation=study.judged_evaluation, how_many=counts)
     if arguments.eval:
         answer = answer.telling(fits=_evaluated(answer))
     fits = all(fit.verdict != "does not fit" for fit in answer.fits)

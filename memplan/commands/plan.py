@@ -9,6 +9,7 @@ from memplan.commands.arguments import (
     Parser,
     UsageError,
     add_gpus,
+    add_host_memory,
     add_json,
     add_lengths,
     add_pictures,
@@ -17,6 +18,7 @@ from memplan.commands.arguments import (
     add_switch,
     add_tape,
     add_verbose,
+    check_host,
     given_lengths,
     given_options,
 )
@@ -35,6 +37,7 @@ def parser() -> Parser:
     add_run_file(result)
     add_gpus(result)
     add_lengths(result)
+    add_host_memory(result)
     add_json(result)
     add_verbose(result)
     add_switch(
@@ -65,6 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     study = Prediction(ask(arguments.model, given, arguments.gpu, arguments.config, given_lengths(arguments)))
     options = study.asked.given.model_dump(exclude_unset=True)
     answer = plan_of(study)
+    check_host(answer, arguments)
     if arguments.html is not None and arguments.gpu:
         from memplan.planning.advise import advise
 

@@ -82,10 +82,12 @@ class Loop(Generic[One]):
 
 
 def kept(recipe: Recipe) -> list[str]:
-    """The names of the numbers that are there when a step begins."""
+    """The names of the numbers that are there when a step begins. The norm of gradients that the host has is
+    a number of the host's."""
+    on_card = [name for name in KEPT if recipe.offload is None or name != "grad_norm"]
     fp16 = recipe.autocast and recipe.dtype is DTypeName.FLOAT16
     scaler = ("_scale", "_growth_tracker") if fp16 else ()
-    return [*KEPT, *stacks.find(recipe.trainer).keeps, *scaler]
+    return [*on_card, *stacks.find(recipe.trainer).keeps, *scaler]
 
 
 def waiting(batch: Sequence[int], count: int) -> Iterator[int]:

@@ -90,6 +90,7 @@ def _shards(recipe: Recipe) -> bool:
 
 
 _32_BIT = ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit")
+_OFFLOADING = ("zero2", "zero3")
 
 IDEAS = (
     _Idea(
@@ -190,6 +191,29 @@ IDEAS = (
         lambda recipe: (
             "TrainingArguments(per_device_train_batch_size=1, gradient_accumulation_steps="
             f"{recipe.gradient_accumulation_steps * recipe.batch_size})"
+        ),
+    ),
+    _Idea(
+        Cost.TIME,
+        _said("the optimizer on the host"),
+        "time: gradients and parameters cross the bus, and the host updates them; needs its memory",
+        lambda recipe: (
+            {"offload": "optimizer"} if recipe.parallel in _OFFLOADING and recipe.offload is None else None
+        ),
+        _said("--offload optimizer"),
+        _said('"offload_optimizer": {"device": "cpu", "pin_memory": true}'),
+    ),
+    _Idea(
+        Cost.TIME,
+        _said("parameters and the optimizer on the host"),
+        "time: parameters cross the bus for each layer, too; needs the host's memory",
+        lambda recipe: (
+            {"offload": "both"} if recipe.parallel == "zero3" and recipe.offload != "both" else None
+        ),
+        _said("--offload both"),
+        _said(
+            '"offload_optimizer": {"device": "cpu", "pin_memory": true}, "offload_param": {"device": "cpu", '
+            '"pin_memory": true}'
         ),
     ),
     _Idea(

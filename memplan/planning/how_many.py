@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from memplan import rooms, strategies
 from memplan.asked.alloc_conf import parse_settings
 from memplan.asked.gpus import Gpu
-from memplan.asked.recipe import Recipe
+from memplan.asked.recipe import OF_SEVERAL, Recipe
 from memplan.cuda.card import Card
 from memplan.device.fit import Run, allowed_bytes, excess, judge
 from memplan.errors import RecipeError
@@ -70,7 +70,7 @@ def _on(asked: Asked, parallel: str, count: int) -> Asked:
     """The question on so many. Raises RecipeError."""
     changed: dict[str, object] = {"parallel": parallel, "gpus": count}
     if count == 1:
-        changed |= dict.fromkeys(("parallel", "shard_dtype", "reduce_dtype"))
+        changed |= dict.fromkeys(OF_SEVERAL)
     return asked.otherwise(Recipe(**{**asked.given.model_dump(exclude_unset=True), **changed}))
 
 

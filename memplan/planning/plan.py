@@ -125,6 +125,13 @@ class Plan(Record):
             return self._told.ranks or ()
         return self._study.ranks
 
+    @property
+    def host_bytes(self) -> int:
+        """Bytes that each process keeps on the host, offloaded; pinned memory as PyTorch rounds it up."""
+        if self._study is not None:
+            return self._study.host_bytes
+        return max((one.host_bytes for one in self.ranks), default=0)
+
     @computed_field  # type: ignore[prop-decorator]
     @property
     def how_many(self) -> tuple[HowMany, ...]:

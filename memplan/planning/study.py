@@ -239,6 +239,11 @@ class Study:
         return ()
 
     @property
+    def host_bytes(self) -> int:
+        """Bytes that each process keeps on the host, offloaded."""
+        return self.tape.host[1]
+
+    @property
     def accumulated_bytes(self) -> int | None:
         """Bytes of tensors at the peak of a step that accumulates gradients, if the recipe's does not; None
         where nobody can say."""
@@ -318,6 +323,7 @@ class Prediction(Study):
                 count=first[1],
                 peak_allocated_bytes=self.allocator.allocated_bytes,
                 reserved_bytes=self.allocator.reserved_bytes,
+                host_bytes=self.tape.host[1],
             )
         ]
         for rank, count in others:
@@ -328,6 +334,7 @@ class Prediction(Study):
                     count=count,
                     peak_allocated_bytes=run.free.allocated,
                     reserved_bytes=run.free.reserved,
+                    host_bytes=run.tape.host[1],
                 )
             )
         return tuple(found)

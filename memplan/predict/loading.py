@@ -106,7 +106,7 @@ def _spread(strategy: strategies.Strategy, shapes: Mapping[str, Shape], recipe: 
         count = known.get(name, 0)
         exact = next((count * size for size in (4, 2) if 0 <= share - count * size < share // 8), share)
         whole[number] = exact if ".lora_" not in name else share
-    steps = [*strategy.load(resting, whole, temporary, {}), *(("alloc", number) for number in made)]
+    steps = [*strategy.load(recipe, resting, whole, temporary, {}), *(("alloc", number) for number in made)]
     return _written(iter(steps), step, emptied=False)
 
 
@@ -151,7 +151,7 @@ def _sharded(
         else:
             steps.append((what, value))
     steps.append(("empty_cache", 0))
-    steps += strategy.load(resting, {}, temporary, lies)
+    steps += strategy.load(recipe, resting, {}, temporary, lies)
     return _written(iter(steps), step, emptied=False)
 
 

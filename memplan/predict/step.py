@@ -91,13 +91,14 @@ def _written(
     # alike
     micro_steps = min(recipe.gradient_accumulation_steps, 2)
     step = [whole(recipe)] * micro_steps if lengths is None else [of_lengths(recipe, one) for one in lengths]
-    which = 0
+    which, host = 0, (0, 0)
 
     def play(played: Played | Standing) -> Tape:
-        nonlocal which
+        nonlocal which, host
         spread = _spread(recipe, rank)
         found = _play(spec, recipe, step, card, played, spread, looped=looped)
-        which = 0 if spread is None else spread.rank
+        if spread is not None:
+            which, host = spread.rank, spread.host()
         return found
 
     tape = written(
@@ -107,7 +108,7 @@ def _written(
         folded=folded,
         unfolded=unfolded,
     )
-    tape.rank = which
+    tape.rank, tape.host = which, host
     for segment in tape.segments:
         if segment.phase is Phase.OPTIMIZER:
             segment.layer = None  # an update goes by parameters, not by layers: folding alone needed to know

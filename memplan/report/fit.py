@@ -17,6 +17,7 @@ from memplan.report.plan import (
     moment,
     needed,
     show_headline,
+    show_host,
     show_model,
     show_note,
     show_recipe,
@@ -76,6 +77,7 @@ def show_fit(
         Part(lambda console: show_recipe(plan, given, console, () if verbose else _TOLD)),
         Part(blank),
         Part(lambda console: _show_sizes(plan, console)),
+        Part(lambda console: show_host(plan, console)),
         Part(lambda console: _show_cards(plan, console), 1 if len(plan.fits) > FEW else DETAIL, "each card"),
         Part(
             lambda console: _show_notes(plan, console, verbose),

@@ -97,6 +97,7 @@ def show_plan(
         Part(lambda console: show_recipe(plan, given, console)),
         Part(blank),
         Part(lambda console: _show_peak(plan, console, whole=verbose)),
+        Part(lambda console: show_host(plan, console)),
         Part(lambda console: _show_summary(plan, console), DETAIL, "the four categories"),
         Part(cards, DETAIL, "each card"),
         Part(
@@ -128,6 +129,17 @@ def _show_next(plan: Plan, console: Console, fits: Collection[Fit]) -> None:
         note(console, f"{cards}, and what to change there: `memplan fit {plan.model.name} --gpu {name}`")
     elif any(fit.verdict == "does not fit" for fit in fits):
         note(console, "What would make it fit: `memplan fit`, asked the same")
+
+
+def show_host(plan: Plan, console: Console) -> None:
+    """Print what is offloaded."""
+    each, count = plan.host_bytes, plan.recipe.gpus
+    if each:
+        note(
+            console,
+            f"On the host: {gib(each)} GiB for each process, {gib(each * count)} GiB for {count}; pinned "
+            "memory is rounded up to powers of two",
+        )
 
 
 def warn(sentence: str | None, console: Console) -> None:

@@ -32,7 +32,8 @@ class RunFile:
     one key's name; ``read``: takes the keys that move memory; ``refuses``: those that ask for what memplan
     does not plan, each with what is to be said of it; ``ignored``: those that are known to move none;
     ``launch``: what runs it, with FILE for its name; ``says``: how it says a value of a recipe's field, None
-    where it can't; ``unsaid``: fields whose change it need not say (they follow from others).
+    where it can't; ``unsaid``: fields whose change it need not say (they follow from others); ``binding``:
+    those that may not be given otherwise beside it.
     """
 
     title: str
@@ -44,6 +45,7 @@ class RunFile:
     holds: Callable[[Mapping[str, Any]], bool] | None = None
     says: Mapping[str, Callable[[Any], Lines | None]] = field(default_factory=dict)
     unsaid: frozenset[str] = frozenset({"lora_alpha", "momentum"})
+    binding: frozenset[str] = frozenset()
 
     def sayable(self, fields: Mapping[str, Any]) -> dict[str, Any] | None:
         """A change of a recipe without what the file leaves to its trainer; None where it can't say it."""
@@ -113,6 +115,12 @@ class Reading:
         from memplan.asked.recipe import Mode, Recipe, recipe_options
 
         over = {} if given is None else {name: getattr(given, name) for name in given.model_fields_set}
+        for name in find(self.kind).binding & over.keys() & self.options.keys():
+            if over[name] != self.options[name]:
+                raise RecipeError(
+                    f"{self.name} says {name} {self.options[name]}, and {over[name]} is given beside it, "
+                    f"which {find(self.kind).title} refuses: leave one of them out"
+                )
         mode = Mode(over.get("mode", self.options.get("mode", Mode.QLORA)))
         options = {**self.stack.get(mode.value, {}), **self.options, **over, "mode": mode}
         known = recipe_options()

@@ -204,6 +204,12 @@ class Keys:
         """Say that a value is of another type."""
         raise MemplanError(f"{self.name}: {key} must be {wanted}, not {shown(self._values.get(key))}")
 
+    def within(self, key: str, values: Mapping[str, Any]) -> Keys:
+        """The keys of a mapping inside, for which the same is found."""
+        inside = Keys(f"{self.name}: {key}", values, self._instead, self.title)
+        inside.options, inside.left_out, inside.ignored = self.options, self.left_out, self.ignored
+        return inside
+
     def finish(self, ignored: Collection[str]) -> None:
         """Tell apart the keys that nobody took: known to move no memory, misspelt, or unknown."""
         unknown = []

@@ -32,10 +32,7 @@ IGNORED = words(
     """
 )
 SEVERAL = "spreads the run over several cards in a way that memplan does not plan yet"
-DEEPSPEED = (
-    "sets up DeepSpeed, whose files memplan does not read yet: without it, --parallel zero2 or zero3 asks "
-    "about its usual setup"
-)
+DEEPSPEED = "is another file: ask about that one, with --config and --gpus"
 ON_THE_FIRST_RANK = (
     "fsdp_cpu_ram_efficient_loading: the first rank alone loads, which moves what is reserved; played as if "
     "all did"

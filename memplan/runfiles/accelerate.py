@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from memplan.runfiles import RunFile
+from memplan.runfiles._deepspeed import zero
 from memplan.runfiles._keys import Keys, words
-from memplan.runfiles._trainer import DEEPSPEED, ON_THE_FIRST_RANK
+from memplan.runfiles._trainer import ON_THE_FIRST_RANK
 
 _ALONE = ("NO", "no")
 # What FSDP2 is planned with, by keys of `fsdp_config`; what is not there is so by default or moves nothing.
@@ -26,10 +29,11 @@ def _read(keys: Keys) -> None:
     elif kind in _ALONE:
         keys.several("num_processes", "num_machines")
     elif kind == "DEEPSPEED":
-        keys.refuse("distributed_type", DEEPSPEED)
+        _zero(keys)
     else:
         keys.refuse("distributed_type", "spreads the run in a way that memplan does not plan yet")
-    others = ("deepspeed_config", *(() if kind == "FSDP" else ("fsdp_config",)))
+    own = {"FSDP": "fsdp_config", "DEEPSPEED": "deepspeed_config"}
+    others = [key for of, key in own.items() if of != kind]
     keys.refuse_any(dict.fromkeys(others, "is not planned yet"))
     keys.refuse_any({"use_cpu": "trains on the processor, whose memory memplan does not plan"})
     precision = keys.one_of("mixed_precision", {"no": False, "bf16": True, "fp16": True, "fp8": None}, False)
@@ -59,6 +63,43 @@ def _sharded(keys: Keys) -> None:
     _of_several(keys, "fsdp2")
     if config.get("fsdp_cpu_ram_efficient_loading"):
         keys.leave_out(ON_THE_FIRST_RANK)
+
+
+def _zero(keys: Keys) -> None:
+    """`utils/dataclasses.py`, `DeepSpeedPlugin`: what is not said is DeepSpeed's own default."""
+    told = keys.within("deepspeed_config", keys.mapping("deepspeed_config"))
+    if told.given("deepspeed_config_file"):
+        told.refuse(
+            "deepspeed_config_file",
+            "is a file of its own: ask about that one, with --config and --gpus",
+            instead=False,
+        )
+    stage = told.whole("zero_stage", least=0)
+    values: dict[str, Any] = {"stage": 2 if stage is None else stage}
+    for key, inside in (
+        ("offload_optimizer_device", "offload_optimizer"),
+        ("offload_param_device", "offload_param"),
+    ):
+        values[inside] = {"device": told.text(key) or "none"}
+    zero(keys, "deepspeed_config", values)
+    if told.value("gradient_accumulation_steps") != "auto":
+        keys.put("gradient_accumulation_steps", told.whole("gradient_accumulation_steps"))
+    if told.value("gradient_clipping") != "auto":
+        keys.put("max_grad_norm", told.number("gradient_clipping"))
+    told.refuse_any({"enable_msamp": "trains in 8 bits, which memplan does not plan"})
+    told.finish(_LAUNCHING)
+    _of_several(keys, keys.options.pop("parallel"))
+    if "parallel" not in keys.options:
+        keys.refuse("num_processes", "is one: DeepSpeed on one card is not planned")
+
+
+_LAUNCHING = words(
+    """
+    zero3_init_flag zero3_save_16bit_model deepspeed_multinode_launcher deepspeed_hostfile
+    deepspeed_exclusion_filter deepspeed_inclusion_filter deepspeed_moe_layer_cls_names msamp_opt_level
+    offload_optimizer_nvme_path offload_param_nvme_path
+    """
+)
 
 
 RUNFILE = RunFile(

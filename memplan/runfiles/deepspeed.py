@@ -1,25 +1,63 @@
-"""DeepSpeed's JSON: recognised, so that the answer says what it is. It is of several cards, and holds no
-model."""
+"""DeepSpeed's JSON (0.19.8, `runtime/config.py`), which transformers' Trainer takes with `--deepspeed`: how a
+step is spread over cards. It holds no model, and the number of cards only by its batch sizes."""
 
 from __future__ import annotations
 
 from memplan.runfiles import RunFile
+from memplan.runfiles._deepspeed import zero
 from memplan.runfiles._keys import Keys, words
 
 
 def _read(keys: Keys) -> None:
-    zero = keys.mapping("zero_optimization")
-    stage = zero.get("stage", 0)
-    auto = next((key for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-                 if keys.value(key) == "auto"), None)  # fmt: skip
-    unresolved = f", and its {auto} is auto, which nothing here resolves" if auto else ""
-    told = f"ZeRO stage {stage}" if type(stage) is int else "of a stage that is no number"
-    key = "zero_optimization" if zero else next(iter(RUNFILE.own & keys.keys), "zero_optimization")
-    keys.refuse(
-        key,
-        f"is DeepSpeed's ({told}): the file holds no model{unresolved}, and memplan does not plan DeepSpeed "
-        "yet",
-    )
+    zero(keys, "zero_optimization", keys.mapping("zero_optimization"))
+    _precision(keys)
+    _sizes(keys)
+    _optimizer(keys)
+    keys.leave_out("what torch.compile keeps is another amount", "compile")
+
+
+def _precision(keys: Keys) -> None:
+    if keys.mapping("fp16").get("enabled") is True:
+        keys.refuse("fp16", "trains in float16, in which memplan does not plan ZeRO")
+    told = keys.mapping("bf16")
+    if told.get("enabled") is True:
+        keys.put("autocast", True)
+    for key in ("bf16_master_weights_and_grads", "bf16_optimizer_states", "immediate_grad_update"):
+        if told.get(key):
+            keys.refuse("bf16", f"has {key}, which memplan does not plan")
+    if keys.mapping("torch_autocast").get("enabled"):
+        keys.refuse("torch_autocast", "is not planned: memplan plans ZeRO as it casts the model itself")
+    if keys.mapping("data_types").get("grad_accum_dtype") not in (None, "bf16"):
+        keys.refuse("data_types", "adds gradients up in another dtype than the model's")
+    keys.refuse_any({"communication_data_type": "reduces gradients in another dtype, which is not planned"})
+
+
+def _sizes(keys: Keys) -> None:
+    """Numbers, or auto, which leaves it to the Trainer's arguments."""
+    numbers = {
+        key: None if keys.value(key) == "auto" else keys.whole(key)
+        for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
+    }
+    micro, steps, whole = numbers.values()
+    keys.put("batch_size", micro)
+    keys.put("gradient_accumulation_steps", steps)
+    if whole and micro and steps:
+        if whole % (micro * steps):
+            keys.wrong("train_batch_size", f"a multiple of {micro * steps}, a card's share of it")
+        keys.put("gpus", whole // (micro * steps))
+    if keys.value("gradient_clipping") != "auto":
+        keys.put("max_grad_norm", keys.number("gradient_clipping"))
+
+
+def _optimizer(keys: Keys) -> None:
+    told = keys.mapping("optimizer")
+    kind = told.get("type")
+    if kind is None:
+        return
+    if not isinstance(kind, str) or kind.lower() not in ("adam", "adamw"):
+        keys.refuse("optimizer", "is not planned with ZeRO; Adam and AdamW are")
+    if "offload" not in keys.options:
+        keys.leave_out("optimizer: DeepSpeed's FusedAdam is planned as PyTorch's fused AdamW")
 
 
 RUNFILE = RunFile(
@@ -31,5 +69,23 @@ RUNFILE = RunFile(
     """
     ),
     read=_read,
+    refuses={
+        "tensor_parallel": "splits layers over cards, which memplan does not plan yet",
+        "sequence_parallel_size": "splits sequences over cards, which memplan does not plan yet",
+        "pipeline": "is of DeepSpeed's pipelines, which memplan does not plan",
+        "amp": "is of NVIDIA's apex, which memplan does not plan",
+    },
+    ignored=words(
+        """
+        steps_per_print wall_clock_breakdown scheduler zero_allow_untested_optimizer
+        zero_force_ds_cpu_optimizer activation_checkpointing prescale_gradients gradient_predivide_factor
+        sparse_gradients dump_state comms_logger communication_options flops_profiler tensorboard wandb
+        csv_monitor comet checkpoint autotuning elasticity aio memory_breakdown data_efficiency
+        curriculum_learning dataloader_drop_last disable_allgather seq_parallel_communication_data_type
+        nebula eigenvalue progressive_layer_drop load_universal_checkpoint use_data_before_expert_parallel_
+        graph_harvesting monitor_config timers
+    """
+    ),
     launch="deepspeed YOUR_SCRIPT.py --deepspeed FILE",
+    binding=frozenset({"batch_size", "gradient_accumulation_steps", "max_grad_norm", "gpus"}),
 )

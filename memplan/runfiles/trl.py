@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from memplan.runfiles import RunFile, sizes
+from memplan.runfiles._deepspeed import STAGES, spread
 from memplan.runfiles._keys import Keys, words
 from memplan.runfiles._trainer import (
     IGNORED,
@@ -37,8 +38,14 @@ _REFUSED = {
     "lora_target_parameters": "names parameters, and memplan plans adapters on modules",
 }
 
-_LAUNCHED = {None: "ddp", "single_gpu": None, "multi_gpu": "ddp", "fsdp2": "fsdp2"}
-_PROCESSES = 8  # that both of TRL's own have
+_LAUNCHED: dict[str | None, str | None] = {
+    None: "ddp",
+    "single_gpu": None,
+    "multi_gpu": "ddp",
+    "fsdp2": "fsdp2",
+    **{name: name for name in STAGES},
+}
+_PROCESSES = 8  # that all of TRL's own have
 
 
 def _read(keys: Keys) -> None:
@@ -71,13 +78,15 @@ def _launched(keys: Keys) -> None:
     if name not in _LAUNCHED:
         keys.refuse("accelerate_config", SEVERAL)
     count = keys.whole("num_processes")
-    if count is None and name in ("multi_gpu", "fsdp2"):
+    if count is None and name not in (None, "single_gpu"):
         count = _PROCESSES
     if count is not None and count > 1:
         if name == "single_gpu":
             keys.refuse("num_processes", "contradicts accelerate_config: single_gpu", instead=False)
         keys.put("gpus", count)
         keys.put("parallel", _LAUNCHED[name])
+        if name in STAGES:
+            spread(keys, STAGES.index(name) + 1)
         if name == "fsdp2":
             keys.leave_out(ON_THE_FIRST_RANK)
 

@@ -39,7 +39,7 @@ class Strategy:
 
     spread: Callable[[Recipe, int | None], Spread]
     shards: bool = False
-    load: Callable[[Resting, Whole, Temporary, Lying], Iterator[LoadStep]] | None = None
+    load: Callable[[Recipe, Resting, Whole, Temporary, Lying], Iterator[LoadStep]] | None = None
     wrap: Callable[[Tape, Temporary], Iterator[LoadStep]] | None = None
     folds: bool = True
 

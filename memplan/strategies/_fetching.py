@@ -19,7 +19,7 @@ PARTITIONED, IN_FLIGHT, AVAILABLE = range(3)  # ZeroParamStatus
 @dataclass(slots=True, eq=False)
 class Parameter:
     """``tensor`` is computed with and has memory while it is gathered; ``kept``: the partition, where it is
-    not one of many in a flat buffer."""
+    on the card and not one of many in a flat buffer."""
 
     tensor: Tensor
     numel: int
@@ -27,6 +27,7 @@ class Parameter:
     ds_id: tuple[bool, int]
     kept: Tensor | None
     persists: bool = False
+    away: bool = False  # the partition is on the host
     status: int = PARTITIONED
     active: set[Module] = field(default_factory=set)  # ds_active_sub_modules
     fetched_for: int = -1  # __most_recent_step_id_param_fetched_for
@@ -45,15 +46,17 @@ class Module:
 
 
 class One:
-    """``AllGatherHandle``: of a parameter that is gathered in its place."""
+    """``AllGatherHandle``: of a parameter that is gathered in its place. ``sent``: the partition, if it came
+    from the host; NCCL's work keeps it to the end (where its watchdog sees that first, not so long)."""
 
-    __slots__ = ("parameter",)
+    __slots__ = ("parameter", "sent")
 
-    def __init__(self, parameter: Parameter) -> None:
-        self.parameter = parameter
+    def __init__(self, parameter: Parameter, sent: Tensor | None) -> None:
+        self.parameter, self.sent = parameter, sent
 
     def wait(self) -> None:
         """It is there."""
+        self.sent = None
         self.parameter.status = AVAILABLE
 
 
@@ -80,8 +83,11 @@ class Coordinator:
     """``PartitionedParameterCoordinator``. ``prefetch``: stage3_prefetch_bucket_size; ``nested``: all
     parameters in a module."""
 
-    def __init__(self, world: int, nested: Callable[[Module], Collection[Parameter]]) -> None:
+    def __init__(
+        self, world: int, nested: Callable[[Module], Collection[Parameter]], *, overlap: bool = True
+    ) -> None:
         self.world, self.nested = world, nested
+        self.stream = _GATHERING if overlap else 0
         self.prefetch = 0
         self.in_flight: dict[Parameter, One | Coalesced] = {}
         self.order: list[Module] = []
@@ -136,7 +142,7 @@ class Coordinator:
                     owner.recompute.append(one)
                 one.active.add(owner)
             if one in self.in_flight:
-                with stream(_GATHERING):
+                with stream(self.stream):
                     self.in_flight.pop(one).wait()
         if self.complete:
             missing = sum(one.fetched_for < self.step for one in wanted)
@@ -170,27 +176,34 @@ class Coordinator:
             return
         self.available += sum(one.numel for one in parameters)
         handle: One | Coalesced
-        with category(Category.COMMUNICATION), stream(_GATHERING):
+        with category(Category.COMMUNICATION), stream(self.stream):
             if len(parameters) == 1:
                 one = parameters[0]
                 one.tensor.storage = self.whole(one).storage
-                handle = One(one)
+                handle = One(one, _partition(one) if one.away else None)
             else:
                 parameters.sort(key=lambda one: (one.tensor.dtype.name, one.ds_id))
                 flat = {}
                 for dtype in dict.fromkeys(one.tensor.dtype for one in parameters):
                     count = sum(one.partition for one in parameters if one.tensor.dtype is dtype) * self.world
                     flat[dtype] = empty((count,), dtype, "all_gather_coalesced")
+                    own = [_partition(one) for one in parameters if one.away and one.tensor.dtype is dtype]
+                    while own:
+                        own.pop()
                 handle = Coalesced(parameters, flat)
         for one in parameters:
             one.status = IN_FLIGHT
             self.in_flight[one] = handle
 
-    def gather_now(self, one: Parameter) -> None:
-        """``param.all_gather()``."""
+    def gather_now(self, parameters: Iterable[Parameter]) -> None:
+        """``param.all_gather()`` (``_allgather_params_coalesced``)."""
+        parameters = list(parameters)
         with category(Category.COMMUNICATION):
-            one.tensor.storage = self.whole(one).storage
-        one.status = AVAILABLE
+            own = [_partition(one) for one in parameters if one.away]
+            for one in parameters:
+                one.tensor.storage = self.whole(one).storage
+                one.status = AVAILABLE
+            del own
 
     def whole(self, one: Parameter) -> Tensor:
         """A parameter in a buffer of its own."""
@@ -253,3 +266,8 @@ class Coordinator:
                 self.in_flight.pop(one).wait()
             one.active.clear()
             self.release_parameter(one)
+
+
+def _partition(one: Parameter) -> Tensor:
+    """One that comes from the host to be sent."""
+    return empty((one.partition,), one.tensor.dtype, "_to_copy")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import Literal
 
 from memplan import optimizers
 from memplan.asked.recipe import DTypeName, Recipe
@@ -32,6 +33,7 @@ from memplan.shadow.tensor import (
     uint8,
 )
 from memplan.strategies import Resting, Whole
+from memplan.strategies._host import Host, HostBytes
 from memplan.tape import Category
 
 REDUCING = 1  # the stream ``reduction_stream``
@@ -69,6 +71,10 @@ class Zero(Spread):
         self.masters: list[Tensor] = []
         self.kind = Category.WEIGHTS
         self.kept_norm: Tensor | None = None
+        self.offloads = recipe.offload is not None  # the optimizer, with its masters and gradients
+        self.on_host = Host()
+        self.overlap = recipe.overlap_comm is not False
+        self.accumulates = recipe.gradient_accumulation_steps > 1
 
     def computed(self, dtype: DType) -> DType:
         """What ``module.bfloat16()`` makes of a parameter's dtype."""
@@ -89,11 +95,22 @@ class Zero(Spread):
 
     def master(self, elements: int, name: str) -> None:
         """A flat part of the fp32 parameters, which the optimizer updates."""
+        if self.offloads:
+            return
         state.tape.module = name
         with category(self.kind):
             master = empty((elements,), float32, "parameter")
         require_grad(master, parameter=True)
         self.masters.append(master)
+
+    def host(self) -> HostBytes:
+        """What is offloaded."""
+        return self.on_host.bytes
+
+    def keep_states(self, elements: int) -> None:
+        """DeepSpeedCPUAdam's (ops/adam/cpu_adam.py)."""
+        for _ in range(2):
+            self.on_host.keep(4 * elements)
 
     def optimize(self, master: Tensor, grad: Tensor, recipe: Recipe, kept: State) -> None:
         """``optimizer.step()`` of one master."""
@@ -106,7 +123,10 @@ class Zero(Spread):
         node.grad = None
 
     def keep_norm(self, norm: Tensor | None, loop: Loop[Tensor] | None) -> None:
-        """``_global_grad_norm``, until the next one is there; of a loop's numbers it is the norm."""
+        """``_global_grad_norm``, until the next one is there; of a loop's numbers it is the norm. Of what the
+        host updates it is on the host."""
+        if self.offloads:
+            return
         if loop is not None and norm is not None:
             loop.clipped(norm)
         elif not self.looped:
@@ -121,6 +141,12 @@ class Zero(Spread):
             one.start = start
             start += one.numel
         return -(-start // alignment) * alignment
+
+
+def count_of(asked: int | Literal["auto"] | None, otherwise: int) -> int:
+    """Elements that a setting asks for; 0 for those that follow from the model's width
+    (transformers/integrations/deepspeed.py, ``trainer_config_finalize``)."""
+    return 0 if asked == "auto" else otherwise if asked is None else asked
 
 
 def by_name(resting: Resting, whole: Whole) -> dict[str, int]:

@@ -21,6 +21,7 @@ from memplan.strategies._zero import (
     Zero,
     by_name,
     combine_grad_norm_groups,
+    count_of,
     has_inf_or_nan,
     is_invalid_grad_norm,
     mask_nan_or_inf,
@@ -34,6 +35,7 @@ from memplan.weights import LoadStep, Temporary
 
 _BUCKET = 500_000_000  # elements: reduce_bucket_size (runtime/zero/config.py)
 FLAT, MASTER = "bit16_groups_flat", "single_partition_of_fp32_groups"
+SENT = "temp_grad_buffer_for_gpu_offload"
 _ALIGNMENT = 2  # nccl_start_alignment_factor
 
 
@@ -60,31 +62,27 @@ class Flat:
 
 
 class Zero12(Zero):
-    """A step on one rank. ``gradients``: they are partitioned, too (stage 2); ``overlap``: overlap_comm."""
+    """A step on one rank. ``gradients``: they are partitioned, too (stage 2); ``size``: of a bucket."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        rank: int | None = None,
-        *,
-        gradients: bool,
-        overlap: bool = True,
-        bucket: int = _BUCKET,
-    ) -> None:
+    def __init__(self, recipe: Recipe, rank: int | None = None, *, gradients: bool) -> None:
         super().__init__(recipe, rank)
         self.chosen = rank is not None
-        self.gradients, self.overlap, self.size = gradients, overlap, bucket
+        self.gradients = gradients
+        self.size = count_of(recipe.reduce_bucket_size, _BUCKET)
         self.groups: list[Flat] = []
         self.group_of: dict[Trained, Flat] = {}
         self.flat: list[Tensor] = []  # bit16_groups_flat
         self.bucket = Bucket()
         self.ready = False  # ready_for_gradients
         self.in_partition: Tensor | None = None  # grads_in_partition
+        self.sent: Tensor | None = None
+        self.norms: dict[Trained, Tensor] = {}  # norm_for_param_grads
 
     # -- what rests --------------------------------------------------------------------------------------
 
     def parameter(self, shape: Shape, dtype: DType, kind: Category, trainable: bool) -> Tensor | None:
         dtype = self.computed(dtype)
+        self.size = self.size or shape[-1] ** 2  # the embedding's width
         if trainable:
             tensor = Tensor(shape, dtype, None)  # a view of its group, which is made when all are known
             self.remember(tensor)
@@ -104,13 +102,31 @@ class Zero12(Zero):
             with category(self.kind):
                 self.flat.append(empty((elements,), self.dtype, "parameter"))
             self.master(partition, MASTER)
+            if self.offloads:
+                self.on_host.pin(4 * partition)
+                self.on_host.pin(2 * partition)  # param_buffer_of_bit16_for_cpu_offload_groups
             own = [one for one in group if self.rank in _partitions(one, partition)]
             flat = Flat(group, elements, partition, own)
             self.groups.append(flat)
             self.group_of.update(dict.fromkeys(group, flat))
+        if self.offloads:
+            state.tape.module = SENT
+            with category(Category.COMMUNICATION):
+                self.sent = empty((max(one.numel for one in self.trained),), self.dtype, "zeros")
+            self.offload()
         state.tape.begin(Phase.SETUP, "norm", part=Part.RESTING)
         self.keep_norm(None, None)
         return [Group(None, 1, [master]) for master in self.masters]
+
+    def offload(self) -> None:
+        """What else rests on the host."""
+        assert self.sent is not None
+        self.on_host.pin(2 * self.sent.shape[0])  # temp_grad_buffer_for_cpu_offload
+        for group in self.groups:
+            self.on_host.pin(4 * group.partition)  # gradients of the masters
+            self.keep_states(group.partition)
+            for one in group.own if self.accumulates else ():
+                self.on_host.pin(2 * one.numel)  # accumulated_grads_in_cpu
 
     # -- backward ----------------------------------------------------------------------------------------
 
@@ -191,11 +207,29 @@ class Zero12(Zero):
 
     def keep(self, one: Trained) -> None:
         """``copy_grads_in_partition``."""
+        if self.offloads:
+            self.send(one)
+            return
         if self.in_partition is None:
             total = sum(other.numel for group in self.groups for other in group.own)
             with category(Category.GRADIENTS):
                 self.in_partition = empty((total,), self.dtype, "copy_grads_in_partition")
         one.node.grad = self.in_partition.viewed(one.tensor.shape)
+
+    def send(self, one: Trained) -> None:
+        """What earlier passes left on the host is added on the card; the last one's sum is sent as fp32
+        (``set_norm_for_param_grad_in_gpu``, ``async_inplace_copy_grad_to_fp32_buffer_from_gpu``)."""
+        if not self.last:
+            return
+        partition = self.group_of[one].partition
+        begin, end = self.rank * partition, (self.rank + 1) * partition
+        own = min(one.start + one.numel, end) - max(one.start, begin)
+        self.norms[one] = vector_norm(own, self.dtype, "set_norm_for_param_grad_in_gpu")
+        has_inf_or_nan(one.numel, self.dtype)
+        with category(Category.GRADIENTS):
+            wide = empty((own,), float32, "_to_copy")
+        del wide
+        one.node.grad = None
 
     def epilogue(self) -> None:
         """``independent_gradient_partition_epilogue``."""
@@ -206,7 +240,7 @@ class Zero12(Zero):
                     if one.node.grad is not None:
                         self.fill(one)
         self.reduce()
-        for group in self.groups:
+        for group in () if self.offloads else self.groups:
             if group.accumulated is None:
                 group.accumulated = [self.gradient(one) for one in group.own]
             else:  # which is added to
@@ -250,6 +284,9 @@ class Zero12(Zero):
         tape = state.tape
         tape.begin(Phase.OPTIMIZER, "norm")
         tape.module = "deepspeed"
+        if self.offloads:
+            self.update_on_host()
+            return True
         self.check_overflow()
         norms = []
         for group in self.groups:
@@ -278,6 +315,16 @@ class Zero12(Zero):
         del total
         self.keep_norm(current, loop)
         return True
+
+    def update_on_host(self) -> None:
+        """The card is asked whether all ranks are well, and for the norm of each group."""
+        overflow = empty((1,), uint8, "has_overflow")
+        del overflow
+        for _ in self.groups:
+            total = empty((1,), float32, "complete_grad_norm_calculation_for_cpu_offload")
+            del total
+        state.tape.begin(Phase.OPTIMIZER, "end")
+        self.norms.clear()
 
     def check_overflow(self) -> None:
         """``has_overflow``."""
@@ -329,35 +376,41 @@ def _most(groups: list[tuple[list[Trained], int]], world: int) -> int:
     return elements.index(max(elements))
 
 
-def load(resting: Resting, whole: Whole, temporary: Temporary, _lying: Lying) -> Iterator[LoadStep]:
+def load(
+    recipe: Recipe, resting: Resting, whole: Whole, temporary: Temporary, _lying: Lying
+) -> Iterator[LoadStep]:
     """The model comes onto the card as it is (``module.to(device)``), and each of its groups is laid out
     flat; what it lay in goes. A partition is copied in its own dtype before it is widened; gradients of all
-    are made once (``initialize_optimizer_states``)."""
+    are made once (``initialize_optimizer_states``), on the host where they are offloaded."""
     frozen: dict[str, list[int]] = {}
-    groups: list[tuple[int, int, int]] = []
-    for at, (number, name, _) in enumerate(resting):
+    groups: list[tuple[int, int]] = []
+    masters = [number for number, name, _ in resting if name == MASTER]
+    sent = [number for number, name, _ in resting if name == SENT]
+    for number, name, nbytes in resting:
         if name == FLAT:
-            groups.append((number, *resting[at + 1][::2]))
-        elif name != MASTER:
+            groups.append((number, nbytes // recipe.gpus))
+        elif name not in (MASTER, SENT):
             frozen.setdefault(name, []).append(number)
     came: dict[str, int] = {}
     nbytes_of = by_name(resting, whole)
     for name in sorted(nbytes_of, key=place):
         if name in frozen:
             yield from (("alloc", number) for number in frozen[name])
-        elif name not in (FLAT, MASTER):
+        elif name not in (FLAT, MASTER, SENT):
             take, came[name] = temporary(nbytes_of[name])
             yield take
-    for last, (flat, master, widened) in enumerate(groups):
+    for last, (flat, partition) in enumerate(groups):
         yield "empty_cache", 0
         yield "alloc", flat
         for name in [name for name in came if last or _decays(name)]:
             yield "drop", came.pop(name)
-        take, copied = temporary(widened // 2)
+        take, copied = temporary(partition)
         yield take
-        yield "alloc", master
+        if masters:
+            yield "alloc", masters[last]
         yield "drop", copied
-    made = [temporary(widened) for *_, widened in groups]
+    yield from (("alloc", number) for number in sent)
+    made = [temporary(2 * partition) for _, partition in groups if masters]
     yield from (take for take, _ in made)
     yield from (("drop", number) for _, number in made)
 

@@ -434,7 +434,9 @@ def _tensors(loss: Any, logits: Tensor | None) -> list[Tensor]:
     return returned if logits is None else [*returned, logits]
 
 
-def _load(resting: Resting, whole: Whole, temporary: Temporary, lying: Lying) -> Iterator[LoadStep]:
+def _load(
+    _recipe: Recipe, resting: Resting, whole: Whole, temporary: Temporary, lying: Lying
+) -> Iterator[LoadStep]:
     """``fully_shard`` of one unit after the other: all of its parameters come onto the card, a part of each
     is copied, and they go. accelerate's names for the weights of embedding and output layer hold those to the
     end of its preparation."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from math import prod
 from typing import Any
 
-from memplan.asked.recipe import Mode, Recipe
+from memplan.asked.recipe import Mode, Offload, Recipe
 from memplan.optimizers import Group, State
 from memplan.parts.context import Context, Layer, Leaves
 from memplan.parts.loop import Loop
@@ -39,6 +39,7 @@ from memplan.strategies._zero import (
     by_name,
     combine_grad_norm_groups,
     is_invalid_grad_norm,
+    mask_nan_or_inf,
     place,
     scalar,
     unscale,
@@ -56,27 +57,29 @@ Names = dict[tuple[int | None, str], list[Parameter]]  # by layer and name
 
 
 class Zero3(Zero):
-    """A step on one rank. Elements: ``bucket``: reduce_bucket_size; ``prefetch``:
-    stage3_prefetch_bucket_size; ``persistence``: stage3_param_persistence_threshold. None is "auto":
-    transformers/integrations/deepspeed.py, ``trainer_config_finalize``, takes them from the model's width."""
+    """A step on one rank. Elements: ``size``: reduce_bucket_size; ``prefetch``: stage3_prefetch_bucket_size;
+    ``persistence``: stage3_param_persistence_threshold; None for what follows from the model's width
+    (transformers/integrations/deepspeed.py, ``trainer_config_finalize``)."""
 
     rehearses = True
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        rank: int | None = None,
-        *,
-        bucket: int | None = None,
-        prefetch: int | None = None,
-        persistence: int | None = None,
-    ) -> None:
+    def __init__(self, recipe: Recipe, rank: int | None = None) -> None:
         super().__init__(recipe, rank)
-        self.size, self.prefetch, self.persistence = bucket, prefetch, persistence
+        asked = (
+            recipe.reduce_bucket_size,
+            recipe.stage3_prefetch_bucket_size,
+            recipe.stage3_param_persistence_threshold,
+        )
+        self.size, self.prefetch, self.persistence = (None if one == "auto" else one for one in asked)
         self.adapted, self.trainer = recipe.mode is not Mode.FULL, recipe.trainer
+        self.away = recipe.offload is Offload.BOTH  # partitions of parameters, too
+        self.norms: list[Tensor] = []  # norm_for_param_grads
+        self.passes = 0
         of_name: Names = {}
         self.of_name = of_name
-        self.coordinator = Coordinator(self.world, lambda module: _nested(module, of_name))
+        self.coordinator = Coordinator(
+            self.world, lambda module: _nested(module, of_name), overlap=self.overlap
+        )
         self.parameters: list[Parameter] = []
         self.of_tensor: dict[int, Parameter] = {}
         self.in_leaves: set[int] = (
@@ -116,11 +119,12 @@ class Zero3(Zero):
         if trainable:
             self.remember(tensor)
             self.kind = kind
-        else:
+        elif not self.away:
             with category(kind):
                 kept = empty((partition,), tensor.dtype, "ds_tensor")
         ds_id = (kind is Category.ADAPTERS, len(self.parameters))
-        one = Parameter(tensor, numel, partition, ds_id, kept, persists=numel <= self.persistence)
+        persists = numel <= self.persistence
+        one = Parameter(tensor, numel, partition, ds_id, kept, persists, away=self.away)
         self.parameters.append(one)
         self.of_tensor[id(tensor)] = one
         if state.tape.module.startswith(("mlp.experts.", "mlp.gate.")):
@@ -140,33 +144,54 @@ class Zero3(Zero):
                     self.sub_groups.append(sub)
                     sub = []
         sizes = [sum(one.partition for one in sub) for sub in self.sub_groups]
-        tape.module = _FLAT
-        with category(self.kind):
-            self.flat.append(empty((sum(sizes),), self.trained[0].tensor.dtype, "parameter"))
+        if not self.away:
+            tape.module = _FLAT
+            with category(self.kind):
+                self.flat.append(empty((sum(sizes),), self.trained[0].tensor.dtype, "parameter"))
         for size in sizes:
             self.master(size, _MASTER)
         tape.module = _GRADIENTS
         with category(Category.COMMUNICATION):
             self.bucket = empty((self.size or 0,), self.dtype, "ipg_bucket")
-        with category(Category.GRADIENTS):
-            self.flat.append(empty((sum(sizes),), self.dtype, "grad_partitions_flat_buffer"))
+        if not self.offloads:
+            with category(Category.GRADIENTS):
+                self.flat.append(empty((sum(sizes),), self.dtype, "grad_partitions_flat_buffer"))
+        if self.offloads:
+            self.offload(sizes)
         tape.begin(Phase.SETUP, "norm", part=TapePart.RESTING)
         tape.module = "zero3"
-        self.flat.append(scalar(bool_, "inf_or_nan_tracker"))
+        if not self.offloads:
+            self.flat.append(scalar(bool_, "inf_or_nan_tracker"))
         self.keep_norm(None, None)
         return [Group(None, 1, [master]) for master in self.masters]
+
+    def offload(self, sizes: list[int]) -> None:
+        """What rests on the host, of sub-groups of these sizes. Partitions of trained parameters were there
+        one by one before they were laid together (``_move_to_flat_buffer``)."""
+        host, itemsize = self.on_host, self.dtype.itemsize
+        if self.away:
+            for one in self.parameters:
+                host.pin(one.partition * one.tensor.dtype.itemsize)
+            for group in self.grouped():
+                host.pin(sum(self.of_tensor[id(one.tensor)].partition for one in group) * itemsize)
+            for trained in self.trained:
+                host.unpin(self.of_tensor[id(trained.tensor)].partition * itemsize)
+        host.pin(sum(sizes) * itemsize)  # grad_partitions_flat_buffer
+        for size in sizes:
+            host.keep(4 * size)
+            host.pin(4 * size)
+            self.keep_states(size)
 
     def gathered(self) -> None:
         """Small parameters stay whole from one step to the next (``_allgather_params_coalesced``)."""
         state.tape.module = "zero3"
-        with category(Category.COMMUNICATION):
-            for one in self.parameters:
-                if one.persists:
-                    self.coordinator.gather_now(one)
+        self.coordinator.gather_now(one for one in self.parameters if one.persists)
 
     def rehearsed(self) -> None:
         """All is released, and the trace is known."""
         coordinator = self.coordinator
+        self.norms.clear()
+        self.passes = 0
         for one in self.parameters:
             one.tensor.storage = None
             one.status = PARTITIONED
@@ -214,7 +239,7 @@ class Zero3(Zero):
         if not self.running or one.status == AVAILABLE:
             return
         self.find(self.outer()[-2]).parameters.append(one)
-        self.coordinator.gather_now(one)
+        self.coordinator.gather_now([one])
 
     def enter(self, one: Module, x: Tensor | None) -> Tensor | None:
         """The hooks before a module's forward."""
@@ -331,6 +356,7 @@ class Zero3(Zero):
         self.in_backward = False
         self.reduce()
         self.coordinator.release_leftovers()
+        self.passes += 1
         del scaled
 
     def accumulated(self, node: AccumulateGrad) -> None:
@@ -360,7 +386,7 @@ class Zero3(Zero):
         state.tape.module = "zero3"
         found.sort(key=lambda one: one.ds_id)
         laid = None
-        with category(Category.COMMUNICATION), stream(REDUCING):
+        with category(Category.COMMUNICATION), stream(REDUCING if self.overlap else state.stream):
             narrow = [self.narrowed(one) for one in found]
             if len(found) > 1 or found[0].numel % self.world:
                 padding = [
@@ -373,6 +399,8 @@ class Zero3(Zero):
                 laid = empty((count,), self.dtype, "reduce_scatter_coalesced")
                 while padding:
                     padding.pop()
+            if self.offloads:
+                self.send(found)
         for one in found:
             node = one.tensor.node
             assert isinstance(node, AccumulateGrad)
@@ -380,6 +408,29 @@ class Zero3(Zero):
         found.clear()
         self.elements = 0
         del narrow, laid
+
+    def send(self, parameters: list[Parameter]) -> None:
+        """``partition_grads``: each partition goes to the host and comes back for its norm, or with what was
+        there before to be added to."""
+        came = None
+        for one in parameters:
+            elements = min(one.partition, one.numel - self.rank * one.partition)
+            if elements <= 0:
+                continue
+            if not self.passes:
+                came = None
+            with category(Category.GRADIENTS):
+                came = empty((elements,), self.dtype, "_to_copy")
+            if self.last:
+                norm = vector_norm(elements, self.dtype, "_constant_buffered_norm2")
+                square = scalar(float64, "_constant_buffered_norm2")
+                del norm
+                self.norms.append(scalar(float64, "_constant_buffered_norm2"))
+                del square
+                with category(Category.GRADIENTS):
+                    wide = empty((elements,), float32, "_to_copy")
+                del wide
+        del came
 
     def narrowed(self, one: Parameter) -> Tensor | None:
         """What a gradient that no bucket took is sent as."""
@@ -395,6 +446,10 @@ class Zero3(Zero):
         tape.begin(Phase.OPTIMIZER, "norm")
         tape.module = "zero3"
         self.coordinator.release_all(self.parameters)
+        self.passes = 0
+        if self.offloads:
+            self.update_on_host()
+            return True
         norms = [self.grad_norm(sub) for sub in self.sub_groups]
         total = combine_grad_norm_groups(norms)
         is_invalid_grad_norm(total)
@@ -419,6 +474,25 @@ class Zero3(Zero):
             norms.pop()
         self.keep_norm(current, loop)
         return True
+
+    def update_on_host(self) -> None:
+        """The norm of each group is summed on the card (``complete_grad_norm_calculation_for_cpu_offload``);
+        ``_post_step`` lets go of its parts."""
+        name = "complete_grad_norm_calculation_for_cpu_offload"
+        for sub in self.sub_groups:
+            total = None
+            for _ in sub:
+                square = scalar(float64, name)
+                total = total or scalar(float64, name)
+                del square
+            single = empty((1,), float32, name)
+            total = scalar(float32, name)
+            mask_nan_or_inf(total)
+            del single, total
+        self.norms.clear()
+        state.tape.begin(Phase.OPTIMIZER, "gather")
+        self.gathered()
+        state.tape.begin(Phase.OPTIMIZER, "end")
 
     def grad_norm(self, sub: list[Parameter]) -> Tensor:
         """``get_grad_norm_direct``."""
@@ -523,7 +597,9 @@ def _folded(x: Tensor) -> Tensor:
 # -- loading -----------------------------------------------------------------------------------------------
 
 
-def _load(resting: Resting, whole: Whole, temporary: Temporary, _lying: Lying) -> Iterator[LoadStep]:
+def _load(
+    recipe: Recipe, resting: Resting, whole: Whole, temporary: Temporary, _lying: Lying
+) -> Iterator[LoadStep]:
     """Each parameter is made whole and divided (``zero.Init``), gathered once to be filled, once more when
     its hooks are made; between, partitions of trained ones are laid together on the host (``defragment``)."""
     found: dict[str, list[tuple[int, int]]] = {}
@@ -533,31 +609,32 @@ def _load(resting: Resting, whole: Whole, temporary: Temporary, _lying: Lying) -
     nbytes_of = by_name(resting, whole)
     names = sorted((name for name in nbytes_of if name not in own), key=place)
     trained = [name for name in names if name not in found]
-    (flat, flat_nbytes), *_ = found[_FLAT]
-    share = flat_nbytes / max(sum(nbytes_of[name] for name in trained), 1)
+    away = recipe.offload is Offload.BOTH
     partitions = []
     for name in names:
         take, made = temporary(nbytes_of[name])
         yield take
         if name in found:
             yield from (("alloc", number) for number, _ in found[name])
-        else:
-            take, number = temporary(int(nbytes_of[name] * share))
+        elif not away:
+            take, number = temporary(-(-nbytes_of[name] // recipe.gpus))
             yield take
             partitions.append(number)
         yield "drop", made
     yield from _gathered(names, nbytes_of, temporary)
     yield from (("drop", number) for number in partitions)
     yield "empty_cache", 0
-    yield "alloc", flat
-    for number, nbytes in found[_MASTER]:
+    yield from (("alloc", number) for number, _ in found.get(_FLAT, ()))
+    masters = found.get(_MASTER, ())
+    for number, nbytes in masters:
         take, converted = temporary(nbytes)
         yield take
         yield "alloc", number
         yield "drop", converted
-    take, buffer = temporary(max(nbytes for _, nbytes in found[_MASTER]))
-    yield take
-    yield "drop", buffer
+    if masters:
+        take, buffer = temporary(max(nbytes for _, nbytes in masters))
+        yield take
+        yield "drop", buffer
     yield from (("alloc", number) for number, _ in found[_GRADIENTS])
     yield from _gathered(trained, nbytes_of, temporary)
 

@@ -1,0 +1,52 @@
+"""What a process keeps on the host."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import NamedTuple
+
+
+class HostBytes(NamedTuple):
+    """Bytes of ``tensors`` that rest there, and what the host gives for them: ``taken``, with pinned memory
+    rounded up."""
+
+    tensors: int
+    taken: int
+
+
+class Host:
+    """Tensors on the host. Pinned ones are blocks of PyTorch's CachingHostAllocator
+    (aten/src/ATen/core/CachingHostAllocator.h, torch 2.13): powers of two, which stay where their tensors
+    go, for the next of that size."""
+
+    def __init__(self) -> None:
+        self._tensors = self._pageable = self._pinned = 0
+        self._free: Counter[int] = Counter()
+
+    def keep(self, nbytes: int) -> None:
+        """A tensor that is not pinned."""
+        self._tensors += nbytes
+        self._pageable += nbytes
+
+    def pin(self, nbytes: int) -> None:
+        """A pinned one."""
+        self._tensors += nbytes
+        block = _block(nbytes)
+        if self._free[block]:
+            self._free[block] -= 1
+        else:
+            self._pinned += block
+
+    def unpin(self, nbytes: int) -> None:
+        """One of these goes."""
+        self._tensors -= nbytes
+        self._free[_block(nbytes)] += 1
+
+    @property
+    def bytes(self) -> HostBytes:
+        """What is there."""
+        return HostBytes(self._tensors, self._pageable + self._pinned)
+
+
+def _block(nbytes: int) -> int:
+    return 1 << (nbytes - 1).bit_length() if nbytes else 0
