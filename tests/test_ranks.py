@@ -57,7 +57,8 @@ def test_a_rank_takes_what_the_real_engine_took(row: dict[str, Any]) -> None:
 
 def test_every_kind_of_case_is_among_the_rows() -> None:
     told = [row["recipe"] for row in ROWS]
-    assert {one["parallel"] for one in told} == {"ddp", "fsdp2", "zero2", "zero3"}
+    assert {one["parallel"] for one in told} == {"ddp", "fsdp2", "zero1", "zero2", "zero3"}
+    assert {one.get("offload") for one in told} == {None, "optimizer", "both"}
     assert {one["mode"] for one in told} == {"full", "lora", "qlora"}
     assert {one["gpus"] for one in told} == {2, 3, 8, 64}
     assert {one["trainer"] for one in told} == {"peft", "trl"}
@@ -369,7 +370,10 @@ def test_the_largest_that_fits_each_is_the_largest(memplan: Run) -> None:
 def test_fsdp2_is_advised_where_ddp_is_too_large(memplan: Run) -> None:
     told = memplan("fit", "llama-3.1-8b", "--mode", "full", "--gpu", "8xh100").out
     assert "\nIt fits with --parallel fsdp2 (" in told
-    told = memplan("fit", "llama-3.1-8b", "--mode", "full", "--parallel", "fsdp2", "--gpu", "2x24GB").out
+    told = memplan(
+        "fit", "llama-3.1-8b", "--mode", "full", "--parallel", "fsdp2", "--gpu", "2x24GB", "--verbose"
+    ).out
+    assert "\nIt fits with --offload both (" in told
     assert "--mode qlora (" in " ".join(told.split())  # with mixed precision, which adapters need there
 
 

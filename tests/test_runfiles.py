@@ -105,7 +105,10 @@ def test_an_example_is_read_or_refused_with_its_reason(name: str, write: Write) 
 @pytest.mark.parametrize("name", PLANNED)
 def test_an_example_plans(name: str, write: Write) -> None:
     kind, example = PLANNED[name]
-    answer = plan("llama-3.2-1b", config=write(example["file"]), gpus=["h200"])
+    path = write(example["file"])
+    said = "mode" in example["options"] or example["options"].get("parallel") != "zero3"
+    recipe = None if said else Recipe(mode="full")  # what is left out is QLoRA, which ZeRO-3 can't have
+    answer = plan("llama-3.2-1b", recipe, config=path, gpus=["h200"])
     assert answer.peak.tensor_bytes > 0
     assert answer.read is not None and answer.read.kind == kind
     for field, value in example["options"].items():
@@ -349,7 +352,10 @@ BAD = {
         "is torchtune's own code",
     ),
     "no model": ({"distributed_type": "NO"}, "(accelerate) names no model"),
-    "DeepSpeed": ({"distributed_type": "DEEPSPEED", "num_processes": 2}, "sets up DeepSpeed"),
+    "DeepSpeed": (
+        {"distributed_type": "DEEPSPEED", "num_processes": 2, "deepspeed_config": {"zero_stage": 0}},
+        "stage: 0 is not planned",
+    ),
     "FSDP1": ({"distributed_type": "FSDP", "num_processes": 2, "fsdp_config": {}}, "is of FSDP1"),
     "one GPU and four": (
         {"model_name_or_path": "x", "use_peft": True, "accelerate_config": "single_gpu", "num_processes": 4},
@@ -359,9 +365,9 @@ BAD = {
         {
             "distributed_type": "FSDP",
             "num_processes": 2,
-            "fsdp_config": {"fsdp_version": 2, "fsdp_offload_params": True},
+            "fsdp_config": {"fsdp_version": 2, "fsdp_reshard_after_forward": False},
         },
-        "is of fsdp_offload_params True",
+        "is of fsdp_reshard_after_forward False",
     ),
     "no count": ({"distributed_type": "MULTI_GPU", "num_processes": "two"}, "num_processes must be a whole"),
     "nothing": ("", "holds null, but a run file has keys and values"),
@@ -389,12 +395,112 @@ def test_what_is_wrong_is_one_sentence(name: str, write: Write, capsys: pytest.C
     assert err.count("\n") == 1 and "Traceback" not in err and "bug" not in err
 
 
-def test_deepspeeds_auto_resolves_to_nothing(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
-    values = {"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": 2}}
-    for arguments in (["llama-3.2-1b", "--config", write(values, "ds.json")], [write(values, "ds.json")]):
-        assert main(arguments) == 2
-        err = capsys.readouterr().err
-        assert "ZeRO stage 2" in err and "is auto, which nothing here resolves" in err
+# -- DeepSpeed --------------------------------------------------------------------------------------------
+
+BOTH = {"device": "cpu", "pin_memory": True}
+OWN = {"overlap_comm": False}  # what DeepSpeed does by itself, where transformers' examples say otherwise
+OWN_3 = {
+    "reduce_bucket_size": 500_000_000,
+    "stage3_prefetch_bucket_size": 50_000_000,
+    "stage3_param_persistence_threshold": 100_000,
+}
+
+
+@pytest.mark.parametrize(
+    ("told", "options"),
+    [
+        ({"stage": 1}, {"parallel": "zero1", **OWN}),
+        ({"stage": 2}, {"parallel": "zero2", **OWN}),
+        ({"stage": 2, "overlap_comm": True, "reduce_bucket_size": 5e8}, {"parallel": "zero2"}),
+        (
+            {"stage": 2, "reduce_bucket_size": "auto"},
+            {"parallel": "zero2", "reduce_bucket_size": "auto", **OWN},
+        ),
+        ({"stage": 3}, {"parallel": "zero3", **OWN_3}),
+        ({"stage": 3, "overlap_comm": False, **dict.fromkeys(OWN_3, "auto")}, {"parallel": "zero3", **OWN}),
+        (
+            {"stage": 3, **dict.fromkeys(OWN_3, "auto"), "offload_optimizer": BOTH, "offload_param": BOTH},
+            {"parallel": "zero3", "offload": "both"},
+        ),
+        (
+            {"stage": 2, "offload_optimizer": BOTH, "offload_param": {"device": "none"}},
+            {"parallel": "zero2", "offload": "optimizer", **OWN},
+        ),
+    ],
+)
+def test_deepspeeds_stages(write: Write, told: dict[str, Any], options: dict[str, Any]) -> None:
+    found = read(write({"zero_optimization": told, "train_batch_size": "auto"}, "ds.json"))
+    assert found.kind == "deepspeed" and found.model is None
+    assert found.options == options
+
+
+def test_deepspeeds_sizes(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    values = {
+        "zero_optimization": {"stage": 2}, "train_batch_size": 48, "train_micro_batch_size_per_gpu": 3,
+        "gradient_accumulation_steps": 2, "gradient_clipping": 0.5, "bf16": {"enabled": True},
+    }  # fmt: skip
+    recipe = read(write(values, "ds.json")).recipe(Recipe(mode="full"))
+    assert (recipe.gpus, recipe.batch_size, recipe.gradient_accumulation_steps) == (8, 3, 2)
+    assert recipe.max_grad_norm == 0.5 and recipe.autocast
+    asked = ["llama-3.2-1b", "--mode", "full", "--config", write(values, "ds.json"), "--gpus", "4"]
+    assert main(asked) == 2
+    assert "says gpus 8, and 4 is given beside it, which DeepSpeed refuses" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"train_micro_batch_size_per_gpu": 1}, "stage: null is not planned"),
+        ({"zero_optimization": {"stage": 4}}, "stage: 4 is not planned"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, "offloads to a disk"),
+        ({"zero_optimization": {"stage": 3, "offload_param": BOTH}}, "without offload_optimizer"),
+        (
+            {"zero_optimization": {"stage": 2, "offload_param": BOTH, "offload_optimizer": BOTH}},
+            "is of stage 3 alone",
+        ),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "many"}}, "must be a whole number"),
+        ({"zero_optimization": {"stage": 2, "overlap_com": True}}, "did you mean overlap_comm"),
+        ({"zero_optimization": {"stage": 3, "sub_group_size": 1e7}}, "memplan plans ZeRO with 1000000000"),
+        ({"zero_optimization": {"stage": 2}, "fp16": {"enabled": True}}, "trains in float16"),
+        ({"zero_optimization": {"stage": 2}, "optimizer": {"type": "Lamb"}}, "Adam and AdamW are"),
+        (
+            {
+                "zero_optimization": {"stage": 2}, "train_batch_size": 10,
+                "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 1,
+            },
+            "a multiple of 4",
+        ),
+    ],
+)  # fmt: skip
+def test_deepspeed_is_refused(
+    write: Write, capsys: pytest.CaptureFixture[str], values: dict[str, Any], said: str
+) -> None:
+    asked = ["llama-3.2-1b", "--mode", "full", "--gpus", "8", "--config", write(values, "ds.json")]
+    assert main(asked) == 2
+    out, err = capsys.readouterr()
+    assert not out and said in err and err.count("\n") == 1
+
+
+def test_accelerates_keys_of_deepspeed(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    told = {"zero_stage": 3, "offload_optimizer_device": "cpu", "offload_param_device": "none"}
+    values = {"distributed_type": "DEEPSPEED", "num_processes": 8, "mixed_precision": "bf16"}
+    found = read(write({**values, "deepspeed_config": {**told, "gradient_clipping": 1.0}}))
+    assert found.options == {
+        "parallel": "zero3", **OWN_3, "offload": "optimizer", "gpus": 8, "autocast": True,
+        "max_grad_norm": 1.0,
+    }  # fmt: skip
+    alone = {**values, "num_processes": 1, "deepspeed_config": told}
+    elsewhere = {**values, "deepspeed_config": {"deepspeed_config_file": "ds.json"}}
+    for asked, said in ((alone, "DeepSpeed on one card"), (elsewhere, "ask about that one, with --config")):
+        assert main(["llama-3.2-1b", "--mode", "full", "--config", write(asked)]) == 2
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3"])
+def test_trls_own_configurations_of_deepspeed(write: Write, name: str) -> None:
+    found = read(write(TRL, accelerate_config=name))
+    own = OWN_3 if name == "zero3" else OWN
+    assert {"parallel": name, "gpus": 8, **own}.items() <= found.options.items()
 
 
 def test_a_file_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from memplan import Recipe
+from memplan.cli import main
 from memplan.cuda.card import Card
 from memplan.cuda.reduction import whole_scratch
 from memplan.errors import RecipeError
@@ -156,6 +157,88 @@ def test_many_buckets(gradients: bool, overlap: bool, accumulates: int, emulated
         reduce_bucket_size=50_000_000,
     )
     assert replay(tape).allocated_bytes == emulated
+
+
+OFFLOADED = [  # tensors at the peak on the card, and on the host but for what a loop keeps there
+    (
+        "llama-3.2-1b", 3, {"parallel": "zero2", "seq_len": 1024, "offload": "optimizer"},
+        5_008_684_032, 1_526_889_984,
+    ),
+    (
+        "llama-3.2-1b", 3,
+        {
+            "parallel": "zero2", "seq_len": 1024, "gpus": 3, "gradient_accumulation_steps": 2,
+            "offload": "optimizer", **PLAIN,
+        },
+        5_008_709_120, 3_721_494_552,
+    ),
+    (
+        "llama-3.2-1b", 3, {"parallel": "zero3", "seq_len": 1024, "offload": "optimizer"},
+        2_632_654_336, 1_001_553_408,
+    ),
+    (
+        "llama-3.2-1b", 3, {"parallel": "zero3", "seq_len": 1024, "offload": "both"},
+        2_521_370_624, 1_112_837_120,
+    ),
+    (
+        "qwen2.5-1.5b", 3,
+        {
+            "parallel": "zero3", "seq_len": 1024, "gpus": 3, "gradient_accumulation_steps": 2,
+            "offload": "both", **PLAIN,
+        },
+        2_967_346_176, 2_491_791_440,
+    ),
+    (
+        "qwen3-4b", 2,
+        {
+            "parallel": "zero3", "seq_len": 1024, "offload": "both", "adapter_dtype": "bfloat16", **PLAIN,
+            **LORA, "r": 8,
+        },
+        3_361_973_248, 149_998_848,
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "layers", "changed", "emulated", "host"), OFFLOADED)
+def test_offload(model: str, layers: int, changed: dict[str, Any], emulated: int, host: int) -> None:
+    """Of benchmarks/plain's hf_trainer.py with benchmarks/trainers' files."""
+    found = resolve_config(model)
+    spec = spec_from_config(cut(found.config, layers, model), found.name, found.hub_id)
+    recipe = Recipe(**{**BASE, **changed})
+    tape = write_tape(spec, resolve_recipe(spec, recipe), looped=True, rank=0)
+    assert replay(tape).allocated_bytes == emulated
+    tensors, taken = tape.host
+    assert tensors == host <= taken
+    # gradients and masters of what is trained are there, and no optimizer's state is on the card
+    assert Category.OPTIMIZER_STATE not in set(tape.categories)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"parallel": "zero1", "offload": "optimizer"}, "ZeRO-1 with offload is not planned"),
+        ({"parallel": "zero2", "offload": "both"}, "offloads parameters in ZeRO-3 alone"),
+        ({"parallel": "fsdp2", "offload": "optimizer"}, "parameters and the optimizer together"),
+        ({"parallel": "zero2", "stage3_prefetch_bucket_size": 5}, "is of ZeRO-3"),
+        ({"parallel": "ddp", "offload": "both"}, "offload is ZeRO's or FSDP2's"),
+        ({"parallel": "ddp", "overlap_comm": True}, "overlap_comm is DeepSpeed's"),
+    ],
+)
+def test_what_is_not_offloaded(changed: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        Recipe(**{**BASE, **changed})
+
+
+@pytest.mark.parametrize(("room", "status"), [("200GB", 0), ("0.1TB", 2), ("0GB", 2), ("lots", 2)])
+def test_host_memory(room: str, status: int, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["llama-8b", "--mode", "full", "--parallel", "zero3", "--offload", "both", "--gpus", "8"]
+    assert main([*asked, "--host-memory", room]) == status
+    out, err = capsys.readouterr()
+    if status:
+        assert not out and err.count("\n") == 1
+        assert "takes a size" in err or "8 processes keep 21.28 GiB each on the host, 170.25" in err
+    else:
+        assert "On the host: 21.28 GiB for each process, 170.25 GiB for 8" in " ".join(out.split())
 
 
 LLAMA_8B = {

@@ -64,6 +64,9 @@ OTHERWISE: dict[str, tuple[list[str], dict[str, Any]]] = {
             "stage3_param_persistence_threshold": 100_000,
         },
     ),
+    "fsdp2 offload": (
+        [*ENGINES["fsdp2"], "--fsdp_offload_params", "true"], {"parallel": "fsdp2", "offload": "both"}
+    ),
 }  # fmt: skip
 _FIGURES = ("tensors", "reserved", "host")
 SCRIPT = {"peft": "hf_trainer.py", "trl": "trl_guide.py"}
@@ -92,12 +95,12 @@ class Case(NamedTuple):
     @property
     def launched(self) -> list[str]:
         """By accelerate, on as many cards as its recipe has."""
-        engine = ENGINES.get(self.engine)
-        if engine is None:
-            told = OTHERWISE[self.engine][0] if self.engine in OTHERWISE else [self.engine]
-            if not told[0].startswith("--"):
-                told = ["--deepspeed_config_file", str(DEEPSPEED / f"{told[0]}.json")]
-            engine = ["--use_deepspeed", *told]
+        engine = OTHERWISE[self.engine][0] if self.engine in OTHERWISE else ENGINES.get(self.engine)
+        if engine is None or not engine[0].startswith("--"):
+            file = DEEPSPEED / f"{engine[0] if engine else self.engine}.json"
+            engine = ["--use_deepspeed", "--deepspeed_config_file", str(file)]
+        elif engine[0] == "--zero_stage":
+            engine = ["--use_deepspeed", *engine]
         count = str(self.recipe["gpus"])
         return ["accelerate", "launch", "--num_processes", count, *engine, "--mixed_precision", "bf16"]
 
@@ -138,8 +141,8 @@ def cases() -> Iterator[Case]:
     turn = 0
     for engine, (_, recipe) in OTHERWISE.items():
         for mode in ("full", "lora", "full", "qlora"):
-            if mode == "qlora" and recipe["parallel"] == "zero3":
-                continue
+            if mode == "qlora" and recipe["parallel"] in ("zero3", "fsdp2"):
+                continue  # 4-bit weights, which are not divided or not offloaded
             model = ("llama-3.2-1b", "qwen3-4b", "qwen2.5-1.5b", "llama-3.1-8b")[(turn + turn // 4) % 4]
             trainer = ("peft", "trl")[(turn + turn // 2) % 2]
             world = (8, 2, 3)[turn % 3]
@@ -194,8 +197,8 @@ def planned(case: Case) -> dict[str, int]:
     found = resolve_config(case.model)
     spec = spec_from_config(cut(found.config, case.layers, case.model), found.name, found.hub_id)
     run = predicted.run(spec, resolve_recipe(spec, Recipe(**case.recipe)), rank=0)
-    found = {"tensors": replay(run.tape).allocated_bytes, "reserved": run.free.reserved}
-    return found if "offload" not in case.recipe else {**found, "host": run.tape.host[0]}
+    figures = {"tensors": replay(run.tape).allocated_bytes, "reserved": run.free.reserved}
+    return figures if "offload" not in case.recipe else {**figures, "host": run.tape.host[0]}
 
 
 def emulated(case: Case, folder: Path) -> dict[str, Any]:

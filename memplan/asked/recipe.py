@@ -542,13 +542,13 @@ class Recipe(BaseModel):
     offload: Annotated[
         Offload | None,
         of_step(
-            help="what DeepSpeed keeps on the host",
+            help="what ZeRO or FSDP2 keeps on the host",
             default="nothing",
             phrase=lambda r: f"{_AWAY[r.offload]} on the host" if r.offload else None,
             source=(
                 "DeepSpeed's `offload_optimizer` and `offload_param`, with `pin_memory`; accelerate, "
                 "`utils/deepspeed.py`, `map_pytorch_optim_to_deepspeed`, puts its DeepSpeedCPUAdam in the "
-                "optimizer's place."
+                "optimizer's place. FSDP2 offloads both (`--fsdp_offload_params true`)."
             ),
         ),
     ] = None
@@ -690,10 +690,15 @@ class Recipe(BaseModel):
             self._check_zero()
         else:
             for name in _OF_ZERO:
-                if getattr(self, name) is not None:
-                    raise ValueError(f"{name} is DeepSpeed's: use --parallel zero2 or zero3, or leave it out")
+                if getattr(self, name) is not None and not (sharded and name == "offload"):
+                    whose = "ZeRO's or FSDP2's" if name == "offload" else "DeepSpeed's"
+                    raise ValueError(f"{name} is {whose}: use --parallel zero2 or zero3, or leave it out")
         if not sharded:
             return
+        if self.offload is Offload.OPTIMIZER:
+            raise ValueError("FSDP2 offloads parameters and the optimizer together: use --offload both")
+        if self.offload is not None and self.mode is Mode.QLORA:
+            raise ValueError("FSDP2 with 4-bit weights on the host is not planned: leave out --offload")
         for name, rest, why in _NOT_SHARDED:
             if getattr(self, name) not in rest:
                 raise ValueError(f"{why}: leave {name} out, or use --parallel ddp")

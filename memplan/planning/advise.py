@@ -12,7 +12,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING
 
 from memplan import attention, losses
-from memplan.asked.recipe import DTypeName, Kernels, Mode, Recipe
+from memplan.asked.recipe import DTypeName, Kernels, Mode, Offload, Recipe
 from memplan.errors import MemplanError
 from memplan.planning.records import Advice, Change, Combination
 
@@ -208,12 +208,18 @@ IDEAS = (
         _said("parameters and the optimizer on the host"),
         "time: parameters cross the bus for each layer, too; needs the host's memory",
         lambda recipe: (
-            {"offload": "both"} if recipe.parallel == "zero3" and recipe.offload != "both" else None
+            {"offload": "both"}
+            if recipe.parallel in ("zero3", "fsdp2") and recipe.offload is not Offload.BOTH
+            else None
         ),
         _said("--offload both"),
-        _said(
-            '"offload_optimizer": {"device": "cpu", "pin_memory": true}, "offload_param": {"device": "cpu", '
-            '"pin_memory": true}'
+        lambda recipe: (
+            "accelerate launch --fsdp_offload_params true"
+            if recipe.parallel == "fsdp2"
+            else ", ".join(
+                f'"{what}": {{"device": "cpu", "pin_memory": true}}'
+                for what in ("offload_optimizer", "offload_param")
+            )
         ),
     ),
     _Idea(

@@ -205,9 +205,9 @@ class Keys:
         raise MemplanError(f"{self.name}: {key} must be {wanted}, not {shown(self._values.get(key))}")
 
     def within(self, key: str, values: Mapping[str, Any]) -> Keys:
-        """The keys of a mapping inside, for which the same is found."""
+        """The keys of a mapping inside, of which the same options are found."""
         inside = Keys(f"{self.name}: {key}", values, self._instead, self.title)
-        inside.options, inside.left_out, inside.ignored = self.options, self.left_out, self.ignored
+        inside.options, inside.left_out = self.options, self.left_out
         return inside
 
     def finish(self, ignored: Collection[str]) -> None:

@@ -32,7 +32,7 @@ IGNORED = words(
     """
 )
 SEVERAL = "spreads the run over several cards in a way that memplan does not plan yet"
-DEEPSPEED = "is another file: ask about that one, with --config and --gpus"
+DEEPSPEED = "sets up DeepSpeed by a file of its own: ask about that one, with --config and --gpus"
 ON_THE_FIRST_RANK = (
     "fsdp_cpu_ram_efficient_loading: the first rank alone loads, which moves what is reserved; played as if "
     "all did"

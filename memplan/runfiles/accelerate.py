@@ -15,7 +15,6 @@ _FSDP2 = {
     "fsdp_version": (2,),
     "fsdp_auto_wrap_policy": ("TRANSFORMER_BASED_WRAP", None),
     "fsdp_reshard_after_forward": (True, None),
-    "fsdp_offload_params": (False, None),
     "fsdp_activation_checkpointing": (False, None),
 }
 
@@ -33,6 +32,8 @@ def _read(keys: Keys) -> None:
     else:
         keys.refuse("distributed_type", "spreads the run in a way that memplan does not plan yet")
     own = {"FSDP": "fsdp_config", "DEEPSPEED": "deepspeed_config"}
+    if keys.value("parallelism_config"):
+        keys.refuse("parallelism_config", "spreads the run in more ways, which memplan does not plan yet")
     others = [key for of, key in own.items() if of != kind]
     keys.refuse_any(dict.fromkeys(others, "is not planned yet"))
     keys.refuse_any({"use_cpu": "trains on the processor, whose memory memplan does not plan"})
@@ -58,9 +59,9 @@ def _sharded(keys: Keys) -> None:
         if config.get(key) not in planned:
             what = "FSDP1" if key == "fsdp_version" else f"{key} {config[key]}"
             keys.refuse("fsdp_config", f"is of {what}, which memplan does not plan yet")
-    if keys.value("parallelism_config"):
-        keys.refuse("parallelism_config", "spreads the run in more ways, which memplan does not plan yet")
     _of_several(keys, "fsdp2")
+    if config.get("fsdp_offload_params") and "parallel" in keys.options:
+        keys.put("offload", "both")
     if config.get("fsdp_cpu_ram_efficient_loading"):
         keys.leave_out(ON_THE_FIRST_RANK)
 
@@ -110,7 +111,7 @@ RUNFILE = RunFile(
     ignored=words(
         """
         compute_environment debug machine_rank gpu_ids main_process_ip main_process_port rdzv_backend
-        same_network main_training_function enable_cpu_affinity parallelism_config megatron_lm_config
+        same_network main_training_function enable_cpu_affinity megatron_lm_config
         mpirun_config tpu_name tpu_zone tpu_use_cluster tpu_use_sudo command_file commands tpu_vm tpu_env
         downcast_bf16 fp8_config
     """

@@ -38,7 +38,8 @@ from memplan.shadow.tensor import (
     uint8,
 )
 from memplan.strategies import EMBEDDING, NORM, Forward, Lying, Part, Resting, Strategy, Whole
-from memplan.tape import Category
+from memplan.strategies._host import Host, HostBytes
+from memplan.tape import Category, Phase
 from memplan.weights import LoadStep, Temporary
 
 _GATHERING, _REDUCING = 1, 2  # streams
@@ -123,6 +124,8 @@ class Fsdp2(Spread):
         self.group = self.root
         self.by_whole: dict[int, Parameter] = {}
         self.ran: list[Group] = []  # post_forward_order
+        self.away = recipe.offload is not None  # CPUOffloadPolicy: shards, gradients and states on the host
+        self.on_host = Host()
         self.kept: Tensor | None = None  # all_gather_state
         self.summing: list[Tensor] = []  # reduce_scatter_states
 
@@ -143,9 +146,13 @@ class Fsdp2(Spread):
         rows = -(-shape[0] // self.world)
         own = max(min(rows, shape[0] - self.rank * rows), 0)
         resting = self.trained if trainable and self.trained is not None else dtype
-        with category(kind):
-            padded = empty((rows, *shape[1:]), resting, "parameter")
-        shard = Tensor((own, *shape[1:]), resting, padded.storage)
+        if self.away:
+            shard = Tensor((own, *shape[1:]), resting, None)
+            self._offload(rows * prod(shape[1:]) * resting.itemsize, trainable=trainable)
+        else:
+            with category(kind):
+                padded = empty((rows, *shape[1:]), resting, "parameter")
+            shard = Tensor((own, *shape[1:]), resting, padded.storage)
         whole = Tensor(shape, self.computing or dtype, Resizable())
         if trainable:
             require_grad(shard, parameter=True)
@@ -158,9 +165,38 @@ class Fsdp2(Spread):
         self.by_whole[id(whole)] = made
         return whole
 
+    def _offload(self, nbytes: int, *, trainable: bool) -> None:
+        """What a parameter takes on the host."""
+        self.on_host.pin(nbytes)
+        if trainable:
+            self.on_host.pin(nbytes)  # its gradient
+            for _ in range(2):
+                self.on_host.keep(nbytes)
+
+    def host(self) -> HostBytes:
+        """What is offloaded."""
+        return self.on_host.bytes
+
     def updated(self, parameter: Tensor) -> Tensor:
         """Its shard."""
         return self.by_whole[id(parameter)].shard
+
+    def optimized(self, groups: list[Any]) -> list[Any]:
+        """Nothing, where all is on the host."""
+        return [] if self.away else groups
+
+    def update(self, recipe: Recipe, kept: Any, loop: Any) -> bool:
+        """Of what is on the host, only the norm of the gradients comes by, to be summed over the ranks."""
+        if not self.away:
+            return False
+        state.tape.begin(Phase.OPTIMIZER, "norm")
+        if recipe.max_grad_norm:
+            state.tape.module = "fsdp"
+            summed = empty((), float32, "_to_copy")
+            del summed
+            squared, norm = empty((), float32, "all_reduce"), empty((), float32, "pow")
+            del squared, norm
+        return True
 
     # -- gathering ---------------------------------------------------------------------------------------
 
@@ -173,9 +209,21 @@ class Fsdp2(Spread):
         count = sum(parameter.held for parameter in group.parameters)
         cast = sum(p.held for p in group.parameters if p.shard.dtype is not dtype)
         with category(Category.COMMUNICATION), stream(_GATHERING):
-            narrowed = empty((cast,), dtype, "all_gather_copy_in")
+            if self.away:
+                inputs = [self._brought(parameter) for parameter in group.parameters]
+            else:
+                inputs = [empty((cast,), dtype, "all_gather_copy_in")]
             group.gathered = empty((count * self.world,), dtype, "all_gather")
-            del narrowed
+            while inputs:
+                inputs.pop()
+
+    def _brought(self, parameter: Parameter) -> Tensor:
+        """A shard from the host, cast on the card (``FSDPParam.all_gather_inputs``)."""
+        held = parameter.held
+        came = empty((held,), parameter.shard.dtype, "_to_copy")
+        if parameter.whole.dtype is came.dtype:
+            return came
+        return empty((held,), parameter.whole.dtype, "_to_copy")
 
     def copy_out(self, group: Group, *, forward: bool) -> None:
         """``FSDPParamGroup.wait_for_unshard``: ``foreach_all_gather_copy_out``. In forward the gathered
@@ -364,12 +412,12 @@ class Fsdp2(Spread):
                 summed = empty((count,), resting, "_to_copy")
         assert summed.storage is not None
         state.tape.categories[summed.storage.index] = Category.GRADIENTS
-        for parameter in parameters:
+        for parameter in () if self.away else parameters:
             node = parameter.shard.node
             assert isinstance(node, AccumulateGrad)
             node.grad = Tensor(parameter.shard.shape, resting, summed.storage)
         self.summing.append(laid)
-        del last
+        del last, summed
 
     def _accumulate(self, group: Group) -> None:
         """``accumulate_unsharded_grad_if_needed``, ``to_accumulated_grad_if_needed``: a gradient that is
@@ -435,27 +483,38 @@ def _tensors(loss: Any, logits: Tensor | None) -> list[Tensor]:
 
 
 def _load(
-    _recipe: Recipe, resting: Resting, whole: Whole, temporary: Temporary, lying: Lying
+    recipe: Recipe, resting: Resting, whole: Whole, temporary: Temporary, lying: Lying
 ) -> Iterator[LoadStep]:
     """``fully_shard`` of one unit after the other: all of its parameters come onto the card, a part of each
     is copied, and they go. accelerate's names for the weights of embedding and output layer hold those to the
     end of its preparation."""
-    units: dict[str, list[tuple[int, str]]] = {}
+    units: dict[str, list[tuple[int | str, str]]] = {}
     for number, name, _ in resting:
         units.setdefault(_unit(name), []).append((number, name))
+    for one in whole if recipe.offload is not None else ():
+        if isinstance(one, str):
+            units.setdefault(_unit(one), []).append((one, one))
+    # what is trained is upcast before, which shards that rest here tell
+    wide = recipe.offload is not None and recipe.mode is Mode.FULL and recipe.autocast
+    wider = 4 // DTYPES[recipe.dtype.value].itemsize if wide and recipe.shard_dtype is None else 1
     held: list[int] = []
     for unit in sorted(units, key=lambda unit: (not unit.startswith("model.layers."), "norm" not in unit)):
         came: list[int] = []
         there = held if unit in ("model.embed_tokens", "lm_head") else came
         for name in dict.fromkeys(name for _, name in units[unit]):  # several may be called alike
             there += lying.get(name, ())
-        for number, _ in units[unit]:
-            if number in whole:
-                take, temporarily = temporary(whole[number])
+        for one, _ in units[unit]:
+            if one in whole:
+                take, temporarily = temporary(whole[one] * wider)
                 yield take
                 there.append(temporarily)
-        for number, _ in units[unit]:
-            yield "alloc", number
+        for one, _ in units[unit]:
+            if isinstance(one, int):
+                yield "alloc", one
+                continue
+            take, shard = temporary(-(-whole[one] * wider // recipe.gpus))  # on its way to the host
+            yield take
+            yield "drop", shard
         for number in came:
             yield "drop", number
     for number in held:
