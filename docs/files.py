@@ -31,6 +31,7 @@ PROBES: Mapping[str, tuple[dict[str, Any], ...]] = {
     "llama_factory": ({"stage": "sft", "quantization_bit": 4, "disable_gradient_checkpointing": False},),
     "trl": ({"use_peft": True, "load_in_4bit": True}, {"use_peft": False}),
     "training_arguments": ({},),
+    "deepspeed": ({"zero_optimization": {"stage": 2}},),
     "accelerate": ({},),
 }
 

@@ -555,9 +555,16 @@ ANYTHING: tuple[Any, ...] = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("values", [QLORA, LORA_SFT, {**TRL, "load_in_4bit": True}], ids=str)
+@pytest.mark.parametrize(
+    "values",
+    [
+        QLORA, LORA_SFT, {**TRL, "load_in_4bit": True},
+        {"zero_optimization": {"stage": 2}, "train_batch_size": 8, "optimizer": {"type": "Adam"}},
+    ],
+    ids=str,
+)  # fmt: skip
 def test_any_value_of_any_key_is_read_or_refused(values: dict[str, Any], write: Write) -> None:
-    kind = read(write(values)).kind
+    kind = read(write(values, "run.json" if "zero_optimization" in values else "run.yaml")).kind
     runfile = runfiles.find(kind)
     probe = runfiles.Keys("x", values, lambda: "")
     runfile.read(probe)
@@ -575,6 +582,26 @@ def test_any_value_of_any_key_is_read_or_refused(values: dict[str, Any], write: 
                 found.recipe()
             except MemplanError:
                 continue  # one of its sentences
+
+
+@pytest.mark.parametrize("outer", ["zero_optimization", "deepspeed_config"])
+def test_any_value_of_deepspeeds_keys_is_read_or_refused(outer: str) -> None:
+    inside = (
+        ("stage", "offload_optimizer", "offload_param", "overlap_comm", "reduce_bucket_size")
+        if outer == "zero_optimization"
+        else ("zero_stage", "offload_optimizer_device", "gradient_clipping", "deepspeed_config_file")
+    )
+    for key in inside:
+        for value in (*ANYTHING, {"device": []}, {"device": "cpu", "ratio": "x"}, {"device": {}}):
+            values = {outer: {"stage": 3, key: value}}
+            if outer == "deepspeed_config":
+                values = {"distributed_type": "DEEPSPEED", "num_processes": 2, outer: {key: value}}
+            keys = runfiles.Keys("x", values, lambda: "")
+            try:
+                runfiles.find("deepspeed" if outer == "zero_optimization" else "accelerate").read(keys)
+            except MemplanError:
+                continue
+            assert keys.options["parallel"].startswith("zero")
 
 
 # -- on the command line ----------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ def loading(spec: ModelSpec, recipe: Recipe, step: Tape, capacity: int | None = 
     strategy = strategies.of(recipe)
     if strategy is not None and strategy.load is not None:
         if weights.of(recipe) is None:
-            return _spread(strategy, shapes, recipe, step)
+            return _spread(strategy, shapes, recipe, step, capacity)
         if strategy.shards:
             return _sharded(strategy, spec, shapes, recipe, step, capacity)
     if strategy is not None and strategy.wrap is not None:
@@ -90,7 +90,13 @@ def making(spec: ModelSpec, recipe: Recipe, step: Tape) -> Tape:
     return _written(steps, step)
 
 
-def _spread(strategy: strategies.Strategy, shapes: Mapping[str, Shape], recipe: Recipe, step: Tape) -> Tape:
+def _spread(
+    strategy: strategies.Strategy,
+    shapes: Mapping[str, Shape],
+    recipe: Recipe,
+    step: Tape,
+    capacity: int | None,
+) -> Tape:
     """The same of a model that is spread over ranks when it is there, with nothing emptied after."""
     assert strategy.load is not None
     temporary = _temporary()
@@ -99,14 +105,15 @@ def _spread(strategy: strategies.Strategy, shapes: Mapping[str, Shape], recipe: 
     made = [one.storage for one in brought if one.made]
     known = {name.removesuffix(".weight"): prod(shape) for name, shape in shapes.items()}
     there = {name for _, name, _ in resting}
-    itemsize = _ITEMSIZE[recipe.dtype]
+    itemsize = strategy.itemsize or _ITEMSIZE[recipe.dtype]
     whole: dict[int | str, int] = {n: count * itemsize for n, count in known.items() if n not in there}
     for number, name, nbytes in resting:
         share = nbytes * recipe.gpus
         count = known.get(name, 0)
         exact = next((count * size for size in (4, 2) if 0 <= share - count * size < share // 8), share)
         whole[number] = exact if ".lora_" not in name else share
-    steps = [*strategy.load(recipe, resting, whole, temporary, {}), *(("alloc", number) for number in made)]
+    coming = strategies.Coming(resting, whole, {}, temporary, capacity)
+    steps = [*strategy.load(recipe, coming), *(("alloc", number) for number in made)]
     return _written(iter(steps), step, emptied=False)
 
 
@@ -151,7 +158,7 @@ def _sharded(
         else:
             steps.append((what, value))
     steps.append(("empty_cache", 0))
-    steps += strategy.load(recipe, resting, {}, temporary, lies)
+    steps += strategy.load(recipe, strategies.Coming(resting, {}, lies, temporary, capacity))
     return _written(iter(steps), step, emptied=False)
 
 

@@ -25,23 +25,37 @@ Part = int | str  # a layer, by its position among those that are played, or wha
 
 
 @dataclass(frozen=True, slots=True)
+class Coming:
+    """What a model brings when it is loaded. ``resting``: storages by number, full name and bytes; ``whole``:
+    bytes of each whole parameter by that number, or by its name where nothing rests of it alone; ``lying``:
+    where those lie that are whole on the card already, by name; ``temporary``: takes what is there for a
+    while; ``capacity``: bytes of the card, None for as many as it takes."""
+
+    resting: Resting
+    whole: Whole
+    lying: Lying
+    temporary: Temporary
+    capacity: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Strategy:
     """A strategy. ``spread``: begins a step of the (resolved) recipe on a rank, on the one that
     takes the most unless it is given. ``shards``: whether ranks
     have parts of parameters, along their first axis; ``folds``: whether like layers do alike, which is not
     so where what is done in one depends on how much there was before it.
 
-    ``load``: the steps by which what rests comes onto the card once the model is made, of storages by number,
-    full name and bytes, of the bytes of each whole parameter by that number, or by its name where nothing
-    rests of it alone, and of where those lie that are whole on the card already, by name; None if as on one
-    GPU. ``wrap``: what follows, of the tape of a step; what it does not drop goes after the first step.
+    ``load``: the steps by which what rests comes onto the card once the model is made, None if as on one GPU;
+    ``itemsize``: of what comes, where it is cast before. ``wrap``: what follows, of the tape of a step; what
+    it does not drop goes after the first step.
     """
 
     spread: Callable[[Recipe, int | None], Spread]
     shards: bool = False
-    load: Callable[[Recipe, Resting, Whole, Temporary, Lying], Iterator[LoadStep]] | None = None
+    load: Callable[[Recipe, Coming], Iterator[LoadStep]] | None = None
     wrap: Callable[[Tape, Temporary], Iterator[LoadStep]] | None = None
     folds: bool = True
+    itemsize: int | None = None
 
 
 def of(recipe: Recipe) -> Strategy | None:

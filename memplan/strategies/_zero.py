@@ -32,7 +32,7 @@ from memplan.shadow.tensor import (
     state,
     uint8,
 )
-from memplan.strategies import Resting, Whole
+from memplan.strategies import Coming
 from memplan.strategies._host import Host, HostBytes
 from memplan.tape import Category
 
@@ -149,11 +149,11 @@ def count_of(asked: int | Literal["auto"] | None, otherwise: int) -> int:
     return 0 if asked == "auto" else otherwise if asked is None else asked
 
 
-def by_name(resting: Resting, whole: Whole) -> dict[str, int]:
+def by_name(coming: Coming) -> dict[str, int]:
     """Bytes of whole parameters by their names."""
-    found = {name: nbytes for name, nbytes in whole.items() if isinstance(name, str)}
-    for number, name, _ in resting:
-        found[name] = found.get(name, 0) + whole[number]
+    found = {name: nbytes for name, nbytes in coming.whole.items() if isinstance(name, str)}
+    for number, name, _ in coming.resting:
+        found[name] = found.get(name, 0) + coming.whole[number]
     return found
 
 

@@ -14,7 +14,7 @@ from memplan.parts.loop import Loop
 from memplan.shadow import autograd, ops
 from memplan.shadow.autograd import AccumulateGrad
 from memplan.shadow.tensor import DType, Shape, Tensor, bool_, category, empty, float32, state, stream, uint8
-from memplan.strategies import Lying, Resting, Whole
+from memplan.strategies import Coming
 from memplan.strategies._zero import (
     REDUCING,
     Trained,
@@ -31,7 +31,7 @@ from memplan.strategies._zero import (
     vector_norm,
 )
 from memplan.tape import Category, Part, Phase
-from memplan.weights import LoadStep, Temporary
+from memplan.weights import LoadStep
 
 _BUCKET = 500_000_000  # elements: reduce_bucket_size (runtime/zero/config.py)
 FLAT, MASTER = "bit16_groups_flat", "single_partition_of_fp32_groups"
@@ -376,41 +376,51 @@ def _most(groups: list[tuple[list[Trained], int]], world: int) -> int:
     return elements.index(max(elements))
 
 
-def load(
-    recipe: Recipe, resting: Resting, whole: Whole, temporary: Temporary, _lying: Lying
-) -> Iterator[LoadStep]:
-    """The model comes onto the card as it is (``module.to(device)``), and each of its groups is laid out
-    flat; what it lay in goes. A partition is copied in its own dtype before it is widened; gradients of all
-    are made once (``initialize_optimizer_states``), on the host where they are offloaded."""
+def load(recipe: Recipe, coming: Coming) -> Iterator[LoadStep]:
+    """The model is cast and comes onto the card as it is (``module.to(device)``), and each of its groups is
+    laid out flat; what it lay in goes, first where the card has no room for both. A partition is copied in
+    its own dtype before it is widened; gradients of all are made once (``initialize_optimizer_states``), on
+    the host where they are offloaded."""
+    temporary = coming.temporary
     frozen: dict[str, list[int]] = {}
     groups: list[tuple[int, int]] = []
-    masters = [number for number, name, _ in resting if name == MASTER]
-    sent = [number for number, name, _ in resting if name == SENT]
-    for number, name, nbytes in resting:
+    masters = [number for number, name, _ in coming.resting if name == MASTER]
+    sent = [number for number, name, _ in coming.resting if name == SENT]
+    for number, name, nbytes in coming.resting:
         if name == FLAT:
-            groups.append((number, nbytes // recipe.gpus))
+            groups.append((number, nbytes))
         elif name not in (MASTER, SENT):
             frozen.setdefault(name, []).append(number)
+    nbytes_of = by_name(coming)
+    allocated = sum(nbytes for _, name, nbytes in coming.resting if name in frozen)
     came: dict[str, int] = {}
-    nbytes_of = by_name(resting, whole)
     for name in sorted(nbytes_of, key=place):
         if name in frozen:
             yield from (("alloc", number) for number in frozen[name])
         elif name not in (FLAT, MASTER, SENT):
             take, came[name] = temporary(nbytes_of[name])
+            allocated += nbytes_of[name]
             yield take
-    for last, (flat, partition) in enumerate(groups):
+    for last, (flat, nbytes) in enumerate(groups):
         yield "empty_cache", 0
-        yield "alloc", flat
-        for name in [name for name in came if last or _decays(name)]:
-            yield "drop", came.pop(name)
+        own = [name for name in came if last or _decays(name)]
+        apart = coming.capacity is not None and coming.capacity - allocated < nbytes
+        if not apart:  # flatten_on_accelerator
+            yield "alloc", flat
+        yield from (("drop", came.pop(name)) for name in own)
+        if apart:
+            yield "empty_cache", 0
+            yield "alloc", flat
+        allocated += nbytes - sum(nbytes_of[name] for name in own)
+        partition = nbytes // recipe.gpus
         take, copied = temporary(partition)
         yield take
         if masters:
             yield "alloc", masters[last]
+            allocated += 2 * partition
         yield "drop", copied
     yield from (("alloc", number) for number in sent)
-    made = [temporary(2 * partition) for _, partition in groups if masters]
+    made = [temporary(2 * (nbytes // recipe.gpus)) for _, nbytes in groups if masters]
     yield from (take for take, _ in made)
     yield from (("drop", number) for _, number in made)
 

@@ -37,10 +37,10 @@ from memplan.shadow.tensor import (
     stream,
     uint8,
 )
-from memplan.strategies import EMBEDDING, NORM, Forward, Lying, Part, Resting, Strategy, Whole
+from memplan.strategies import EMBEDDING, NORM, Coming, Forward, Part, Strategy
 from memplan.strategies._host import Host, HostBytes
 from memplan.tape import Category, Phase
-from memplan.weights import LoadStep, Temporary
+from memplan.weights import LoadStep
 
 _GATHERING, _REDUCING = 1, 2  # streams
 
@@ -482,14 +482,13 @@ def _tensors(loss: Any, logits: Tensor | None) -> list[Tensor]:
     return returned if logits is None else [*returned, logits]
 
 
-def _load(
-    recipe: Recipe, resting: Resting, whole: Whole, temporary: Temporary, lying: Lying
-) -> Iterator[LoadStep]:
+def _load(recipe: Recipe, coming: Coming) -> Iterator[LoadStep]:
     """``fully_shard`` of one unit after the other: all of its parameters come onto the card, a part of each
     is copied, and they go. accelerate's names for the weights of embedding and output layer hold those to the
     end of its preparation."""
+    whole, temporary = coming.whole, coming.temporary
     units: dict[str, list[tuple[int | str, str]]] = {}
-    for number, name, _ in resting:
+    for number, name, _ in coming.resting:
         units.setdefault(_unit(name), []).append((number, name))
     for one in whole if recipe.offload is not None else ():
         if isinstance(one, str):
@@ -502,7 +501,7 @@ def _load(
         came: list[int] = []
         there = held if unit in ("model.embed_tokens", "lm_head") else came
         for name in dict.fromkeys(name for _, name in units[unit]):  # several may be called alike
-            there += lying.get(name, ())
+            there += coming.lying.get(name, ())
         for one, _ in units[unit]:
             if one in whole:
                 take, temporarily = temporary(whole[one] * wider)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from math import prod
 from typing import Any
 
-from memplan.asked.recipe import Mode, Offload, Recipe
+from memplan.asked.recipe import DTypeName, Mode, Offload, Recipe
 from memplan.optimizers import Group, State
 from memplan.parts.context import Context, Layer, Leaves
 from memplan.parts.loop import Loop
@@ -31,7 +31,7 @@ from memplan.shadow.tensor import (
     stream,
     view_strides,
 )
-from memplan.strategies import Lying, Part, Resting, Strategy, Whole
+from memplan.strategies import Coming, Part, Strategy
 from memplan.strategies._fetching import AVAILABLE, PARTITIONED, Coordinator, Module, Parameter
 from memplan.strategies._zero import (
     REDUCING,
@@ -597,23 +597,28 @@ def _folded(x: Tensor) -> Tensor:
 # -- loading -----------------------------------------------------------------------------------------------
 
 
-def _load(
-    recipe: Recipe, resting: Resting, whole: Whole, temporary: Temporary, _lying: Lying
-) -> Iterator[LoadStep]:
+def _load(recipe: Recipe, coming: Coming) -> Iterator[LoadStep]:
     """Each parameter is made whole and divided (``zero.Init``), gathered once to be filled, once more when
     its hooks are made; between, partitions of trained ones are laid together on the host (``defragment``)."""
+    temporary = coming.temporary
     found: dict[str, list[tuple[int, int]]] = {}
-    for number, name, nbytes in resting:
+    for number, name, nbytes in coming.resting:
         found.setdefault(name, []).append((number, nbytes))
     own = (_FLAT, _MASTER, _GRADIENTS)
-    nbytes_of = by_name(resting, whole)
+    nbytes_of = by_name(coming)
     names = sorted((name for name in nbytes_of if name not in own), key=place)
     trained = [name for name in names if name not in found]
     away = recipe.offload is Offload.BOTH
+    wide = recipe.trainer == "trl" and recipe.dtype is DTypeName.FLOAT32
     partitions = []
     for name in names:
+        if wide:  # what torch.empty makes is cast (zero_wrapper_for_fp_tensor_constructor)
+            take, before = temporary(2 * nbytes_of[name])
+            yield take
         take, made = temporary(nbytes_of[name])
         yield take
+        if wide:
+            yield "drop", before
         if name in found:
             yield from (("alloc", number) for number, _ in found[name])
         elif not away:
@@ -646,4 +651,4 @@ def _gathered(names: list[str], nbytes_of: dict[str, int], temporary: Temporary)
         yield "drop", number
 
 
-STRATEGY = Strategy(Zero3, load=_load, folds=False)
+STRATEGY = Strategy(Zero3, load=_load, folds=False, itemsize=2)
