@@ -292,7 +292,7 @@ def test_models_and_gpus_are_listed(memplan: Run) -> None:
 
 
 def test_every_field_of_a_recipe_has_an_option_and_every_option_a_field() -> None:
-    others = {"help", "model", "gpu", "json", "tape", "trace", "verbose", "config", "lengths"}
+    others = {"help", "model", "gpu", "json", "tape", "trace", "verbose", "config", "lengths", "host_memory"}
     others |= {"timeline", "html", "trace_json", "snapshot"}
     destinations = {action.dest for action in plan_parser()._actions}
     assert destinations - others == set(Recipe.model_fields)

@@ -411,6 +411,5 @@ def test_advice_is_no_matter_of_a_launchers_file(tmp_path: Path, memplan: Run) -
     assert outcome.status == 1
     told = " ".join(outcome.out.split())
     assert "It fits with accelerate launch --use_fsdp --fsdp_version 2 " in told
-    assert "--how-many looks for a number of GPUs, which is said to be 8" in (
-        memplan("fit", "llama-3.1-8b", "--config", str(path), "--gpu", "h100", "--how-many").err
-    )
+    asked = ("fit", "llama-3.1-8b", "--config", str(path), "--gpu", "h100", "--how-many")
+    assert memplan(*asked).out.startswith("One H100 80GB HBM3 is enough")  # whatever number the file says

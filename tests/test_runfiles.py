@@ -450,7 +450,7 @@ def test_deepspeeds_sizes(write: Write, capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"train_micro_batch_size_per_gpu": 1}, "stage: null is not planned"),
+        ({"train_micro_batch_size_per_gpu": 1}, "zero_optimization: null is not there"),
         ({"zero_optimization": {"stage": 4}}, "stage: 4 is not planned"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, "offloads to a disk"),
         ({"zero_optimization": {"stage": 3, "offload_param": BOTH}}, "without offload_optimizer"),
@@ -491,9 +491,65 @@ def test_accelerates_keys_of_deepspeed(write: Write, capsys: pytest.CaptureFixtu
     }  # fmt: skip
     alone = {**values, "num_processes": 1, "deepspeed_config": told}
     elsewhere = {**values, "deepspeed_config": {"deepspeed_config_file": "ds.json"}}
-    for asked, said in ((alone, "DeepSpeed on one card"), (elsewhere, "ask about that one, with --config")):
+    for asked, said in (
+        (alone, "DeepSpeed on one card"),
+        (elsewhere, "ds.json is not there: run memplan where it is"),
+    ):
         assert main(["llama-3.2-1b", "--mode", "full", "--config", write(asked)]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_a_file_names_what_launches_it(
+    write: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    deepspeed = {
+        "zero_optimization": {"stage": 3, "offload_optimizer": BOTH}, "gradient_accumulation_steps": 4,
+    }  # fmt: skip
+    write(deepspeed, "ds.json")
+    accelerate = {"distributed_type": "DEEPSPEED", "num_processes": 4, "mixed_precision": "bf16"}
+    launched = write({**accelerate, "deepspeed_config": {"deepspeed_config_file": "ds.json"}}, "acc.yaml")
+    expected = {"parallel": "zero3", "offload": "optimizer", "gradient_accumulation_steps": 4}
+    for found in (
+        read(write(TRL, deepspeed="ds.json")),
+        read(launched),
+        read(write(TRL, accelerate_config="acc.yaml", use_peft=False)),
+    ):
+        assert expected.items() <= found.options.items()
+    assert found.options["gpus"] == 4 and found.model == TRL["model_name_or_path"]
+    assert found.name == "run.yaml and acc.yaml and ds.json"
+    # or both are given
+    run = write(TRL, use_peft=False)
+    answer = plan(run, config=launched)
+    assert (
+        answer.recipe.gpus == 4 and answer.recipe.offload is not None and answer.recipe.mode.value == "full"
+    )
+    again = write({**accelerate, "deepspeed_config": {"deepspeed_config_file": "acc.yaml"}}, "acc.yaml")
+    contradicts = write(TRL, "two.yaml", use_peft=False, deepspeed="ds.json", gradient_accumulation_steps=2)
+    for asked, said in (
+        (
+            [contradicts, "--gpus", "4"],
+            "says gradient_accumulation_steps 2 and ds.json 4, which DeepSpeed refuses",
+        ),
+        ([run, "--config", again], "one file names the other in a ring"),
+        ([run, "--config", run], "are of one kind"),
+        ([write(TRL, "gone.yaml", deepspeed="gone.json")], "gone.json is not there"),
+        (["llama-3.2-1b", "--config", run, "--config", run], "--config is given twice"),
+    ):
+        assert main(asked) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_what_is_given_stands_above_a_file_of_deepspeeds(write: Write) -> None:
+    path = write(
+        {"zero_optimization": {"stage": 3, "offload_optimizer": BOTH, "offload_param": BOTH}}, "ds.json"
+    )
+    found = read(path)
+    given = Recipe(mode="full", gpus=8, offload="optimizer", reduce_bucket_size=1_000_000)
+    recipe = found.recipe(given)
+    assert (recipe.parallel, recipe.offload, recipe.reduce_bucket_size) == ("zero3", "optimizer", 1_000_000)
+    assert recipe.stage3_prefetch_bucket_size == 50_000_000
+    other = found.recipe(Recipe(mode="full", gpus=8, parallel="fsdp2", autocast=True))
+    assert other.offload is None and other.stage3_prefetch_bucket_size is None
 
 
 @pytest.mark.parametrize("name", ["zero1", "zero2", "zero3"])

@@ -672,7 +672,8 @@ class Recipe(BaseModel):
             raise ValueError("use_reentrant says how to checkpoint, but gradient checkpointing is off")
         if self.batches is not Batches.FULL:
             self._check_batches()
-        self._check_spread()
+        if self.parallel is not None:
+            self._check_spread(self.parallel)
         if self.batch_size * self.seq_len > _MAX_TOKENS:
             raise ValueError(
                 f"{self.batch_size} × {self.seq_len} tokens a step is more than any GPU can hold; "
@@ -680,13 +681,13 @@ class Recipe(BaseModel):
             )
         return self
 
-    def _check_spread(self) -> None:
-        """What is said of several GPUs."""
-        sharded = self.parallel == "fsdp2"
+    def _check_spread(self, parallel: str | None) -> None:
+        """What is said of several GPUs that share a step so, or of one."""
+        sharded = parallel == "fsdp2"
         for name in ("shard_dtype", "reduce_dtype"):
             if getattr(self, name) is not None and not (sharded and self.autocast):
                 raise ValueError(f"{name} is of FSDP2's mixed precision: use --parallel fsdp2 --autocast")
-        if self.parallel in ZERO:
+        if parallel in ZERO:
             self._check_zero()
         else:
             for name in _OF_ZERO:
@@ -697,6 +698,11 @@ class Recipe(BaseModel):
             return
         if self.offload is Offload.OPTIMIZER:
             raise ValueError("FSDP2 offloads parameters and the optimizer together: use --offload both")
+        if self.offload is not None and self.mode is Mode.LORA and self.trainer == "trl":
+            raise ValueError(
+                "TRL's SFTTrainer (1.16) fails with adapters whose base FSDP2 keeps on the host: it gathers "
+                "what NCCL can't send; use --trainer peft, or leave out --offload"
+            )
         if self.offload is not None and self.mode is Mode.QLORA:
             raise ValueError("FSDP2 with 4-bit weights on the host is not planned: leave out --offload")
         for name, rest, why in _NOT_SHARDED:
@@ -724,6 +730,8 @@ class Recipe(BaseModel):
             raise ValueError(
                 "DeepSpeed offloads parameters in ZeRO-3 alone: use --parallel zero3, or --offload optimizer"
             )
+        if self.reduce_bucket_size == 0:
+            raise ValueError("reduce_bucket_size must be at least 1, or auto")
         for field in _OF_ZERO3:
             if self.parallel != "zero3" and getattr(self, field) is not None:
                 raise ValueError(f"{field} is of ZeRO-3: use --parallel zero3, or leave it out")
@@ -731,7 +739,10 @@ class Recipe(BaseModel):
         if not self.autocast:
             raise ValueError(f"{name} is planned in bf16, as DeepSpeed trains with bf16=True: use --autocast")
         if self.parallel == "zero3" and self.mode is Mode.QLORA:
-            raise ValueError("ZeRO-3 does not divide 4-bit weights: use --parallel zero2 or fsdp2")
+            raise ValueError(
+                "ZeRO-3 does not divide 4-bit weights, which qlora has, the mode unless another is said: use "
+                "--mode full or lora, or --parallel zero2 or fsdp2"
+            )
         for field, rest in _AS_COMPARED:
             if getattr(self, field) not in rest:
                 raise ValueError(
@@ -834,7 +845,8 @@ class Recipe(BaseModel):
         """The same recipe with every None replaced by what its trainer does (docs/trainers.md). Raises
         RecipeError for a strategy of one GPU."""
         if self.parallel is not None and self.gpus == 1:
-            raise RecipeError(f"{self.parallel} is for several GPUs: say how many, such as --gpus 8")
+            alone = "; DeepSpeed on one is not planned" if self.parallel in ZERO else ""
+            raise RecipeError(f"{self.parallel} is for several GPUs: say how many, such as --gpus 8{alone}")
         stack = stacks.find(self.trainer)
         has = stack.of(self.mode.value)
         checkpointing = self.gradient_checkpointing
@@ -845,6 +857,11 @@ class Recipe(BaseModel):
         )
         reentrant = stack.reentrant(known) if self.use_reentrant is None else self.use_reentrant
         parallel = self.parallel or ("ddp" if self.gpus > 1 else None)
+        if self.parallel is None:
+            try:
+                self._check_spread(parallel)
+            except ValueError as error:
+                raise RecipeError(str(error)) from None
         if parallel == "fsdp2" and self.use_reentrant is None:
             reentrant = False
         compute = self.dtype if self.compute_dtype is None else self.compute_dtype

@@ -135,8 +135,21 @@ def add_run_file(parser: Parser, *, several: bool = False) -> None:
         "--config",
         metavar="FILE",
         default=None,
-        help="the file of a trainer, beside a model; options that are given override it",
+        action=_Once,
+        help="the file of a trainer, of accelerate or of DeepSpeed, beside a model or a trainer's file; "
+        "options that are given override it",
     )
+
+
+class _Once(argparse.Action):
+    """A value that is given once: of two, the first would be lost."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: Any = None
+    ) -> None:
+        if getattr(namespace, self.dest) is not None:
+            parser.error(f"{option} is given twice: a trainer's file may stand in MODEL's place, beside it")
+        setattr(namespace, self.dest, values)
 
 
 def add_lengths(parser: Parser) -> None:

@@ -94,7 +94,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("--maximize looks for one length or batch, --lengths plays many: ask one of them")
     if arguments.how_many and arguments.maximize is not None:
         raise UsageError("--how-many and --maximize each look for a number: ask one of them")
-    by = recipe.parallel if arguments.how_many and recipe.gpus == 1 else None
+    by = None
+    if arguments.how_many and recipe.gpus == 1:
+        by = recipe.parallel or _strategy_of(arguments)
     if by is not None:  # on how many is yet to be found
         recipe = Recipe(**{**recipe.model_dump(exclude_unset=True), "gpus": 2})
     asked = ask(arguments.model, recipe, arguments.gpu, arguments.config, lengths)
@@ -113,6 +115,8 @@ def run(arguments: argparse.Namespace) -> int:
     answer = plan_of(study)
     check_host(answer, arguments)
     answer = answer.telling(evaluation=study.judged_evaluation, how_many=counts)
+    if arguments.eval and answer.evaluation is None:
+        raise UsageError("an evaluation under ZeRO-3 is not planned: leave out --eval")
     if arguments.eval:
         answer = answer.telling(fits=_evaluated(answer))
     fits = all(fit.verdict != "does not fit" for fit in answer.fits)
@@ -121,13 +125,24 @@ def run(arguments: argparse.Namespace) -> int:
 
         try:
             of_longest = study if lengths is None else Prediction(replace(asked, lengths=None))
-            answer = answer.telling(advice=tuple(advise(of_longest, gpu.name) for gpu in asked.gpus))
+            answer = answer.telling(
+                advice=tuple(advise(of_longest, gpu.name, arguments.host_memory) for gpu in asked.gpus)
+            )
         except MemplanError as error:
             if arguments.advise:
                 raise
             remark(str(error))
     _show(answer, arguments, given, what)
     return STATUS_FITS if fits else STATUS_DOES_NOT_FIT
+
+
+def _strategy_of(arguments: argparse.Namespace) -> str | None:
+    """The way of sharing a step that a file says, whatever number of GPUs it says beside."""
+    from memplan.planning.study import opened
+
+    _, read = opened(arguments.model, arguments.config)
+    said: str | None = None if read is None else read.options.get("parallel")
+    return said
 
 
 def _evaluated(answer: Plan) -> tuple[Fit, ...]:

@@ -73,7 +73,9 @@ def run(arguments: argparse.Namespace) -> int:
         from memplan.planning.advise import advise
 
         of_longest = Prediction(replace(study.asked, lengths=None)) if arguments.lengths else study
-        answer = answer.telling(advice=tuple(advise(of_longest, gpu.name) for gpu in study.asked.gpus))
+        answer = answer.telling(
+            advice=tuple(advise(of_longest, gpu.name, arguments.host_memory) for gpu in study.asked.gpus)
+        )
     tape = study.run().tape if pictures.asked(arguments) else None
     trace.answer(answer, tape, arguments, options)
     return 0

@@ -126,14 +126,15 @@ VALUES: dict[str, dict[str, str]] = {
 
 _OTHERWISE = (
     "of several GPUs memplan plans DDP, FSDP2 and ZeRO (--gpus N --parallel ddp, fsdp2, zero1, zero2 or "
-    "zero3), without offloading; "
+    "zero3; --offload optimizer or both; --config FILE for DeepSpeed's file or accelerate's); "
     "`memplan dry-run --gpu 8xa100 -- COMMAND` runs any such program on cards that are not there"
 )
 _NOT_PLANNED = {
     _OTHERWISE: "deepspeed ds-config fsdp fsdp-config fsdp-version zero zero-stage nnodes "
     "num-nodes tensor-parallel-size tp tp-size pp pipeline-parallel-size context-parallel-size "
-    "sequence-parallel-size sp-size ddp-backend offload cpu-offload activation-offloading offload-optimizer "
-    "offload-params",
+    "sequence-parallel-size sp-size ddp-backend cpu-offload activation-offloading offload-optimizer "
+    "offload-params offload-param offload-optimizer-device offload-param-device use-deepspeed "
+    "deepspeed-config-file",
     "8-bit weights are not planned, 4-bit ones (--mode qlora) and 16-bit ones are": "load-in-8bit 8bit",
     "GPTQ and AWQ weights are not planned, bitsandbytes' 4-bit ones (--mode qlora) are": "gptq awq",
     "FP8 training is not planned": "fp8",

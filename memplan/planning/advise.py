@@ -15,6 +15,7 @@ from memplan import attention, losses
 from memplan.asked.recipe import DTypeName, Kernels, Mode, Offload, Recipe
 from memplan.errors import MemplanError
 from memplan.planning.records import Advice, Change, Combination
+from memplan.units import gib
 
 if TYPE_CHECKING:
     from memplan.asked.gpus import Gpu
@@ -173,6 +174,14 @@ IDEAS = (
     ),
     _Idea(
         Cost.TIME,
+        _said("shared out by ZeRO-3"),
+        "time: each module's parameters are gathered from the other GPUs, twice a step",
+        lambda recipe: {"parallel": "zero3"} if recipe.parallel in ("zero1", "zero2") else None,
+        _said("--parallel zero3"),
+        _said('"stage": 3'),
+    ),
+    _Idea(
+        Cost.TIME,
         _said("gradient checkpointing"),
         "time: every layer's forward runs twice, about a third more",
         lambda recipe: None if recipe.gradient_checkpointing else {"gradient_checkpointing": True},
@@ -196,7 +205,7 @@ IDEAS = (
     _Idea(
         Cost.TIME,
         _said("the optimizer on the host"),
-        "time: gradients and parameters cross the bus, and the host updates them; needs its memory",
+        "time: gradients and parameters cross the bus, and the host updates them; takes its memory",
         lambda recipe: (
             {"offload": "optimizer"} if recipe.parallel in _OFFLOADING and recipe.offload is None else None
         ),
@@ -206,7 +215,7 @@ IDEAS = (
     _Idea(
         Cost.TIME,
         _said("parameters and the optimizer on the host"),
-        "time: parameters cross the bus for each layer, too; needs the host's memory",
+        "time: parameters cross the bus for each layer, too; takes the host's memory",
         lambda recipe: (
             {"offload": "both"}
             if recipe.parallel in ("zero3", "fsdp2") and recipe.offload is not Offload.BOTH
@@ -220,17 +229,6 @@ IDEAS = (
                 f'"{what}": {{"device": "cpu", "pin_memory": true}}'
                 for what in ("offload_optimizer", "offload_param")
             )
-        ),
-    ),
-    _Idea(
-        Cost.TIME,
-        _said("FSDP2: each GPU keeps a part of every parameter"),
-        "time: parameters are gathered for each layer, forward and backward",
-        lambda recipe: {"parallel": "fsdp2"} if recipe.parallel == "ddp" else None,
-        _said("--parallel fsdp2"),
-        _said(
-            "accelerate launch --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP "
-            "--fsdp_reshard_after_forward true"
         ),
     ),
     _Idea(
@@ -328,9 +326,9 @@ IDEAS = (
 )
 
 
-def advise(study: Prediction, gpu: str) -> Advice:
+def advise(study: Prediction, gpu: str, host: int | None = None) -> Advice:
     """What would make the recipe that is asked about fit on the card called ``gpu``, or what it leaves room
-    for.
+    for. ``host``: bytes of the host's memory, beyond which nothing is offloaded.
 
     Raises MemplanError if the recipe can't be had on that card, or pricing changes of it takes too long.
     """
@@ -340,7 +338,7 @@ def advise(study: Prediction, gpu: str) -> Advice:
     recipe = study.asked.given
     file = _file(study)
     _check_size(study)
-    pricer = _Pricer(study, card)
+    pricer = _Pricer(study, card, host)
     asked = study.recipe
     if pricer.verdict(recipe) != "does not fit":
         return Advice(gpu=card.name, room=tuple(_room(recipe, pricer, file)))
@@ -358,7 +356,7 @@ def advise(study: Prediction, gpu: str) -> Advice:
     listed = tuple(
         Change(
             title=idea.title(asked),
-            cost=idea.cost,
+            cost=_cost(idea, changed, pricer),
             command=idea.command(asked),
             config=idea.config(asked) if file is None else _lines(idea, asked, file),
             tensor_bytes=after,
@@ -372,6 +370,12 @@ def advise(study: Prediction, gpu: str) -> Advice:
     if not any(change.verdict != "does not fit" for change in listed):
         combination = _combination(recipe, pricer, file)
     return Advice(gpu=card.name, changes=listed, combination=combination, cards=_cards_for(study, card))
+
+
+def _cost(idea: _Idea, changed: Recipe, pricer: _Pricer) -> str:
+    if changed.offload is None:
+        return idea.cost
+    return f"{idea.cost}: {gib(pricer.on_host(changed))} GiB of it"
 
 
 def _file(study: Prediction) -> RunFile | None:
@@ -406,8 +410,8 @@ def _check_size(study: Prediction) -> None:
 class _Pricer:
     """Plans recipes (as asked, not resolved), each once."""
 
-    def __init__(self, study: Prediction, gpu: Gpu) -> None:
-        self.study, self.gpu = study, gpu
+    def __init__(self, study: Prediction, gpu: Gpu, host: int | None = None) -> None:
+        self.study, self.gpu, self.host = study, gpu, host
         self._known: dict[Recipe, Peaks] = {}
         self._allocated: dict[Recipe, int] = {}
         self._fits: dict[Recipe, tuple[Verdict, int | None]] = {}
@@ -432,6 +436,12 @@ class _Pricer:
         if recipe not in self._allocated:
             self._allocated[recipe] = self.peaks(recipe).played(recipe.batch_size, recipe.seq_len)
         return self._allocated[recipe]
+
+    def on_host(self, recipe: Recipe) -> int:
+        """Bytes that all processes keep on the host."""
+        peaks = self.peaks(recipe)
+        tape = self.study.run(peaks.card, peaks.recipe).tape
+        return tape.host[1] * peaks.recipe.gpus
 
     def verdict(self, recipe: Recipe) -> Verdict:
         """Whether it fits."""
@@ -465,9 +475,10 @@ def _changed(recipe: Recipe, idea: _Idea, pricer: _Pricer, file: RunFile | None 
     try:
         changed = Recipe(**{**recipe.model_dump(exclude_unset=True), **fields})
         pricer.resolved(changed)
+        on_host = pricer.on_host(changed) if changed.offload is not None else 0
     except MemplanError:
         return None
-    return changed
+    return None if pricer.host is not None and on_host > pricer.host else changed
 
 
 def _combination(recipe: Recipe, pricer: _Pricer, file: RunFile | None) -> Combination | None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from memplan import attention, losses
+from memplan import attention, losses, strategies
 from memplan.asked.alloc_conf import parse_settings
 from memplan.asked.gpus import Gpu
 from memplan.asked.recipe import Kernels, Mode, Recipe
@@ -42,6 +42,7 @@ LONGEST = 1 << 20  # tokens in a sequence, batches: beyond them the answer is "e
 _NEAR = 1 << 16
 _SHORT = 32  # tokens
 _MOST_PLAYED = 4_000_000  # events, some 10 s; the default table of Gemma-3-27B is 3 million
+_MOST_PLAYED_WHOLE = 256  # layers of all points where each is played each time (ZeRO)
 _MOST_SIMULATED = 10_000  # layers of all points: the default table of 126 layers, which takes a minute
 _NEVER_FUSED_ABOVE = 1536  # tokens (memplan.cuda.gemm_4bit)
 
@@ -102,10 +103,12 @@ def frontier(
     """
     batches, recipes = list(batches), list(recipes)
     points = len(batches) * len(recipes)
-    if simulated and points * spec.num_hidden_layers > _MOST_SIMULATED:
+    strategy = strategies.of(recipes[0]) if recipes else None
+    most = _MOST_SIMULATED if strategy is None or strategy.folds else _MOST_PLAYED_WHOLE
+    if simulated and points * spec.num_hidden_layers > most:
         raise MemplanError(
             f"{points} points of {spec.num_hidden_layers} layers are too many to simulate: ask for "
-            f"{_MOST_SIMULATED // spec.num_hidden_layers} at most, of fewer batch sizes, modes, optimizers"
+            f"{most // spec.num_hidden_layers} at most, of fewer batch sizes, modes, optimizers"
         )
     every = [Peaks(spec, resolve_recipe(spec, recipe), gpu) for recipe in recipes]
     # what has no room for the smallest step needs no looking for longer ones

@@ -117,6 +117,12 @@ def opened(
             raise MemplanError(
                 f"{shown(str(config))} is no file that a trainer is configured with{_why(config)}"
             )
+        if not isinstance(model, ModelSpec) and runfiles.reads(model):
+            other = runfiles.read(model)
+            if other is not None:
+                both = runfiles.together(other, read)
+                assert both.model is not None
+                return both.model, both
         asked = {key: value for key, value in read.understood.items() if value != read.model}
         return model, replace(read, understood=asked)
     assert not isinstance(model, ModelSpec)

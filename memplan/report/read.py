@@ -38,7 +38,11 @@ def _first(phrases: list[str], room: int) -> list[str]:
     kept = len(phrases)
     while kept and len(", ".join(_with_rest(phrases, kept))) > room:
         kept -= 1
-    return _with_rest(phrases, kept)
+    if kept:
+        return _with_rest(phrases, kept)
+    rest = f"{len(phrases) - 1} more" if len(phrases) > 1 else ""
+    cut = max(room - len(rest) - 3, 0)
+    return [f"{phrases[0][:cut]}…", *filter(None, [rest])]
 
 
 def _with_rest(phrases: list[str], kept: int) -> list[str]:

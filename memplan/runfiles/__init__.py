@@ -8,7 +8,7 @@ refused, or the plan says what is left out; or it moves none, and is listed as i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,7 +112,7 @@ class Reading:
 
     def recipe(self, given: Recipe | None = None) -> Recipe:
         """The recipe that it amounts to; what ``given`` was given overrides it. Raises RecipeError."""
-        from memplan.asked.recipe import Mode, Recipe, recipe_options
+        from memplan.asked.recipe import OF_SEVERAL, Mode, Recipe, recipe_options
 
         over = {} if given is None else {name: getattr(given, name) for name in given.model_fields_set}
         for name in find(self.kind).binding & over.keys() & self.options.keys():
@@ -122,7 +122,10 @@ class Reading:
                     f"which {find(self.kind).title} refuses: leave one of them out"
                 )
         mode = Mode(over.get("mode", self.options.get("mode", Mode.QLORA)))
-        options = {**self.stack.get(mode.value, {}), **self.options, **over, "mode": mode}
+        own = dict(self.options)
+        if over.get("parallel", own.get("parallel")) != own.get("parallel"):
+            own = {name: value for name, value in own.items() if name not in OF_SEVERAL}
+        options = {**self.stack.get(mode.value, {}), **own, **over, "mode": mode}
         known = recipe_options()
         foreign = [name for name in options if mode.value not in known[name].modes and name not in over]
         if options.get("gradient_checkpointing") is False and "use_reentrant" not in over:
@@ -161,8 +164,10 @@ def reads(model: str | Path) -> bool:
     return str(model).endswith((".yaml", ".yml", ".json"))
 
 
-def read(path: str | Path) -> Reading | None:
+def read(path: str | Path, *, named: int = 0) -> Reading | None:
     """What the file asks for; None where there is none of that name, or where it is a model's configuration.
+
+    ``named``: how many files name it, one the other.
 
     Raises MemplanError with one sentence for a file that is no run file or asks for what can't be planned.
     """
@@ -178,7 +183,7 @@ def read(path: str | Path) -> Reading | None:
     keys.refuse_any(runfile.refuses)
     runfile.read(keys)
     keys.finish(runfile.ignored)
-    return Reading(
+    reading = Reading(
         name=name,
         path=place,
         kind=kind,
@@ -190,6 +195,64 @@ def read(path: str | Path) -> Reading | None:
         left_out=tuple(keys.left_out),
         evaluates=keys.evaluates,
     )
+    return reading if keys.beside is None else _beside(reading, *keys.beside, named + 1)
+
+
+_MOST_NAMED = 2  # a trainer's file names accelerate's, and that DeepSpeed's
+LAUNCHERS = ("accelerate", "deepspeed")  # whose files say where a run runs, not what it is
+
+
+def together(one: Reading, other: Reading) -> Reading:
+    """What a trainer's file and that of what launches it ask for. Raises MemplanError."""
+    run, launched = (other, one) if one.kind in LAUNCHERS else (one, other)
+    if run.kind in LAUNCHERS or launched.kind not in LAUNCHERS:
+        raise MemplanError(
+            f"{one.name} and {other.name} are of one kind: one may be a trainer's, and one accelerate's or "
+            "DeepSpeed's"
+        )
+    if run.model is None:
+        raise MemplanError(
+            f"{run.name} ({find(run.kind).title}) names no model: give one in its place, and one of the files"
+        )
+    return _joined(run, launched)
+
+
+def _joined(run: Reading, launched: Reading) -> Reading:
+    title = find(launched.kind).title
+    for name in find(launched.kind).binding & run.options.keys() & launched.options.keys():
+        if run.options[name] != launched.options[name]:
+            raise MemplanError(
+                f"{run.name} says {name} {run.options[name]} and {launched.name} {launched.options[name]}, "
+                f"which {title} refuses"
+            )
+    return replace(
+        run,
+        name=f"{run.name} and {launched.name}",
+        options={**run.options, **launched.options},
+        understood={**run.understood, **launched.understood},
+        ignored=(*run.ignored, *launched.ignored),
+        left_out=(*run.left_out, *launched.left_out),
+    )
+
+
+def _beside(reading: Reading, key: str, path: str, named: int) -> Reading:
+    """The same with another file that it names, from where it is run or from where it lies. Raises
+    MemplanError."""
+    if named > _MOST_NAMED:
+        raise MemplanError(f"{reading.name}: {key}: one file names the other in a ring")
+    try:
+        here = Path(path).is_file()
+        found = read(path if here else Path(reading.path).expanduser().parent / path, named=named)
+    except (OSError, ValueError, RuntimeError):  # no name of a file
+        found = None
+    if found is None:
+        raise MemplanError(
+            f"{reading.name}: {key}: {printable(path[:60])} is not there: run memplan where it is, or ask "
+            "about that file with --config"
+        )
+    if found.kind not in LAUNCHERS:
+        raise MemplanError(f"{reading.name}: {key}: {found.name} is of {find(found.kind).title}")
+    return _joined(reading, found)
 
 
 def sizes(trainer: str, fields: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:

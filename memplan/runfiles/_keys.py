@@ -41,6 +41,7 @@ class Keys:
         self.left_out: list[str] = []
         self.apart: set[str] = set()  # keys of which something is said rather than planned
         self.evaluates: int | None = None
+        self.beside: tuple[str, str] | None = None  # a key that names a file of what launches it, and that
 
     def value(self, key: str) -> Any:
         """The value as it is; None where it is not given."""
@@ -172,6 +173,12 @@ class Keys:
         value = self._values.get(key)
         told = key if isinstance(value, dict | list) else f"{key}: {_brief(value)}"
         raise MemplanError(f"{self.name}: {told} {why}" + (f"; {self._instead()}" if instead else ""))
+
+    def launched_by(self, key: str) -> None:
+        """Take the name of the file of what launches the run, if there is one."""
+        path = self.text(key)
+        if path is not None:
+            self.beside = key, path
 
     def refuse_any(self, why: Mapping[str, str]) -> None:
         """Refuse each of these keys that has a value other than false, 0, "" or nothing."""

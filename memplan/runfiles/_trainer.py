@@ -33,12 +33,12 @@ IGNORED = words(
 )
 SEVERAL = "spreads the run over several cards in a way that memplan does not plan yet"
 DEEPSPEED = "sets up DeepSpeed by a file of its own: ask about that one, with --config and --gpus"
+BY_A_FILE: Mapping[str, str] = {"deepspeed": DEEPSPEED}  # of trainers that were not compared under ZeRO
 ON_THE_FIRST_RANK = (
     "fsdp_cpu_ram_efficient_loading: the first rank alone loads, which moves what is reserved; played as if "
     "all did"
 )
 REFUSED: Mapping[str, str] = {
-    "deepspeed": DEEPSPEED,
     "fsdp": SEVERAL,
     "parallelism_config": SEVERAL,
     **dict.fromkeys(("use_cpu", "no_cuda"), "trains on the processor, whose memory memplan does not plan"),

@@ -40,6 +40,8 @@ def _read(keys: Keys) -> None:
     precision = keys.one_of("mixed_precision", {"no": False, "bf16": True, "fp16": True, "fp8": None}, False)
     if precision is None:
         keys.refuse("mixed_precision", "computes in 8 bits, which memplan does not plan")
+    if kind == "DEEPSPEED" and keys.value("mixed_precision") == "fp16":
+        keys.refuse("mixed_precision", "trains in float16, in which memplan does not plan ZeRO")
     if precision:  # "no" leaves it to the trainer, whose own bf16 overrules it
         keys.put("autocast", True)
     keys.leave_out("what torch.compile keeps is another amount", "dynamo_config")
@@ -48,7 +50,7 @@ def _read(keys: Keys) -> None:
 def _of_several(keys: Keys, parallel: str) -> None:
     keys.unheard("num_machines")
     count = keys.whole("num_processes")
-    if count is not None and count > 1:
+    if count is None or count > 1:  # unless it is said, of all cards that there are
         keys.put("gpus", count)
         keys.put("parallel", parallel)
 
@@ -70,11 +72,11 @@ def _zero(keys: Keys) -> None:
     """`utils/dataclasses.py`, `DeepSpeedPlugin`: what is not said is DeepSpeed's own default."""
     told = keys.within("deepspeed_config", keys.mapping("deepspeed_config"))
     if told.given("deepspeed_config_file"):
-        told.refuse(
-            "deepspeed_config_file",
-            "is a file of its own: ask about that one, with --config and --gpus",
-            instead=False,
-        )
+        told.launched_by("deepspeed_config_file")
+        keys.beside = told.beside
+        told.finish(_LAUNCHING | {"zero_stage", "gradient_accumulation_steps", "gradient_clipping"})
+        _of_several(keys, "zero3")  # or as that file says
+        return
     stage = told.whole("zero_stage", least=0)
     values: dict[str, Any] = {"stage": 2 if stage is None else stage}
     for key, inside in (
@@ -108,6 +110,7 @@ RUNFILE = RunFile(
     own=words("distributed_type compute_environment machine_rank num_machines num_processes"),
     read=_read,
     launch="accelerate launch --config_file FILE YOUR_SCRIPT.py",
+    binding=frozenset({"gradient_accumulation_steps", "max_grad_norm"}),
     ignored=words(
         """
         compute_environment debug machine_rank gpu_ids main_process_ip main_process_port rdzv_backend

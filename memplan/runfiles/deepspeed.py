@@ -17,10 +17,16 @@ def _read(keys: Keys) -> None:
 
 
 def _precision(keys: Keys) -> None:
-    if keys.mapping("fp16").get("enabled") is True:
-        keys.refuse("fp16", "trains in float16, in which memplan does not plan ZeRO")
     told = keys.mapping("bf16")
-    if told.get("enabled") is True:
+    enabled = {name: keys.mapping(name).get("enabled", "auto") for name in ("fp16", "bf16")}
+    for name, value in enabled.items():
+        if value not in (True, False, "auto") or not isinstance(value, bool | str):
+            keys.wrong(name, "with enabled: true, false or auto")
+    if enabled["fp16"] is True:
+        keys.refuse("fp16", "trains in float16, in which memplan does not plan ZeRO")
+    if enabled["bf16"] is False:
+        keys.refuse("bf16", "is off, and ZeRO is planned in bf16")
+    if enabled["bf16"] is True:
         keys.put("autocast", True)
     for key in ("bf16_master_weights_and_grads", "bf16_optimizer_states", "immediate_grad_update"):
         if told.get(key):
@@ -45,8 +51,13 @@ def _sizes(keys: Keys) -> None:
         if whole % (micro * steps):
             keys.wrong("train_batch_size", f"a multiple of {micro * steps}, a card's share of it")
         keys.put("gpus", whole // (micro * steps))
+    elif whole:
+        keys.leave_out("train_batch_size: it is not divided by cards and passes that are not said")
     if keys.value("gradient_clipping") != "auto":
         keys.put("max_grad_norm", keys.number("gradient_clipping"))
+    for key in (*numbers, "gradient_clipping"):
+        if keys.understood.get(key) == "auto":
+            del keys.understood[key]
 
 
 def _optimizer(keys: Keys) -> None:
@@ -74,6 +85,10 @@ RUNFILE = RunFile(
         "sequence_parallel_size": "splits sequences over cards, which memplan does not plan yet",
         "pipeline": "is of DeepSpeed's pipelines, which memplan does not plan",
         "amp": "is of NVIDIA's apex, which memplan does not plan",
+        "expert_parallel": "spreads experts over cards, which memplan does not plan yet",
+        "hybrid_engine": "is DeepSpeed-Chat's, which memplan does not plan",
+        "weight_quantization": "quantises weights, which memplan does not plan",
+        "compression_training": "quantises or prunes weights, which memplan does not plan",
     },
     ignored=words(
         """

@@ -7,6 +7,7 @@ from typing import Any
 from memplan.runfiles import RunFile, sizes
 from memplan.runfiles._keys import Keys, words
 from memplan.runfiles._trainer import (
+    BY_A_FILE,
     IGNORED,
     REFUSED,
     SAYS,
@@ -193,7 +194,7 @@ RUNFILE = RunFile(
     """
     ),
     read=_read,
-    refuses={**REFUSED, **_REFUSED},
+    refuses={**REFUSED, **BY_A_FILE, **_REFUSED},
     launch="llamafactory-cli train FILE",
     ignored=IGNORED | _NO_MEMORY,
     says={

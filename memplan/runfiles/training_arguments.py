@@ -15,6 +15,7 @@ def _read(keys: Keys) -> None:
     arguments(keys)
     checkpointing(keys)
     keys.put("autocast", keys.flag("bf16") or keys.flag("fp16"))
+    keys.launched_by("deepspeed")
     liger = keys.mapping("liger_kernel_config")
     if keys.flag("use_liger_kernel") and liger.get("fused_linear_cross_entropy", True) is not False:
         keys.put("loss", "liger")

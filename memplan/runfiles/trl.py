@@ -75,6 +75,10 @@ def _launched(keys: Keys) -> None:
     """`trl/cli`: what accelerate is launched with stands in the same file; `trl/accelerate_configs`."""
     keys.several("num_machines")
     name = keys.text("accelerate_config")
+    keys.launched_by("deepspeed")
+    if name is not None and name.endswith((".yaml", ".yml", ".json")):
+        keys.launched_by("accelerate_config")
+        name = None
     if name not in _LAUNCHED:
         keys.refuse("accelerate_config", SEVERAL)
     count = keys.whole("num_processes")
@@ -87,8 +91,15 @@ def _launched(keys: Keys) -> None:
         keys.put("parallel", _LAUNCHED[name])
         if name in STAGES:
             spread(keys, STAGES.index(name) + 1)
+            if keys.flag("fp16"):
+                keys.refuse("fp16", "trains in float16, in which memplan does not plan ZeRO")
+            if name == "zero1" and (keys.whole("gradient_accumulation_steps") or 1) != 1:
+                words = "contradicts accelerate_config: zero1, which says 1"
+                keys.refuse("gradient_accumulation_steps", words, instead=False)
         if name == "fsdp2":
             keys.leave_out(ON_THE_FIRST_RANK)
+    elif name in STAGES:
+        keys.refuse("num_processes", "is one: DeepSpeed on one card is not planned")
 
 
 def _precision(keys: Keys) -> None:
@@ -184,7 +195,7 @@ RUNFILE = RunFile(
     title="TRL",
     own=words(
         """
-        use_peft use_bnb_nested_quant bnb_4bit_quant_type max_seq_length packing_strategy
+        accelerate_config use_peft use_bnb_nested_quant bnb_4bit_quant_type max_seq_length packing_strategy
         padding_free loss_type dataset_name dataset_train_split dataset_test_split completion_only_loss
         assistant_only_loss dataset_text_field model_init_kwargs chat_template_path
     """
