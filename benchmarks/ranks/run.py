@@ -257,7 +257,7 @@ def agrees(row: dict[str, Any]) -> bool:
     return bool(
         tensors["predicted"] == tensors["emulated"]
         and 100 * apart <= reserved["emulated"]
-        and 0 <= beside < 64 << 10
+        and 0 <= beside < 128 << 10
     )
 
 
