@@ -29,11 +29,11 @@ bytes that a training loop keeps there.
 
 LEFT = """\
 What is left: DDP's buckets are made twice, and what the allocator has cached of the first ones and of the
-flat tensors in which the first rank's weights were broadcast is laid out a little otherwise. Of ZeRO-3,
-neither how adapters are loaded nor its first step, which gathers nothing ahead, is played: reserved bytes of
-adapters may be a quarter more than planned. Those of FSDP2 with 4-bit weights or experts are off in some
-cases, without a cause that was found. Not measured on several GPUs; NCCL's own buffers lie beside the
-allocator and are not counted.
+flat tensors in which the first rank's weights were broadcast is laid out a little otherwise. Of ZeRO-3, a
+model that is made before the engine is not loaded quite so; with parameters on the host, how long NCCL holds
+what it has sent hangs on its watchdog, and the plan has the longest, up to a tenth more. Reserved bytes of
+FSDP2 with 4-bit weights and of DDP with experts are off in some cases, without a cause that was found. Not
+measured on several GPUs; NCCL's own buffers lie beside the allocator and are not counted.
 """
 
 

@@ -72,7 +72,8 @@ class Fit(BaseModel):
 
 class Run:
     """A run to be held against cards: its tape with every layer played, how it is loaded onto a card of so
-    many bytes, and the allocator's settings; ``ranks``: how many processes share its steps."""
+    many bytes, and the allocator's settings; ``ranks``: how many processes share its steps; ``first``: the
+    tape of its first step, where that is another, to which loading belongs then."""
 
     def __init__(
         self,
@@ -81,8 +82,10 @@ class Run:
         settings: AllocatorSettings,
         card: Card | None = None,
         ranks: int = 1,
+        first: Tape | None = None,
     ) -> None:
         self.tape, self.settings, self.ranks = tape, settings, ranks
+        self.first = first
         self.loading = loading
         self.card = card or Card()
         self._simulations: dict[_Bounds, Simulation] = {}
@@ -112,7 +115,12 @@ class Run:
         if bounds not in self._simulations:
             room, total, limit = bounds
             self._simulations[bounds] = Simulation(
-                self.tape, self.loading(total), self.settings, capacity=room, limit=limit
+                self.tape,
+                self.loading(total),
+                self.settings,
+                capacity=room,
+                limit=limit,
+                first=self.first,
             )
         return self._simulations[bounds]
 

@@ -93,9 +93,11 @@ class Simulation:
         *,
         capacity: int | None = None,
         limit: int | None = None,
+        first: Tape | None = None,
     ) -> None:
-        self._playback = Playback(tape, Allocator(settings, capacity=capacity, limit=limit))
+        self._playback = Playback(first or tape, Allocator(settings, capacity=capacity, limit=limit))
         self._loading = loading
+        self._tape = tape
         self._evaluated: Reserved | None = None
         self._later: Reserved | None = None
 
@@ -140,6 +142,8 @@ class Simulation:
         self._playback.step(FIRST_STEP)
 
     def _go_on(self) -> None:
+        if self._playback.tape is not self._tape:
+            self._playback = self._playback.going_on(self._tape)
         run, allocator = self._playback, self._playback.allocator
         allocator.peak_allocated = allocator.allocated
         run.watch()
@@ -257,9 +261,11 @@ class Playback:
         self.tape, self.live = training, resting
 
     def going_on(self, tape: Tape) -> Playback:
-        """The same run before a step of another batch, whose ``tape`` has the same at rest but for that."""
+        """The same run before a step of another batch, whose ``tape`` has the same at rest but for that; or
+        behind a first step, with what that has left at the end of what rests."""
         result = Playback(tape, self.allocator)
-        for here, there in zip(self.resting, result.resting, strict=True):
+        left = sorted(self.live.keys() - set(self.resting))
+        for here, there in zip([*self.resting, *left], result.resting, strict=True):
             block = self.live[here]
             if self.tape.sizes[here] != tape.sizes[there]:  # the loop's name holds the last one until then
                 result.live[there] = self.allocator.malloc(tape.sizes[there])

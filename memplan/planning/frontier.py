@@ -181,7 +181,8 @@ def largest(peaks: Peaks, what: What, other: int) -> int:
     runs = peaks.runs
 
     def excess(value: int) -> int:
-        step = runs.step(*((other, value) if what == "seq_len" else (value, other)))
+        sizes = (other, value) if what == "seq_len" else (value, other)
+        step = runs.step(*sizes)
         events.append(len(step.long.events))
         if events[-1] > MOST_SEARCHED:
             raise MemplanError(
@@ -189,7 +190,7 @@ def largest(peaks: Peaks, what: What, other: int) -> int:
                 "over: ask whether one size fits, without --maximize and --advise, or for a frontier with "
                 "--no-exact"
             )
-        return runs.excess(step)
+        return runs.excess(step, *sizes)
 
     known: dict[int, int] = {}
     events: list[int] = []  # of each simulation

@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import cache, partial
 from pathlib import Path
 
+from memplan import strategies
 from memplan.asked.lengths import Lengths, Step
 from memplan.asked.recipe import Batches, Recipe
 from memplan.asked.spec import ModelSpec
@@ -73,7 +74,13 @@ def run(
     )
     tape = written(played[0])
     settings = parse_settings(recipe.alloc_conf)
-    run = Run(tape, partial(loading, spec, recipe, tape), settings, card, recipe.gpus)
+    strategy = strategies.of(recipe)
+    first = None
+    if strategy is not None and strategy.rehearses:
+        first = write_long_tape(
+            spec, recipe, card=card, lengths=played[0], looped=looped, rank=rank, first=True
+        )
+    run = Run(tape, partial(loading, spec, recipe, first or tape), settings, card, recipe.gpus, first)
     return run if lengths is None else Varied(run, lambda: map(written, played[1:]))
 
 

@@ -12,6 +12,7 @@ from memplan.cuda.card import Card
 from memplan.device import fit
 from memplan.device.fit import Run, allowed_bytes, beyond
 from memplan.device.rerun import Rerun, can_rerun
+from memplan.planning import predicted
 from memplan.planning.long_tapes import LongTapes, Resized
 from memplan.predict.loading import loading
 from memplan.tape import Tape
@@ -32,9 +33,12 @@ class Runs:
         """A step, for :meth:`excess`."""
         return self._tapes.of(batch_size, seq_len)
 
-    def excess(self, step: Resized) -> int:
+    def excess(self, step: Resized, batch_size: int, seq_len: int) -> int:
         """What :func:`memplan.device.fit.excess` says of the run that it is a step of."""
-        if not can_rerun(self._settings) or self.recipe.parallel is not None:  # streams, buckets of a step
+        if self.recipe.parallel is not None:  # streams, buckets of a step, other first ones
+            asked = self.recipe.model_copy(update={"batch_size": batch_size, "seq_len": seq_len})
+            return fit.excess(self.gpu, predicted.run(self.spec, asked, self.card))
+        if not can_rerun(self._settings):
             tape = step.tape
             load = partial(loading, self.spec, self.recipe, tape)
             run = Run(tape, load, self._settings, self.card, self.recipe.gpus)

@@ -71,9 +71,11 @@ def write_long_tape(
     lengths: Sequence[Lengths] | None = None,
     looped: bool = False,
     rank: int | None = None,
+    first: bool = False,
 ) -> Tape:
-    """The tape of ``write_tape(folded=False)``, written out from the folded one where that can be done."""
-    return _written(spec, recipe, card, lengths, rank, looped=looped, folded=True, unfolded=True)
+    """The tape of ``write_tape(folded=False)``, written out from the folded one where that can be done.
+    ``first``: of a run's first step, where a strategy rehearses."""
+    return _written(spec, recipe, card, lengths, rank, looped=looped, folded=True, unfolded=True, first=first)
 
 
 def _written(
@@ -86,6 +88,7 @@ def _written(
     looped: bool,
     folded: bool,
     unfolded: bool,
+    first: bool = False,
 ) -> Tape:
     # every micro-step after the first finds gradients there, so the second shows what all others do that are
     # alike
@@ -96,6 +99,8 @@ def _written(
     def play(played: Played | Standing) -> Tape:
         nonlocal which, host
         spread = _spread(recipe, rank)
+        if spread is not None and first:
+            spread.rehearses = False
         found = _play(spec, recipe, step, card, played, spread, looped=looped)
         if spread is not None:
             which, host = spread.rank, spread.host()

@@ -114,7 +114,9 @@ class Coordinator:
                     total += parameter.numel
 
     def reset_step(self) -> None:
-        """A pass through the model begins."""
+        """A pass through the model begins. What the first one has shown is the order of all others."""
+        if self.order and not self.complete:
+            self.finish_trace()
         for parameter, handle in self.in_flight.items():
             handle.wait()
             self.release_parameter(parameter)
@@ -195,11 +197,11 @@ class Coordinator:
             one.status = IN_FLIGHT
             self.in_flight[one] = handle
 
-    def gather_now(self, parameters: Iterable[Parameter]) -> None:
-        """``param.all_gather()`` (``_allgather_params_coalesced``)."""
+    def gather_now(self, parameters: Iterable[Parameter], *, sent: bool = True) -> None:
+        """``param.all_gather()`` (``_allgather_params_coalesced``); of what is ``sent``, or just there."""
         parameters = list(parameters)
         with category(Category.COMMUNICATION):
-            own = [_partition(one) for one in parameters if one.away]
+            own = [_partition(one) for one in parameters if one.away and sent]
             for one in parameters:
                 one.tensor.storage = self.whole(one).storage
                 one.status = AVAILABLE

@@ -184,8 +184,12 @@ class Zero3(Zero):
 
     def gathered(self) -> None:
         """Small parameters stay whole from one step to the next (``_allgather_params_coalesced``)."""
+        self.gather_small(sent=False)
+
+    def gather_small(self, *, sent: bool = True) -> None:
+        """The same, as a step does it at its end."""
         state.tape.module = "zero3"
-        self.coordinator.gather_now(one for one in self.parameters if one.persists)
+        self.coordinator.gather_now((one for one in self.parameters if one.persists), sent=sent)
 
     def rehearsed(self) -> None:
         """All is released, and the trace is known."""
@@ -467,7 +471,7 @@ class Zero3(Zero):
             self.optimize(master, grad, recipe, kept)
             del grad
         tape.begin(Phase.OPTIMIZER, "gather")
-        self.gathered()
+        self.gather_small()
         tape.begin(Phase.OPTIMIZER, "end")
         del total
         while norms:
@@ -491,7 +495,7 @@ class Zero3(Zero):
             del single, total
         self.norms.clear()
         state.tape.begin(Phase.OPTIMIZER, "gather")
-        self.gathered()
+        self.gather_small()
         state.tape.begin(Phase.OPTIMIZER, "end")
 
     def grad_norm(self, sub: list[Parameter]) -> Tensor:
@@ -626,7 +630,8 @@ def _load(recipe: Recipe, coming: Coming) -> Iterator[LoadStep]:
             yield take
             partitions.append(number)
         yield "drop", made
-    yield from _gathered(names, nbytes_of, temporary)
+    if recipe.trainer == "trl":
+        yield from _gathered(names, nbytes_of, temporary)
     yield from (("drop", number) for number in partitions)
     yield "empty_cache", 0
     yield from (("alloc", number) for number, _ in found.get(_FLAT, ()))
@@ -651,4 +656,4 @@ def _gathered(names: list[str], nbytes_of: dict[str, int], temporary: Temporary)
         yield "drop", number
 
 
-STRATEGY = Strategy(Zero3, load=_load, folds=False, itemsize=2)
+STRATEGY = Strategy(Zero3, load=_load, folds=False, itemsize=2, rehearses=True)
