@@ -196,7 +196,8 @@ def test_a_card_may_say_how_many(memplan: Run) -> None:
     assert by_card.status == 0
     assert by_card.out == by_count.out
     (rank,) = json.loads(by_card.out)["ranks"]
-    assert rank.keys() == {"rank", "count", "peak_allocated_bytes", "reserved_bytes", "host_bytes"}
+    sizes = {"peak_allocated_bytes", "reserved_bytes", "host_bytes", "host_pinned_bytes"}
+    assert rank.keys() == {"rank", "count", *sizes}
     assert (rank["rank"], rank["count"]) == (0, 8)
     told = memplan("llama-3.2-1b", "--mode", "full", "--gpu", "8xh100")
     assert told.out.startswith("Each of 8 H100 80GB HBM3: fits, ")

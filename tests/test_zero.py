@@ -207,8 +207,8 @@ def test_offload(model: str, layers: int, changed: dict[str, Any], emulated: int
     recipe = Recipe(**{**BASE, **changed})
     tape = write_tape(spec, resolve_recipe(spec, recipe), looped=True, rank=0)
     assert replay(tape).allocated_bytes == emulated
-    tensors, taken = tape.host
-    assert tensors == host <= taken
+    tensors, taken, pinned = tape.host
+    assert tensors == host <= taken and 0 < pinned < taken
     # gradients and masters of what is trained are there, and no optimizer's state is on the card
     assert Category.OPTIMIZER_STATE not in set(tape.categories)
 

@@ -72,8 +72,8 @@ class Fit(BaseModel):
 
 class Run:
     """A run to be held against cards: its tape with every layer played, how it is loaded onto a card of so
-    many bytes, and the allocator's settings; ``ranks``: how many processes share its steps; ``first``: the
-    tape of its first step, where that is another, to which loading belongs then."""
+    many bytes, and the allocator's settings; ``ranks``: how many processes share its steps; ``first``:
+    gives the tape of its first step, where that is another, to which loading belongs then."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class Run:
         settings: AllocatorSettings,
         card: Card | None = None,
         ranks: int = 1,
-        first: Tape | None = None,
+        first: Callable[[], Tape] | None = None,
     ) -> None:
         self.tape, self.settings, self.ranks = tape, settings, ranks
         self.first = first
@@ -120,7 +120,7 @@ class Run:
                 self.settings,
                 capacity=room,
                 limit=limit,
-                first=self.first,
+                first=None if self.first is None else self.first(),
             )
         return self._simulations[bounds]
 

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
-from memplan import attention, losses
+from memplan import attention, losses, strategies
 from memplan.asked.recipe import DTypeName, Kernels, Mode, Offload, Recipe
 from memplan.errors import MemplanError
 from memplan.planning.records import Advice, Change, Combination
+from memplan.tape import replay
 from memplan.units import gib
 
 if TYPE_CHECKING:
@@ -434,8 +435,16 @@ class _Pricer:
     def allocated(self, recipe: Recipe) -> int:
         """Bytes allocated at the peak."""
         if recipe not in self._allocated:
-            self._allocated[recipe] = self.peaks(recipe).played(recipe.batch_size, recipe.seq_len)
+            self._allocated[recipe] = self._peak(recipe)
         return self._allocated[recipe]
+
+    def _peak(self, recipe: Recipe) -> int:
+        peaks = self.peaks(recipe)
+        strategy = strategies.of(peaks.recipe)
+        if strategy is None or strategy.folds:
+            return peaks.played(recipe.batch_size, recipe.seq_len)
+        # every layer is played, and the run has the same tape
+        return replay(self.study.run(peaks.card, peaks.recipe).tape).allocated_bytes
 
     def on_host(self, recipe: Recipe) -> int:
         """Bytes that all processes keep on the host."""

@@ -181,8 +181,7 @@ def largest(peaks: Peaks, what: What, other: int) -> int:
     runs = peaks.runs
 
     def excess(value: int) -> int:
-        sizes = (other, value) if what == "seq_len" else (value, other)
-        step = runs.step(*sizes)
+        step = runs.step(*((other, value) if what == "seq_len" else (value, other)))
         events.append(len(step.long.events))
         if events[-1] > MOST_SEARCHED:
             raise MemplanError(
@@ -190,7 +189,7 @@ def largest(peaks: Peaks, what: What, other: int) -> int:
                 "over: ask whether one size fits, without --maximize and --advise, or for a frontier with "
                 "--no-exact"
             )
-        return runs.excess(step, *sizes)
+        return runs.excess(step)
 
     known: dict[int, int] = {}
     events: list[int] = []  # of each simulation

@@ -6,6 +6,7 @@ The shadow is imported when a step is played, not before.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
@@ -75,13 +76,48 @@ def run(
     tape = written(played[0])
     settings = parse_settings(recipe.alloc_conf)
     strategy = strategies.of(recipe)
+    load = partial(loading, spec, recipe, tape)
     first = None
     if strategy is not None and strategy.rehearses:
-        first = write_long_tape(
-            spec, recipe, card=card, lengths=played[0], looped=looped, rank=rank, first=True
-        )
-    run = Run(tape, partial(loading, spec, recipe, first or tape), settings, card, recipe.gpus, first)
+        first = _First(spec, recipe, card, played[0], looped, rank)
+        load = partial(_loading_first, first)
+    run = Run(tape, load, settings, card, recipe.gpus, first)
     return run if lengths is None else Varied(run, lambda: map(written, played[1:]))
+
+
+@dataclass(slots=True)
+class _First:
+    """The tape of a run's first step, written when it is asked for."""
+
+    spec: ModelSpec
+    recipe: Recipe
+    card: Card | None
+    lengths: Step | None
+    looped: bool
+    rank: int | None
+    tape: Tape | None = None
+
+    def __call__(self) -> Tape:
+        """The tape."""
+        from memplan.predict.step import write_long_tape
+
+        if self.tape is None:
+            self.tape = write_long_tape(
+                self.spec,
+                self.recipe,
+                card=self.card,
+                lengths=self.lengths,
+                looped=self.looped,
+                rank=self.rank,
+                first=True,
+            )
+        return self.tape
+
+
+def _loading_first(first: _First, capacity: int | None) -> Tape:
+    from memplan.predict.loading import loading
+
+    return loading(first.spec, first.recipe, first(), capacity)
 
 
 def predicted_tape(

@@ -143,13 +143,15 @@ class AllocatorInfo(Record):
 class Ranks(Record):
     """GPUs that share a step and are alike. ``rank``: of the first of them; ``count``: how many there are;
     ``peak_allocated_bytes``: ``max_memory_allocated`` of a step, as the plan's ``peak`` has it;
-    ``reserved_bytes``: of the whole run; ``host_bytes``: of what it keeps on the host, offloaded."""
+    ``reserved_bytes``: of the whole run; ``host_bytes``: of what it keeps on the host, offloaded;
+    ``host_pinned_bytes``: of these, pinned, as PyTorch rounds them up."""
 
     rank: int
     count: int
     peak_allocated_bytes: int
     reserved_bytes: int
     host_bytes: int = 0
+    host_pinned_bytes: int = 0
 
 
 class HowMany(Record):

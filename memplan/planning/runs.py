@@ -27,17 +27,21 @@ class Runs:
         self.spec, self.recipe, self.gpu, self.card = spec, recipe, gpu, card
         self._settings = parse_settings(recipe.alloc_conf)
         self._tapes = LongTapes(spec, recipe, card)
+        self._alone: Run | None = None  # the last run of several GPUs
         self._reruns: list[tuple[Tape, Rerun]] = []  # by whose events they are, the last one first
 
     def step(self, batch_size: int, seq_len: int) -> Resized:
         """A step, for :meth:`excess`."""
-        return self._tapes.of(batch_size, seq_len)
-
-    def excess(self, step: Resized, batch_size: int, seq_len: int) -> int:
-        """What :func:`memplan.device.fit.excess` says of the run that it is a step of."""
         if self.recipe.parallel is not None:  # streams, buckets of a step, other first ones
             asked = self.recipe.model_copy(update={"batch_size": batch_size, "seq_len": seq_len})
-            return fit.excess(self.gpu, predicted.run(self.spec, asked, self.card))
+            self._alone = predicted.run(self.spec, asked, self.card)
+            return Resized(self._alone.tape, [], self._alone.tape.sizes)
+        return self._tapes.of(batch_size, seq_len)
+
+    def excess(self, step: Resized) -> int:
+        """What :func:`memplan.device.fit.excess` says of the run that it is a step of."""
+        if self._alone is not None and self._alone.tape is step.long:
+            return fit.excess(self.gpu, self._alone)
         if not can_rerun(self._settings):
             tape = step.tape
             load = partial(loading, self.spec, self.recipe, tape)

@@ -330,6 +330,7 @@ class Prediction(Study):
                 peak_allocated_bytes=self.allocator.allocated_bytes,
                 reserved_bytes=self.allocator.reserved_bytes,
                 host_bytes=self.tape.host[1],
+                host_pinned_bytes=self.tape.host[2],
             )
         ]
         for rank, count in others:
@@ -341,6 +342,7 @@ class Prediction(Study):
                     peak_allocated_bytes=run.free.allocated,
                     reserved_bytes=run.free.reserved,
                     host_bytes=run.tape.host[1],
+                    host_pinned_bytes=run.tape.host[2],
                 )
             )
         return tuple(found)

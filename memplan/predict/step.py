@@ -94,7 +94,7 @@ def _written(
     # alike
     micro_steps = min(recipe.gradient_accumulation_steps, 2)
     step = [whole(recipe)] * micro_steps if lengths is None else [of_lengths(recipe, one) for one in lengths]
-    which, host = 0, (0, 0)
+    which, host = 0, (0, 0, 0)
 
     def play(played: Played | Standing) -> Tape:
         nonlocal which, host

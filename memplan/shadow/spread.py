@@ -56,9 +56,9 @@ class Spread:
         """Write what else rests beside the trained parameters, which come in the optimizer's groups, in
         segments of its own."""
 
-    def host(self) -> tuple[int, int]:
-        """What rests on the host: bytes of tensors, and what they take there."""
-        return 0, 0
+    def host(self) -> tuple[int, int, int]:
+        """What rests on the host: bytes of tensors, what they take there, and what of that is pinned."""
+        return 0, 0, 0
 
     def rehearsed(self) -> None:
         """The rehearsal is over: let go of all that it has left."""

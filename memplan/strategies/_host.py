@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 
 class HostBytes(NamedTuple):
-    """Bytes of ``tensors`` that rest there, and what the host gives for them: ``taken``, with pinned memory
-    rounded up."""
+    """Bytes of ``tensors`` that rest there, and what the host gives for them: ``taken``, of which ``pinned``,
+    which is rounded up."""
 
     tensors: int
     taken: int
+    pinned: int
 
 
 class Host:
@@ -45,7 +46,7 @@ class Host:
     @property
     def bytes(self) -> HostBytes:
         """What is there."""
-        return HostBytes(self._tensors, self._pageable + self._pinned)
+        return HostBytes(self._tensors, self._pageable + self._pinned, self._pinned)
 
 
 def _block(nbytes: int) -> int:

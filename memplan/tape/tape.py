@@ -102,7 +102,7 @@ class Tape:
     that a thread does, it has its workspace made, one of the storages ``workspaces``
     (:mod:`memplan.device.playback`). ``rank``: of the process, of those that train together; ``streams``: the
     CUDA stream of storages that are made on another than the first. ``host``: bytes of tensors that the
-    process keeps on the host, and what they take there, which no file has.
+    process keeps on the host, what they take there, and what of that is pinned; no file has it.
     """
 
     provenance: str = "predicted"
@@ -116,7 +116,7 @@ class Tape:
     workspaces: set[int] = field(default_factory=set)
     streams: dict[int, int] = field(default_factory=dict)
     rank: int = 0
-    host: tuple[int, int] = (0, 0)
+    host: tuple[int, int, int] = (0, 0, 0)
     segments: list[Segment] = field(default_factory=list)
     module: str = ""  # where the writer is now
 
