@@ -62,7 +62,8 @@ def _fewest(asked: Asked, gpu: Gpu, parallel: str) -> HowMany:
 
 def _none(asked: Asked, parallel: str) -> str:
     several = _on(asked, parallel, 2)
-    why = ": each loads all of the 4-bit weights first" if strategies.loads_whole(several.recipe) else ""
+    loads = ": each loads all of the 4-bit weights first, onto the card (loading on the host is not planned)"
+    why = loads if strategies.loads_whole(several.recipe) else ""
     return f"no number of them is enough{why}"
 
 
