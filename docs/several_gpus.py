@@ -32,8 +32,8 @@ What is left: DDP's buckets are made twice, and what the allocator has cached of
 flat tensors in which the first rank's weights were broadcast is laid out a little otherwise. Of ZeRO-3, a
 model that is made before the engine is not loaded quite so; with parameters on the host, how long NCCL holds
 what it has sent hangs on its watchdog, and the plan has the longest, up to a tenth more. Reserved bytes of
-FSDP2 with 4-bit weights and of DDP with experts are off in some cases, without a cause that was found. Not
-measured on several GPUs; NCCL's own buffers lie beside the allocator and are not counted.
+experts under DDP and FSDP2 are off in some cases, without a cause that was found. Not measured on several
+GPUs; NCCL's own buffers lie beside the allocator and are not counted.
 """
 
 

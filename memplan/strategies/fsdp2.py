@@ -485,7 +485,8 @@ def _tensors(loss: Any, logits: Tensor | None) -> list[Tensor]:
 def _load(recipe: Recipe, coming: Coming) -> Iterator[LoadStep]:
     """``fully_shard`` of one unit after the other: all of its parameters come onto the card, a part of each
     is copied, and they go. accelerate's names for the weights of embedding and output layer hold those to the
-    end of its preparation."""
+    end of its preparation, and its ``original_sd`` what was on the card before (fsdp_utils.py,
+    ``fsdp2_prepare_model``)."""
     whole, temporary = coming.whole, coming.temporary
     units: dict[str, list[tuple[int | str, str]]] = {}
     for number, name, _ in coming.resting:
@@ -501,7 +502,7 @@ def _load(recipe: Recipe, coming: Coming) -> Iterator[LoadStep]:
         came: list[int] = []
         there = held if unit in ("model.embed_tokens", "lm_head") else came
         for name in dict.fromkeys(name for _, name in units[unit]):  # several may be called alike
-            there += coming.lying.get(name, ())
+            held += coming.lying.get(name, ())
         for one, _ in units[unit]:
             if one in whole:
                 take, temporarily = temporary(whole[one] * wider)
