@@ -145,21 +145,26 @@ def _wrap(step: Tape, temporary: Temporary) -> Iterator[LoadStep]:
         for event in step.events[segment.start : segment.stop]
         if event >= 0
     ]
-    flying: list[int] = []
+    flying: list[int | None] = []
     for nbytes, count in _filled(step, loaded, _BROADCAST, _BROADCAST):
-        if count == 1:  # is flat as it lies
-            continue
-        take, number = temporary(nbytes)
-        yield take
+        number = None
+        if count > 1:  # a single one is flat as it lies
+            take, number = temporary(nbytes)
+            yield take
         flying.append(number)
         if len(flying) == 2:
-            yield "drop", flying.pop(0)
+            yield from _landed(flying.pop(0))
     for number in flying:
-        yield "drop", number
+        yield from _landed(number)
     if any(segment.part is Part.RENEWED for segment in step.segments):
         parameters = [event for event in loaded if step.modules[event] != "model.rotary_emb"]
         for nbytes, _ in reversed(list(_filled(step, parameters, _FIRST, _CAP))):
             yield temporary(nbytes)[0]
+
+
+def _landed(number: int | None) -> Iterator[LoadStep]:
+    if number is not None:
+        yield "drop", number
 
 
 def _filled(step: Tape, storages: list[int], first: int, cap: int) -> Iterator[tuple[int, int]]:
