@@ -9,6 +9,7 @@ parameters.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from itertools import groupby, repeat
 from operator import itemgetter
@@ -158,7 +159,7 @@ def _wrap(step: Tape, temporary: Temporary) -> Iterator[LoadStep]:
         yield from _landed(number)
     if any(segment.part is Part.RENEWED for segment in step.segments):
         parameters = [event for event in loaded if step.modules[event] != "model.rotary_emb"]
-        for nbytes, _ in reversed(list(_filled(step, parameters, _FIRST, _CAP))):
+        for nbytes, _ in reversed(list(_filled(step, parameters, sys.maxsize, sys.maxsize))):
             yield temporary(nbytes)[0]
 
 
