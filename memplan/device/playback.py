@@ -142,12 +142,14 @@ class Simulation:
         self._playback.step(FIRST_STEP)
 
     def _go_on(self) -> None:
+        others = bool(self._playback.renewed) or self._playback.tape is not self._tape
         if self._playback.tape is not self._tape:
             self._playback = self._playback.going_on(self._tape)
         run, allocator = self._playback, self._playback.allocator
         allocator.peak_allocated = allocator.allocated
         run.watch()
-        run.step(LATER_STEP)
+        for _ in range(1 + others):  # what a first step of another kind has left is gone after the second
+            run.step(LATER_STEP)
 
     def _played(self, part: Callable[[], None]) -> OutOfMemory | None:
         try:
