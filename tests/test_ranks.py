@@ -69,8 +69,8 @@ def test_every_kind_of_case_is_among_the_rows() -> None:
 def test_reserved_bytes_are_mostly_those_of_the_real_engine() -> None:
     """Of the others docs/several.md says what is left."""
     apart = [abs(row["reserved"]["predicted"] / row["reserved"]["emulated"] - 1) for row in ROWS]
-    assert apart.count(0.0) >= 100
-    assert sum(one <= 0.01 for one in apart) >= 135
+    assert apart.count(0.0) >= 140
+    assert sum(one <= 0.01 for one in apart) >= 160
 
 
 def test_units_as_pytorchs_tutorial_has_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,6 +121,7 @@ class Run:
                 capacity=room,
                 limit=limit,
                 first=None if self.first is None else self.first(),
+                several=self.ranks > 1,
             )
         return self._simulations[bounds]
 

@@ -81,6 +81,8 @@ class Simulation:
 
     ``loading`` as :func:`memplan.predict.loading.loading` writes it; without it, what rests is allocated in
     the tape's order. ``capacity`` and ``limit`` as in :class:`memplan.device.allocator.Allocator`.
+    ``first``: the tape of the first step, where that is another; ``several``: GPUs share the steps, whose
+    engines settle later: where the second step reserves more, a third is played.
     ``begun``: what it took up to the end of its first step; ``trained``: what it took. Each is played when it
     is asked for.
     """
@@ -94,10 +96,11 @@ class Simulation:
         capacity: int | None = None,
         limit: int | None = None,
         first: Tape | None = None,
+        several: bool = False,
     ) -> None:
         self._playback = Playback(first or tape, Allocator(settings, capacity=capacity, limit=limit))
         self._loading = loading
-        self._tape = tape
+        self._tape, self._several = tape, several
         self._evaluated: Reserved | None = None
         self._later: Reserved | None = None
 
@@ -142,13 +145,14 @@ class Simulation:
         self._playback.step(FIRST_STEP)
 
     def _go_on(self) -> None:
-        others = bool(self._playback.renewed) or self._playback.tape is not self._tape
         if self._playback.tape is not self._tape:
             self._playback = self._playback.going_on(self._tape)
         run, allocator = self._playback, self._playback.allocator
         allocator.peak_allocated = allocator.allocated
         run.watch()
-        for _ in range(1 + others):  # what a first step of another kind has left is gone after the second
+        before = allocator.peak_reserved
+        run.step(LATER_STEP)
+        if self._several and allocator.peak_reserved > before:
             run.step(LATER_STEP)
 
     def _played(self, part: Callable[[], None]) -> OutOfMemory | None:
