@@ -63,7 +63,7 @@ def loading(spec: ModelSpec, recipe: Recipe, step: Tape, capacity: int | None = 
             return _sharded(strategy, spec, shapes, recipe, step, capacity)
     if strategy is not None and strategy.wrap is not None:
         steps = list(_steps(shapes, _brought(step), recipe, step, capacity, stock=True))
-        wrapped = strategy.wrap(step, _temporary(sum(what == "scratch" for what, _ in steps)))
+        wrapped = strategy.wrap(recipe, step, _temporary(sum(what == "scratch" for what, _ in steps)))
         return _written(iter([*steps, ("empty_cache", 0), *wrapped]), step, emptied=False)
     return loading_of(shapes, _brought(step), recipe, step, capacity, stored=spec.quantization is not None)
 

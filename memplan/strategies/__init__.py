@@ -54,7 +54,7 @@ class Strategy:
     spread: Callable[[Recipe, int | None], Spread]
     shards: bool = False
     load: Callable[[Recipe, Coming], Iterator[LoadStep]] | None = None
-    wrap: Callable[[Tape, Temporary], Iterator[LoadStep]] | None = None
+    wrap: Callable[[Recipe, Tape, Temporary], Iterator[LoadStep]] | None = None
     folds: bool = True
     itemsize: int | None = None
     rehearses: bool = False

@@ -15,7 +15,7 @@ from itertools import groupby, repeat
 from operator import itemgetter
 from typing import Any
 
-from memplan.asked.recipe import Mode, Recipe
+from memplan.asked.recipe import DTypeName, Mode, Recipe
 from memplan.optimizers import Group
 from memplan.shadow.autograd import AccumulateGrad, Node, attach
 from memplan.shadow.spread import Spread
@@ -135,7 +135,7 @@ def _passed_on(node: Node, grad: Tensor) -> Any:
     return (grad,)
 
 
-def _wrap(step: Tape, temporary: Temporary) -> Iterator[LoadStep]:
+def _wrap(recipe: Recipe, step: Tape, temporary: Temporary) -> Iterator[LoadStep]:
     """``DistributedDataParallel(model)``: what the first rank has is broadcast in flat tensors, two at a time
     (``_sync_module_states``; csrc/distributed/c10d/comm.cpp, ``broadcast_coalesced``), and buckets are made,
     of parameters in their order; those that are made again after the first step stay until then."""
@@ -147,7 +147,8 @@ def _wrap(step: Tape, temporary: Temporary) -> Iterator[LoadStep]:
         if event >= 0
     ]
     flying: list[int | None] = []
-    for nbytes, count in _filled(step, loaded, _BROADCAST, _BROADCAST):
+    parts = [event for event in loaded if step.categories[event] is not Category.QUANTIZATION_STATE]
+    for nbytes, count in _filled(recipe, step, parts, _BROADCAST, _BROADCAST):
         number = None
         if count > 1:  # a single one is flat as it lies
             take, number = temporary(nbytes)
@@ -159,7 +160,7 @@ def _wrap(step: Tape, temporary: Temporary) -> Iterator[LoadStep]:
         yield from _landed(number)
     if any(segment.part is Part.RENEWED for segment in step.segments):
         parameters = [event for event in loaded if step.modules[event] != "model.rotary_emb"]
-        for nbytes, _ in reversed(list(_filled(step, parameters, sys.maxsize, sys.maxsize))):
+        for nbytes, _ in reversed(list(_filled(recipe, step, parameters, sys.maxsize, sys.maxsize))):
             yield temporary(nbytes)[0]
 
 
@@ -168,14 +169,24 @@ def _landed(number: int | None) -> Iterator[LoadStep]:
         yield "drop", number
 
 
-def _filled(step: Tape, storages: list[int], first: int, cap: int) -> Iterator[tuple[int, int]]:
-    """Bytes of buckets and how many tensors each has, in the order in which they begin; adapters, which are
-    of another dtype, apart."""
+def _filled(
+    recipe: Recipe, step: Tape, storages: list[int], first: int, cap: int
+) -> Iterator[tuple[int, int]]:
+    """Bytes of buckets and how many tensors each has, in the order in which they begin; one a dtype."""
+    quantised = {module.removesuffix(".absmax") for module in step.modules if module.endswith(".absmax")}
+    weights = DTypeName.FLOAT32 if recipe.kbit_prep else recipe.dtype
+    adapters = DTypeName.FLOAT32 if recipe.adapter_dtype is DTypeName.FLOAT32 else weights
+
+    def dtype(storage: int) -> str:
+        if step.modules[storage].removesuffix(".weight") in quantised:
+            return "uint8"
+        return (adapters if step.categories[storage] is Category.ADAPTERS else weights).value
+
     found: list[tuple[int, int, int]] = []
-    filling: dict[Category, tuple[int, int, int]] = {}
-    limits: dict[Category, int] = {}
+    filling: dict[str, tuple[int, int, int]] = {}
+    limits: dict[str, int] = {}
     for place, storage in enumerate(storages):
-        kind = step.categories[storage]
+        kind = dtype(storage)
         begun, nbytes, count = filling.pop(kind, (place, 0, 0))
         nbytes += step.sizes[storage]
         if nbytes >= limits.setdefault(kind, first):
