@@ -47,18 +47,29 @@ ENGINES = {
     ],
 }  # fmt: skip
 ZERO = ("zero2", "zero3")
+
+
+def _by_file(name: str) -> list[str]:
+    """DeepSpeed, as one of its files sets it up."""
+    return ["--use_deepspeed", "--deepspeed_config_file", str(DEEPSPEED / f"{name}.json")]
+
+
 # other ways of DeepSpeed: how they are launched, and the same as a recipe
 OTHERWISE: dict[str, tuple[list[str], dict[str, Any]]] = {
-    "zero2 offload": (["zero2_offload"], {"parallel": "zero2", "offload": "optimizer"}),
-    "zero3 offload": (["zero3_offload"], {"parallel": "zero3", "offload": "both"}),
+    "zero2 offload": (_by_file("zero2_offload"), {"parallel": "zero2", "offload": "optimizer"}),
+    "zero3 offload": (_by_file("zero3_offload"), {"parallel": "zero3", "offload": "both"}),
     "zero3 offload optimizer": (
-        ["zero3_offload_optimizer"], {"parallel": "zero3", "offload": "optimizer"}
+        _by_file("zero3_offload_optimizer"), {"parallel": "zero3", "offload": "optimizer"}
     ),
     # DeepSpeed's own defaults, which accelerate leaves it
-    "zero1 defaults": (["--zero_stage", "1"], {"parallel": "zero1", "overlap_comm": False}),
-    "zero2 defaults": (["--zero_stage", "2"], {"parallel": "zero2", "overlap_comm": False}),
+    "zero1 defaults": (
+        ["--use_deepspeed", "--zero_stage", "1"], {"parallel": "zero1", "overlap_comm": False}
+    ),
+    "zero2 defaults": (
+        ["--use_deepspeed", "--zero_stage", "2"], {"parallel": "zero2", "overlap_comm": False}
+    ),
     "zero3 defaults": (
-        ["--zero_stage", "3"],
+        ["--use_deepspeed", "--zero_stage", "3"],
         {
             "parallel": "zero3", "reduce_bucket_size": 500_000_000, "stage3_prefetch_bucket_size": 50_000_000,
             "stage3_param_persistence_threshold": 100_000,
@@ -68,6 +79,11 @@ OTHERWISE: dict[str, tuple[list[str], dict[str, Any]]] = {
         [*ENGINES["fsdp2"], "--fsdp_offload_params", "true"], {"parallel": "fsdp2", "offload": "both"}
     ),
 }  # fmt: skip
+LAUNCHED = {
+    **ENGINES,
+    **{name: _by_file(name) for name in ZERO},
+    **{name: engine for name, (engine, _) in OTHERWISE.items()},
+}
 _FIGURES = ("tensors", "reserved", "host")
 SCRIPT = {"peft": "hf_trainer.py", "trl": "trl_guide.py"}
 FAMILIES = {
@@ -95,12 +111,7 @@ class Case(NamedTuple):
     @property
     def launched(self) -> list[str]:
         """By accelerate, on as many cards as its recipe has."""
-        engine = OTHERWISE[self.engine][0] if self.engine in OTHERWISE else ENGINES.get(self.engine)
-        if engine is None or not engine[0].startswith("--"):
-            file = DEEPSPEED / f"{engine[0] if engine else self.engine}.json"
-            engine = ["--use_deepspeed", "--deepspeed_config_file", str(file)]
-        elif engine[0] == "--zero_stage":
-            engine = ["--use_deepspeed", *engine]
+        engine = LAUNCHED[self.engine]
         count = str(self.recipe["gpus"])
         return ["accelerate", "launch", "--num_processes", count, *engine, "--mixed_precision", "bf16"]
 

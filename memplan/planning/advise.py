@@ -440,8 +440,7 @@ class _Pricer:
 
     def _peak(self, recipe: Recipe) -> int:
         peaks = self.peaks(recipe)
-        strategy = strategies.of(peaks.recipe)
-        if strategy is None or strategy.folds:
+        if strategies.folds(peaks.recipe):
             return peaks.played(recipe.batch_size, recipe.seq_len)
         # every layer is played, and the run has the same tape
         return replay(self.study.run(peaks.card, peaks.recipe).tape).allocated_bytes
@@ -484,10 +483,11 @@ def _changed(recipe: Recipe, idea: _Idea, pricer: _Pricer, file: RunFile | None 
     try:
         changed = Recipe(**{**recipe.model_dump(exclude_unset=True), **fields})
         pricer.resolved(changed)
-        on_host = pricer.on_host(changed) if changed.offload is not None else 0
+        if pricer.host is not None and changed.offload is not None and pricer.on_host(changed) > pricer.host:
+            return None
     except MemplanError:
         return None
-    return None if pricer.host is not None and on_host > pricer.host else changed
+    return changed
 
 
 def _combination(recipe: Recipe, pricer: _Pricer, file: RunFile | None) -> Combination | None:

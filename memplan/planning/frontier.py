@@ -103,8 +103,7 @@ def frontier(
     """
     batches, recipes = list(batches), list(recipes)
     points = len(batches) * len(recipes)
-    strategy = strategies.of(recipes[0]) if recipes else None
-    most = _MOST_SIMULATED if strategy is None or strategy.folds else _MOST_PLAYED_WHOLE
+    most = _MOST_SIMULATED if all(map(strategies.folds, recipes)) else _MOST_PLAYED_WHOLE
     if simulated and points * spec.num_hidden_layers > most:
         raise MemplanError(
             f"{points} points of {spec.num_hidden_layers} layers are too many to simulate: ask for "

@@ -151,8 +151,7 @@ def layers_to_play(spec: ModelSpec, recipe: Recipe) -> Played | Standing:
     every = fold.all_layers(spec.num_hidden_layers)
     if router_loss(spec, recipe):  # which goes over all layers again, in the head
         return every
-    strategy = strategies.of(recipe)
-    if strategy is not None and not strategy.folds:
+    if not strategies.folds(recipe):
         return every
     layers = kinds(spec, recipe)
     played = fold.layers_to_play(layers, first_is_like_others=recipe.mode is Mode.FULL)

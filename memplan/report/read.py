@@ -40,9 +40,9 @@ def _first(phrases: list[str], room: int) -> list[str]:
         kept -= 1
     if kept:
         return _with_rest(phrases, kept)
-    rest = f"{len(phrases) - 1} more" if len(phrases) > 1 else ""
-    cut = max(room - len(rest) - 3, 0)
-    return [f"{phrases[0][:cut]}…", *filter(None, [rest])]
+    rest = _with_rest(phrases, 1)[1:]
+    cut = max(room - len("".join(rest)) - 3, 0)
+    return [f"{phrases[0][:cut]}…", *rest]
 
 
 def _with_rest(phrases: list[str], kept: int) -> list[str]:

@@ -66,6 +66,11 @@ class RunFile:
         beside = [BESIDE[name](value) for name, value in fields.items() if name in BESIDE]
         return "; ".join([*(f"{key}: {_written(value)}" for key, value in lines.items()), *beside])
 
+    def contradicted(self, own: Mapping[str, Any], beside: Mapping[str, Any]) -> list[str]:
+        """Fields that are given otherwise ``beside`` the file than in its ``own`` options, and may not be."""
+        both = self.binding & own.keys() & beside.keys()
+        return sorted(name for name in both if own[name] != beside[name])
+
     def _said(self, name: str, value: Any) -> Lines | None:
         return self.says[name](value) if name in self.says else None
 
@@ -115,12 +120,11 @@ class Reading:
         from memplan.asked.recipe import OF_SEVERAL, Mode, Recipe, recipe_options
 
         over = {} if given is None else {name: getattr(given, name) for name in given.model_fields_set}
-        for name in find(self.kind).binding & over.keys() & self.options.keys():
-            if over[name] != self.options[name]:
-                raise RecipeError(
-                    f"{self.name} says {name} {self.options[name]}, and {over[name]} is given beside it, "
-                    f"which {find(self.kind).title} refuses: leave one of them out"
-                )
+        for name in find(self.kind).contradicted(self.options, over):
+            raise RecipeError(
+                f"{self.name} says {name} {self.options[name]}, and {over[name]} is given beside it, "
+                f"which {find(self.kind).title} refuses: leave one of them out"
+            )
         mode = Mode(over.get("mode", self.options.get("mode", Mode.QLORA)))
         own = dict(self.options)
         if over.get("parallel", own.get("parallel")) != own.get("parallel"):
@@ -218,13 +222,12 @@ def together(one: Reading, other: Reading) -> Reading:
 
 
 def _joined(run: Reading, launched: Reading) -> Reading:
-    title = find(launched.kind).title
-    for name in find(launched.kind).binding & run.options.keys() & launched.options.keys():
-        if run.options[name] != launched.options[name]:
-            raise MemplanError(
-                f"{run.name} says {name} {run.options[name]} and {launched.name} {launched.options[name]}, "
-                f"which {title} refuses"
-            )
+    launcher = find(launched.kind)
+    for name in launcher.contradicted(launched.options, run.options):
+        raise MemplanError(
+            f"{run.name} says {name} {run.options[name]} and {launched.name} {launched.options[name]}, "
+            f"which {launcher.title} refuses"
+        )
     return replace(
         run,
         name=f"{run.name} and {launched.name}",

@@ -4,13 +4,17 @@ or by accelerate's keys. `auto` is the Trainer's (transformers 5.23, `integratio
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
+from memplan.asked.recipe import ZERO
 from memplan.errors import shown
 from memplan.runfiles._keys import Keys, words
 
-STAGES = ("zero1", "zero2", "zero3")
+T = TypeVar("T")
+
+FLOAT16 = "trains in float16, in which memplan does not plan ZeRO"
+ALONE = "is one: DeepSpeed on one card is not planned"
 _BUCKET, _PREFETCH, _PERSISTENCE = 500_000_000, 50_000_000, 100_000  # elements
 # What ZeRO is planned with, by the first stage that it is of; what is not there moves nothing, or is so by
 # default.
@@ -53,7 +57,7 @@ def zero(keys: Keys, key: str, values: Mapping[str, Any]) -> None:
     if not values:
         keys.refuse(key, "is not there: of DeepSpeed memplan plans ZeRO")
     stage = inside.whole("stage", least=0) or 0
-    if not 0 < stage <= len(STAGES):
+    if not 0 < stage <= len(ZERO):
         inside.refuse("stage", "is not planned: memplan plans ZeRO's stages 1, 2 and 3")
     inside.refuse_any(
         {
@@ -94,7 +98,7 @@ def spread(
     persistence: int | str = _PERSISTENCE,
 ) -> None:
     """Set the recipe's options of a stage, by DeepSpeed's own defaults where nothing is given."""
-    keys.put("parallel", STAGES[stage - 1])
+    keys.put("parallel", ZERO[stage - 1])
     if not (stage == 3 if overlaps is None else overlaps):
         keys.put("overlap_comm", False)
     if bucket != (_BUCKET if stage < 3 else "auto"):
@@ -104,6 +108,11 @@ def spread(
             keys.put("stage3_prefetch_bucket_size", prefetch)
         if persistence != "auto":
             keys.put("stage3_param_persistence_threshold", persistence)
+
+
+def unless_auto(keys: Keys, key: str, read: Callable[[str], T | None]) -> T | None:
+    """What is read of a key; None of `auto`, which leaves it to the Trainer's arguments."""
+    return None if keys.value(key) == "auto" else read(key)
 
 
 def _elements(inside: Keys, key: str, default: int, least: int = 0) -> int | str:

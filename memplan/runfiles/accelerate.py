@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from memplan.runfiles import RunFile
-from memplan.runfiles._deepspeed import zero
+from memplan.runfiles._deepspeed import ALONE, FLOAT16, unless_auto, zero
 from memplan.runfiles._keys import Keys, words
 from memplan.runfiles._trainer import ON_THE_FIRST_RANK
 
@@ -41,7 +41,7 @@ def _read(keys: Keys) -> None:
     if precision is None:
         keys.refuse("mixed_precision", "computes in 8 bits, which memplan does not plan")
     if kind == "DEEPSPEED" and keys.value("mixed_precision") == "fp16":
-        keys.refuse("mixed_precision", "trains in float16, in which memplan does not plan ZeRO")
+        keys.refuse("mixed_precision", FLOAT16)
     if precision:  # "no" leaves it to the trainer, whose own bf16 overrules it
         keys.put("autocast", True)
     keys.leave_out("what torch.compile keeps is another amount", "dynamo_config")
@@ -85,15 +85,14 @@ def _zero(keys: Keys) -> None:
     ):
         values[inside] = {"device": told.text(key) or "none"}
     zero(keys, "deepspeed_config", values)
-    if told.value("gradient_accumulation_steps") != "auto":
-        keys.put("gradient_accumulation_steps", told.whole("gradient_accumulation_steps"))
-    if told.value("gradient_clipping") != "auto":
-        keys.put("max_grad_norm", told.number("gradient_clipping"))
+    steps = "gradient_accumulation_steps"
+    keys.put(steps, unless_auto(told, steps, told.whole))
+    keys.put("max_grad_norm", unless_auto(told, "gradient_clipping", told.number))
     told.refuse_any({"enable_msamp": "trains in 8 bits, which memplan does not plan"})
     told.finish(_LAUNCHING)
     _of_several(keys, keys.options.pop("parallel"))
     if "parallel" not in keys.options:
-        keys.refuse("num_processes", "is one: DeepSpeed on one card is not planned")
+        keys.refuse("num_processes", ALONE)
 
 
 _LAUNCHING = words(

@@ -4,7 +4,7 @@ step is spread over cards. It holds no model, and the number of cards only by it
 from __future__ import annotations
 
 from memplan.runfiles import RunFile
-from memplan.runfiles._deepspeed import zero
+from memplan.runfiles._deepspeed import FLOAT16, unless_auto, zero
 from memplan.runfiles._keys import Keys, words
 
 
@@ -23,7 +23,7 @@ def _precision(keys: Keys) -> None:
         if value not in (True, False, "auto") or not isinstance(value, bool | str):
             keys.wrong(name, "with enabled: true, false or auto")
     if enabled["fp16"] is True:
-        keys.refuse("fp16", "trains in float16, in which memplan does not plan ZeRO")
+        keys.refuse("fp16", FLOAT16)
     if enabled["bf16"] is False:
         keys.refuse("bf16", "is off, and ZeRO is planned in bf16")
     if enabled["bf16"] is True:
@@ -41,7 +41,7 @@ def _precision(keys: Keys) -> None:
 def _sizes(keys: Keys) -> None:
     """Numbers, or auto, which leaves it to the Trainer's arguments."""
     numbers = {
-        key: None if keys.value(key) == "auto" else keys.whole(key)
+        key: unless_auto(keys, key, keys.whole)
         for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
     }
     micro, steps, whole = numbers.values()
@@ -53,8 +53,7 @@ def _sizes(keys: Keys) -> None:
         keys.put("gpus", whole // (micro * steps))
     elif whole:
         keys.leave_out("train_batch_size: it is not divided by cards and passes that are not said")
-    if keys.value("gradient_clipping") != "auto":
-        keys.put("max_grad_norm", keys.number("gradient_clipping"))
+    keys.put("max_grad_norm", unless_auto(keys, "gradient_clipping", keys.number))
     for key in (*numbers, "gradient_clipping"):
         if keys.understood.get(key) == "auto":
             del keys.understood[key]

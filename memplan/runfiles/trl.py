@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from memplan.asked.recipe import ZERO
 from memplan.runfiles import RunFile, sizes
-from memplan.runfiles._deepspeed import STAGES, spread
+from memplan.runfiles._deepspeed import ALONE, FLOAT16, spread
 from memplan.runfiles._keys import Keys, words
 from memplan.runfiles._trainer import (
     IGNORED,
@@ -43,7 +44,7 @@ _LAUNCHED: dict[str | None, str | None] = {
     "single_gpu": None,
     "multi_gpu": "ddp",
     "fsdp2": "fsdp2",
-    **{name: name for name in STAGES},
+    **{name: name for name in ZERO},
 }
 _PROCESSES = 8  # that all of TRL's own have
 
@@ -89,17 +90,17 @@ def _launched(keys: Keys) -> None:
             keys.refuse("num_processes", "contradicts accelerate_config: single_gpu", instead=False)
         keys.put("gpus", count)
         keys.put("parallel", _LAUNCHED[name])
-        if name in STAGES:
-            spread(keys, STAGES.index(name) + 1)
+        if name in ZERO:
+            spread(keys, ZERO.index(name) + 1)
             if keys.flag("fp16"):
-                keys.refuse("fp16", "trains in float16, in which memplan does not plan ZeRO")
+                keys.refuse("fp16", FLOAT16)
             if name == "zero1" and (keys.whole("gradient_accumulation_steps") or 1) != 1:
                 words = "contradicts accelerate_config: zero1, which says 1"
                 keys.refuse("gradient_accumulation_steps", words, instead=False)
         if name == "fsdp2":
             keys.leave_out(ON_THE_FIRST_RANK)
-    elif name in STAGES:
-        keys.refuse("num_processes", "is one: DeepSpeed on one card is not planned")
+    elif name in ZERO:
+        keys.refuse("num_processes", ALONE)
 
 
 def _precision(keys: Keys) -> None:

@@ -68,6 +68,12 @@ def of(recipe: Recipe) -> Strategy | None:
     return strategy
 
 
+def folds(recipe: Recipe) -> bool:
+    """Whether like layers of a step do alike."""
+    strategy = of(recipe)
+    return strategy is None or strategy.folds
+
+
 def loads_whole(recipe: Recipe) -> bool:
     """Whether a rank that keeps parts of weights loads all of them first, which more is reserved for."""
     strategy = of(recipe)

@@ -29,6 +29,11 @@ class Host:
         self._tensors += nbytes
         self._pageable += nbytes
 
+    def keep_states(self, nbytes: int) -> None:
+        """AdamW's two, of a tensor of so many bytes in float32."""
+        for _ in range(2):
+            self.keep(nbytes)
+
     def pin(self, nbytes: int) -> None:
         """A pinned one."""
         self._tensors += nbytes

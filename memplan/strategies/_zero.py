@@ -107,11 +107,6 @@ class Zero(Spread):
         """What is offloaded."""
         return self.on_host.bytes
 
-    def keep_states(self, elements: int) -> None:
-        """DeepSpeedCPUAdam's (ops/adam/cpu_adam.py)."""
-        for _ in range(2):
-            self.on_host.keep(4 * elements)
-
     def optimize(self, master: Tensor, grad: Tensor, recipe: Recipe, kept: State) -> None:
         """``optimizer.step()`` of one master."""
         node = master.node

@@ -124,7 +124,7 @@ class Zero12(Zero):
         self.on_host.pin(2 * self.sent.shape[0])  # temp_grad_buffer_for_cpu_offload
         for group in self.groups:
             self.on_host.pin(4 * group.partition)  # gradients of the masters
-            self.keep_states(group.partition)
+            self.on_host.keep_states(4 * group.partition)
             for one in group.own if self.accumulates else ():
                 self.on_host.pin(2 * one.numel)  # accumulated_grads_in_cpu
 
@@ -184,8 +184,7 @@ class Zero12(Zero):
         for one in self.bucket.trained:
             partition = self.group_of[one].partition
             for rank in _partitions(one, partition):
-                begin = max(one.start, rank * partition)
-                elements = min(one.start + one.numel, (rank + 1) * partition) - begin
+                elements = _shared(one, rank, partition)
                 if slices and slices[-1][0] == rank:
                     slices[-1][1] += elements
                 else:
@@ -221,9 +220,7 @@ class Zero12(Zero):
         (``set_norm_for_param_grad_in_gpu``, ``async_inplace_copy_grad_to_fp32_buffer_from_gpu``)."""
         if not self.last:
             return
-        partition = self.group_of[one].partition
-        begin, end = self.rank * partition, (self.rank + 1) * partition
-        own = min(one.start + one.numel, end) - max(one.start, begin)
+        own = _shared(one, self.rank, self.group_of[one].partition)
         self.norms[one] = vector_norm(own, self.dtype, "set_norm_for_param_grad_in_gpu")
         has_inf_or_nan(one.numel, self.dtype)
         with category(Category.GRADIENTS):
@@ -266,9 +263,8 @@ class Zero12(Zero):
     def flat_partition(self, group: Flat) -> list[tuple[int, Tensor]]:
         """``get_flat_partition``: views, and what fills it up."""
         assert group.accumulated is not None
-        begin, end = self.rank * group.partition, (self.rank + 1) * group.partition
         parts = [
-            (min(one.start + one.numel, end) - max(one.start, begin), grad)
+            (_shared(one, self.rank, group.partition), grad)
             for one, grad in zip(group.own, group.accumulated, strict=True)
         ]
         left = group.partition - sum(elements for elements, _ in parts)
@@ -364,6 +360,11 @@ class Zero12(Zero):
 def _partitions(one: Trained, partition: int) -> range:
     """The ranks that have a part of a parameter."""
     return range(one.start // partition, (one.start + one.numel - 1) // partition + 1)
+
+
+def _shared(one: Trained, rank: int, partition: int) -> int:
+    """The elements of a parameter that a rank has."""
+    return min(one.start + one.numel, (rank + 1) * partition) - max(one.start, rank * partition)
 
 
 def _most(groups: list[tuple[list[Trained], int]], world: int) -> int:

@@ -148,7 +148,7 @@ def _wrap(recipe: Recipe, step: Tape, temporary: Temporary) -> Iterator[LoadStep
     ]
     flying: list[int | None] = []
     parts = [event for event in loaded if step.categories[event] is not Category.QUANTIZATION_STATE]
-    for nbytes, count in _filled(recipe, step, parts, _BROADCAST, _BROADCAST):
+    for nbytes, count in _filled(recipe, step, parts, _BROADCAST):
         number = None
         if count > 1:  # a single one is flat as it lies
             take, number = temporary(nbytes)
@@ -160,7 +160,7 @@ def _wrap(recipe: Recipe, step: Tape, temporary: Temporary) -> Iterator[LoadStep
         yield from _landed(number)
     if any(segment.part is Part.RENEWED for segment in step.segments):
         parameters = [event for event in loaded if step.modules[event] != "model.rotary_emb"]
-        for nbytes, _ in reversed(list(_filled(recipe, step, parameters, sys.maxsize, sys.maxsize))):
+        for nbytes, _ in reversed(list(_filled(recipe, step, parameters, sys.maxsize))):
             yield temporary(nbytes)[0]
 
 
@@ -169,9 +169,7 @@ def _landed(number: int | None) -> Iterator[LoadStep]:
         yield "drop", number
 
 
-def _filled(
-    recipe: Recipe, step: Tape, storages: list[int], first: int, cap: int
-) -> Iterator[tuple[int, int]]:
+def _filled(recipe: Recipe, step: Tape, storages: list[int], limit: int) -> Iterator[tuple[int, int]]:
     """Bytes of buckets and how many tensors each has, in the order in which they begin; one a dtype."""
     quantised = {module.removesuffix(".absmax") for module in step.modules if module.endswith(".absmax")}
     weights = DTypeName.FLOAT32 if recipe.kbit_prep else recipe.dtype
@@ -184,14 +182,12 @@ def _filled(
 
     found: list[tuple[int, int, int]] = []
     filling: dict[str, tuple[int, int, int]] = {}
-    limits: dict[str, int] = {}
     for place, storage in enumerate(storages):
         kind = dtype(storage)
         begun, nbytes, count = filling.pop(kind, (place, 0, 0))
         nbytes += step.sizes[storage]
-        if nbytes >= limits.setdefault(kind, first):
+        if nbytes >= limit:
             found.append((begun, nbytes, count + 1))
-            limits[kind] = cap
         else:
             filling[kind] = begun, nbytes, count + 1
     yield from ((nbytes, count) for _, nbytes, count in sorted([*found, *filling.values()]))

@@ -170,8 +170,7 @@ class Fsdp2(Spread):
         self.on_host.pin(nbytes)
         if trainable:
             self.on_host.pin(nbytes)  # its gradient
-            for _ in range(2):
-                self.on_host.keep(nbytes)
+            self.on_host.keep_states(nbytes)
 
     def host(self) -> HostBytes:
         """What is offloaded."""

@@ -156,7 +156,7 @@ class Zero3(Zero):
         if not self.offloads:
             with category(Category.GRADIENTS):
                 self.flat.append(empty((sum(sizes),), self.dtype, "grad_partitions_flat_buffer"))
-        if self.offloads:
+        else:
             self.offload(sizes)
         tape.begin(Phase.SETUP, "norm", part=TapePart.RESTING)
         tape.module = "zero3"
@@ -180,7 +180,7 @@ class Zero3(Zero):
         for size in sizes:
             host.keep(4 * size)
             host.pin(4 * size)
-            self.keep_states(size)
+            host.keep_states(4 * size)
 
     def gathered(self) -> None:
         """Small parameters stay whole from one step to the next (``_allgather_params_coalesced``)."""
