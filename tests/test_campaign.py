@@ -437,3 +437,13 @@ def test_folders_of_dead_processes_are_swept_and_no_others(tmp_path: Path) -> No
     spared = {"memplan-verify-justmade", "memplan-verify-linked00", "memplan-verify-file0000"}
     assert left == spared | set(names[1:])
     assert (tmp_path / "other" / "stderr").exists()
+
+
+def test_a_record_without_the_dtype_of_4_bit_layers_is_of_the_same_job() -> None:
+    # the first measurements were taken before recipes had it resolved
+    first = next(iter(sorted((ROOT / "data" / "measurements").glob("*_qlora_*.json"))))
+    measured = Measurement.model_validate_json(first.read_text(encoding="utf-8"))
+    assert measured.recipe.compute_dtype is None
+    now = measured.model_copy(update={"recipe": measured.recipe.resolved()})
+    assert now.recipe.compute_dtype == "bfloat16"
+    assert fingerprint("cuda", now) == fingerprint("cuda", measured)

@@ -146,9 +146,9 @@ def test_without_a_compiler_it_says_what_to_install(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("CC", "gcc -m64")
     monkeypatch.setattr(build, "find_spec", lambda name: None)
     with pytest.raises(MemplanError, match="install gcc, or pip install ziglang beside memplan"):
-        build._compiler()
+        build.compiler()
     monkeypatch.setattr(build, "find_spec", lambda name: name)
-    assert build._compiler() == [sys.executable, "-m", "ziglang", "cc"]
+    assert build.compiler() == [sys.executable, "-m", "ziglang", "cc"]
 
 
 def test_nvidia_s_libraries_are_not_loaded_by_path(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 from collections.abc import Iterator
@@ -129,19 +130,24 @@ class Peaks(TrainerCallback):
         self.steps.append(dict(zip(("allocated", "reserved"), found, strict=True)))
 
     def write(self) -> None:
-        import importlib.metadata
-
         if self.asked.history:
             import pickle
 
             self.asked.history.write_bytes(pickle.dumps(torch.cuda.memory._snapshot()["device_traces"][0]))
 
-        libraries = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl")
+        libraries = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl", "deepspeed")
         found = {
             "allocated": self.steps[-1]["allocated"],
             "reserved": max(step["reserved"] for step in self.steps),
             "steps": self.steps,
             "device": torch.cuda.get_device_name(),
-            "libraries": {name: importlib.metadata.version(name) for name in libraries},
+            "libraries": {name: found for name in libraries if (found := _version(name))},
         }
         self.asked.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

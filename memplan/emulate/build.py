@@ -66,7 +66,7 @@ def libraries(program: Program) -> Path:
         return folder
     try:
         with _making(folder) as made:
-            build(made, objects, _headers(program), [*_compiler(), *told])
+            build(made, objects, _headers(program), [*compiler(), *told])
     except OSError as error:
         raise MemplanError(
             f"the card's libraries can't be written to {shown(str(folder))}: {reason(error)}"
@@ -204,7 +204,7 @@ def _cache() -> Path:
     return (Path(place) if place else Path.home() / ".cache") / "memplan" / "cards"
 
 
-def _compiler() -> list[str]:
+def compiler() -> list[str]:
     """A C compiler: the system's, else Zig's, as the package ziglang has it. Raises MemplanError."""
     for command in (shlex.split(os.environ.get("CC", "")), ["cc"], ["gcc"], ["clang"], ["zig", "cc"]):
         if command and shutil.which(command[0]):

@@ -248,11 +248,12 @@ def patience(seconds: float) -> float:
 
 
 def fingerprint(device: str, run: Job | Measurement) -> str:
-    """The same for a job and the measurements that it makes."""
+    """The same for a job and the measurements that it makes; records of before 4-bit layers' dtype was
+    resolved have none."""
     what = {
         "device": device,
         "model": run.model.model_dump(mode="json"),
-        "recipe": run.recipe.model_dump(mode="json"),
+        "recipe": run.recipe.resolved().model_dump(mode="json"),
         "run": run.run.model_dump(mode="json", exclude={"settings", "campaign"}),
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,231 @@
+"""The plain scripts on a real GPU: alone on it, and as one rank of several by the real engines.
+
+    python benchmarks/measure.py [--seconds N] [--jobs N] [--only TEXT] [--out FOLDER]
+
+The cases are those of benchmarks/plain and benchmarks/ranks, and the scripts import nothing of memplan's. Of
+several ranks the first trains on the card that is there, with PyTorch's process group for NCCL, its streams
+and its allocator; NCCL's own functions are stubs that return at once (memplan/emulate/card/libraries.c), so
+what other ranks would send is whatever lies in memory, and what is computed from it means nothing. How much
+is allocated does not depend on it. NCCL's own buffers, and how long it takes to send, are not in these
+figures. cuDNN's attention is off, for plans have FlashAttention.
+
+Writes what torch.cuda says of each step, with the device and the versions: *measured*. Needs accelerate,
+transformers, TRL, PEFT, bitsandbytes, datasets, pydantic and a C compiler, and DeepSpeed for ZeRO. Cases are
+taken in turns of scripts and engines until ``--seconds`` are over; ``--jobs`` run at a time, which
+torch.cuda's figures of a process don't show. ``--resume`` passes over cases that the folder has. Exit status
+1 if a case failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timezone
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from memplan.emulate import build, launch, program
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+RESULTS = ROOT / "data" / "measurements" / "scripts"
+PATIENCE = 240.0  # seconds for one case
+NCCL = "libnccl.so.2"
+
+
+def table(name: str) -> ModuleType:
+    """The module that lists the cases of ``name``."""
+    spec = importlib.util.spec_from_file_location(f"{name}_cases", HERE / name / "run.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Case(NamedTuple):
+    """``of``: which table has it. ``arguments``: the script's, without where the checkpoint and peaks are."""
+
+    of: str
+    name: str
+    kind: str
+    model: str
+    layers: int | None
+    script: str
+    arguments: tuple[str, ...]
+    launched: tuple[str, ...] = ()
+    alloc_conf: str = ""
+
+
+def cases(only: str | None) -> list[Case]:
+    """The scripts and engines in turns. Mixtures of experts on several ranks are left out: their routers
+    would read what others have not sent."""
+    found = []
+    for one in table("plain").cases():
+        lengths = ("--lengths", *map(str, one["lengths"])) if "lengths" in one else ()
+        given = (*one["run"].split(), *lengths)
+        conf = one["recipe"].get("alloc_conf") or ""
+        script = f"{one['script']}.py"
+        place = one["name"], one["script"], one["model"], one.get("layers")
+        found.append(Case("plain", *place, script, given, alloc_conf=conf))
+    for one in table("ranks").cases():
+        if "a3b" not in one.model:
+            launched = ("-m", "accelerate.commands.launch", *one.launched[2:])
+            place = one.name, one.engine, one.model, one.layers
+            found.append(Case("ranks", *place, one.script, one.arguments, launched))
+    waiting: dict[str, list[Case]] = {}
+    for case in found:
+        if only is None or only in case.name:
+            waiting.setdefault(case.kind, []).append(case)
+    listed = []
+    while any(waiting.values()):
+        listed += [of_kind.pop(0) for of_kind in waiting.values() if of_kind]
+    return listed
+
+
+def measured(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a folder's files, by the order of their names; without those that failed."""
+    files = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json")))
+    return [row for file in files for row in file["rows"] if "failed" not in row]
+
+
+def silent_nccl(folder: Path) -> Path:
+    """NCCL's library, whose functions do nothing, for the PyTorch that runs this."""
+    found = program.find([sys.executable])
+    symbols = build.wanted(sorted((found.torch / "lib").glob("*.so")))[NCCL].symbols
+    rest, made = folder / "nccl.c", folder / NCCL
+    rest.write_text("".join(f"__attribute__((weak)) int {name}(void) {{ return 0; }}\n" for name in symbols))
+    versions = ["-DNCCL_MAJOR=2", "-DNCCL_MINOR=28", "-DNCCL_PATCH=9", "-DRELEASE=13000"]
+    flags = ["-shared", "-fPIC", "-O1", "-w", "-DNCCL", *versions, f"-I{build.SOURCES}"]
+    sources = [str(build.SOURCES / "libraries.c"), str(rest)]
+    subprocess.run(
+        [*build.compiler(), *flags, *sources, f"-Wl,-soname,{NCCL}", "-ldl", "-o", str(made)], check=True
+    )
+    return made
+
+
+class Runs:
+    """Where checkpoints and results are."""
+
+    def __init__(self, folder: Path, until: float) -> None:
+        self.folder, self.until = folder, until
+        self.nccl = silent_nccl(folder)
+        self.making: dict[Path, threading.Lock] = {}
+
+    def checkpoint(self, case: Case) -> Path:
+        """Of the right shapes; it takes no disk."""
+        place = self.folder / f"{case.model.replace('/', '--')}-{case.layers or 'all'}"
+        with self.making.setdefault(place, threading.Lock()):
+            if not place.exists():
+                layers = [] if case.layers is None else ["--layers", str(case.layers)]
+                subprocess.run(
+                    [sys.executable, "-m", "memplan", "stub", case.model, str(place), *layers],
+                    env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": _paths(ROOT)},
+                    check=True,
+                    capture_output=True,
+                    text=True,
+                )
+        return place
+
+    def run(self, number: int, case: Case) -> dict[str, Any] | None:
+        """A case's row; None if there was no time for it."""
+        began = time.monotonic()
+        if began > self.until:
+            return None
+        row: dict[str, Any] = {"of": case.of, "name": case.name, "model": case.model, "script": case.script}
+        row["arguments"] = [*case.arguments]
+        mine = self.folder / str(number)
+        mine.mkdir()
+        try:
+            out = mine / "peaks.json"
+            port = ("--main_process_port", str(29600 + number)) if case.launched else ()
+            script = [str(HERE / "plain" / case.script), str(self.checkpoint(case)), "--out", str(out)]
+            subprocess.run(
+                [sys.executable, *case.launched, *port, *script, *case.arguments],
+                env=self.environment(case, mine),
+                check=True,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=PATIENCE,
+            )
+            found = json.loads(out.read_text(encoding="utf-8"))
+            row |= {key: found[key] for key in ("allocated", "reserved", "steps", "device", "libraries")}
+        except subprocess.CalledProcessError as error:
+            row["failed"] = (error.stderr or "").strip().splitlines()[-60:]
+        except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+            row["failed"] = [f"{type(error).__name__}: {error}"]
+        return {**row, "seconds": round(time.monotonic() - began, 1)}
+
+    def environment(self, case: Case, mine: Path) -> dict[str, str]:
+        """A case's: QUIET, and what benchmarks/card_alone/sitecustomize.py reads."""
+        told = {"ranks": [0], "folder": str(mine), "hook": str(launch.HOOK)}
+        found = {
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "TRANSFORMERS_VERBOSITY": "error",
+            "PYTHONWARNINGS": "ignore",
+            "MEMPLAN_PLAYED": json.dumps(told),
+            "PYTHONPATH": _paths(HERE / "card_alone"),
+            "PYTORCH_ALLOC_CONF": case.alloc_conf,
+        }
+        return {**found, "LD_PRELOAD": str(self.nccl)} if case.launched else found
+
+
+def _paths(first: Path) -> str:
+    return os.pathsep.join(filter(None, (str(first), os.environ.get("PYTHONPATH"))))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--only", metavar="TEXT", help="cases with this text in their names")
+    parser.add_argument("--seconds", type=float, default=480.0, help="begin no case after them")
+    parser.add_argument("--jobs", type=int, default=4, help="cases at a time (default: %(default)s)")
+    parser.add_argument("--resume", action="store_true", help="pass over cases that the folder has")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder (default: %(default)s)")
+    asked = parser.parse_args()
+    until = time.monotonic() + asked.seconds
+    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    record: dict[str, Any] = {
+        "schema_version": 1,
+        "about": "Program output: benchmarks/measure.py. Measured on the device that each row names.",
+        "started": started,
+        "rows": [],
+    }
+    asked.out.mkdir(parents=True, exist_ok=True)
+    path = asked.out / f"{started.replace(':', '').replace('+', '-').lower()}.json"
+    had = {row["name"] for row in measured(asked.out)} if asked.resume else set()
+    writing = threading.Lock()
+
+    def keep(runs: Runs, number: int, case: Case) -> None:
+        row = runs.run(number, case)
+        if row is None:
+            return
+        said = (
+            "failed" if "failed" in row else f"{row['allocated']:,} allocated, {row['reserved']:,} reserved"
+        )
+        with writing:
+            record["rows"].append(row)
+            sys.stdout.write(f"{row['name']}: {said} ({row['seconds']} s)\n")
+            sys.stdout.flush()
+            path.with_suffix(".part").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            path.with_suffix(".part").replace(path)
+
+    with tempfile.TemporaryDirectory(prefix="measure-") as folder, ThreadPoolExecutor(asked.jobs) as pool:
+        runs = Runs(Path(folder), until)
+        wanted = [case for case in cases(asked.only) if case.name not in had]
+        for done in [pool.submit(keep, runs, *one) for one in enumerate(wanted)]:
+            done.result()
+    return int(any("failed" in row for row in record["rows"]))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
