@@ -1,6 +1,8 @@
 """The plain scripts on a real GPU: alone on it, and as one rank of several by the real engines.
 
     python benchmarks/measure.py [--seconds N] [--jobs N] [--only TEXT] [--out FOLDER]
+    memplan dry-run --no-watch --gpu h200 -- python benchmarks/measure.py --out FOLDER    the same, emulated
+    python benchmarks/measure.py --compare [FOLDER]     all rows and the plan; writes data/scripts.json
 
 The cases are those of benchmarks/plain and benchmarks/ranks, and the scripts import nothing of memplan's. Of
 several ranks the first trains on the card that is there, with PyTorch's process group for NCCL, its streams
@@ -33,11 +35,21 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from memplan import Recipe
+from memplan.asked.lengths import Lengths
+from memplan.cuda.card import Card
 from memplan.emulate import build, launch, program
+from memplan.importers.hf import spec_from_config
+from memplan.importers.resolve import resolve_config
+from memplan.planning import predicted
+from memplan.predict.parameters import resolve_recipe
+from memplan.verify.job import cut
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 RESULTS = ROOT / "data" / "measurements" / "scripts"
+COMPARED = ROOT / "data" / "scripts.json"
+CAPABILITIES = {"NVIDIA H200": (9, 0), "NVIDIA H100 80GB HBM3": (9, 0)}
 PATIENCE = 240.0  # seconds for one case
 NCCL = "libnccl.so.2"
 
@@ -61,26 +73,25 @@ class Case(NamedTuple):
     layers: int | None
     script: str
     arguments: tuple[str, ...]
+    recipe: dict[str, Any]
     launched: tuple[str, ...] = ()
-    alloc_conf: str = ""
 
 
 def cases(only: str | None) -> list[Case]:
     """The scripts and engines in turns. Mixtures of experts on several ranks are left out: their routers
     would read what others have not sent."""
     found = []
-    for one in table("plain").cases():
+    plain = table("plain")
+    for one in plain.cases():
         lengths = ("--lengths", *map(str, one["lengths"])) if "lengths" in one else ()
-        given = (*one["run"].split(), *lengths)
-        conf = one["recipe"].get("alloc_conf") or ""
-        script = f"{one['script']}.py"
+        recipe = {"trainer": plain.TRAINERS[one["script"]], **one["recipe"]}
         place = one["name"], one["script"], one["model"], one.get("layers")
-        found.append(Case("plain", *place, script, given, alloc_conf=conf))
+        found.append(Case("plain", *place, f"{one['script']}.py", (*one["run"].split(), *lengths), recipe))
     for one in table("ranks").cases():
         if "a3b" not in one.model:
             launched = ("-m", "accelerate.commands.launch", *one.launched[2:])
             place = one.name, one.engine, one.model, one.layers
-            found.append(Case("ranks", *place, one.script, one.arguments, launched))
+            found.append(Case("ranks", *place, one.script, one.arguments, one.recipe, launched))
     waiting: dict[str, list[Case]] = {}
     for case in found:
         if only is None or only in case.name:
@@ -91,10 +102,63 @@ def cases(only: str | None) -> list[Case]:
     return listed
 
 
-def measured(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a folder's files, by the order of their names; without those that failed."""
-    files = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json")))
-    return [row for file in files for row in file["rows"] if "failed" not in row]
+def found(folder: Path, *, emulated: bool) -> dict[str, list[dict[str, Any]]]:
+    """The rows of a folder's files by their names; without those that failed."""
+    files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for file in files:
+        if file.get("emulated", False) is emulated:
+            for row in file["rows"]:
+                if "failed" not in row:
+                    rows.setdefault(row["name"], []).append(row)
+    return rows
+
+
+def planned(case: Case, device: str) -> dict[str, int]:
+    """What the plan says of a case on that card: the most of any of its steps."""
+    read = resolve_config(case.model)
+    config = read.config if case.layers is None else cut(read.config, case.layers, case.model)
+    spec = spec_from_config(config, read.name, read.hub_id)
+    recipe = resolve_recipe(spec, Recipe(**case.recipe))
+    lengths = None
+    if "--lengths" in case.arguments and "--packing" not in case.arguments:
+        given = case.arguments[case.arguments.index("--lengths") + 1 :]
+        lengths = Lengths("the script", tuple(map(int, given)))
+    rank = 0 if case.of == "ranks" else None
+    run = predicted.run(spec, recipe, Card(CAPABILITIES[device]), lengths, rank)
+    return {"allocated": run.free.allocated, "reserved": run.free.reserved}
+
+
+def compared(folder: Path, emulated: Path | None) -> list[dict[str, Any]]:
+    """A row for each case that was measured: the plan, each time that it was measured, and what an emulated
+    card with the same libraries says, where ``emulated`` has it."""
+    listed = {case.name: case for case in cases(None)}
+    also = {} if emulated is None else found(emulated, emulated=True)
+    rows = []
+    for name, times in found(folder, emulated=False).items():
+        case, last = listed[name], times[-1]
+        plan = planned(case, last["device"])
+        row: dict[str, Any] = {
+            **{
+                key: last[key]
+                for key in ("of", "name", "model", "script", "arguments", "device", "libraries")
+            },
+            "recipe": case.recipe,
+        }
+        alike = [one for one in also.get(name, ()) if one["libraries"] == last["libraries"]]
+        for kind, size in plan.items():
+            row[kind] = {"predicted": size, "measured": [_most(one, kind) for one in times]}
+            if alike:
+                row[kind]["emulated"] = _most(alike[-1], kind)
+        rows.append(row)
+        sides = (f"{kind} {row[kind]['predicted'] - row[kind]['measured'][-1]:+,}" for kind in plan)
+        sys.stdout.write(f"{name}: {', '.join(sides)}\n")
+        sys.stdout.flush()
+    return rows
+
+
+def _most(row: dict[str, Any], kind: str) -> int:
+    return max(int(step[kind]) for step in row["steps"])
 
 
 def silent_nccl(folder: Path) -> Path:
@@ -175,9 +239,14 @@ class Runs:
             "PYTHONWARNINGS": "ignore",
             "MEMPLAN_PLAYED": json.dumps(told),
             "PYTHONPATH": _paths(HERE / "card_alone"),
-            "PYTORCH_ALLOC_CONF": case.alloc_conf,
+            "PYTORCH_ALLOC_CONF": case.recipe.get("alloc_conf") or "",
         }
         return {**found, "LD_PRELOAD": str(self.nccl)} if case.launched else found
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    path.with_suffix(".part").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".part").replace(path)
 
 
 def _paths(first: Path) -> str:
@@ -191,18 +260,32 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=4, help="cases at a time (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="pass over cases that the folder has")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder (default: %(default)s)")
+    parser.add_argument(
+        "--compare",
+        nargs="?",
+        type=Path,
+        const=Path(),
+        metavar="FOLDER",
+        help="hold what was measured against the plan, and against a folder of emulated ones",
+    )
     asked = parser.parse_args()
+    if asked.compare is not None:
+        _write(COMPARED, {"schema_version": 1, "rows": compared(asked.out, asked.compare)})
+        return 0
+    emulated = "MEMPLAN_CARD" in os.environ
     until = time.monotonic() + asked.seconds
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     record: dict[str, Any] = {
         "schema_version": 1,
-        "about": "Program output: benchmarks/measure.py. Measured on the device that each row names.",
+        "about": "Program output: benchmarks/measure.py. "
+        + ("Emulated: the card is not there." if emulated else "Measured on the device that each row names."),
+        "emulated": emulated,
         "started": started,
         "rows": [],
     }
     asked.out.mkdir(parents=True, exist_ok=True)
     path = asked.out / f"{started.replace(':', '').replace('+', '-').lower()}.json"
-    had = {row["name"] for row in measured(asked.out)} if asked.resume else set()
+    had = found(asked.out, emulated=emulated) if asked.resume else {}
     writing = threading.Lock()
 
     def keep(runs: Runs, number: int, case: Case) -> None:
@@ -216,8 +299,7 @@ def main() -> int:
             record["rows"].append(row)
             sys.stdout.write(f"{row['name']}: {said} ({row['seconds']} s)\n")
             sys.stdout.flush()
-            path.with_suffix(".part").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-            path.with_suffix(".part").replace(path)
+            _write(path, record)
 
     with tempfile.TemporaryDirectory(prefix="measure-") as folder, ThreadPoolExecutor(asked.jobs) as pool:
         runs = Runs(Path(folder), until)
