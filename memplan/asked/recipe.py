@@ -639,6 +639,17 @@ class Recipe(BaseModel):
             ),
         ),
     ] = None
+    forward_prefetch: Annotated[
+        bool | None,
+        of_step(
+            help="FSDP1's: gather the next unit's parameters before a unit's forward",
+            default="off",
+            phrase=lambda r: (
+                None if r.forward_prefetch is None else _switched("forward_prefetch", r.forward_prefetch)
+            ),
+            source="accelerate, `utils/dataclasses.py`: `FSDP_FORWARD_PREFETCH` is False.",
+        ),
+    ] = None
     alloc_conf: Annotated[
         str,
         of_step(
@@ -714,8 +725,9 @@ class Recipe(BaseModel):
                 if getattr(self, name) is not None and not (sharded and name == "offload"):
                     whose = "ZeRO's or FSDP2's" if name == "offload" else "DeepSpeed's"
                     raise ValueError(f"{name} is {whose}: use --parallel zero2 or zero3, or leave it out")
-        if self.backward_prefetch is not None and parallel != "fsdp":
-            raise ValueError("backward_prefetch is FSDP1's: use --parallel fsdp, or leave it out")
+        for name in _OF_FSDP1:
+            if getattr(self, name) is not None and parallel != "fsdp":
+                raise ValueError(f"{name} is FSDP1's: use --parallel fsdp, or leave it out")
         if parallel == "fsdp":
             self._check_flat()
         if not sharded:
@@ -915,7 +927,9 @@ class Recipe(BaseModel):
 ZERO = ("zero1", "zero2", "zero3")
 _OF_ZERO3 = ("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
 _OF_ZERO = ("offload", "overlap_comm", "reduce_bucket_size", *_OF_ZERO3)
-OF_SEVERAL = ("parallel", "shard_dtype", "reduce_dtype", "backward_prefetch", *_OF_ZERO)  # fields that say nothing of one GPU
+_OF_FSDP1 = ("backward_prefetch", "forward_prefetch")
+# fields that say nothing of one GPU
+OF_SEVERAL = ("parallel", "shard_dtype", "reduce_dtype", *_OF_FSDP1, *_OF_ZERO)
 _AS_COMPARED = (
     ("optimizer", ("adamw_torch_fused",)),
     ("dtype", (DTypeName.BFLOAT16, DTypeName.FLOAT32)),

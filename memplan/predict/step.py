@@ -100,7 +100,7 @@ def _written(
         nonlocal which, host
         spread = _spread(recipe, rank)
         if spread is not None and first:
-            spread.rehearses = False
+            spread.first()
         found = _play(spec, recipe, step, card, played, spread, looped=looped)
         if spread is not None:
             which, host = spread.rank, spread.host()
