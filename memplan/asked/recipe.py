@@ -907,6 +907,11 @@ class Recipe(BaseModel):
                 self._check_spread(parallel)
             except ValueError as error:
                 raise RecipeError(str(error)) from None
+        if parallel == "fsdp" and known.kbit_prep:
+            raise RecipeError(
+                "FSDP1 lays the parameters of a layer in one tensor, which norms in float32 beside 16-bit "
+                "weights can't be (prepare_model_for_kbit_training): use --no-kbit-prep, or --parallel fsdp2"
+            )
         if parallel in ("fsdp", "fsdp2") and self.use_reentrant is None:
             reentrant = False
         compute = self.dtype if self.compute_dtype is None else self.compute_dtype
@@ -941,9 +946,9 @@ _AS_COMPARED = (
     ("momentum", (0.0,)),
 )
 _FLAT_AS_COMPARED = (
-    ("kbit_prep", (None, False)),
-    *(of for of in _AS_COMPARED if of[0] != "optimizer"),
+    *(of for of in _AS_COMPARED if of[0] not in ("optimizer", "loss")),
     ("optimizer", ("adamw_torch", "adamw_torch_fused")),
+    ("loss", ("standard", "shifted", "chunked")),
     ("use_reentrant", (None, False)),
 )
 _SHARDED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")

@@ -483,6 +483,7 @@ def _each(grads: Any) -> list[Tensor | None]:
 
 
 _FLAT = "flat_param"
+_FREQUENCIES = (256, 256)  # bytes of the rotary tables, of which a large tensor takes no more
 _Piece = tuple[int, "int | None", int]
 
 
@@ -502,7 +503,10 @@ def _load(recipe: Recipe, coming: Coming) -> Iterator[LoadStep]:
                 take, number = temporary(nbytes)
                 yield take
                 came.append(number)
-        yield from coalesced([nbytes for _, _, nbytes in of], temporary)
+        sent = [nbytes for _, _, nbytes in of]
+        if name == made[-1][0] and recipe.dtype is DTypeName.FLOAT32:
+            sent = [*_FREQUENCIES, *sent]  # buffers, which come first, are of their dtype then
+        yield from coalesced(sent, temporary)
         number, nbytes = parts[name]
         rests, loaded = _itemsizes(recipe, name)
         take, laid = temporary(nbytes // rests * loaded * recipe.gpus)
@@ -537,13 +541,19 @@ def _units(coming: Coming, parts: set[str]) -> list[tuple[str, list[_Piece]]]:
             pieces: list[_Piece] = [(0, one, coming.sizes[one]) for one in lies]
             units.setdefault(_place(name), {})[name] = pieces or [(0, None, coming.whole[number])]
     whole = [(name, None, nbytes) for name, nbytes in coming.whole.items() if isinstance(name, str)]
-    there = [(name, one, coming.sizes[one]) for name, of in coming.lying.items() for one in of]
+    lying = sorted(coming.lying.items(), key=lambda pair: _order(pair[0]))
+    there = [(name, one, coming.sizes[one]) for name, of in lying for one in of]
     for name, one, nbytes in (*whole, *there):
         if name not in parts:
             own = units.setdefault(_place(name), {}).setdefault(f"{_place(name)}.{_FLAT}", [])
             own.append((name.count("."), one, nbytes))
     units["model"] = units.pop("model")
     return [unit for of in units.values() for unit in of.items()]
+
+
+def _order(name: str) -> tuple[bool, bool]:
+    """Of what belongs to no layer, that of the modules."""
+    return name.startswith("lm_head"), not name.startswith("model.embed_tokens")
 
 
 def _itemsizes(recipe: Recipe, name: str) -> tuple[int, int]:
