@@ -360,16 +360,16 @@ BAD = {
         {"distributed_type": "FSDP", "num_processes": 2, "fsdp_config": {}},
         "is of FSDP1 with no fsdp_auto_wrap_policy",
     ),
-    "FSDP1 on the host": (
+    "FSDP1 that keeps layers": (
         {
             "distributed_type": "FSDP",
             "num_processes": 2,
             "fsdp_config": {
                 "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-                "fsdp_offload_params": True,
+                "fsdp_sharding_strategy": "SHARD_GRAD_OP",
             },
         },
-        "is of FSDP1 with fsdp_offload_params True",
+        "is of FSDP1 with fsdp_sharding_strategy SHARD_GRAD_OP",
     ),
     "FSDP3": (
         {"distributed_type": "FSDP", "num_processes": 2, "fsdp_config": {"fsdp_version": 3}},

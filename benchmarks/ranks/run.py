@@ -69,6 +69,14 @@ FLAT_WAYS: dict[str, tuple[list[str], dict[str, Any]]] = {
         [*FLAT, "--fsdp_backward_prefetch", "BACKWARD_POST"],
         {"parallel": "fsdp", "backward_prefetch": "backward_post"},
     ),
+    "fsdp both ahead": (
+        [*FLAT, "--fsdp_backward_prefetch", "BACKWARD_PRE", "--fsdp_forward_prefetch", "true"],
+        {"parallel": "fsdp", "backward_prefetch": "backward_pre", "forward_prefetch": True},
+    ),
+    "fsdp offload": (
+        [*FLAT, "--fsdp_backward_prefetch", "BACKWARD_PRE", "--fsdp_offload_params", "true"],
+        {"parallel": "fsdp", "backward_prefetch": "backward_pre", "offload": "both"},
+    ),
 }
 # other ways of DeepSpeed: how they are launched, and the same as a recipe
 OTHERWISE: dict[str, tuple[list[str], dict[str, Any]]] = {
@@ -189,6 +197,14 @@ def cases() -> Iterator[Case]:
                 world = (8, 2, 3, 64)[(turn + turn // 3) % 4]
                 yield _case(model, layers, mode, engine, trainer, variant, turn, world)
                 turn += 1
+    turn = 0
+    for engine in ("fsdp both ahead", "fsdp offload"):
+        for mode in ("full", "lora", "full", "lora"):
+            model = ("llama-3.2-1b", "qwen3-4b", "qwen2.5-1.5b", "llama-3.1-8b")[(turn + turn // 4) % 4]
+            trainer = ("peft", "trl")[(turn + turn // 2) % 2]
+            world = (8, 64, 3)[turn % 3]
+            yield _case(model, FAMILIES[model], mode, engine, trainer, turn // 3 % 2, turn, world)
+            turn += 1
 
 
 def _case(

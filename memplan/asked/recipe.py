@@ -715,6 +715,7 @@ class Recipe(BaseModel):
     def _check_spread(self, parallel: str | None) -> None:
         """What is said of several GPUs that share a step so, or of one."""
         sharded = parallel == "fsdp2"
+        by_fsdp = sharded or parallel == "fsdp"
         for name in ("shard_dtype", "reduce_dtype"):
             if getattr(self, name) is not None and not (sharded and self.autocast):
                 raise ValueError(f"{name} is of FSDP2's mixed precision: use --parallel fsdp2 --autocast")
@@ -722,18 +723,18 @@ class Recipe(BaseModel):
             self._check_zero()
         else:
             for name in _OF_ZERO:
-                if getattr(self, name) is not None and not (sharded and name == "offload"):
-                    whose = "ZeRO's or FSDP2's" if name == "offload" else "DeepSpeed's"
+                if getattr(self, name) is not None and not (by_fsdp and name == "offload"):
+                    whose = "ZeRO's or FSDP's" if name == "offload" else "DeepSpeed's"
                     raise ValueError(f"{name} is {whose}: use --parallel zero2 or zero3, or leave it out")
         for name in _OF_FSDP1:
             if getattr(self, name) is not None and parallel != "fsdp":
                 raise ValueError(f"{name} is FSDP1's: use --parallel fsdp, or leave it out")
         if parallel == "fsdp":
             self._check_flat()
+        if by_fsdp and self.offload is Offload.OPTIMIZER:
+            raise ValueError("FSDP offloads parameters and the optimizer together: use --offload both")
         if not sharded:
             return
-        if self.offload is Offload.OPTIMIZER:
-            raise ValueError("FSDP2 offloads parameters and the optimizer together: use --offload both")
         if self.offload is not None and self.mode is Mode.LORA and self.trainer == "trl":
             raise ValueError(
                 "TRL's SFTTrainer (1.16) fails with adapters whose base FSDP2 keeps on the host: it gathers "
@@ -760,6 +761,8 @@ class Recipe(BaseModel):
 
     def _check_flat(self) -> None:
         """What FSDP1 was compared with PyTorch's in."""
+        if self.offload is not None and self.mode is Mode.QLORA:
+            raise ValueError("FSDP1 with 4-bit weights on the host is not planned: leave out --offload")
         for field, rest in _FLAT_AS_COMPARED:
             if getattr(self, field) not in rest:
                 raise ValueError(

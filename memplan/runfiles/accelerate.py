@@ -21,7 +21,6 @@ _SHARDED: dict[int, dict[str, tuple[Any, ...]]] = {
         "fsdp_use_orig_params": (True, None),
         "fsdp_sync_module_states": (True, None),
         "fsdp_forward_prefetch": (True, False, None),
-        "fsdp_offload_params": (False, None),
         "fsdp_activation_checkpointing": (False, None),
     },
     2: {

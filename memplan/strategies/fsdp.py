@@ -46,6 +46,7 @@ from memplan.shadow.tensor import (
 )
 from memplan.strategies import Coming, Part, Strategy
 from memplan.strategies._broadcast import coalesced
+from memplan.strategies._host import Host, HostBytes
 from memplan.tape import Category, Phase, rounded
 from memplan.tape import Part as Does
 from memplan.weights import LoadStep
@@ -82,6 +83,7 @@ class Unit:
     flat: Tensor | None = None  # what is gathered, as a leaf of the graph: parameters are views of it
     part: Tensor | None = None  # what rests
     grad: Tensor | None = None  # of what rests
+    came: Tensor | None = None  # the part, from the host
     there: bool = False
     entered: bool = False
     place: int | None = None  # in the order in which they ran
@@ -120,6 +122,8 @@ class Fsdp(Spread):
         self.narrow = DTYPES[recipe.dtype.value] if recipe.dtype is DTypeName.FLOAT16 else bfloat16
         self.prefetch = recipe.backward_prefetch
         self.ahead = bool(recipe.forward_prefetch)
+        self.away = recipe.offload is not None  # CPUOffload: parts, gradients and states on the host
+        self.on_host = Host()
         self.order: list[Unit] = []  # in which they run, as the first step has recorded it
         self.adapted = recipe.mode is not Mode.FULL
         self.root: Unit | None = None
@@ -183,15 +187,19 @@ class Fsdp(Spread):
         tape = state.tape
         for unit in self.units:
             unit.close(self.world)
+        repeats = {group.layer: group.repeat for group in groups}
         if not self.chosen:
-            repeats = {group.layer: group.repeat for group in groups}
             self.rank = _most(self.units, repeats, self.world)
         for unit in self.units:
             tape.begin(Phase.SETUP, "flat parameters", unit.layer, Does.LOADED)
             prefix = "" if unit.layer is not None else "model."
             tape.module = unit.parameters[0].name if self._alone(unit) else f"{prefix}{_FLAT}"
-            with category(unit.kind):
-                unit.part = empty((unit.numel // self.world,), unit.resting, "parameter")
+            if self.away:
+                unit.part = Tensor((unit.numel // self.world,), unit.resting, None)
+                self._offload(unit, 1 if unit.layer is None else repeats.get(unit.layer, 1))
+            else:
+                with category(unit.kind):
+                    unit.part = empty((unit.numel // self.world,), unit.resting, "parameter")
             for parameter in unit.parameters:
                 parameter.shard = self._shard(unit, parameter)
             if unit.trainable:
@@ -200,7 +208,20 @@ class Fsdp(Spread):
                 self.summed[id(unit.flat.node)] = unit
         self.groups = [Group(group.layer, group.repeat, self._shards(group.parameters)) for group in groups]
         self.groups = [group for group in self.groups if group.parameters]
-        return self.groups
+        return [] if self.away else self.groups
+
+    def _offload(self, unit: Unit, repeat: int) -> None:
+        """``init_flat_param_attributes``: pinned, with room for a gradient, whether it has one or not."""
+        assert unit.part is not None
+        for _ in range(repeat):
+            self.on_host.pin(unit.part.nbytes)
+            self.on_host.pin(unit.part.nbytes)
+            if unit.trainable:
+                self.on_host.keep_states(unit.part.nbytes)
+
+    def host(self) -> HostBytes:
+        """What is offloaded."""
+        return self.on_host.bytes
 
     def _alone(self, unit: Unit) -> bool:
         """Whether it is an adapter's matrix."""
@@ -232,7 +253,7 @@ class Fsdp(Spread):
     def rest(self, groups: list[Group]) -> None:
         """Gradients of the step before."""
         for unit in self.units:
-            if unit.trainable:
+            if unit.trainable and not self.away:
                 state.tape.begin(Phase.SETUP, "gradients", unit.layer, Does.RESTING)
                 state.tape.module = "fsdp"
                 with category(Category.GRADIENTS):
@@ -247,13 +268,19 @@ class Fsdp(Spread):
             return
         state.tape.module = "fsdp"
         with category(Category.COMMUNICATION):
-            narrow = None
-            if unit.resting is not unit.computing:
-                with stream(_CASTING):
+            narrow = came = None
+            with stream(_CASTING):
+                if unit.resting is not unit.computing:
                     narrow = empty((unit.numel // self.world,), unit.computing, "_to_copy")
+                if self.away:
+                    came = empty((unit.numel // self.world,), unit.resting, "_to_copy")
+            if narrow is not None:
+                came = None
+            elif state.grad:
+                unit.came = came  # parameters are views of it until they are the part's again
             with stream(_GATHERING):
                 unit.block.resize(unit.numel * unit.computing.itemsize, "all_gather")
-            del narrow
+            del narrow, came
         unit.there = True
         if unit.flat is not None and state.grad:
             with stream(_GATHERING):
@@ -265,6 +292,7 @@ class Fsdp(Spread):
     def reshard(self, unit: Unit) -> None:
         """What was gathered goes."""
         if unit.there:
+            unit.came = None
             unit.block.resize(0)
             unit.there = False
 
@@ -410,7 +438,7 @@ class Fsdp(Spread):
         assert summed.storage is not None
         state.tape.categories[summed.storage.index] = Category.GRADIENTS
         unit.grad = summed
-        for parameter in unit.parameters:
+        for parameter in () if self.away else unit.parameters:
             if parameter.shard is not None and isinstance(parameter.shard.node, AccumulateGrad):
                 shard = parameter.shard
                 parameter.shard.node.grad = Tensor(shard.shape, shard.dtype, summed.storage)
@@ -422,12 +450,17 @@ class Fsdp(Spread):
             self.reshard(unit)
             unit.entered = False
             unit.place = None
+        for unit in self.order if self.away and self.last else ():
+            unit.grad = None  # it is on the host
         self.ran.clear()
 
     # -- the update --------------------------------------------------------------------------------------
 
     def update(self, recipe: Recipe, kept: State, loop: Loop[Tensor] | None) -> bool:
         """With ``FullyShardedDataParallel.clip_grad_norm_``, which takes one norm after the other."""
+        if self.away:
+            self._clip_on_host(recipe)
+            return True
         if recipe.max_grad_norm or self.looped:
             self._clip(loop)
         state.tape.begin(Phase.OPTIMIZER, "step", part=Does.UPDATE)
@@ -436,6 +469,17 @@ class Fsdp(Spread):
             loop.updated()
         update.zero_grad(self.groups)
         return True
+
+    @staticmethod
+    def _clip_on_host(recipe: Recipe) -> None:
+        """Only the norm comes by, to be summed over the ranks."""
+        state.tape.begin(Phase.OPTIMIZER, "norm")
+        if recipe.max_grad_norm:
+            state.tape.module = "fsdp"
+            local = empty((), float32, "_to_copy")
+            squared = empty((), float32, "pow")
+            total = empty((), float32, "pow")
+            del squared, total, local
 
     def _clip(self, loop: Loop[Tensor] | None) -> None:
         tape = state.tape
@@ -518,7 +562,8 @@ def _load(recipe: Recipe, coming: Coming) -> Iterator[LoadStep]:
     temporary = coming.temporary
     parts = {name: (number, nbytes) for number, name, nbytes in coming.resting}
     made = _units(coming, set(parts))
-    cast = []
+    cast: list[int] = []
+    held: list[int] = []
     for name, of in made:
         came = [number for _, number, _ in of if number is not None]
         for _, number, nbytes in sorted(of, key=itemgetter(0)):  # breadth first
@@ -530,25 +575,28 @@ def _load(recipe: Recipe, coming: Coming) -> Iterator[LoadStep]:
         if name == made[-1][0] and recipe.dtype is DTypeName.FLOAT32:
             sent = [*_FREQUENCIES, *sent]  # buffers, which come first, are of their dtype then
         yield from coalesced(sent, temporary)
-        number, nbytes = parts[name]
         rests, loaded = _itemsizes(recipe, name)
-        take, laid = temporary(nbytes // rests * loaded * recipe.gpus)
+        number, kept = parts.get(name, (None, sum(sent) // recipe.gpus // loaded * rests))
+        held.append(kept)
+        take, laid = temporary(kept // rests * loaded * recipe.gpus)
         yield take
-        if rests == loaded:
+        if number is not None and rests == loaded:
             yield "alloc", number
         else:
-            cast.append(number)
-            yield temporary(nbytes // rests * loaded)[0]
+            take, part = temporary(kept // rests * loaded)
+            yield take
+            if number is None:  # it goes to the host
+                came.append(part)
+            else:
+                cast.append(number)
         for one in (laid, *came):
             yield "drop", one
-    made = [*made[-1:], *made[:-1]]
-    for name, _ in made:
-        if parts[name][0] in cast:
-            yield "alloc", parts[name][0]
-    for name, _ in made:
-        nbytes = parts[name][1]
-        narrow = nbytes // _itemsizes(recipe, name)[0] * 2
-        for size in (*([narrow, narrow * recipe.gpus] if recipe.autocast else ()), nbytes * recipe.gpus):
+    for number in (*cast[-1:], *cast[:-1]):
+        yield "alloc", number
+    sizes = [(_itemsizes(recipe, name)[0], kept) for (name, _), kept in zip(made, held, strict=True)]
+    for rests, kept in (*sizes[-1:], *sizes[:-1]):
+        narrow = kept // rests * 2
+        for size in (*([narrow, narrow * recipe.gpus] if recipe.autocast else ()), kept * recipe.gpus):
             take, number = temporary(size)
             yield take
             yield "drop", number
