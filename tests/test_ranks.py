@@ -248,7 +248,7 @@ REFUSED = [
         "FSDP1 with use_reentrant True is not planned",
     ),
     (("--gpus", "8", "--parallel", "fsdp", "--trainer", "peft"), "use --no-kbit-prep, or --parallel fsdp2"),
-    (("--gpus", "8", "--parallel", "fsdp", "--offload", "both"), "4-bit weights on the host is not planned"),
+    (("--gpus", "8", "--parallel", "fsdp2", "--offload", "both"), "4-bit weights on the host is not planned"),
     (("--gpus", "8", "--parallel", "fsdp", "--offload", "optimizer"), "together: use --offload both"),
     (("--gpus", "8", "--parallel", "fsdp2", "--forward-prefetch"), "forward_prefetch is FSDP1's"),
     (("--gpus", "8", "--parallel", "fsdp2", "--mode", "lora", "--no-autocast"), "use --autocast"),

@@ -761,8 +761,6 @@ class Recipe(BaseModel):
 
     def _check_flat(self) -> None:
         """What FSDP1 was compared with PyTorch's in."""
-        if self.offload is not None and self.mode is Mode.QLORA:
-            raise ValueError("FSDP1 with 4-bit weights on the host is not planned: leave out --offload")
         for field, rest in _FLAT_AS_COMPARED:
             if getattr(self, field) not in rest:
                 raise ValueError(

@@ -178,9 +178,9 @@ class Fsdp(Spread):
         return self.units[-1]
 
     def resting(self, parameter: Tensor) -> DType:
-        """That of its part."""
+        """That of its part, unless it is gathered ahead of its turn."""
         found = self.of.get(id(parameter))
-        return parameter.dtype if found is None else found[0].resting
+        return parameter.dtype if found is None or found[0].there else found[0].resting
 
     def optimized(self, groups: list[Group]) -> list[Group]:
         """This rank's part of each unit, and what it has of each parameter."""
@@ -258,6 +258,8 @@ class Fsdp(Spread):
                 state.tape.module = "fsdp"
                 with category(Category.GRADIENTS):
                     unit.grad = empty((unit.numel // self.world,), unit.resting, "reduce_scatter")
+        state.tape.begin(Phase.SETUP, "gradients", part=Does.RESTING)
+        state.tape.module = "fsdp"
         self.kept = empty((), float32, "_zero_scalar")  # which clip_grad_norm_ makes when it is first called
 
     # -- gathering ---------------------------------------------------------------------------------------
@@ -276,7 +278,7 @@ class Fsdp(Spread):
                     came = empty((unit.numel // self.world,), unit.resting, "_to_copy")
             if narrow is not None:
                 came = None
-            elif state.grad:
+            else:
                 unit.came = came  # parameters are views of it until they are the part's again
             with stream(_GATHERING):
                 unit.block.resize(unit.numel * unit.computing.itemsize, "all_gather")
