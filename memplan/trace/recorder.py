@@ -201,10 +201,15 @@ class Recorder(Follower, TorchDispatchMode):
             out = self._stand_in(standin, func, args, kwargs)
             if out is not NotImplemented:
                 return out
+        counts = not self.paused and func is not _LIFT and self._counts(func, args, kwargs)
         out = func(*args, **kwargs)
-        if not self.paused and func is not _LIFT:
+        if counts:
             self._note(out, self._operation or plain_operation(func._schema.name))
         return out
+
+    def _counts(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether what an operator returns is noted."""
+        return True
 
     def _stand_in(self, standin: StandIn, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with self.named(plain_operation(func._schema.name)), self:

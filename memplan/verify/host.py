@@ -111,18 +111,17 @@ class HostRecorder(Recorder):
         # DTensor finds out with tensors that have none how a result would lie
         return None if storage.device.type == "meta" else super()._born(storage, operation, category)
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if self.reducing and func in _REDUCERS:
-            there = (kwargs or {}).get("out", args[0])
-            if self.index_of(there) is None and func in _ON_HOST:
-                with self.pause():
-                    return super().__torch_dispatch__(func, types, args, kwargs)
-            if self.index_of(there) is None and not self.paused:
-                index = self.born(there, "bucket", Category.COMMUNICATION)
-                self._late += [] if index is None else [index]
-        return super().__torch_dispatch__(func, types, args, kwargs)
+    def _counts(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        if not self.reducing or func not in _REDUCERS:
+            return True
+        there = kwargs.get("out", args[0])
+        if self.index_of(there) is not None:
+            return True
+        if func in _ON_HOST:
+            return False
+        index = self.born(there, "bucket", Category.COMMUNICATION)
+        self._late += [] if index is None else [index]
+        return True
 
     def finish(self) -> None:
         """Also puts what was there all the time before the step."""
