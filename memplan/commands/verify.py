@@ -40,6 +40,7 @@ examples:
   memplan verify qwen2.5-0.5b --device cpu --layers 2 --seq-len 128
   memplan verify llama-70b --no-kbit-prep --cap a6000 --anyway --out measured
   memplan verify axolotl.yaml
+  memplan verify llama-3.2-1b --loop trainer --gpus 2 --parallel fsdp2 --autocast
 """
 
 
@@ -86,7 +87,7 @@ def add_run(group: argparse._ArgumentGroup) -> None:
         choices=["memplan", "trainer", "sft"],
         default="memplan",
         help="who trains: memplan's plain loop, the Hugging Face Trainer, or TRL's SFTTrainer, the last two "
-        "with MemoryCallback (default: memplan)",
+        "with MemoryCallback and on several GPUs (default: memplan)",
     )
     group.add_argument("--steps", type=whole, metavar="N", default=3, help="steps, at least 2 (default: 3)")
     group.add_argument(

@@ -5,6 +5,7 @@ They are asked, not imported: nothing here needs torch, transformers or PEFT.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from memplan.asked.recipe import Recipe
@@ -24,10 +25,17 @@ def spec_of(model: Any) -> ModelSpec:
     if not hasattr(base, "config"):
         raise MemplanError(f"a {type(base).__name__} has no configuration of transformers'")
     config = base.config.to_dict()
-    config["architectures"] = [type(base).__name__]
+    config["architectures"] = [_made_as(type(base)).__name__]
     if getattr(base, "is_loaded_in_4bit", False):
         config.pop("quantization_config", None)  # the layers tell, more exactly (recipe_of)
     return spec_from_config(config, config.get("_name_or_path") or type(base).__name__)
+
+
+def _made_as(kind: type) -> type:
+    """The class that transformers made: ``fully_shard`` puts the model into one of its own
+    (torch/distributed/fsdp/_fully_shard/_fully_shard.py, ``_apply_to_module``)."""
+    first, *rest = kind.__bases__
+    return rest[0] if first.__name__ == "FSDPModule" and rest else kind
 
 
 def recipe_of(args: Any, model: Any, seq_len: int) -> Recipe:
@@ -54,8 +62,27 @@ def recipe_of(args: Any, model: Any, seq_len: int) -> Recipe:
         options["use_reentrant"] = _reentrant(base)
     if hasattr(model, "peft_config"):
         options |= _adapter(model, base)
+    if getattr(args, "world_size", 1) > 1:
+        options |= _spread(args, model)
     options["dtype"] = _dtype(base)
     return Recipe(**options)
+
+
+def _spread(args: Any, model: Any) -> dict[str, Any]:
+    """How several processes share a step, told by what has become of the model."""
+    classes = [kind.__name__ for kind in type(model).__mro__]
+    if "FullyShardedDataParallel" in classes:
+        raise MemplanError("FSDP1 is not planned: set fsdp_version to 2")
+    engine = str(getattr(getattr(args, "distributed_state", None), "distributed_type", ""))
+    if getattr(args, "deepspeed", None) or engine.endswith("DEEPSPEED"):
+        raise MemplanError("DeepSpeed is not measured by this callback so far: ask `memplan` for its plan")
+    options: dict[str, Any] = {"parallel": "ddp", "gpus": args.world_size, "device_map": None}
+    if "FSDPModule" in classes:
+        options["parallel"] = "fsdp2"
+        away = str(next(model.parameters()).device).partition(":")[0] == "cpu"
+        if away and str(args.device).partition(":")[0] != "cpu":
+            options["offload"] = "both"
+    return options
 
 
 def _adapter(model: Any, base: Any) -> dict[str, Any]:
@@ -78,12 +105,12 @@ def _adapter(model: Any, base: Any) -> dict[str, Any]:
     if own is not None:
         options["adapter_dtype"] = _name(own.dtype)
     if getattr(base, "is_loaded_in_4bit", False):
-        weight = next(p for p in base.parameters() if getattr(p, "quant_state", None) is not None)
+        _, state = next(_quantised(base))
         norms = [p for name, p in base.named_parameters() if p.dim() == 1 and "norm" in name]
         options |= {
             "mode": "qlora",
-            "quant_type": weight.quant_type,
-            "double_quant": weight.quant_state.nested,
+            "quant_type": state.quant_type,
+            "double_quant": state.nested,
             # prepare_model_for_kbit_training leaves no norm in 16 bits (peft/utils/other.py)
             "kbit_prep": bool(norms)
             and all(_name(p.dtype) == "float32" for p in norms)
@@ -93,19 +120,30 @@ def _adapter(model: Any, base: Any) -> dict[str, Any]:
     return options
 
 
+def _quantised(base: Any) -> Iterator[tuple[Any, Any]]:
+    """Layers in 4 bits, and what bitsandbytes keeps beside their weights: of a weight that is sharded, the
+    layer alone has it."""
+    for module in base.modules():
+        weight = getattr(module, "weight", None)
+        for owner in (weight, module):
+            state = getattr(owner, "quant_state", None)
+            if weight is not None and state is not None:
+                yield module, state
+                break
+
+
 def _dtype(base: Any) -> str:
     """What the model was loaded in, which 4-bit weights remember."""
-    for parameter in base.parameters():
-        if getattr(parameter, "quant_state", None) is not None:
-            return _name(parameter.quant_state.dtype)
+    for _, state in _quantised(base):
+        return _name(state.dtype)
     return _name(next(p.dtype for p in base.parameters() if p.is_floating_point()))
 
 
 def _compute_dtype(base: Any) -> str | None:
     """What 4-bit layers multiply in; None where they have not been told."""
-    for module in base.modules():
+    for module, _ in _quantised(base):
         compute = getattr(module, "compute_dtype", None)
-        if getattr(getattr(module, "weight", None), "quant_state", None) is not None and compute is not None:
+        if compute is not None:
             return _name(compute)
     return None
 

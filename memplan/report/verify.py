@@ -111,14 +111,20 @@ def verdict(comparison: Comparison) -> str:
     doubts = f", but {comparison.why}" if comparison.why else ""
     if comparison.fits_predicted is False:
         doubts += ", though the plan said that it would not fit"
-    error, percent = comparison.allocated.error, comparison.allocated.percent
+    # of several ranks, the one that is the furthest off
+    figures = [one.allocated for one in comparison.ranks] or [comparison.allocated]
+    worst = max(figures, key=lambda figure: abs(figure.error or 0))
+    error, percent = worst.error, worst.percent
     if error is None or percent is None:
         return f"Trained{doubts}; there is no steady step to compare."
+    several = f" of all {len(figures)} ranks" if len(figures) > 1 else ""
     if not error:
-        return f"Trained{doubts}; predicted and measured peaks are equal to the byte."
+        return f"Trained{doubts}; predicted and measured peaks{several} are equal to the byte."
     more = "above" if error > 0 else "below"
+    whose = f" of rank {comparison.ranks[figures.index(worst)].rank}" if several else ""
     return (
-        f"Trained{doubts}; the plan is {abs(error):,} bytes ({abs(percent):.3f} %) {more} the measured peak."
+        f"Trained{doubts}; the plan is {abs(error):,} bytes ({abs(percent):.3f} %) {more} the measured peak"
+        f"{whose}."
     )
 
 
@@ -126,6 +132,8 @@ def _parts(measured: Measurement, comparison: Comparison) -> Iterator[tuple[str,
     """Titles, alignments and rows, the first of which is the head."""
     if comparison.outcome == "trained":
         yield "Peak, bytes", "<>>>>", _figures(comparison)
+        if comparison.ranks:
+            yield "Every rank's peak, bytes", "<>>>>", _ranks(comparison)
         rows = [
             [CATEGORIES[category.value][0], *_cells(figure)]
             for category, figure in comparison.categories.items()
@@ -166,6 +174,15 @@ def _figures(comparison: Comparison) -> _Rows:
     for name, figure in (("reserved", comparison.reserved), ("on the card", comparison.on_card)):
         if figure.measured is not None:
             rows.append([name, *_cells(figure)])
+    return rows
+
+
+def _ranks(comparison: Comparison) -> _Rows:
+    rows = [["rank", "predicted", "measured", "error", ""]]
+    for one in comparison.ranks:
+        rows.append([f"{one.rank}", *_cells(one.allocated)])
+        if one.reserved.measured is not None:
+            rows.append(["  reserved", *_cells(one.reserved)])
     return rows
 
 

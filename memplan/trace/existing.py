@@ -60,7 +60,7 @@ def note_module(recorder: Notes, model: nn.Module, *, stored: bool = False) -> l
             bring(parameter, name, name, Category.ADAPTERS if own else Category.WEIGHTS, made=False)
             if parameter.grad is not None:
                 recorder.born(parameter.grad, f"{name}.grad", Category.GRADIENTS)
-            state, level = getattr(parameter, "quant_state", None), ""
+            state, level = quant_state(module, name), ""
             while state is not None:
                 nested = nested or state.nested
                 for key, known in _STATE.items():
@@ -81,6 +81,12 @@ def note_module(recorder: Notes, model: nn.Module, *, stored: bool = False) -> l
         if index is not None:
             brought.append(Brought(index, "bitsandbytes", Category.QUANTIZATION_STATE, made=True))
     return brought
+
+
+def quant_state(module: nn.Module, name: str) -> Any:
+    """What bitsandbytes keeps beside a parameter; of one that is sharded, the layer alone has it."""
+    own = getattr(getattr(module, name), "quant_state", None)
+    return own if own is not None or name != "weight" else getattr(module, "quant_state", None)
 
 
 def note_optimizer(recorder: Notes, optimizer: torch.optim.Optimizer) -> None:

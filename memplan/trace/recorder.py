@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import graph as autograd_graph
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memplan.cuda.card import Card
@@ -46,6 +47,11 @@ def _owners(tensor: torch.Tensor) -> tuple[int, int, int]:
     """References to a tensor, to its storage, and to its Python object."""
     storage = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
     return tensor._use_count(), storage, sys.getrefcount(tensor)
+
+
+def own_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank has of a tensor that is spread over several."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def plain_operation(name: str) -> str:
@@ -80,6 +86,7 @@ class Recorder(Follower, TorchDispatchMode):
         self._indices: dict[int, int] = {}  # storage address -> index on the tape
         self._handles: dict[int, weakref.ref[Any]] = {}
         self._operation = ""  # the operator that a stand-in is standing in for
+        self._category = Category.TEMPORARIES  # of what is born
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -89,14 +96,15 @@ class Recorder(Follower, TorchDispatchMode):
 
     # -- storages --------------------------------------------------------------------------------------
 
-    def born(
-        self, tensor: torch.Tensor, operation: str, category: Category = Category.TEMPORARIES
-    ) -> int | None:
+    def born(self, tensor: torch.Tensor, operation: str, category: Category | None = None) -> int | None:
         """Note a tensor's storage unless it is known; its index. Nothing is noted of an empty one, nor of one
         that is elsewhere."""
+        tensor = own_part(tensor)
         if self.device is not None and tensor.device.type != self.device:
             return None
-        storage = tensor.untyped_storage()
+        return self._born(tensor.untyped_storage(), operation, category or self._category)
+
+    def _born(self, storage: torch.UntypedStorage, operation: str, category: Category) -> int | None:
         key = storage._cdata
         index = self._indices.get(key)
         if index is not None:
@@ -122,7 +130,18 @@ class Recorder(Follower, TorchDispatchMode):
 
     def index_of(self, tensor: torch.Tensor) -> int | None:
         """The tape's index of a tensor's storage, if it was noted."""
-        return self._indices.get(tensor.untyped_storage()._cdata)
+        return self._indices.get(own_part(tensor).untyped_storage()._cdata)
+
+    def resized(self, storage: torch.UntypedStorage, before: int) -> None:
+        """A storage that had ``before`` bytes has others now: what it had is gone, what it has is new."""
+        if self.paused or storage.nbytes() == before:
+            return
+        index = self._indices.pop(storage._cdata, None)
+        if index is not None:
+            del self._handles[storage._cdata]
+            self.deaths[index] = self._now()
+            self.tape.free(index)
+        self._born(storage, self._operation or "resize_", self._category)
 
     @contextmanager
     def named(self, operation: str) -> Iterator[None]:
@@ -133,6 +152,22 @@ class Recorder(Follower, TorchDispatchMode):
             yield
         finally:
             self._operation = outer
+
+    @contextmanager
+    def of(self, category: Category) -> Iterator[None]:
+        """Births inside are of this category."""
+        outer, self._category = self._category, category
+        try:
+            yield
+        finally:
+            self._category = outer
+
+    def is_of(self, tensors: Iterable[torch.Tensor], category: Category) -> None:
+        """What they lie in is of this category after all."""
+        for tensor in tensors:
+            index = self.index_of(tensor)
+            if index is not None:
+                self.tape.categories[index] = category
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -149,6 +184,8 @@ class Recorder(Follower, TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if types and any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it calls operators of what this rank has, which come here again
         if self.phase is Phase.BACKWARD:
             self._locate()
             if func is _ADD and self._accumulates_in_place(args, kwargs):
@@ -164,10 +201,15 @@ class Recorder(Follower, TorchDispatchMode):
             out = self._stand_in(standin, func, args, kwargs)
             if out is not NotImplemented:
                 return out
+        counts = not self.paused and func is not _LIFT and self._counts(func, args, kwargs)
         out = func(*args, **kwargs)
-        if not self.paused and func is not _LIFT:
+        if counts:
             self._note(out, self._operation or plain_operation(func._schema.name))
         return out
+
+    def _counts(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether what an operator returns is noted."""
+        return True
 
     def _stand_in(self, standin: StandIn, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with self.named(plain_operation(func._schema.name)), self:
@@ -238,11 +280,7 @@ class Recorder(Follower, TorchDispatchMode):
 
     def gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Storages that are parameters' gradients now are in the category of gradients."""
-        for parameter in parameters:
-            if parameter.grad is not None:
-                index = self.index_of(parameter.grad)
-                if index is not None:
-                    self.tape.categories[index] = Category.GRADIENTS
+        self.is_of((p.grad for p in parameters if p.grad is not None), Category.GRADIENTS)
 
 
 def _sole_owner() -> tuple[int, int, int]:

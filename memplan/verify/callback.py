@@ -46,6 +46,9 @@ class MemoryCallback(TrainerCallback):
     ``seq_len``: tokens in a row; unless given, the trainer's ``max_length`` or the length of the first
     example. ``recipe`` overrules what is read off the trainer. ``tell`` is given each line (default: print).
     After step 2, :attr:`figure` has both numbers, in bytes.
+
+    Of several processes each holds itself against the plan of its own rank; the main one tells, or all of
+    them with ``every_rank``.
     """
 
     def __init__(
@@ -54,13 +57,16 @@ class MemoryCallback(TrainerCallback):
         seq_len: int | None = None,
         recipe: Recipe | None = None,
         tell: Callable[[str], None] | None = None,
+        every_rank: bool = False,
     ) -> None:
         self.seq_len = seq_len
         self.recipe = recipe
         self.figure: Figure | None = None
         self.tape: Tape | None = None  # of step 2, without CUDA
         self.reserved: int | None = None  # peak of reserved bytes, with CUDA
-        self._tell = tell or functools.partial(print, flush=True)
+        self.every_rank = every_rank
+        self.rank: int | None = None  # of several processes
+        self._told = tell or functools.partial(print, flush=True)
         self._spec: ModelSpec | None = None
         self._measuring: ExitStack | None = None
         self._recorder: Any = None
@@ -72,9 +78,8 @@ class MemoryCallback(TrainerCallback):
         self._close()
         model = kwargs["model"]
         self.on_cuda = torch.cuda.is_available() and not getattr(args, "use_cpu", False)
+        self.rank = args.process_index if getattr(args, "world_size", 1) > 1 else None
         try:
-            if getattr(args, "world_size", 1) > 1:
-                raise MemplanError("runs of one process are measured, and this one has several")
             self._spec = spec_of(model)
             if self.recipe is None:
                 length = self.seq_len or _length(args, kwargs.get("train_dataloader"))
@@ -90,9 +95,10 @@ class MemoryCallback(TrainerCallback):
             room = free + torch.cuda.memory_reserved()
             line += f", and {gib(room)} GiB are free"
             if planned > room:
+                whose = "" if self.rank is None else f"rank {self.rank}: "
                 warnings.warn(
-                    f"this run will not fit: it is predicted to allocate {gib(planned)} GiB, and {gib(room)} "
-                    "GiB are free; `memplan plan` says what would",
+                    f"{whose}this run will not fit: it is predicted to allocate {gib(planned)} GiB, and "
+                    f"{gib(room)} GiB are free; `memplan plan` says what would",
                     MemoryWarning,
                     stacklevel=2,
                 )
@@ -141,6 +147,12 @@ class MemoryCallback(TrainerCallback):
         if recipe is not self.recipe:
             self._tell(f"memplan: the batch was {recipe.batch_size} × {recipe.seq_len} tokens")
 
+    def _tell(self, line: str) -> None:
+        if not self.rank:
+            self._told(line)
+        elif self.every_rank:
+            self._told(f"{line} (rank {self.rank})")
+
     def _planned(self, recipe: Recipe, blocks: bool = False) -> int:
         """The peak: of tensors, or of the allocator's blocks, which ``max_memory_allocated`` counts."""
         from memplan.device.playback import simulate
@@ -153,8 +165,9 @@ class MemoryCallback(TrainerCallback):
         card = Card(tuple(torch.cuda.get_device_capability())) if cuda else Card()
         resolved = resolve_recipe(self._spec, recipe)
         if blocks:
-            return simulate(write_long_tape(self._spec, resolved, card=card, looped=True)).allocated
-        tape = write_tape(self._spec, resolved, card=card, looped=True)
+            tape = write_long_tape(self._spec, resolved, card=card, looped=True, rank=self.rank)
+            return simulate(tape).allocated
+        tape = write_tape(self._spec, resolved, card=card, looped=True, rank=self.rank)
         return replay(tape if cuda else without_workspaces(tape)).allocated_bytes
 
     def _as_run(self, recipe: Recipe) -> Recipe:
@@ -220,6 +233,9 @@ def _note_loop(recorder: Any) -> None:
     recorder.tape.module = ""
     for tensor in tensors_in(names["batch_samples"]):
         recorder.born(tensor, "batch", Category.ACTIVATIONS)
+    wrapped = own.get("model_wrapped")
+    recorder.reducing = isinstance(wrapped, torch.nn.parallel.DistributedDataParallel)
+    del wrapped
     if isinstance(names, dict):  # before Python 3.13 a copy that the frame keeps, tensors and all
         names.clear()
 

@@ -22,6 +22,7 @@ from memplan import optimizers
 from memplan.errors import MemplanError, reason
 from memplan.verify.job import Job
 from memplan.verify.measurement import Device, Measurement, Outcome, Step
+from memplan.verify.ranks import rank_here
 
 SIGN = "@memplan "
 STATUS_DONE, STATUS_REFUSED = 0, 2
@@ -49,6 +50,10 @@ def main() -> int:
     except OSError:  # the disk is full
         sys.stdout.write("\n")  # whatever a library left on the line
         tell("result", content)
+    if job.recipe.gpus > 1:
+        # what joins the ranks may wait for others, which are gone, before it lets this one end
+        sys.stdout.flush()
+        os._exit(STATUS_DONE)
     return STATUS_DONE
 
 
@@ -70,7 +75,7 @@ def run(job: Job) -> Measurement:
 
     libraries.require(doing="verifying")
     # before there is a CUDA context
-    baseline = driver.used_bytes() if job.device == "cuda" else None
+    baseline = driver.used_bytes(rank_here(job.recipe)) if job.device == "cuda" else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the libraries deprecate is for those who call them
         return _run(job, baseline)
@@ -141,6 +146,13 @@ def _backend(job: Job) -> Any:
         raise MemplanError(f"this machine has {why}: --device cpu trains on the host and counts storages")
     from memplan.verify.record_cuda import Cuda
 
+    count = torch.cuda.device_count()
+    if count < job.recipe.gpus:
+        raise MemplanError(
+            f"this machine has {count} GPU{'s' if count > 1 else ''}, and the run is of {job.recipe.gpus}: "
+            f"`memplan dry-run --gpu {job.recipe.gpus}xCARD` runs a script of it on cards that are not there"
+        )
+    torch.cuda.set_device(rank_here(job.recipe))
     return Cuda(job)
 
 
@@ -175,10 +187,13 @@ def _check_room(job: Job, device: Device) -> None:
 
         free, _ = torch.cuda.mem_get_info()
         room = min(free + torch.cuda.memory_reserved(), job.run.cap_bytes or device.total_bytes)
-    if job.predicted_bytes > room:
+    needed = job.predicted_bytes
+    if job.device == "cpu":
+        needed *= job.recipe.gpus  # which share the host
+    if needed > room:
         what = f"under the cap {job.run.cap_name}" if job.run.cap_name else f"on this {device.name}"
         raise MemplanError(
-            f"the plan says that this run allocates {job.predicted_bytes / 2**30:.2f} GiB, and {what} there "
+            f"the plan says that this run allocates {needed / 2**30:.2f} GiB, and {what} there "
             f"are {room / 2**30:.2f} GiB free: ask `memplan plan` what fits, or run it --anyway"
         )
 
@@ -240,6 +255,7 @@ def _measurement(
         tape_step=steps[-1].number if tape is not None else None,
         tape=packed(tape) if tape is not None else None,
         remarks=tuple(remarks),
+        rank=rank_here(job.recipe),
     )
 
 

@@ -50,9 +50,22 @@ class Where(_Record):
     operation: str
 
 
+class OfRank(_Record):
+    """The same of one of several processes that trained together, each against the plan of its rank."""
+
+    rank: int
+    outcome: str
+    why: str | None
+    allocated: Figure
+    tensors: Figure
+    reserved: Figure
+
+
 class Comparison(_Record):
-    """One run. ``allocated`` is the peak of allocated bytes, as the allocator counts it; ``tensors`` the same
-    from the recorded events, without what the allocator rounds blocks up to beyond 512 bytes; ``on_card`` is
+    """One run, of several processes that of the first or of the one that failed; ``ranks`` has all of them.
+
+    ``allocated`` is the peak of allocated bytes, as the allocator counts it; ``tensors`` the same from the
+    recorded events, without what the allocator rounds blocks up to beyond 512 bytes; ``on_card`` is
     everything that the process takes of the card. ``fits_predicted`` and ``fits_measured`` are about the room
     that there was; None where nothing can be said."""
 
@@ -74,6 +87,7 @@ class Comparison(_Record):
     fits_measured: bool | None
     diff: Diff | None
     remarks: tuple[str, ...]
+    ranks: tuple[OfRank, ...] = ()
 
     @property
     def reason(self) -> str | None:
@@ -106,6 +120,11 @@ def compare(measured: Measurement) -> Comparison:
 
         plan = without_workspaces(plan)
         remarks.append("a CPU has no cuBLAS, so the plan is compared without its workspaces")
+        if measured.recipe.gpus > 1:
+            remarks.append(
+                "the ranks are processes that talk over gloo: what is compared is their tensors, not what "
+                "NCCL takes beside them, nor what streams keep from being used again"
+            )
     predicted = replay(plan)
     tape = measured.read_tape()
     steady = measured.steady
@@ -154,7 +173,16 @@ def compare(measured: Measurement) -> Comparison:
         fits_measured=_fitted(measured),
         diff=_diff(plan, tape),
         remarks=tuple(remarks),
+        ranks=tuple(_of_rank(one) for one in measured.by_rank()),
     )
+
+
+def _of_rank(measured: Measurement) -> OfRank:
+    found = compare(measured.model_copy(update={"ranks": ()}))
+    return OfRank(rank=measured.rank, **{name: getattr(found, name) for name in _EACH})
+
+
+_EACH = ("outcome", "why", "allocated", "tensors", "reserved")
 
 
 def room_of(measured: Measurement) -> int:
@@ -191,7 +219,8 @@ def _diff(plan: Tape, tape: Tape | None) -> Diff | None:
 
 def as_json(measured: Measurement, comparison: Comparison) -> dict[str, Any]:
     """Both as one document, without the tape and the model's configuration."""
-    run = measured.model_dump(mode="json", exclude={"tape": True, "model": {"config"}})
+    left_out: Any = {"tape": True, "model": {"config"}, "ranks": {"__all__": {"tape"}}}
+    run = measured.model_dump(mode="json", exclude=left_out)
     found = comparison.model_dump(mode="json")
     for name in ("allocated", "tensors", "reserved", "on_card"):
         figure: Figure = getattr(comparison, name)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,11 +21,12 @@ from torch import nn
 
 from memplan.asked.recipe import Recipe
 from memplan.cuda.card import Card
-from memplan.tape import Tape, replay
-from memplan.tape.categories import categorise
+from memplan.tape import Category, Phase, Tape, replay
+from memplan.tape.categories import Moment, categorise
 from memplan.trace import existing, standins
 from memplan.trace.layers import Segments
 from memplan.trace.recorder import Recorder, StandIn
+from memplan.trace.sharded import followed
 from memplan.trace.step import train_step
 from memplan.verify import attention
 from memplan.verify.measurement import Step
@@ -102,6 +104,39 @@ class HostRecorder(Recorder):
     def __init__(self, tape: Tape, card: Card) -> None:
         super().__init__(tape, STANDINS, card)
         self._inside = False  # a stand-in: what it calls need not be computed
+        self._late: list[int] = []  # was there before the step, and nobody had seen it
+        self.reducing = False  # whether DDP's C++ is there, which has storages that no name reaches
+
+    def _born(self, storage: torch.UntypedStorage, operation: str, category: Category) -> int | None:
+        # DTensor finds out with tensors that have none how a result would lie
+        return None if storage.device.type == "meta" else super()._born(storage, operation, category)
+
+    def _counts(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        if not self.reducing or func not in _REDUCERS:
+            return True
+        there = kwargs.get("out", args[0])
+        if self.index_of(there) is not None:
+            return True
+        if func in _ON_HOST:
+            return False
+        index = self.born(there, "bucket", Category.COMMUNICATION)
+        self._late += [] if index is None else [index]
+        return True
+
+    def finish(self) -> None:
+        """Also puts what was there all the time before the step."""
+        tape = self.tape
+        tape.finish()
+        first = next(number for number, s in enumerate(tape.segments) if s.phase is not Phase.SETUP)
+        for index in self._late:
+            position = tape.events.index(index)
+            tape.events.insert(tape.segments[first].start, tape.events.pop(position))
+            for before, segment in pairwise(tape.segments[first - 1 :]):
+                if segment.start <= position:
+                    before.stop = segment.start = segment.start + 1
+            tape.modules[index] = "ddp"
+            self.births[index] = Moment(Phase.SETUP, False, False)
+        super().finish()
 
     def _stand_in(self, standin: StandIn, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._inside:
@@ -124,6 +159,12 @@ def _fill(out: Any, values: Any) -> None:
         for place, value in zip(out, values, strict=False):
             if isinstance(place, torch.Tensor) and value is not None:
                 _fill(place, value)
+
+
+# What DDP's reducer does with what it keeps (torch/csrc/distributed/c10d/reducer.cpp, 2.13): gradients go
+# into buckets; where parameters may be unused, those used are noted on the host, which is copied to the card.
+_ON_HOST = (aten.select.int, aten.fill_.Scalar)
+_REDUCERS = (aten.mul.out, aten.copy_.default, *_ON_HOST)
 
 
 # -- the backend -------------------------------------------------------------------------------------------
@@ -193,7 +234,7 @@ def recorded(
     collecting = gc.isenabled()
     gc.disable()
     try:
-        with recorder, recorder.follow(model):
+        with recorder, recorder.follow(model), followed(recorder):
             yield recorder
     finally:
         if collecting:

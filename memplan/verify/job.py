@@ -15,6 +15,7 @@ from memplan.asked.spec import ModelSpec
 from memplan.cuda.card import Card
 from memplan.errors import MemplanError, shown
 from memplan.tape import Tape
+from memplan.verify import ranks
 from memplan.verify.measurement import Device, Measurement, Model, Run
 
 if TYPE_CHECKING:
@@ -92,8 +93,7 @@ def _is_text(name: str) -> bool:
 
 
 def _runnable(recipe: Recipe, device: str, loop: str) -> None:
-    if recipe.gpus > 1:
-        raise MemplanError("verify trains on one GPU so far: leave --gpus and --parallel out")
+    ranks.check(recipe, device, loop)
     loss = losses.find(recipe.loss)
     if loss.tiled and not (loop == "sft" and loss.sft):
         if loop != "memplan":
@@ -188,13 +188,22 @@ def simulated(
     model: Model, recipe: Recipe, tape: Tape, *, capacity: int | None = None, limit: int | None = None
 ) -> Reserved:
     """What a run of the step ``tape`` reserves, from the making of the model on, as the verifier does it;
-    ``capacity`` and ``limit`` as in :class:`memplan.device.allocator.Allocator`."""
+    ``capacity`` and ``limit`` as in :class:`memplan.device.allocator.Allocator`. Ranks that share a step get
+    the model as a script does: from the host, where an engine does not want it on the card."""
     from memplan.asked.alloc_conf import parse_settings
-    from memplan.device.playback import simulate
-    from memplan.predict.loading import making
+    from memplan.device.playback import Simulation
+    from memplan.predict.loading import loading, making
 
-    made = making(spec_of(model), recipe, tape)
-    return simulate(tape, made, parse_settings(recipe.alloc_conf), capacity=capacity, limit=limit)
+    several = recipe.gpus > 1
+    bring = loading if several else making
+    return Simulation(
+        tape,
+        bring(spec_of(model), recipe, tape),
+        parse_settings(recipe.alloc_conf),
+        capacity=capacity,
+        limit=limit,
+        several=several,
+    ).trained
 
 
 def _card_here() -> Card | None:
@@ -214,7 +223,8 @@ def predicted_tape(measured: Measurement) -> Tape:
     spec = spec_of(measured.model)
     recipe = resolve_recipe(spec, measured.recipe)  # a file may say what does not suit its model
     card = replace(card_of(measured.device), cudnn_attention=measured.run.cudnn_attention)
-    return write_tape(spec, recipe, card=card, looped=in_a_trainer(measured.run), folded=False)
+    rank = measured.rank if recipe.gpus > 1 else None
+    return write_tape(spec, recipe, card=card, looped=in_a_trainer(measured.run), folded=False, rank=rank)
 
 
 def card_of(device: Device) -> Card:

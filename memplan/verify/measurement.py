@@ -149,8 +149,23 @@ class Outcome(_Record):
     event: OutOfMemory | None = None
 
 
+class Rank(_Record):
+    """What one of several processes that trained together counted, on its own card or in its own memory. Its
+    ``tape`` is the measurement's, where the measurement is this rank's."""
+
+    rank: NonNegativeInt
+    outcome: Outcome
+    steps: tuple[Step, ...] = ()
+    evidence: Evidence | None = None
+    baseline_driver_bytes: NonNegativeInt | None = None
+    tape_step: int | None = None
+    tape: str | None = None  # as the measurement's
+    remarks: tuple[str, ...] = ()
+
+
 class Measurement(_Record):
-    """A run."""
+    """A run. Of several processes it is that of ``rank``, the first or the one that failed, and ``ranks`` has
+    all of them."""
 
     format: Literal["memplan measurement"] = "memplan measurement"
     schema_version: Literal[1] = 1
@@ -173,6 +188,8 @@ class Measurement(_Record):
     tape_step: int | None = None
     tape: str | None = None  # a tape file, gzip, base64
     remarks: tuple[str, ...] = ()
+    rank: NonNegativeInt = 0
+    ranks: tuple[Rank, ...] = ()
 
     @property
     def emulated(self) -> bool:
@@ -203,13 +220,23 @@ class Measurement(_Record):
             raise MemplanError(f"the tape of the measurement {self.title} is damaged") from None
         return decode(content, f"of the measurement {self.title}")[0]
 
+    def by_rank(self) -> Iterator[Measurement]:
+        """What each of several processes would have measured by itself."""
+        for one in self.ranks:
+            own = {name: getattr(one, name) for name in Rank.model_fields}
+            if one.rank == self.rank:
+                own["tape"] = self.tape
+            yield self.model_copy(update=own)
+
     @property
     def title(self) -> str:
         """The run in one line."""
         number = self.model.layers
         layers = f" ({number} layer{'s' if number > 1 else ''})" if number else ""
-        shape = f"{self.recipe.batch_size} × {self.recipe.seq_len}"
-        return f"{self.model.name}{layers}, {self.recipe.mode.value}, {shape}"
+        recipe = self.recipe
+        shape = f"{recipe.batch_size} × {recipe.seq_len}"
+        spread = f", {recipe.parallel} on {recipe.gpus}" if recipe.gpus > 1 else ""
+        return f"{self.model.name}{layers}, {recipe.mode.value}, {shape}{spread}"
 
 
 def tape_of(document: Any, where: str) -> tuple[Tape, TapeInfo]:

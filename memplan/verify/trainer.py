@@ -12,12 +12,14 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from accelerate import DistributedType
 from transformers import TrainerCallback
 
-from memplan import losses
-from memplan.asked.recipe import Batches, Recipe
+from memplan import losses, weights
+from memplan.asked.recipe import Batches
 from memplan.errors import MemplanError
 from memplan.importers.trainer import tiled_by_trl
+from memplan.trace.recorder import own_part
 from memplan.verify.callback import MEASURED_STEP, MemoryCallback
 from memplan.verify.job import Job
 from memplan.verify.made import build
@@ -52,14 +54,29 @@ class Rows(torch.utils.data.Dataset):
 
 
 class Counting(TrainerCallback):
-    """Tells the backend which step runs."""
+    """Tells the backend which step runs; has checksums of what there was to train before the first, where a
+    model is not what it was made as: ranks that share its step have parts of it."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
+        self.before: Sums = {}, {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at it."""
+        if args.world_size > 1:
+            self.before = _sums(kwargs["model"])
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """From 1 on."""
         self._backend.number = state.global_step + 1
+
+
+Sums = tuple[dict[str, int], dict[str, int]]  # of what is trained, of what is frozen
+
+
+def _sums(model: torch.nn.Module) -> Sums:
+    trained = {name: own_part(p) for name, p in model.named_parameters() if p.requires_grad}
+    return checksums(trained), checksums({name: own_part(p) for name, p in frozen_tensors(model)})
 
 
 def train_with_trainer(job: Job, backend: Backend, tell: Tell, steps: list[Step]) -> Training:
@@ -77,17 +94,23 @@ def train_with_trainer(job: Job, backend: Backend, tell: Tell, steps: list[Step]
         if environment is not None:
             environment.__enter__()
         try:
-            model = build(job.model.config, recipe, backend.device, source_of(job))
-            trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-            frozen = dict(frozen_tensors(model))
-            before = checksums(trained), checksums(frozen)
+            several = recipe.gpus > 1
+            # as a script has it: an engine brings the model onto the card itself, if it is not in 4 bits
+            on_card = not several or weights.of(recipe) is not None
+            place = backend.device if on_card else torch.device("cpu")
+            model = build(job.model.config, recipe, place, source_of(job))
+            counting = Counting(backend)
+            if not several:
+                counting.before = _sums(model)
             callback = MemoryCallback(recipe=recipe, tell=lambda line: tell("state", line[:60]))
             trainer = _trainer(job, model, callback, folder)
-            trainer.add_callback(Counting(backend))
+            del model
+            trainer.add_callback(counting)
             if backend.device.type == "cuda":  # as before the first step of memplan's own loop
                 gc.collect()
                 torch.cuda.empty_cache()
             trainer.train()
+            after = _sums(trainer.model)
         finally:
             if environment is not None:
                 environment.__exit__(None, None, None)
@@ -98,10 +121,10 @@ def train_with_trainer(job: Job, backend: Backend, tell: Tell, steps: list[Step]
     evidence = Evidence(
         first_loss=finite(float(logs[0]["loss"])),
         last_loss=finite(float(logs[-1]["loss"])),
-        trained_tensors=len(trained),
-        changed_tensors=count_changed(before[0], checksums(trained)),
-        frozen_tensors=len(frozen),
-        frozen_changed=count_changed(before[1], checksums(frozen)),
+        trained_tensors=len(after[0]),
+        changed_tensors=count_changed(counting.before[0], after[0]),
+        frozen_tensors=len(after[1]),
+        frozen_changed=count_changed(counting.before[1], after[1]),
         gradients_finite=all(math.isfinite(float(entry.get("grad_norm", 0.0))) for entry in logs),
     )
     return Training(tuple(steps), evidence, callback.tape)
@@ -152,18 +175,26 @@ def _trainer(job: Job, model: Any, callback: MemoryCallback, folder: str) -> Any
         "seed": run.seed,
     }
     batch = make_batch(job)
-    rows = recipe.batch_size * recipe.gradient_accumulation_steps * run.steps
+    rows = recipe.batch_size * recipe.gradient_accumulation_steps * run.steps * recipe.gpus
     if run.loop == "sft":
-        return _sft(settings, recipe, model, callback, batch, rows)
+        return _sft(job, settings, model, callback, batch, rows)
     from transformers import Trainer, TrainingArguments
 
-    return Trainer(
-        model, TrainingArguments(**settings), train_dataset=Rows(batch, rows), callbacks=[callback]
-    )
+    arguments = TrainingArguments(**settings)
+    _shared(job, arguments)
+    return Trainer(model, arguments, train_dataset=Rows(batch, rows), callbacks=[callback])
 
 
-def _sft(settings: dict[str, Any], recipe: Recipe, model: Any, callback: Any, batch: Any, rows: int) -> Any:
+def _shared(job: Job, arguments: Any) -> None:
+    """accelerate (1.15 state.py) takes processes on a CPU for none that FSDP could be of; its own set-up of
+    FSDP2 works there, too."""
+    if job.device == "cpu" and job.recipe.parallel == "fsdp2":
+        arguments.distributed_state.distributed_type = DistributedType.MULTI_GPU
+
+
+def _sft(job: Job, settings: dict[str, Any], model: Any, callback: Any, batch: Any, rows: int) -> Any:
     """TRL's, on tokens as they are, and with a tokenizer that it wants and nobody uses."""
+    recipe = job.recipe.as_fed()
     from datasets import Dataset
     from datasets.table import InMemoryTable
     from tokenizers import Tokenizer
@@ -197,4 +228,5 @@ def _sft(settings: dict[str, Any], recipe: Recipe, model: Any, callback: Any, ba
         loss_type="chunked_nll" if losses.find(recipe.loss).sft else "nll",  # one and the same in TRL 1.16
         dataset_kwargs={"skip_prepare_dataset": True},
     )
+    _shared(job, arguments)
     return SFTTrainer(model, arguments, train_dataset=data, processing_class=tokenizer, callbacks=[callback])

@@ -293,6 +293,8 @@ def _real(source: nn.Linear, recipe: Recipe) -> nn.Module:
     import torch
 
     options = {"compress_statistics": recipe.double_quant, "quant_type": recipe.quant_type.value}
+    if recipe.parallel is not None:  # as numbers that can be sharded
+        options["quant_storage"] = source.weight.dtype
     layer: nn.Module = bnb.nn.Linear4bit(
         source.in_features,
         source.out_features,
@@ -319,6 +321,7 @@ def _with_data(parameter: nn.Parameter, data: torch.Tensor) -> nn.Parameter | No
         requires_grad=False,
         compress_statistics=parameter.compress_statistics,
         quant_type=parameter.quant_type,
+        quant_storage=parameter.quant_storage,
         module=parameter.module,
     )
     return weight
