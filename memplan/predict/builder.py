@@ -23,7 +23,7 @@ from memplan.tape import Category, Part, Phase
 @dataclass(slots=True)
 class Model:
     """A played model: the modules of the played layers, and its trainable parameters in the order of
-    ``model.parameters()``, grouped by where they are."""
+    ``model.parameters()``, grouped by where they are; ``trained``: those of each layer, as it computes with them."""
 
     spec: ModelSpec
     recipe: Recipe
@@ -33,6 +33,7 @@ class Model:
     head: Any
     buffers: list[Tensor]
     trainable: list[Group]
+    trained: list[list[Tensor]]
 
 
 class Builder:
@@ -157,7 +158,7 @@ class Builder:
         hook = recipe.mode is not Mode.FULL and bool(recipe.gradient_checkpointing)
         embedding = Embedding(table, scale, hook)
         close(None)
-        layers = []
+        layers, trained = [], []
         for index, repeat in played.repeats:
             tape.begin(Phase.SETUP, "layer weights", index, Part.LOADED)
             begin(index)
@@ -166,6 +167,7 @@ class Builder:
             layers.append(
                 {name: self.module(name, module, prefix + name) for name, module in definition.items()}
             )
+            trained.append([*self.trainable])
             close(index, repeat)
         tape.begin(Phase.SETUP, "weights", part=Part.LOADED)
         begin(strategies.NORM)
@@ -186,4 +188,4 @@ class Builder:
         else:
             head = self.module("lm_head", outside["lm_head"], "lm_head")
         close(None)
-        return Model(spec, recipe, layers, embedding, norm, head, self.buffers, groups)
+        return Model(spec, recipe, layers, embedding, norm, head, self.buffers, groups, trained)

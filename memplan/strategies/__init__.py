@@ -43,7 +43,8 @@ class Strategy:
     """A strategy. ``spread``: begins a step of the (resolved) recipe on a rank, on the one that
     takes the most unless it is given. ``shards``: whether ranks
     have parts of parameters, along their first axis; ``folds``: whether like layers do alike, which is not
-    so where what is done in one depends on how much there was before it.
+    so where what is done in one depends on how much there was before it; ``copies``: whether that is done
+    where gradients arrive and nowhere else.
 
     ``load``: the steps by which what rests comes onto the card once the model is made, None if as on one GPU;
     ``itemsize``: of what comes, where it is cast before. ``wrap``: what follows, of the tape of a step; what
@@ -56,6 +57,7 @@ class Strategy:
     load: Callable[[Recipe, Coming], Iterator[LoadStep]] | None = None
     wrap: Callable[[Recipe, Tape, Temporary], Iterator[LoadStep]] | None = None
     folds: bool = True
+    copies: bool = False
     itemsize: int | None = None
     rehearses: bool = False
 
