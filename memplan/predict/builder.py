@@ -135,8 +135,9 @@ class Builder:
         groups: list[Group] = []
         spread = state.spread
 
-        def begin(part: strategies.Part) -> None:
+        def begin(part: strategies.Part, times: int = 1) -> None:
             if spread is not None:
+                spread.times = times
                 spread.begin(part)
 
         def close(layer: int | None, repeat: int = 1) -> None:
@@ -161,7 +162,7 @@ class Builder:
         layers, trained = [], []
         for index, repeat in played.repeats:
             tape.begin(Phase.SETUP, "layer weights", index, Part.LOADED)
-            begin(index)
+            begin(index, repeat)
             prefix = f"model.layers.{index}."
             definition = blueprint.layer(spec, blueprint.is_sparse(spec, index))
             layers.append(

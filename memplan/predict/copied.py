@@ -77,7 +77,9 @@ class Copied:
             tape.events += [made[who][number] ^ flip for flip, who, number in items]
         node.scope = self.last - 1
         node.python = True
-        result = Tensor(hidden.shape, hidden.dtype, _adopted(self.forwards[self.last - 1][out]), hidden.strides)
+        result = Tensor(
+            hidden.shape, hidden.dtype, _adopted(self.forwards[self.last - 1][out]), hidden.strides
+        )
         attach(node, result)
         return result
 
@@ -217,9 +219,7 @@ class Copied:
 
 def _items(events: list[int], makers: tuple[Sequence[int], ...]) -> list[_Item]:
     """Events by who made what they are about."""
-    known = {
-        storage: (who, number) for who, made in enumerate(makers) for number, storage in enumerate(made)
-    }
+    known = {storage: (who, number) for who, made in enumerate(makers) for number, storage in enumerate(made)}
     try:
         return [(0, *known[event]) if event >= 0 else (-1, *known[~event]) for event in events]
     except KeyError:
@@ -240,8 +240,8 @@ def _born(births: range | list[int]) -> range:
         for column in (tape.sizes, tape.categories, tape.operations, tape.modules):
             column += column[first:stop]
         moved = start - first
-        tape.products.update(index + moved for index in births if index in tape.products)
-        if any(index in tape.streams for index in births):
+        tape.products.update([index + moved for index in tape.products.intersection(births)])
+        if not tape.streams.keys().isdisjoint(births):
             raise NotAlike
     return range(start, len(tape.sizes))
 

@@ -160,7 +160,12 @@ def layers_to_play(spec: ModelSpec, recipe: Recipe) -> Played | Standing:
     if not strategies.folds(recipe):
         return every
     layers = kinds(spec, recipe)
-    played = fold.layers_to_play(layers, first_is_like_others=recipe.mode is Mode.FULL)
+    strategy = strategies.of(recipe)
+    played = fold.layers_to_play(
+        layers,
+        first_is_like_others=recipe.mode is Mode.FULL,
+        units=3 if strategy is None else strategy.units,
+    )
     return standing(layers, _trained(spec, recipe)) if played.complete else played
 
 
@@ -320,8 +325,9 @@ def _play(
     tape.begin(Phase.OPTIMIZER, "end")
     del loss
     tape.finish()  # what dies with these names is no part of the step
-    again = state.spread.again() if state.spread is not None else None
-    return tape if again is None else _play(spec, recipe, step, card, played, again, looped=looped, copies=copies)
+    if spread is not None:
+        spread.played(tape)
+    return tape
 
 
 def forward(model: Model, fed: Batch, played: list[int], *, copies: bool = False) -> Tensor:
