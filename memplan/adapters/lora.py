@@ -37,7 +37,7 @@ class Lora:
                 output = ops.to(output, dtype)
             result = ops.add(result, output)
             return result
-        x = ops.to(x, self.down.dtype)
+        x = ops.to(x, self.down.dtype if state.spread is None else state.spread.resting(self.down))
         result = ops.add(result, ops.scale(self.update(x)))
         return ops.to(result, dtype)
 

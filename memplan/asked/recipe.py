@@ -66,6 +66,14 @@ class Offload(str, Enum):
     BOTH = "both"
 
 
+class BackwardPrefetch(str, Enum):
+    """When FSDP1 gathers the next unit of a backward pass: before this one's, behind it, or at its turn."""
+
+    PRE = "backward_pre"
+    POST = "backward_post"
+    NONE = "no_prefetch"
+
+
 class Kernels(str, Enum):
     """What multiplies by 4-bit weights: bitsandbytes and PEFT as they are, or ``memplan.kernels``."""
 
@@ -619,6 +627,18 @@ class Recipe(BaseModel):
             source="accelerate, `utils/dataclasses.py`, `set_mixed_precision`: that of mixed precision.",
         ),
     ] = None
+    backward_prefetch: Annotated[
+        BackwardPrefetch | None,
+        of_step(
+            help="when FSDP1 gathers a unit's parameters for its backward",
+            default="no_prefetch",
+            phrase=lambda r: None if r.backward_prefetch is None else r.backward_prefetch.value,
+            source=(
+                "accelerate, `utils/dataclasses.py`, `FullyShardedDataParallelPlugin`: `NO_PREFETCH` where "
+                "`--fsdp_backward_prefetch` is not said; `accelerate config` writes `BACKWARD_PRE`."
+            ),
+        ),
+    ] = None
     alloc_conf: Annotated[
         str,
         of_step(
@@ -694,6 +714,10 @@ class Recipe(BaseModel):
                 if getattr(self, name) is not None and not (sharded and name == "offload"):
                     whose = "ZeRO's or FSDP2's" if name == "offload" else "DeepSpeed's"
                     raise ValueError(f"{name} is {whose}: use --parallel zero2 or zero3, or leave it out")
+        if self.backward_prefetch is not None and parallel != "fsdp":
+            raise ValueError("backward_prefetch is FSDP1's: use --parallel fsdp, or leave it out")
+        if parallel == "fsdp":
+            self._check_flat()
         if not sharded:
             return
         if self.offload is Offload.OPTIMIZER:
@@ -721,6 +745,15 @@ class Recipe(BaseModel):
                 "FSDP2 gathers adapters and what they adapt together, which without mixed precision are of "
                 "two dtypes and not planned: use --autocast"
             )
+
+    def _check_flat(self) -> None:
+        """What FSDP1 was compared with PyTorch's in."""
+        for field, rest in _FLAT_AS_COMPARED:
+            if getattr(self, field) not in rest:
+                raise ValueError(
+                    f"FSDP1 with {field} {getattr(self, field)} is not planned: leave it out, use --parallel "
+                    "fsdp2, or run a rank of your own program with `memplan dry-run`"
+                )
 
     def _check_zero(self) -> None:
         """What ZeRO was compared with DeepSpeed in."""
@@ -862,7 +895,7 @@ class Recipe(BaseModel):
                 self._check_spread(parallel)
             except ValueError as error:
                 raise RecipeError(str(error)) from None
-        if parallel == "fsdp2" and self.use_reentrant is None:
+        if parallel in ("fsdp", "fsdp2") and self.use_reentrant is None:
             reentrant = False
         compute = self.dtype if self.compute_dtype is None else self.compute_dtype
         return self.model_copy(
@@ -882,7 +915,7 @@ class Recipe(BaseModel):
 ZERO = ("zero1", "zero2", "zero3")
 _OF_ZERO3 = ("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
 _OF_ZERO = ("offload", "overlap_comm", "reduce_bucket_size", *_OF_ZERO3)
-OF_SEVERAL = ("parallel", "shard_dtype", "reduce_dtype", *_OF_ZERO)  # fields that say nothing of one GPU
+OF_SEVERAL = ("parallel", "shard_dtype", "reduce_dtype", "backward_prefetch", *_OF_ZERO)  # fields that say nothing of one GPU
 _AS_COMPARED = (
     ("optimizer", ("adamw_torch_fused",)),
     ("dtype", (DTypeName.BFLOAT16, DTypeName.FLOAT32)),
@@ -892,6 +925,12 @@ _AS_COMPARED = (
     ("modules_to_save", ((),)),
     ("loss", ("standard", "chunked")),
     ("momentum", (0.0,)),
+)
+_FLAT_AS_COMPARED = (
+    ("kbit_prep", (None, False)),
+    *(of for of in _AS_COMPARED if of[0] != "optimizer"),
+    ("optimizer", ("adamw_torch", "adamw_torch_fused")),
+    ("use_reentrant", (None, False)),
 )
 _SHARDED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 _NOT_SHARDED = (

@@ -250,7 +250,7 @@ class Playback:
             before.update(self.states)
         self.play(self.update, len(self.tape.events))
         self._hand_on(before)
-        if stage == FIRST_STEP and self.renewed:
+        if stage == FIRST_STEP:  # what loading has left goes, where later steps know nothing of it
             for number in [number for number in self.live if number >= len(self.tape.sizes)]:
                 self.allocator.free(self.live.pop(number))
             self._make(self.renewed)

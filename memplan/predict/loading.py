@@ -141,6 +141,7 @@ def _sharded(
     temporary = _temporary()
     steps: list[LoadStep] = []
     lies: dict[str, list[int]] = defaultdict(list)
+    sizes: dict[int, int] = {}
     numbers: list[int] = []  # of what is only there for a while, as numbered on one GPU
     for what, value in _steps(shapes, list(whole.values()), alone, lone, capacity, stock=True):
         if what == "scratch":
@@ -154,11 +155,12 @@ def _sharded(
         elif what == "alloc":
             take, number = temporary(lone.sizes[value])
             lies[whole[value].name].append(number)
+            sizes[number] = lone.sizes[value]
             steps.append(take)
         else:
             steps.append((what, value))
     steps.append(("empty_cache", 0))
-    steps += strategy.load(recipe, strategies.Coming(resting, {}, lies, temporary, capacity))
+    steps += strategy.load(recipe, strategies.Coming(resting, {}, lies, temporary, capacity, sizes))
     return _written(iter(steps), step, emptied=False)
 
 

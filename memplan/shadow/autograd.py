@@ -14,7 +14,7 @@ from sys import getrefcount
 from typing import Any, NamedTuple
 
 from memplan.cuda.reduction import scratch
-from memplan.shadow.tensor import DType, Shape, Tensor, empty, iterator_strides, state, uint8
+from memplan.shadow.tensor import DType, Shape, Tensor, empty, iterator_strides, state, stream, uint8
 from memplan.tape import Category, Phase
 
 Grads = Sequence["Tensor | None"]
@@ -28,6 +28,7 @@ class Node:
 
     ``edges`` lead to the nodes that made the inputs (None where no gradient is wanted), ``meta`` has
     shape and dtype of each output, ``saved`` what backward needs, ``context`` numbers that are not memory.
+    ``stream``: of its forward, where its gradients are added up, too.
     ``before``: what its outputs' hooks do when their gradients are complete. ``python``: a
     ``torch.autograd.Function``, whose incoming gradients are gone when it returns; others hold
     them until what they return has been cast.
@@ -35,7 +36,7 @@ class Node:
 
     __slots__ = (
         "backward", "before", "category", "context", "edges", "grads", "meta", "module", "python", "saved",
-        "scope", "sequence",
+        "scope", "sequence", "stream",
     )  # fmt: skip
 
     def __init__(self, backward: Backward, *inputs: Tensor | None) -> None:
@@ -53,6 +54,7 @@ class Node:
         self.scope = state.scope
         self.module = state.tape.module
         self.category = state.category
+        self.stream = state.stream
         state.sequence = self.sequence = state.sequence + 1
 
 
@@ -277,7 +279,8 @@ def _evaluate(node: Node, dependencies: dict[Node, int]) -> list[Node]:
                 consumer.grads[output] = grad
             else:
                 consumer.grads[output] = None
-                consumer.grads[output] = _add_gradients(old, grad)
+                with stream(consumer.stream):
+                    consumer.grads[output] = _add_gradients(old, grad)
             old = grad = None
         dependencies[consumer] -= 1
         if not dependencies[consumer]:

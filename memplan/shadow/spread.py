@@ -48,6 +48,10 @@ class Spread:
         """What the optimizer updates in the place of what the model computes with."""
         return parameter
 
+    def resting(self, parameter: Tensor) -> DType:
+        """The dtype of what the model computes with, to who asks when it is not computed with."""
+        return parameter.dtype
+
     def optimized(self, groups: list[Any]) -> list[Any]:
         """Write what is made of the trained parameters when all are there, in segments of its own; what the
         optimizer is given of them."""

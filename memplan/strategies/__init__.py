@@ -7,7 +7,7 @@ backward. What is played is one rank's part of one step.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from memplan import rooms, weights
 from memplan.asked.recipe import Recipe
@@ -28,14 +28,15 @@ Part = int | str  # a layer, by its position among those that are played, or wha
 class Coming:
     """What a model brings when it is loaded. ``resting``: storages by number, full name and bytes; ``whole``:
     bytes of each whole parameter by that number, or by its name where nothing rests of it alone; ``lying``:
-    where those lie that are whole on the card already, by name; ``temporary``: takes what is there for a
-    while; ``capacity``: bytes of the card, None for as many as it takes."""
+    where those lie that are whole on the card already, by name, and ``sizes`` their bytes; ``temporary``:
+    takes what is there for a while; ``capacity``: bytes of the card, None for as many as it takes."""
 
     resting: Resting
     whole: Whole
     lying: Lying
     temporary: Temporary
     capacity: int | None = None
+    sizes: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

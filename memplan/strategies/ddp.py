@@ -29,12 +29,12 @@ from memplan.shadow.tensor import (
     state,
 )
 from memplan.strategies import Strategy
+from memplan.strategies._broadcast import LIMIT, flying
 from memplan.tape import Category, Part, Phase, Tape
 from memplan.weights import LoadStep, Temporary
 
 _FIRST, _CAP = 1 << 20, 25 << 20  # bytes: dist._DEFAULT_FIRST_BUCKET_BYTES, bucket_cap_mb
 _BUCKETS = "buckets"  # a segment
-_BROADCAST = 250 << 20  # bytes: DistributedDataParallel.broadcast_bucket_size
 
 
 class Ddp(Spread):
@@ -146,27 +146,12 @@ def _wrap(recipe: Recipe, step: Tape, temporary: Temporary) -> Iterator[LoadStep
         for event in step.events[segment.start : segment.stop]
         if event >= 0
     ]
-    flying: list[int | None] = []
     parts = [event for event in loaded if step.categories[event] is not Category.QUANTIZATION_STATE]
-    for nbytes, count in _filled(recipe, step, parts, _BROADCAST):
-        number = None
-        if count > 1:  # a single one is flat as it lies
-            take, number = temporary(nbytes)
-            yield take
-        flying.append(number)
-        if len(flying) == 2:
-            yield from _landed(flying.pop(0))
-    for number in flying:
-        yield from _landed(number)
+    yield from flying(_filled(recipe, step, parts, LIMIT), temporary)
     if any(segment.part is Part.RENEWED for segment in step.segments):
         parameters = [event for event in loaded if step.modules[event] != "model.rotary_emb"]
         for nbytes, _ in reversed(list(_filled(recipe, step, parameters, sys.maxsize))):
             yield temporary(nbytes)[0]
-
-
-def _landed(number: int | None) -> Iterator[LoadStep]:
-    if number is not None:
-        yield "drop", number
 
 
 def _filled(recipe: Recipe, step: Tape, storages: list[int], limit: int) -> Iterator[tuple[int, int]]:

@@ -1,0 +1,568 @@
+"""FSDP1 as accelerate sets it up: ``FullyShardedDataParallel`` with ``FULL_SHARD`` and ``use_orig_params`` on
+each decoder layer and on the model (torch/distributed/fsdp, 2.13: ``_flat_param.py``, ``_runtime_utils.py``;
+accelerate 1.15 ``Accelerator.prepare_model``). With adapters PEFT's policy makes each of their matrices a unit
+of its own (peft/utils/other.py, ``fsdp_auto_wrap_policy``).
+
+The parameters of a unit are one flat tensor, of which each rank keeps a part, and what belongs to no layer is
+the model's own unit, embedding, norm and output layer together. Before a unit runs, its part is cast on a
+stream of its own, gathered on another, and the parameters are views of what was gathered. That goes when a
+layer has run and comes again for its backward; the model's own stays from the first forward to the last
+backward. When the gradients of all of a unit's parameters are there, they are laid end to end and summed over
+the ranks, and this rank's part is what the optimizer finds. It stays until the next step's forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import prod
+from operator import itemgetter
+from typing import Any
+
+from memplan.asked.recipe import BackwardPrefetch, DTypeName, Mode, Recipe
+from memplan.cuda.reduction import whole_scratch
+from memplan.optimizers import Group, State
+from memplan.optimizers._lists import gradient
+from memplan.parts.context import Context, Layer, Leaves
+from memplan.parts.loop import Loop
+from memplan.predict import update
+from memplan.shadow import ops
+from memplan.shadow.autograd import AccumulateGrad, Node, attach, require_grad
+from memplan.shadow.spread import Spread
+from memplan.shadow.tensor import (
+    DTYPES,
+    DType,
+    Resizable,
+    Shape,
+    Tensor,
+    bfloat16,
+    category,
+    empty,
+    float32,
+    int32,
+    state,
+    stream,
+    uint8,
+)
+from memplan.strategies import Coming, Part, Strategy
+from memplan.strategies._broadcast import coalesced
+from memplan.tape import Category, Phase
+from memplan.tape import Part as Does
+from memplan.weights import LoadStep
+
+_CASTING, _GATHERING, _REDUCING = 1, 2, 3  # streams
+_ALIGNED = 16  # bytes: _get_aligned_numel
+
+
+@dataclass(slots=True)
+class Parameter:
+    """``whole``: what is computed with, a view of what its unit gathers; ``shard``: what of it this rank
+    keeps; ``place``: where in the flat parameter it begins, in elements."""
+
+    whole: Tensor
+    name: str
+    place: int
+    shard: Tensor | None = None
+
+
+@dataclass(slots=True)
+class Unit:
+    """A ``FlatParamHandle``. ``resting`` and ``computing``: dtypes; ``numel``: of the flat parameter so far; ``spare``: elements of each piece between and behind
+    parameters."""
+
+    layer: int | None
+    kind: Category
+    resting: DType
+    computing: DType
+    trainable: bool
+    parameters: list[Parameter] = field(default_factory=list)
+    numel: int = 0
+    spare: list[int] = field(default_factory=list)
+    block: Resizable = field(default_factory=Resizable)
+    part: Tensor | None = None  # what rests
+    grad: Tensor | None = None  # of what rests
+    whole_grad: Tensor | None = None  # of earlier passes of a step
+    there: bool = False
+    entered: bool = False
+    reduced: bool = False
+    place: int | None = None  # in the order in which they ran
+
+    def add(self, whole: Tensor, name: str) -> None:
+        """One more parameter, aligned as ``use_orig_params`` has it."""
+        aligned = _ALIGNED // self.computing.itemsize
+        if spare := -self.numel % aligned:
+            self.spare.append(spare)
+            self.numel += spare
+        self.parameters.append(Parameter(whole, name, self.numel))
+        self.numel += prod(whole.shape)
+
+    def close(self, world: int) -> None:
+        """All are there."""
+        if spare := -self.numel % world:
+            self.spare.append(spare)
+            self.numel += spare
+
+
+class Fsdp(Spread):
+    """``mixed``: accelerate's mixed precision: parameters are gathered and gradients summed in ``narrow``,
+    and what is trained rests in float32."""
+
+    shards = True
+
+    def __init__(self, recipe: Recipe, rank: int | None = None) -> None:
+        super().__init__(recipe.gpus, rank)
+        self.mixed = recipe.autocast
+        self.narrow = DTYPES[recipe.dtype.value] if recipe.dtype is DTypeName.FLOAT16 else bfloat16
+        self.prefetch = recipe.backward_prefetch
+        self.adapted = recipe.mode is not Mode.FULL
+        self.root: Unit | None = None
+        self.layers: dict[int, Unit] = {}
+        self.units: list[Unit] = []
+        self.ordered: list[Unit] = []  # layers by their positions
+        self.at: int | None = None
+        self.of: dict[int, tuple[Unit, Parameter]] = {}
+        self.groups: list[Group] = []
+        self.ran: list[Unit] = []
+        self.unwatched: dict[int, Unit] = {}  # matrices whose input wants no gradient, by their nodes
+        self.kept: Tensor | None = None
+
+    # -- what rests --------------------------------------------------------------------------------------
+
+    def begin(self, part: Part) -> None:
+        """The layer whose parameters come, or none."""
+        self.at = part if isinstance(part, int) else None
+
+    def parameter(self, shape: Shape, dtype: DType, kind: Category, trainable: bool) -> Tensor:
+        """One more of its unit; a tensor without memory."""
+        if self.adapted and trainable:
+            unit = self._made(dtype, kind, trainable=True)
+        else:
+            unit = self._unit(dtype, kind, trainable)
+        whole = Tensor(shape, unit.computing, unit.block)
+        if trainable:
+            with stream(_GATHERING):  # where views are made, and so their gradients
+                require_grad(whole, parameter=True)
+        unit.add(whole, state.tape.module)
+        self.of[id(whole)] = unit, unit.parameters[-1]
+        return whole
+
+    def _unit(self, dtype: DType, kind: Category, trainable: bool) -> Unit:
+        made = self.root if self.at is None else self.layers.get(self.at)
+        if made is None:
+            made = self._made(dtype, kind, trainable=trainable)
+            if self.at is None:
+                self.root = made
+            else:
+                self.layers[self.at] = made
+                self.ordered.append(made)
+        return made
+
+    def _made(self, dtype: DType, kind: Category, *, trainable: bool) -> Unit:
+        computing = self.narrow if self.mixed else dtype
+        resting = float32 if self.mixed and trainable else dtype
+        self.units.append(Unit(self.at, kind, resting, computing, trainable))
+        return self.units[-1]
+
+    def resting(self, parameter: Tensor) -> DType:
+        """That of its part."""
+        found = self.of.get(id(parameter))
+        return parameter.dtype if found is None else found[0].resting
+
+    def optimized(self, groups: list[Group]) -> list[Group]:
+        """This rank's part of each unit, and what it has of each parameter."""
+        tape = state.tape
+        for unit in self.units:
+            unit.close(self.world)
+            tape.begin(Phase.SETUP, "flat parameters", unit.layer, Does.LOADED)
+            prefix = "" if unit.layer is not None else "model."
+            tape.module = unit.parameters[0].name if self._alone(unit) else f"{prefix}{_FLAT}"
+            with category(unit.kind):
+                unit.part = empty((unit.numel // self.world,), unit.resting, "parameter")
+            for parameter in unit.parameters:
+                parameter.shard = self._shard(unit, parameter)
+        self.groups = [Group(group.layer, group.repeat, self._own(group.parameters)) for group in groups]
+        self.groups = [group for group in self.groups if group.parameters]
+        return self.groups
+
+    def _alone(self, unit: Unit) -> bool:
+        """Whether it is an adapter's matrix."""
+        return self.adapted and unit.trainable
+
+    def _shard(self, unit: Unit, parameter: Parameter) -> Tensor | None:
+        """A part of the flat parameter, of a shape that tells vectors from matrices; None if it is another
+        rank's."""
+        assert unit.part is not None
+        held = unit.numel // self.world
+        first = max(parameter.place, self.rank * held)
+        last = min(parameter.place + prod(parameter.whole.shape), (self.rank + 1) * held)
+        if last <= first:
+            return None
+        shape = (last - first,) if len(parameter.whole.shape) < 2 else (last - first, 1)
+        shard = Tensor(shape, unit.resting, unit.part.storage)
+        if unit.trainable:
+            require_grad(shard, parameter=True)
+        return shard
+
+    def _own(self, parameters: list[Tensor]) -> list[Tensor]:
+        shards = (self.of[id(parameter)][1].shard for parameter in parameters)
+        return [shard for shard in shards if shard is not None]
+
+    def updated(self, parameter: Tensor) -> Tensor:
+        """Its shard, once there are some."""
+        found = self.of.get(id(parameter))
+        shard = None if found is None else found[1].shard
+        return parameter if shard is None else shard
+
+    def rest(self, groups: list[Group]) -> None:
+        """Gradients of the step before."""
+        for unit in self.units:
+            if unit.trainable:
+                state.tape.begin(Phase.SETUP, "gradients", unit.layer, Does.RESTING)
+                state.tape.module = "fsdp"
+                with category(Category.GRADIENTS):
+                    unit.grad = empty((unit.numel // self.world,), unit.resting, "reduce_scatter")
+        self.kept = empty((), float32, "_zero_scalar")  # which clip_grad_norm_ makes when it is first called
+
+    # -- gathering ---------------------------------------------------------------------------------------
+
+    def unshard(self, unit: Unit) -> None:
+        """``_unshard``."""
+        if unit.there:
+            return
+        state.tape.module = "fsdp"
+        with category(Category.COMMUNICATION):
+            narrow = None
+            if unit.resting is not unit.computing:
+                with stream(_CASTING):
+                    narrow = empty((unit.numel // self.world,), unit.computing, "_to_copy")
+            with stream(_GATHERING):
+                unit.block.resize(unit.numel * unit.computing.itemsize, "all_gather")
+            del narrow
+        unit.there = True
+
+    def reshard(self, unit: Unit) -> None:
+        """What was gathered goes."""
+        if unit.there:
+            unit.block.resize(0)
+            unit.there = False
+
+    # -- forward -----------------------------------------------------------------------------------------
+
+    def given(self, number: Tensor) -> Tensor:
+        """Cast, as the Trainer has divided it."""
+        return empty(number.shape, self.narrow, "_to_copy") if self.mixed else number
+
+    def module(self, name: str, run: Any, x: Tensor | None, *rest: Any) -> Any:
+        """An adapter's matrix; and frequencies, which are buffers and rest in 16 bits."""
+        found = self.of.get(id(rest[0])) if rest else None
+        if found is not None and self._alone(found[0]):
+            assert x is not None
+            return self._matrix(found[0], run, x, *rest)
+        if not self.mixed or name != "model.rotary_emb":
+            return run(x, *rest)
+        wide = empty((1,), float32, "_to_copy")
+        tables = run(x, *rest)
+        del wide
+        return tables
+
+    def _matrix(self, unit: Unit, run: Any, x: Tensor, *rest: Any) -> Tensor:
+        """A unit of its own, which is gathered and gone in recomputation, too, unless its backward has begun;
+        what it is given is cast (``_cast_forward_inputs``)."""
+        again = state.frame is not None and state.frame.recomputing
+        if again and unit.entered:
+            return run(x, *rest)  # type: ignore[no-any-return]
+        module = state.tape.module
+        self.unshard(unit)
+        state.tape.module = module
+        if not again:
+            if x.node is None:
+                self.unwatched[id(unit.parameters[0].whole.node)] = unit
+            x = self._registered(x, unit)
+        x = ops.to(x, unit.computing)
+        out: Tensor = run(x, *rest)
+        self.reshard(unit)
+        if not again:
+            self._left(unit, out)
+        return out
+
+    def accumulated(self, node: AccumulateGrad) -> None:
+        """A matrix whose input wants no gradient is done when it has its own."""
+        unit = self.unwatched.pop(id(node), None)
+        if unit is not None:
+            self._reduce(unit)
+
+    def before(self) -> None:
+        """``_root_pre_forward``: gradients of the step before go, and the model's own unit is gathered."""
+        for unit in self.units:
+            unit.grad = None
+        assert self.root is not None
+        self.unshard(self.root)
+
+    def after(self, loss: Any, logits: Tensor | None) -> tuple[Any, Tensor | None]:
+        """The model's own unit has run last."""
+        assert self.root is not None
+        self._left(self.root, *([loss] if isinstance(loss, Tensor) else loss), logits)
+        return loss, logits
+
+    def around(self, layer: int, run: Layer) -> Layer:
+        """Gathered before it, gone after; in recomputation it is there."""
+        unit = self.ordered[layer]
+
+        def wrapped(modules: Leaves, hidden: Tensor, context: Context) -> Tensor:
+            if state.frame is not None and state.frame.recomputing:
+                return run(modules, hidden, context)
+            self.unshard(unit)
+            if unit.trainable:
+                hidden = self._registered(hidden, unit)
+            else:
+                self._let_go_with(hidden, unit)
+            out = run(modules, hidden, context)
+            self.reshard(unit)
+            self._left(unit, out)
+            return out
+
+        return wrapped
+
+    def _left(self, unit: Unit, *outputs: Any) -> None:
+        """``_post_forward``, which watches what is returned."""
+        unit.place = len(self.ran)
+        self.ran.append(unit)
+        for output in outputs:
+            if isinstance(output, Tensor) and output.node is not None:
+                output.node.before = lambda: self._pre_backward(unit)
+
+    def _let_go_with(self, hidden: Tensor, unit: Unit) -> None:
+        """``_register_post_backward_reshard_only_hook``: behind what else waits for that gradient."""
+        node = hidden.node
+        if node is None:
+            return
+        before = node.before
+
+        def done() -> None:
+            if before is not None:
+                before()
+            self.reshard(unit)
+
+        node.before = done
+
+    def _registered(self, hidden: Tensor, unit: Unit) -> Tensor:
+        """Whose backward comes after all of the layer's."""
+        if hidden.node is None or not state.grad:
+            return hidden
+        node = Node(self._post_backward, hidden)
+        node.python = True
+        node.context = unit
+        out = hidden.detach()
+        attach(node, out)
+        return out
+
+    # -- backward ----------------------------------------------------------------------------------------
+
+    def _pre_backward(self, unit: Unit) -> None:
+        if unit.entered:
+            return
+        unit.entered = True
+        self.unshard(unit)
+        if self.prefetch is BackwardPrefetch.PRE:
+            self._prefetch(unit)
+
+    def _prefetch(self, unit: Unit) -> None:
+        if unit.place:
+            self.unshard(self.ran[unit.place - 1])
+
+    def _post_backward(self, node: Node, grad: Tensor) -> Any:
+        with category(Category.TEMPORARIES):
+            self._reduce(node.context)
+        return (grad,)
+
+    def _reduce(self, unit: Unit) -> None:
+        """``_post_backward_hook``, and before it the backward of the views: ``split_with_sizes_backward``."""
+        unit.reduced = True
+        state.tape.module = "fsdp"
+        grads = [self._taken(parameter) for parameter in unit.parameters]
+        if all(grad is None for grad in grads):
+            self.reshard(unit)
+            return
+        with category(Category.COMMUNICATION), stream(_GATHERING):
+            zeros = [empty((count,), unit.computing, "zeros") for count in unit.spare]
+            laid = empty((unit.numel,), unit.computing, "cat")
+            del zeros
+        while grads:
+            grads.pop()
+        if unit.whole_grad is not None:  # added in place
+            laid = unit.whole_grad
+            unit.whole_grad = None
+        self.reshard(unit)
+        if self.prefetch is BackwardPrefetch.POST:
+            self._prefetch(unit)
+        if not self.last:
+            unit.whole_grad = laid
+            return
+        with stream(_REDUCING):
+            with category(Category.COMMUNICATION):
+                summed = empty((unit.numel // self.world,), unit.computing, "reduce_scatter")
+            if unit.resting is not unit.computing:
+                summed = empty((unit.numel // self.world,), unit.resting, "_to_copy")
+        assert summed.storage is not None
+        state.tape.categories[summed.storage.index] = Category.GRADIENTS
+        unit.grad = summed
+        for parameter in unit.parameters:
+            if parameter.shard is not None and isinstance(parameter.shard.node, AccumulateGrad):
+                shard = parameter.shard
+                parameter.shard.node.grad = Tensor(shard.shape, shard.dtype, summed.storage)
+        del laid, summed
+
+    @staticmethod
+    def _taken(parameter: Parameter) -> Tensor | None:
+        node = parameter.whole.node
+        if not isinstance(node, AccumulateGrad):
+            return None
+        grad, node.grad = node.grad, None
+        return grad
+
+    def finish(self) -> None:
+        """``_post_backward_final_callback``; before it the backward of the model's own views."""
+        with category(Category.TEMPORARIES):
+            for unit in reversed(self.units):
+                if not unit.reduced:
+                    self._reduce(unit)
+                unit.reduced = unit.entered = False
+                unit.place = None
+        self.ran.clear()
+
+    # -- the update --------------------------------------------------------------------------------------
+
+    def update(self, recipe: Recipe, kept: State, loop: Loop[Tensor] | None) -> bool:
+        """With ``FullyShardedDataParallel.clip_grad_norm_``, which takes one norm after the other."""
+        if recipe.max_grad_norm or self.looped:
+            self._clip(loop)
+        state.tape.begin(Phase.OPTIMIZER, "step", part=Does.UPDATE)
+        update.step(self.groups, recipe, kept)
+        if loop is not None:
+            loop.updated()
+        update.zero_grad(self.groups)
+        return True
+
+    def _clip(self, loop: Loop[Tensor] | None) -> None:
+        tape = state.tape
+        if loop is not None:
+            tape.begin(Phase.OPTIMIZER, "norms")
+            loop.clipping()
+        tape.module = "clip_grad_norm_"
+        norms: list[tuple[int | None, list[Tensor]]] = []
+        count = 0
+        for group in self.groups:
+            tape.begin(Phase.OPTIMIZER, "norms, each", group.layer)
+            wanted = [one for one in group.parameters if gradient(one) is not None]
+            norms.append((group.layer, [_norm(one) for one in wanted]))
+            count += group.repeat * len(wanted)
+        tape.begin(Phase.OPTIMIZER, "total norm")
+        stacked = empty((count,), float32, "stack")
+        for layer, found in norms:
+            tape.begin(Phase.OPTIMIZER, "free norms", layer)
+            found.clear()
+        tape.begin(Phase.OPTIMIZER, "clip")
+        local = empty((), float32, "linalg_vector_norm")
+        del stacked
+        squared = empty((), float32, "pow")
+        total = empty((), float32, "pow")
+        del squared
+        raised = empty((), float32, "add")
+        inverse = empty((), float32, "reciprocal")
+        coefficient = empty((), float32, "mul")
+        del inverse, raised
+        clamped = empty((), float32, "clamp")
+        del local, coefficient
+        if loop is not None:
+            loop.clipped(total)
+        del total, clamped
+
+
+def _norm(parameter: Tensor) -> Tensor:
+    """``torch.linalg.vector_norm`` of its gradient, in float32."""
+    norm = empty((), float32, "linalg_vector_norm")
+    for partial, flags in whole_scratch(prod(parameter.shape), parameter.dtype.itemsize, 4, state.card):
+        parts = empty((partial,), uint8, "linalg_vector_norm"), empty((flags // 4,), int32, "semaphores")
+        del parts
+    return norm
+
+
+_FLAT = "flat_param"
+
+
+def _load(recipe: Recipe, coming: Coming) -> Iterator[LoadStep]:
+    """One unit after the other, the model's own last: its parameters come onto the card, are broadcast
+    (``_sync_module_params_and_buffers``), are laid end to end, and a part is kept. accelerate casts these
+    parts; what they were cast from stays until the first step has taken parameters for something else. The
+    first forward (``init_flat_param_attributes``) takes all that is gathered later for a moment."""
+    temporary = coming.temporary
+    parts = {name: (number, nbytes) for number, name, nbytes in coming.resting}
+    made = _units(coming, set(parts))
+    cast = []
+    for name, of in made:
+        came = [number for _, number, _ in of if number is not None]
+        for _, number, nbytes in sorted(of, key=itemgetter(0)):  # breadth first
+            if number is None:
+                take, number = temporary(nbytes)
+                yield take
+                came.append(number)
+        yield from coalesced([nbytes for _, _, nbytes in of], temporary)
+        number, nbytes = parts[name]
+        rests, loaded = _itemsizes(recipe, name)
+        take, laid = temporary(nbytes // rests * loaded * recipe.gpus)
+        yield take
+        if rests == loaded:
+            yield "alloc", number
+        else:
+            cast.append(number)
+            yield temporary(nbytes // rests * loaded)[0]
+        for one in (laid, *came):
+            yield "drop", one
+    made = [*made[-1:], *made[:-1]]
+    for name, _ in made:
+        if parts[name][0] in cast:
+            yield "alloc", parts[name][0]
+    for name, _ in made:
+        nbytes = parts[name][1]
+        narrow = nbytes // _itemsizes(recipe, name)[0] * 2
+        for size in (*([narrow, narrow * recipe.gpus] if recipe.autocast else ()), nbytes * recipe.gpus):
+            take, number = temporary(size)
+            yield take
+            yield "drop", number
+
+
+def _units(coming: Coming, parts: set[str]) -> list[tuple[str, list[tuple[int, int | None, int]]]]:
+    """Names of what rests of them, those of a layer before its own; of what each is made of, in order: how
+    deep in the model it is, where it lies on the card already, if it does, and its bytes."""
+    units: dict[str, dict[str, list[tuple[int, int | None, int]]]] = {}
+    for number, name, _ in coming.resting:
+        if not name.endswith(_FLAT):
+            lies = coming.lying.get(name, ())
+            own = [(0, one, coming.sizes[one]) for one in lies] or [(0, None, coming.whole[number])]
+            units.setdefault(_place(name), {})[name] = own
+    whole = [(name, None, nbytes) for name, nbytes in coming.whole.items() if isinstance(name, str)]
+    there = [(name, one, coming.sizes[one]) for name, of in coming.lying.items() for one in of]
+    for name, one, nbytes in (*whole, *there):
+        if name not in parts:
+            own = units.setdefault(_place(name), {}).setdefault(f"{_place(name)}.{_FLAT}", [])
+            own.append((name.count("."), one, nbytes))
+    units["model"] = units.pop("model")
+    return [unit for of in units.values() for unit in of.items()]
+
+
+def _itemsizes(recipe: Recipe, name: str) -> tuple[int, int]:
+    """Bytes of what rests of a unit, and of what it is loaded in."""
+    loaded = DTYPES[recipe.dtype.value].itemsize
+    frozen = recipe.mode is not Mode.FULL
+    if name.endswith(_FLAT) and frozen:
+        return loaded, loaded
+    if frozen:
+        loaded = DTYPES[recipe.adapter_dtype.value].itemsize
+    return 4 if recipe.autocast else loaded, loaded
+
+
+def _place(name: str) -> str:
+    return ".".join(name.split(".")[:3]) if name.startswith("model.layers.") else "model"
+
+
+STRATEGY = Strategy(Fsdp, True, _load)
