@@ -23,7 +23,8 @@ from memplan.tape import Category, Part, Phase
 @dataclass(slots=True)
 class Model:
     """A played model: the modules of the played layers, and its trainable parameters in the order of
-    ``model.parameters()``, grouped by where they are; ``trained``: those of each layer, as it computes with them."""
+    ``model.parameters()``, grouped by where they are; ``trained``: those of each layer, as it
+    computes with them."""
 
     spec: ModelSpec
     recipe: Recipe

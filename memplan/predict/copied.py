@@ -1,10 +1,11 @@
 """Like layers copied while the others are played, for strategies under which no two steps of a layer are the
 same: what ZeRO does with a gradient goes by how much came before it (:attr:`Strategy.folds`).
 
-All that a layer does by itself is alike, so the first layers and the last ones are played, and between them a
-layer's events are those of a neighbour that was played, about storages of its own. Where a gradient arrives, the
-strategy is called, with the parameter of the layer that it really is. Layers that turn out not to be alike
-raise :class:`NotAlike`: then all have to be played. ``tests/test_zero.py`` plays all and compares.
+All that a layer does by itself is alike, so the first layers and the last ones are played, and between them
+a layer's events are those of a neighbour that was played, about storages of its own. Where a gradient
+arrives, the strategy is called, with the parameter of the layer that it really is. Layers that turn out not
+to be alike raise :class:`NotAlike`: then all have to be played. ``tests/test_zero.py`` plays all and
+compares.
 """
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ class Copied:
                 node = self.trained[layer][self._places[arrival.node]].node
                 assert isinstance(node, AccumulateGrad)
                 tape.module, state.category = node.module, node.category
-                at = own[self._grads[arrival.index]]
+                at = own[self._grads[arrival.storage]]
                 node.grads = [Tensor(arrival.shape, arrival.dtype, _adopted(at), arrival.strides)]
                 autograd.accumulate_grad(node)
         return own
@@ -148,7 +149,7 @@ class Copied:
             for one in (segment, beside)
         )
         numbers = {birth: number for number, birth in enumerate(births)}
-        self._grads = {one.index: numbers[one.index] for one in arrivals if one.index in numbers}
+        self._grads = {one.storage: numbers[one.storage] for one in arrivals if one.storage in numbers}
         self._places = {parameter.node: place for place, parameter in enumerate(self.trained[last])}
         if len(self._grads) < len(arrivals) or any(one.node not in self._places for one in arrivals):
             raise NotAlike  # one gradient for two, or another layer's
@@ -237,7 +238,8 @@ def _born(births: range | list[int]) -> range:
     start = len(tape.sizes)
     if births:
         first, stop = births[0], births[-1] + 1
-        for column in (tape.sizes, tape.categories, tape.operations, tape.modules):
+        columns: tuple[list[Any], ...] = (tape.sizes, tape.categories, tape.operations, tape.modules)
+        for column in columns:
             column += column[first:stop]
         moved = start - first
         tape.products.update([index + moved for index in tape.products.intersection(births)])

@@ -331,8 +331,8 @@ def _play(
 
 
 def forward(model: Model, fed: Batch, played: list[int], *, copies: bool = False) -> Tensor:
-    """``model(**batch).loss``, under autocast as accelerate wraps it. ``copies``: layers are copied where that
-    can be."""
+    """``model(**batch).loss``, under autocast as accelerate wraps it. ``copies``: layers are copied where
+    that can be."""
     recipe = model.recipe
     spread = state.spread
     autocast = recipe.autocast and (spread is None or spread.autocast)

@@ -302,13 +302,13 @@ def _add_gradients(old: Tensor, new: Tensor) -> Tensor:
 
 
 class Arrival(NamedTuple):
-    """A gradient at its parameter: what happens there is ``start:stop`` of the tape's events; ``index``: of its
-    storage."""
+    """A gradient at its parameter: what happens there is ``start:stop`` of the tape's events; ``storage``:
+    its number."""
 
     start: int
     stop: int
     node: AccumulateGrad
-    index: int
+    storage: int
     shape: Shape
     dtype: DType
     strides: Shape | None

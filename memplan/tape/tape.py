@@ -15,6 +15,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 ALLOCATION_GRANULARITY = 512
 
@@ -174,8 +175,9 @@ class Tape:
             return index + more if index >= stop else index
 
         self.sizes[first:stop] = map(rounded, sizes)
-        for column in (self.categories, self.operations, self.modules):
-            column[first:stop] = column[first : first + 1] * len(sizes)  # type: ignore[index,operator]
+        columns: tuple[list[Any], ...] = (self.categories, self.operations, self.modules)
+        for column in columns:
+            column[first:stop] = column[first : first + 1] * len(sizes)
         self.events = [
             *self.events[: segment.start],
             *range(first, first + len(sizes)),
