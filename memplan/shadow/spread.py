@@ -65,8 +65,9 @@ class Spread:
         """What rests on the host: bytes of tensors, what they take there, and what of that is pinned."""
         return 0, 0, 0
 
-    def rehearsed(self) -> None:
-        """The rehearsal is over: let go of all that it has left."""
+    def rehearsed(self, layers: int, of: int) -> None:
+        """The rehearsal is over, of so many layers of a model, whose middle one stands for all that are
+        missing: let go of all that it has left."""
 
     def gathered(self) -> None:
         """Write what rests that the rehearsal would have taken."""
