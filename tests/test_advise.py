@@ -178,9 +178,9 @@ def test_advice_on_the_terminal(golden: Callable[[str, str], None]) -> None:
 
 
 def test_what_fits_comes_before_what_is_tight() -> None:
-    orders = []
-    for seq_len in (1024, 2048, 4096, 8192):
-        told = advise("llama-3.1-8b", Recipe(mode="lora", seq_len=seq_len), "24GB")
-        orders.append([("fits", "tight", "does not fit").index(one.verdict) for one in told.changes])
-    assert all(order == sorted(order) for order in orders)
-    assert any(1 in order and 0 in order for order in orders), "no case tells the order"
+    changes = advise("llama-3.2-1b", Recipe(trainer="peft", mode="full"), "12GB").changes
+    verdicts = [change.verdict for change in changes]
+    assert {"fits", "tight"} <= {*verdicts}
+    assert verdicts == sorted(verdicts, key=["fits", "tight", "does not fit"].index)
+    cheaper = next(change for change in changes if change.verdict == "tight")
+    assert cheaper.title == "fused linear cross entropy"  # which was told first once

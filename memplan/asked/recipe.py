@@ -932,7 +932,8 @@ class Recipe(BaseModel):
 ZERO = ("zero1", "zero2", "zero3")
 _OF_ZERO3 = ("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
 _OF_ZERO = ("offload", "overlap_comm", "reduce_bucket_size", *_OF_ZERO3)
-OF_SEVERAL = ("parallel", "nodes", "shard_dtype", "reduce_dtype", "backward_prefetch", *_OF_ZERO)  # fields that say nothing of one GPU
+# fields that say nothing of one GPU
+OF_SEVERAL = ("parallel", "nodes", "shard_dtype", "reduce_dtype", "backward_prefetch", *_OF_ZERO)
 _AS_COMPARED = (
     ("optimizer", ("adamw_torch_fused",)),
     ("dtype", (DTypeName.BFLOAT16, DTypeName.FLOAT32)),

@@ -129,9 +129,10 @@ def _on_the_host(plans: list[Plan], arguments: argparse.Namespace) -> Iterator[P
     for one in plans:
         try:
             check_host(one, arguments)
-            yield one
         except MemplanError as error:
             refused.append(error)
+        else:
+            yield one
     if refused and len(refused) == len(plans):
         raise refused[0]
     if refused:

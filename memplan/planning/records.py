@@ -240,9 +240,9 @@ class Combination(BaseModel):
 
 
 class Advice(BaseModel):
-    """For one card. Of a run that does not fit: ``changes``, those that make it fit first, then those
-    that leave it tight, the cheapest of each first; ``combination`` where no single one does; ``cards`` on which it fits as it is. Of one that
-    fits: ``room``, what else there is room for."""
+    """For one card. Of a run that does not fit: ``changes``, those that make it fit first, then those that
+    leave it tight, the cheapest of each first; ``combination`` where no single one does; ``cards`` on which
+    it fits as it is. Of one that fits: ``room``, what else there is room for."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -169,7 +169,9 @@ class Keys:
             self.unheard("num_machines")
             return
         if processes % machines:
-            self.refuse("num_machines", "does not divide num_processes, which are those of all", instead=False)
+            self.refuse(
+                "num_machines", "does not divide num_processes, which are those of all", instead=False
+            )
         self.put("nodes", machines)
 
     def base(self, key: str) -> None:
