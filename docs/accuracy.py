@@ -12,7 +12,9 @@ import emulated
 import measured
 import plain
 import published
+import published_fsdp
 import reports
+import scripts
 import several_gpus
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,10 +23,11 @@ HEAD = """\
 # Accuracy
 
 Made by `python docs/generate.py` from `data/reconciliation.json`, `data/emulated.json`, `data/plain.json`,
-`data/ranks.json`, `data/measured_emulated.json`, `data/published_comparison.json` and
-`data/reports_comparison.json`, which `benchmarks/reconcile.py`, `benchmarks/dry_gpu/compare.py`,
-`benchmarks/plain/run.py`, `benchmarks/ranks/run.py`, `benchmarks/dry_gpu/against_measured.py`,
-`benchmarks/published.py` and `benchmarks/reports.py` write, and
+`data/ranks.json`, `data/scripts.json`, `data/measured_emulated.json`, `data/published_comparison.json`,
+`data/published_fsdp_comparison.json` and `data/reports_comparison.json`, which `benchmarks/reconcile.py`,
+`benchmarks/dry_gpu/compare.py`, `benchmarks/plain/run.py`, `benchmarks/ranks/run.py`,
+`benchmarks/measure.py`, `benchmarks/dry_gpu/against_measured.py`, `benchmarks/published.py`,
+`benchmarks/published_fsdp.py` and `benchmarks/reports.py` write, and
 from the files of `data/measurements`, which `memplan verify` writes.
 
 *Predicted* is the plan; *traced* is the real libraries' step under fake tensors on a CPU
@@ -112,7 +115,7 @@ def page() -> str:
             if result["case"].get("kernels") == "memplan":
                 name += ", memplan's kernels"
             text += f"| {name} | {peaks[0]} | {peaks[1]} | `{result['traced']['operation']}` |\n"
-    sections = (emulated, plain, several_gpus, measured, published, reports)
+    sections = (emulated, plain, several_gpus, scripts, measured, published, published_fsdp, reports)
     return text + ABOUT_70B + "\n".join(part.section() for part in sections)
 
 

@@ -18,7 +18,7 @@ from example_measurements import HOST, example
 
 from memplan.errors import MemplanError
 from memplan.verify import campaign, runner
-from memplan.verify.campaign import expand, load, slowness
+from memplan.verify.campaign import expand, fingerprint, load, slowness
 from memplan.verify.job import Job, gets_through
 from memplan.verify.measurement import Measurement, read_all
 from memplan.verify.measurement import Outcome as Ending
@@ -441,7 +441,8 @@ def test_folders_of_dead_processes_are_swept_and_no_others(tmp_path: Path) -> No
 
 def test_a_record_without_the_dtype_of_4_bit_layers_is_of_the_same_job() -> None:
     # the first measurements were taken before recipes had it resolved
-    first = next(iter(sorted((ROOT / "data" / "measurements").glob("*_qlora_*.json"))))
+    folder = Path(__file__).resolve().parent.parent / "data" / "measurements"
+    first = min(folder.glob("*H200*_qlora_*.json"))
     measured = Measurement.model_validate_json(first.read_text(encoding="utf-8"))
     assert measured.recipe.compute_dtype is None
     now = measured.model_copy(update={"recipe": measured.recipe.resolved()})

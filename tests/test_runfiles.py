@@ -356,7 +356,25 @@ BAD = {
         {"distributed_type": "DEEPSPEED", "num_processes": 2, "deepspeed_config": {"zero_stage": 0}},
         "stage: 0 is not planned",
     ),
-    "FSDP1": ({"distributed_type": "FSDP", "num_processes": 2, "fsdp_config": {}}, "is of FSDP1"),
+    "FSDP1 of one unit": (
+        {"distributed_type": "FSDP", "num_processes": 2, "fsdp_config": {}},
+        "is of FSDP1 with no fsdp_auto_wrap_policy",
+    ),
+    "FSDP1 on the host": (
+        {
+            "distributed_type": "FSDP",
+            "num_processes": 2,
+            "fsdp_config": {
+                "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+                "fsdp_offload_params": True,
+            },
+        },
+        "is of FSDP1 with fsdp_offload_params True",
+    ),
+    "FSDP3": (
+        {"distributed_type": "FSDP", "num_processes": 2, "fsdp_config": {"fsdp_version": 3}},
+        "fsdp_config must be with fsdp_version 1 or 2",
+    ),
     "one GPU and four": (
         {"model_name_or_path": "x", "use_peft": True, "accelerate_config": "single_gpu", "num_processes": 4},
         "num_processes: 4 contradicts accelerate_config: single_gpu",
@@ -367,7 +385,7 @@ BAD = {
             "num_processes": 2,
             "fsdp_config": {"fsdp_version": 2, "fsdp_reshard_after_forward": False},
         },
-        "is of fsdp_reshard_after_forward False",
+        "is of FSDP2 with fsdp_reshard_after_forward False",
     ),
     "no count": ({"distributed_type": "MULTI_GPU", "num_processes": "two"}, "num_processes must be a whole"),
     "nothing": ("", "holds null, but a run file has keys and values"),

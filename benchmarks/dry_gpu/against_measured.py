@@ -1,9 +1,10 @@
 """Hold emulated runs against the same runs on a GPU: ``data/measured_emulated.json``, for docs/accuracy.md.
 
-python benchmarks/dry_gpu/against_measured.py --up FOLDER... --down FOLDER...
+python benchmarks/dry_gpu/against_measured.py --up FOLDER... --down FOLDER... [--merge]
 
 Records that memplan campaign wrote on the emulated card, with MEMPLAN_CARD_ADDRESSES up and down and the
 torch that the GPU had: then code and allocator are the same, and what differs is what the card's driver does.
+``--merge`` keeps the rows of runs that these folders don't have.
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ def rows(measured: list[Measurement], emulated: dict[str, list[Measurement]]) ->
     return found
 
 
-def main(emulated: dict[str, list[Path]], out: Path = OUT) -> None:
-    """Write the rows. Raises MemplanError for a damaged record or where nothing can be compared."""
+def main(emulated: dict[str, list[Path]], out: Path = OUT, *, merge: bool = False) -> None:
+    """Write the rows, with ``merge`` beside those that are there. Raises MemplanError for a damaged record or where nothing can be compared."""
     measured = [run for _, run in read_all(MEASURED) if run.device.kind == "cuda"]
     found = rows(
         measured,
@@ -80,6 +81,10 @@ def main(emulated: dict[str, list[Path]], out: Path = OUT) -> None:
     )
     if not found:
         raise MemplanError("no run was both measured and emulated each way with the same libraries")
+    if merge:
+        anew = {row["run"] for row in found}
+        before = json.loads(out.read_text(encoding="utf-8"))["rows"]
+        found += [row for row in before if row["run"] not in anew]
     document = {
         "about": "Program output: benchmarks/dry_gpu/against_measured.py. Bytes, a number for each step.",
         "libraries": measured[0].libraries,
@@ -92,8 +97,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Holds emulated runs against measured ones.")
     for way in ("up", "down"):
         parser.add_argument(f"--{way}", type=Path, nargs="+", required=True, help="folders of such records")
+    parser.add_argument("--merge", action="store_true", help="beside the rows that are there")
     arguments = parser.parse_args()
     try:
-        main({"up": arguments.up, "down": arguments.down})
+        main({"up": arguments.up, "down": arguments.down}, merge=arguments.merge)
     except MemplanError as error:
         sys.exit(f"error: {error}")

@@ -46,6 +46,10 @@ ENGINES = {
         "--fsdp_reshard_after_forward", "true", "--fsdp_cpu_ram_efficient_loading", "false",
     ],
 }  # fmt: skip
+FLAT = [
+    "--use_fsdp", "--fsdp_version", "1", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP",
+    "--fsdp_sharding_strategy", "FULL_SHARD", "--fsdp_cpu_ram_efficient_loading", "false",
+]  # fmt: skip
 ZERO = ("zero2", "zero3")
 
 
@@ -54,6 +58,18 @@ def _by_file(name: str) -> list[str]:
     return ["--use_deepspeed", "--deepspeed_config_file", str(DEEPSPEED / f"{name}.json")]
 
 
+# FSDP1's, as accelerate leaves them and as its questions suggest
+FLAT_WAYS: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "fsdp": (FLAT, {"parallel": "fsdp"}),
+    "fsdp ahead": (
+        [*FLAT, "--fsdp_backward_prefetch", "BACKWARD_PRE"],
+        {"parallel": "fsdp", "backward_prefetch": "backward_pre"},
+    ),
+    "fsdp behind": (
+        [*FLAT, "--fsdp_backward_prefetch", "BACKWARD_POST"],
+        {"parallel": "fsdp", "backward_prefetch": "backward_post"},
+    ),
+}
 # other ways of DeepSpeed: how they are launched, and the same as a recipe
 OTHERWISE: dict[str, tuple[list[str], dict[str, Any]]] = {
     "zero2 offload": (_by_file("zero2_offload"), {"parallel": "zero2", "offload": "optimizer"}),
@@ -83,6 +99,7 @@ LAUNCHED = {
     **ENGINES,
     **{name: _by_file(name) for name in ZERO},
     **{name: engine for name, (engine, _) in OTHERWISE.items()},
+    **{name: engine for name, (engine, _) in FLAT_WAYS.items()},
 }
 _FIGURES = ("tensors", "reserved", "host")
 SCRIPT = {"peft": "hf_trainer.py", "trl": "trl_guide.py"}
@@ -161,12 +178,23 @@ def cases() -> Iterator[Case]:
             world = (8, 2, 3)[turn % 3]
             yield _case(model, FAMILIES[model], mode, engine, trainer, turn // 3 % 2, turn, world)
             turn += 1
+    turn = 0
+    for model, layers in FAMILIES.items():
+        for mode in ("full", "lora", "qlora"):
+            if mode == "qlora" and model == "qwen3-30b-a3b":
+                continue
+            for variant in range(2):
+                engine = ("fsdp", "fsdp ahead", "fsdp behind")[turn % 3]
+                trainer = ("peft", "trl")[(turn + turn // 4) % 2]
+                world = (8, 2, 3, 64)[(turn + turn // 3) % 4]
+                yield _case(model, layers, mode, engine, trainer, variant, turn, world)
+                turn += 1
 
 
 def _case(
     model: str, layers: int, mode: str, engine: str, trainer: str, variant: int, turn: int, world: int
 ) -> Case:
-    spread = OTHERWISE[engine][1] if engine in OTHERWISE else {"parallel": engine}
+    _, spread = {**OTHERWISE, **FLAT_WAYS}.get(engine, ([], {"parallel": engine}))
     parallel = spread["parallel"]
     length = (1024, 777, 2048)[turn % 3]
     batch = 1 + (turn % 4 == 3)
@@ -191,6 +219,9 @@ def _case(
             recipe["adapter_dtype"] = "bfloat16"
     if mode == "qlora":
         given += ["--storage", "bfloat16"]
+        if parallel == "fsdp" and trainer == "peft":  # which lays no float32 norms beside 16-bit weights
+            recipe["kbit_prep"] = False
+            given.append("--no-prepare")
     if trainer == "trl":
         if mode != "full":
             given += ["--dtype", "bfloat16"]

@@ -649,6 +649,17 @@ class Recipe(BaseModel):
             ),
         ),
     ] = None
+    forward_prefetch: Annotated[
+        bool | None,
+        of_step(
+            help="FSDP1's: gather the next unit's parameters before a unit's forward",
+            default="off",
+            phrase=lambda r: (
+                None if r.forward_prefetch is None else _switched("forward_prefetch", r.forward_prefetch)
+            ),
+            source="accelerate, `utils/dataclasses.py`: `FSDP_FORWARD_PREFETCH` is False.",
+        ),
+    ] = None
     alloc_conf: Annotated[
         str,
         of_step(
@@ -726,8 +737,9 @@ class Recipe(BaseModel):
                 if getattr(self, name) is not None and not (sharded and name == "offload"):
                     whose = "ZeRO's or FSDP2's" if name == "offload" else "DeepSpeed's"
                     raise ValueError(f"{name} is {whose}: use --parallel zero2 or zero3, or leave it out")
-        if self.backward_prefetch is not None and parallel != "fsdp":
-            raise ValueError("backward_prefetch is FSDP1's: use --parallel fsdp, or leave it out")
+        for name in _OF_FSDP1:
+            if getattr(self, name) is not None and parallel != "fsdp":
+                raise ValueError(f"{name} is FSDP1's: use --parallel fsdp, or leave it out")
         if parallel == "fsdp":
             self._check_flat()
         if not sharded:
@@ -912,6 +924,11 @@ class Recipe(BaseModel):
                 self._check_spread(parallel)
             except ValueError as error:
                 raise RecipeError(str(error)) from None
+        if parallel == "fsdp" and known.kbit_prep:
+            raise RecipeError(
+                "FSDP1 lays the parameters of a layer in one tensor, which norms in float32 beside 16-bit "
+                "weights can't be (prepare_model_for_kbit_training): use --no-kbit-prep, or --parallel fsdp2"
+            )
         if parallel in ("fsdp", "fsdp2") and self.use_reentrant is None:
             reentrant = False
         compute = self.dtype if self.compute_dtype is None else self.compute_dtype
@@ -932,8 +949,9 @@ class Recipe(BaseModel):
 ZERO = ("zero1", "zero2", "zero3")
 _OF_ZERO3 = ("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
 _OF_ZERO = ("offload", "overlap_comm", "reduce_bucket_size", *_OF_ZERO3)
+_OF_FSDP1 = ("backward_prefetch", "forward_prefetch")
 # fields that say nothing of one GPU
-OF_SEVERAL = ("parallel", "nodes", "shard_dtype", "reduce_dtype", "backward_prefetch", *_OF_ZERO)
+OF_SEVERAL = ("parallel", "nodes", "shard_dtype", "reduce_dtype", *_OF_FSDP1, *_OF_ZERO)
 _AS_COMPARED = (
     ("optimizer", ("adamw_torch_fused",)),
     ("dtype", (DTypeName.BFLOAT16, DTypeName.FLOAT32)),
@@ -945,9 +963,9 @@ _AS_COMPARED = (
     ("momentum", (0.0,)),
 )
 _FLAT_AS_COMPARED = (
-    ("kbit_prep", (None, False)),
-    *(of for of in _AS_COMPARED if of[0] != "optimizer"),
+    *(of for of in _AS_COMPARED if of[0] not in ("optimizer", "loss")),
     ("optimizer", ("adamw_torch", "adamw_torch_fused")),
+    ("loss", ("standard", "shifted", "chunked")),
     ("use_reentrant", (None, False)),
 )
 _SHARDED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")

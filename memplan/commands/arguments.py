@@ -185,15 +185,23 @@ def _host_memory(text: str) -> int:
 
 def check_host(answer: Plan, arguments: argparse.Namespace) -> None:
     """Raise MemplanError if what the processes of a node keep on its host does not fit there."""
+    sentence = beyond_host(answer, arguments)
+    if sentence is not None:
+        raise MemplanError(sentence)
+
+
+def beyond_host(answer: Plan, arguments: argparse.Namespace) -> str | None:
+    """What is said where it does not; None where it does."""
     room: int | None = arguments.host_memory
     count = answer.recipe.gpus_per_node
-    if room is not None and answer.host_bytes * count > room:
-        node = "" if count == answer.recipe.gpus else " of a node"
-        raise MemplanError(
-            f"{count} processes{node} keep {gib(answer.host_bytes)} GiB each on the host, "
-            f"{gib(answer.host_bytes * count)} GiB in all, and --host-memory leaves {gib(room)} GiB: offload "
-            "less, or take a larger host"
-        )
+    if room is None or answer.host_bytes * count <= room:
+        return None
+    node = "" if count == answer.recipe.gpus else " of a node"
+    return (
+        f"{count} processes{node} keep {gib(answer.host_bytes)} GiB each on the host, "
+        f"{gib(answer.host_bytes * count)} GiB in all, and --host-memory leaves {gib(room)} GiB: offload "
+        "less, or take a larger host"
+    )
 
 
 def given_lengths(arguments: argparse.Namespace) -> Lengths | None:

@@ -19,7 +19,7 @@ from memplan.commands.arguments import (
     add_run_file,
     add_verbose,
     applicable,
-    check_host,
+    beyond_host,
     given_options,
     modes,
     parse,
@@ -118,26 +118,21 @@ def run(arguments: argparse.Namespace) -> int:
         plan(model, recipe, gpus=arguments.gpu, config=arguments.config)
         for (model, *_), recipe in zip(points, _alike(recipes), strict=True)
     ]
-    _show(list(_on_the_host(plans, arguments)), arguments, by_mode)
+    _show(_on_the_host(plans, arguments), arguments, by_mode)
     return 0
 
 
-def _on_the_host(plans: list[Plan], arguments: argparse.Namespace) -> Iterator[Plan]:
+def _on_the_host(plans: list[Plan], arguments: argparse.Namespace) -> list[Plan]:
     """Those whose offloading the host has room for; of the others it is said. Raises MemplanError where it
     has room for none."""
-    refused: list[MemplanError] = []
-    for one in plans:
-        try:
-            check_host(one, arguments)
-        except MemplanError as error:
-            refused.append(error)
-        else:
-            yield one
+    told = [beyond_host(one, arguments) for one in plans]
+    refused = [sentence for sentence in told if sentence is not None]
     if refused and len(refused) == len(plans):
-        raise refused[0]
+        raise MemplanError(refused[0])
     if refused:
         count = "one plan is" if len(refused) == 1 else f"{len(refused)} plans are"
         remark(f"{count} left out, for the host has no room: {refused[0]}")
+    return [one for one, sentence in zip(plans, told, strict=True) if sentence is None]
 
 
 def _alike(recipes: list[Recipe]) -> Iterator[Recipe]:

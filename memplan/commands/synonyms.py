@@ -41,6 +41,8 @@ NAMES: dict[str, str] = {
     "nested-quant",
     "kbit-prep": "prepare-model-for-kbit-training",
     "mode": "finetuning-type finetune-type tuning-type adapter method",
+    "backward-prefetch": "fsdp-backward-prefetch",
+    "forward-prefetch": "fsdp-forward-prefetch",
     "gpu": "card gpu-type gpu-name",
     "gpus": "num-gpus n-gpus n-gpu gpus-per-node num-gpus-per-node nproc-per-node",
     "nodes": "num-nodes nnodes n-nodes num-machines",
@@ -81,6 +83,7 @@ SWITCHES: dict[str, tuple[str, str]] = {
     "sample-packing": ("", ""),
     "padding-free": ("--batches packed", ""),
     "ddp": ("--parallel ddp", ""),
+    "fsdp1": ("--parallel fsdp", ""),
     "fsdp2": ("--parallel fsdp2", ""),
     "zero1": ("--parallel zero1", ""),
     "zero2": ("--parallel zero2", ""),
@@ -119,6 +122,11 @@ VALUES: dict[str, dict[str, str]] = {
         **dict.fromkeys(("adam8bit", "adamw8bit", "8bit-adam", "8bit-adamw", "adam-8bit"), "adamw_bnb_8bit"),
         **dict.fromkeys(("paged-adamw8bit", "pagedadamw8bit", "paged-adam-8bit"), "paged_adamw_8bit"),
     },
+    "backward-prefetch": {
+        "backward-pre": "backward_pre",
+        "backward-post": "backward_post",
+        **dict.fromkeys(("none", "no-prefetch"), "no_prefetch"),
+    },
     "dtype": {
         **dict.fromkeys(("bf16", "bfloat16", "auto", "torch.bfloat16"), "bfloat16"),
         **dict.fromkeys(("fp16", "float16", "half", "torch.float16"), "float16"),
@@ -127,8 +135,8 @@ VALUES: dict[str, dict[str, str]] = {
 }  # fmt: skip
 
 _OTHERWISE = (
-    "of several GPUs memplan plans DDP, FSDP2 and ZeRO (--gpus N --parallel ddp, fsdp2, zero1, zero2 or "
-    "zero3; --offload optimizer or both; --config FILE for DeepSpeed's file or accelerate's); "
+    "of several GPUs memplan plans DDP, FSDP and ZeRO (--gpus N --parallel ddp, fsdp, fsdp2, zero1, "
+    "zero2 or zero3; --offload optimizer or both; --config FILE for DeepSpeed's file or accelerate's); "
     "`memplan dry-run --gpu 8xa100 -- COMMAND` runs any such program on cards that are not there"
 )
 _NOT_PLANNED = {

@@ -78,7 +78,7 @@ def run(
     strategy = strategies.of(recipe)
     load = partial(loading, spec, recipe, tape)
     first = None
-    if strategy is not None and strategy.rehearses:
+    if strategy is not None and strategy.rehearses(recipe):
         first = _First(spec, recipe, card, played[0], looped, rank)
         load = partial(_loading_first, first)
     run = Run(tape, load, settings, card, recipe.gpus, first)

@@ -102,7 +102,7 @@ def _written(
         nonlocal which, host, copies
         spread = _spread(recipe, rank)
         if spread is not None and first:
-            spread.rehearses = False
+            spread.first()
         try:
             found = _play(spec, recipe, step, card, played, spread, looped=looped, copies=copies)
         except NotAlike:

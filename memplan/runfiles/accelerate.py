@@ -4,18 +4,31 @@ from __future__ import annotations
 
 from typing import Any
 
+from memplan.asked.recipe import BackwardPrefetch
 from memplan.runfiles import RunFile
 from memplan.runfiles._deepspeed import ALONE, FLOAT16, unless_auto, zero
 from memplan.runfiles._keys import Keys, words
 from memplan.runfiles._trainer import ON_THE_FIRST_RANK
 
 _ALONE = ("NO", "no")
-# What FSDP2 is planned with, by keys of `fsdp_config`; what is not there is so by default or moves nothing.
-_FSDP2 = {
-    "fsdp_version": (2,),
-    "fsdp_auto_wrap_policy": ("TRANSFORMER_BASED_WRAP", None),
-    "fsdp_reshard_after_forward": (True, None),
-    "fsdp_activation_checkpointing": (False, None),
+# What each version is planned with, by keys of `fsdp_config`; what is not there is so by default or moves
+# nothing.
+_SHARDED: dict[int, dict[str, tuple[Any, ...]]] = {
+    1: {
+        "fsdp_auto_wrap_policy": ("TRANSFORMER_BASED_WRAP",),
+        "fsdp_sharding_strategy": ("FULL_SHARD", "1", 1, None),
+        "fsdp_reshard_after_forward": ("FULL_SHARD", "1", 1, True, None),
+        "fsdp_use_orig_params": (True, None),
+        "fsdp_sync_module_states": (True, None),
+        "fsdp_forward_prefetch": (True, False, None),
+        "fsdp_offload_params": (False, None),
+        "fsdp_activation_checkpointing": (False, None),
+    },
+    2: {
+        "fsdp_auto_wrap_policy": ("TRANSFORMER_BASED_WRAP", None),
+        "fsdp_reshard_after_forward": (True, None),
+        "fsdp_activation_checkpointing": (False, None),
+    },
 }
 
 
@@ -57,11 +70,20 @@ def _of_several(keys: Keys, parallel: str) -> None:
 
 def _sharded(keys: Keys) -> None:
     config = keys.mapping("fsdp_config")
-    for key, planned in _FSDP2.items():
+    version = config.get("fsdp_version", 1)  # `utils/dataclasses.py`, `FullyShardedDataParallelPlugin`
+    if version not in (1, 2):
+        keys.wrong("fsdp_config", "with fsdp_version 1 or 2")
+    for key, planned in _SHARDED[version].items():
         if config.get(key) not in planned:
-            what = "FSDP1" if key == "fsdp_version" else f"{key} {config[key]}"
-            keys.refuse("fsdp_config", f"is of {what}, which memplan does not plan yet")
-    _of_several(keys, "fsdp2")
+            said = f"{key} {config[key]}" if key in config else f"no {key}"
+            keys.refuse("fsdp_config", f"is of FSDP{version} with {said}, which memplan does not plan yet")
+    _of_several(keys, "fsdp" if version == 1 else "fsdp2")
+    if version == 1 and "parallel" in keys.options:
+        told = keys.within("fsdp_config", config)
+        ways = {way.value.upper(): way.value for way in BackwardPrefetch}
+        keys.put("backward_prefetch", told.one_of("fsdp_backward_prefetch", ways))
+        if told.flag("fsdp_forward_prefetch"):
+            keys.put("forward_prefetch", True)
     if config.get("fsdp_offload_params") and "parallel" in keys.options:
         keys.put("offload", "both")
     if config.get("fsdp_cpu_ram_efficient_loading"):

@@ -43,6 +43,7 @@ _LAUNCHED: dict[str | None, str | None] = {
     None: "ddp",
     "single_gpu": None,
     "multi_gpu": "ddp",
+    "fsdp1": "fsdp",
     "fsdp2": "fsdp2",
     **{name: name for name in ZERO},
 }
@@ -97,7 +98,10 @@ def _launched(keys: Keys) -> None:
             if name == "zero1" and (keys.whole("gradient_accumulation_steps") or 1) != 1:
                 words = "contradicts accelerate_config: zero1, which says 1"
                 keys.refuse("gradient_accumulation_steps", words, instead=False)
-        if name == "fsdp2":
+        if name == "fsdp1":
+            keys.put("backward_prefetch", "backward_pre")
+            keys.put("forward_prefetch", True)
+        if name in ("fsdp1", "fsdp2"):
             keys.leave_out(ON_THE_FIRST_RANK)
     elif name in ZERO:
         keys.refuse("num_processes", ALONE)

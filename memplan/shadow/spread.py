@@ -36,6 +36,10 @@ class Spread:
     def __init__(self, world: int, rank: int | None = None) -> None:
         self.world, self.rank = world, rank or 0
 
+    def first(self) -> None:
+        """The step is a run's first one."""
+        self.rehearses = False
+
     def begin(self, part: int | str) -> None:
         """What is made from here on belongs to a layer, by its position among those that are played, or to
         what is before and behind them."""

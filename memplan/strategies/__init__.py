@@ -50,7 +50,7 @@ class Strategy:
     ``load``: the steps by which what rests comes onto the card once the model is made, None if as on one GPU;
     ``itemsize``: of what comes, where it is cast before. ``wrap``: what follows, of the tape of a step; what
     it does not drop goes after the first step. ``rehearses``: whether a run's first step is another one than
-    those behind it.
+    those behind it, of a recipe.
     """
 
     spread: Callable[[Recipe, int | None], Spread]
@@ -61,7 +61,7 @@ class Strategy:
     copies: bool = False
     units: int = 3
     itemsize: int | None = None
-    rehearses: bool = False
+    rehearses: Callable[[Recipe], bool] = lambda _: False
 
 
 def of(recipe: Recipe) -> Strategy | None:

@@ -1,7 +1,7 @@
 """FSDP1 as accelerate sets it up: ``FullyShardedDataParallel`` with ``FULL_SHARD`` and ``use_orig_params`` on
 each decoder layer and on the model (torch/distributed/fsdp, 2.13: ``_flat_param.py``, ``_runtime_utils.py``;
-accelerate 1.15 ``Accelerator.prepare_model``). With adapters PEFT's policy makes each of their matrices a unit
-of its own (peft/utils/other.py, ``fsdp_auto_wrap_policy``).
+accelerate 1.15 ``Accelerator.prepare_model``). With adapters PEFT's policy makes each of their matrices a
+unit of its own (peft/utils/other.py, ``fsdp_auto_wrap_policy``).
 
 The parameters of a unit are one flat tensor, of which each rank keeps a part, and what belongs to no layer is
 the model's own unit, embedding, norm and output layer together. Before a unit runs, its part is cast on a
@@ -67,8 +67,8 @@ class Parameter:
 
 @dataclass(slots=True)
 class Unit:
-    """A ``FlatParamHandle``. ``resting`` and ``computing``: dtypes; ``numel``: of the flat parameter so far; ``spare``: elements of each piece between and behind
-    parameters."""
+    """A ``FlatParamHandle``. ``resting`` and ``computing``: dtypes; ``numel``: of the flat parameter so far;
+    ``spare``: elements of each piece between and behind parameters."""
 
     layer: int | None
     kind: Category
@@ -79,12 +79,11 @@ class Unit:
     numel: int = 0
     spare: list[int] = field(default_factory=list)
     block: Resizable = field(default_factory=Resizable)
+    flat: Tensor | None = None  # what is gathered, as a leaf of the graph: parameters are views of it
     part: Tensor | None = None  # what rests
     grad: Tensor | None = None  # of what rests
-    whole_grad: Tensor | None = None  # of earlier passes of a step
     there: bool = False
     entered: bool = False
-    reduced: bool = False
     place: int | None = None  # in the order in which they ran
 
     def add(self, whole: Tensor, name: str) -> None:
@@ -95,6 +94,11 @@ class Unit:
             self.numel += spare
         self.parameters.append(Parameter(whole, name, self.numel))
         self.numel += prod(whole.shape)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Elements of each parameter."""
+        return [prod(parameter.whole.shape) for parameter in self.parameters]
 
     def close(self, world: int) -> None:
         """All are there."""
@@ -114,6 +118,8 @@ class Fsdp(Spread):
         self.mixed = recipe.autocast
         self.narrow = DTYPES[recipe.dtype.value] if recipe.dtype is DTypeName.FLOAT16 else bfloat16
         self.prefetch = recipe.backward_prefetch
+        self.ahead = bool(recipe.forward_prefetch)
+        self.order: list[Unit] = []  # in which they run, as the first step has recorded it
         self.adapted = recipe.mode is not Mode.FULL
         self.root: Unit | None = None
         self.layers: dict[int, Unit] = {}
@@ -123,8 +129,12 @@ class Fsdp(Spread):
         self.of: dict[int, tuple[Unit, Parameter]] = {}
         self.groups: list[Group] = []
         self.ran: list[Unit] = []
-        self.unwatched: dict[int, Unit] = {}  # matrices whose input wants no gradient, by their nodes
+        self.summed: dict[int, Unit] = {}  # units by the nodes where their gradients arrive
         self.kept: Tensor | None = None
+
+    def first(self) -> None:
+        """The order in which units run is not known yet."""
+        self.ahead = False
 
     # -- what rests --------------------------------------------------------------------------------------
 
@@ -140,8 +150,7 @@ class Fsdp(Spread):
             unit = self._unit(dtype, kind, trainable)
         whole = Tensor(shape, unit.computing, unit.block)
         if trainable:
-            with stream(_GATHERING):  # where views are made, and so their gradients
-                require_grad(whole, parameter=True)
+            require_grad(whole, parameter=True)
         unit.add(whole, state.tape.module)
         self.of[id(whole)] = unit, unit.parameters[-1]
         return whole
@@ -180,6 +189,10 @@ class Fsdp(Spread):
                 unit.part = empty((unit.numel // self.world,), unit.resting, "parameter")
             for parameter in unit.parameters:
                 parameter.shard = self._shard(unit, parameter)
+            if unit.trainable:
+                unit.flat = Tensor((unit.numel,), unit.computing, None)
+                require_grad(unit.flat, parameter=True)
+                self.summed[id(unit.flat.node)] = unit
         self.groups = [Group(group.layer, group.repeat, self._own(group.parameters)) for group in groups]
         self.groups = [group for group in self.groups if group.parameters]
         return self.groups
@@ -226,7 +239,7 @@ class Fsdp(Spread):
     # -- gathering ---------------------------------------------------------------------------------------
 
     def unshard(self, unit: Unit) -> None:
-        """``_unshard``."""
+        """``_unshard``; in forward parameters are made views of what is there (``_use_unsharded_views``)."""
         if unit.there:
             return
         state.tape.module = "fsdp"
@@ -239,6 +252,12 @@ class Fsdp(Spread):
                 unit.block.resize(unit.numel * unit.computing.itemsize, "all_gather")
             del narrow
         unit.there = True
+        if unit.flat is not None and state.grad:
+            with stream(_GATHERING):
+                views = Node(self._laid, unit.flat)
+            views.context = unit
+            for parameter in unit.parameters:
+                attach(views, parameter.whole)
 
     def reshard(self, unit: Unit) -> None:
         """What was gathered goes."""
@@ -272,12 +291,8 @@ class Fsdp(Spread):
         if again and unit.entered:
             return run(x, *rest)  # type: ignore[no-any-return]
         module = state.tape.module
-        self.unshard(unit)
+        self.unshard(unit) if again else self._enter(unit)
         state.tape.module = module
-        if not again:
-            if x.node is None:
-                self.unwatched[id(unit.parameters[0].whole.node)] = unit
-            x = self._registered(x, unit)
         x = ops.to(x, unit.computing)
         out: Tensor = run(x, *rest)
         self.reshard(unit)
@@ -285,18 +300,23 @@ class Fsdp(Spread):
             self._left(unit, out)
         return out
 
-    def accumulated(self, node: AccumulateGrad) -> None:
-        """A matrix whose input wants no gradient is done when it has its own."""
-        unit = self.unwatched.pop(id(node), None)
-        if unit is not None:
-            self._reduce(unit)
-
     def before(self) -> None:
         """``_root_pre_forward``: gradients of the step before go, and the model's own unit is gathered."""
         for unit in self.units:
             unit.grad = None
         assert self.root is not None
-        self.unshard(self.root)
+        if not self.order:
+            self.order = [self.root, *(unit for unit in self.units if unit is not self.root)]
+        self._enter(self.root)
+
+    def _enter(self, unit: Unit) -> None:
+        """``_pre_forward_unshard``."""
+        self.unshard(unit)
+        if self.ahead:
+            behind = self.order.index(unit) + 1
+            for following in self.order[behind : behind + 1]:
+                if following.place is None:
+                    self.unshard(following)
 
     def after(self, loss: Any, logits: Tensor | None) -> tuple[Any, Tensor | None]:
         """The model's own unit has run last."""
@@ -311,10 +331,8 @@ class Fsdp(Spread):
         def wrapped(modules: Leaves, hidden: Tensor, context: Context) -> Tensor:
             if state.frame is not None and state.frame.recomputing:
                 return run(modules, hidden, context)
-            self.unshard(unit)
-            if unit.trainable:
-                hidden = self._registered(hidden, unit)
-            else:
+            self._enter(unit)
+            if not unit.trainable:
                 self._let_go_with(hidden, unit)
             out = run(modules, hidden, context)
             self.reshard(unit)
@@ -345,17 +363,6 @@ class Fsdp(Spread):
 
         node.before = done
 
-    def _registered(self, hidden: Tensor, unit: Unit) -> Tensor:
-        """Whose backward comes after all of the layer's."""
-        if hidden.node is None or not state.grad:
-            return hidden
-        node = Node(self._post_backward, hidden)
-        node.python = True
-        node.context = unit
-        out = hidden.detach()
-        attach(node, out)
-        return out
-
     # -- backward ----------------------------------------------------------------------------------------
 
     def _pre_backward(self, unit: Unit) -> None:
@@ -370,37 +377,31 @@ class Fsdp(Spread):
         if unit.place:
             self.unshard(self.ran[unit.place - 1])
 
-    def _post_backward(self, node: Node, grad: Tensor) -> Any:
-        with category(Category.TEMPORARIES):
-            self._reduce(node.context)
-        return (grad,)
-
-    def _reduce(self, unit: Unit) -> None:
-        """``_post_backward_hook``, and before it the backward of the views: ``split_with_sizes_backward``."""
-        unit.reduced = True
+    def _laid(self, node: Node, grads: Any) -> Any:
+        """The backward of the views, which are pieces of one split: ``split_with_sizes_backward``."""
+        unit: Unit = node.context
         state.tape.module = "fsdp"
-        grads = [self._taken(parameter) for parameter in unit.parameters]
-        if all(grad is None for grad in grads):
-            self.reshard(unit)
-            return
+        missing = [size for grad, size in zip(_each(grads), unit.sizes, strict=True) if grad is None]
         with category(Category.COMMUNICATION), stream(_GATHERING):
-            zeros = [empty((count,), unit.computing, "zeros") for count in unit.spare]
+            zeros = [empty((count,), unit.computing, "zeros") for count in (*unit.spare, *missing)]
             laid = empty((unit.numel,), unit.computing, "cat")
             del zeros
-        while grads:
-            grads.pop()
-        if unit.whole_grad is not None:  # added in place
-            laid = unit.whole_grad
-            unit.whole_grad = None
+        return (laid,)
+
+    def accumulated(self, node: AccumulateGrad) -> None:
+        """``_post_backward_hook``, if it is a unit's."""
+        unit = self.summed.get(id(node))
+        if unit is None:
+            return
         self.reshard(unit)
         if self.prefetch is BackwardPrefetch.POST:
             self._prefetch(unit)
         if not self.last:
-            unit.whole_grad = laid
             return
-        with stream(_REDUCING):
-            with category(Category.COMMUNICATION):
-                summed = empty((unit.numel // self.world,), unit.computing, "reduce_scatter")
+        state.tape.module = "fsdp"
+        laid, node.grad = node.grad, None
+        with stream(_REDUCING), category(Category.COMMUNICATION):
+            summed = empty((unit.numel // self.world,), unit.computing, "reduce_scatter")
             if unit.resting is not unit.computing:
                 summed = empty((unit.numel // self.world,), unit.resting, "_to_copy")
         assert summed.storage is not None
@@ -412,22 +413,12 @@ class Fsdp(Spread):
                 parameter.shard.node.grad = Tensor(shard.shape, shard.dtype, summed.storage)
         del laid, summed
 
-    @staticmethod
-    def _taken(parameter: Parameter) -> Tensor | None:
-        node = parameter.whole.node
-        if not isinstance(node, AccumulateGrad):
-            return None
-        grad, node.grad = node.grad, None
-        return grad
-
     def finish(self) -> None:
-        """``_post_backward_final_callback``; before it the backward of the model's own views."""
-        with category(Category.TEMPORARIES):
-            for unit in reversed(self.units):
-                if not unit.reduced:
-                    self._reduce(unit)
-                unit.reduced = unit.entered = False
-                unit.place = None
+        """``_post_backward_final_callback``."""
+        for unit in self.units:
+            self.reshard(unit)
+            unit.entered = False
+            unit.place = None
         self.ran.clear()
 
     # -- the update --------------------------------------------------------------------------------------
@@ -487,7 +478,13 @@ def _norm(parameter: Tensor) -> Tensor:
     return norm
 
 
+def _each(grads: Any) -> list[Tensor | None]:
+    return [grads] if grads is None or isinstance(grads, Tensor) else grads
+
+
 _FLAT = "flat_param"
+_FREQUENCIES = (256, 256)  # bytes of the rotary tables, of which a large tensor takes no more
+_Piece = tuple[int, "int | None", int]
 
 
 def _load(recipe: Recipe, coming: Coming) -> Iterator[LoadStep]:
@@ -506,7 +503,10 @@ def _load(recipe: Recipe, coming: Coming) -> Iterator[LoadStep]:
                 take, number = temporary(nbytes)
                 yield take
                 came.append(number)
-        yield from coalesced([nbytes for _, _, nbytes in of], temporary)
+        sent = [nbytes for _, _, nbytes in of]
+        if name == made[-1][0] and recipe.dtype is DTypeName.FLOAT32:
+            sent = [*_FREQUENCIES, *sent]  # buffers, which come first, are of their dtype then
+        yield from coalesced(sent, temporary)
         number, nbytes = parts[name]
         rests, loaded = _itemsizes(recipe, name)
         take, laid = temporary(nbytes // rests * loaded * recipe.gpus)
@@ -531,23 +531,29 @@ def _load(recipe: Recipe, coming: Coming) -> Iterator[LoadStep]:
             yield "drop", number
 
 
-def _units(coming: Coming, parts: set[str]) -> list[tuple[str, list[tuple[int, int | None, int]]]]:
+def _units(coming: Coming, parts: set[str]) -> list[tuple[str, list[_Piece]]]:
     """Names of what rests of them, those of a layer before its own; of what each is made of, in order: how
     deep in the model it is, where it lies on the card already, if it does, and its bytes."""
-    units: dict[str, dict[str, list[tuple[int, int | None, int]]]] = {}
+    units: dict[str, dict[str, list[_Piece]]] = {}
     for number, name, _ in coming.resting:
         if not name.endswith(_FLAT):
             lies = coming.lying.get(name, ())
-            own = [(0, one, coming.sizes[one]) for one in lies] or [(0, None, coming.whole[number])]
-            units.setdefault(_place(name), {})[name] = own
+            pieces: list[_Piece] = [(0, one, coming.sizes[one]) for one in lies]
+            units.setdefault(_place(name), {})[name] = pieces or [(0, None, coming.whole[number])]
     whole = [(name, None, nbytes) for name, nbytes in coming.whole.items() if isinstance(name, str)]
-    there = [(name, one, coming.sizes[one]) for name, of in coming.lying.items() for one in of]
+    lying = sorted(coming.lying.items(), key=lambda pair: _order(pair[0]))
+    there = [(name, one, coming.sizes[one]) for name, of in lying for one in of]
     for name, one, nbytes in (*whole, *there):
         if name not in parts:
             own = units.setdefault(_place(name), {}).setdefault(f"{_place(name)}.{_FLAT}", [])
             own.append((name.count("."), one, nbytes))
     units["model"] = units.pop("model")
     return [unit for of in units.values() for unit in of.items()]
+
+
+def _order(name: str) -> tuple[bool, bool]:
+    """Of what belongs to no layer, that of the modules."""
+    return name.startswith("lm_head"), not name.startswith("model.embed_tokens")
 
 
 def _itemsizes(recipe: Recipe, name: str) -> tuple[int, int]:
@@ -565,4 +571,4 @@ def _place(name: str) -> str:
     return ".".join(name.split(".")[:3]) if name.startswith("model.layers.") else "model"
 
 
-STRATEGY = Strategy(Fsdp, True, _load)
+STRATEGY = Strategy(Fsdp, True, _load, rehearses=lambda recipe: bool(recipe.forward_prefetch))

@@ -683,4 +683,4 @@ def _gathered(names: list[str], nbytes_of: dict[str, int], temporary: Temporary)
         yield "drop", number
 
 
-STRATEGY = Strategy(Zero3, load=_load, folds=False, itemsize=2, rehearses=True)
+STRATEGY = Strategy(Zero3, load=_load, folds=False, itemsize=2, rehearses=lambda _: True)
