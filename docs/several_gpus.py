@@ -31,8 +31,8 @@ LEFT = """\
 What is left: of ZeRO-3, a model that is made before the engine is not loaded quite so; with parameters on the
 host, how long NCCL holds what it has sent hangs on its watchdog, and the plan has the longest, up to a tenth
 more. Of adapters under ZeRO-2 and ZeRO-3, up to 4 % of what is reserved has no name yet. Three steps are
-played where the second one reserves more than the first, as these runs have them. Not measured on several
-GPUs; NCCL's own buffers lie beside the allocator and are not counted.
+played where the second one reserves more than the first, as these runs have them. NCCL's own buffers lie
+beside the allocator and are not counted.
 """
 
 

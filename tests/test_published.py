@@ -149,3 +149,23 @@ def test_the_page_names_provenance_versions_and_every_run() -> None:
     for entry in PLANNED:
         assert f"{entry['peak']['published_bytes']:,}" in section
         assert f"{entry['peak']['predicted_bytes']:,}" in section
+
+
+def several() -> ModuleType:
+    found = importlib.util.spec_from_file_location("published_fsdp", ROOT / "benchmarks/published_fsdp.py")
+    assert found is not None and found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def test_what_others_published_of_several_gpus_is_the_plans() -> None:
+    module = several()
+    kept = json.loads(module.COMPARISON.read_text(encoding="utf-8"))["rows"]
+    assert kept == json.loads(json.dumps([module.compare(row) for row in module.rows()]))
+    planned = [row for row in kept if "reason" not in row]
+    assert {row["mode"] for row in planned} == {"full", "lora", "qlora"}
+    assert len(planned) == 16
+    for row in planned:
+        assert abs(row["accounted_bytes"] - row["published_bytes"]) < 3e-5 * row["published_bytes"]
+        assert bool(row["held_bytes"]) == (row["mode"] != "full")

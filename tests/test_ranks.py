@@ -16,6 +16,7 @@ from small_specs import SPECS
 from memplan import Recipe, plan
 from memplan.asked.spec import ModelSpec
 from memplan.errors import MemplanError
+from memplan.planning import predicted
 from memplan.planning.traced import trace_plan
 from memplan.predict import step as steps
 from memplan.predict.blueprint import named_shapes
@@ -57,7 +58,10 @@ def test_a_rank_takes_what_the_real_engine_took(row: dict[str, Any]) -> None:
 
 def test_every_kind_of_case_is_among_the_rows() -> None:
     told = [row["recipe"] for row in ROWS]
-    assert {one["parallel"] for one in told} == {"ddp", "fsdp2", "zero1", "zero2", "zero3"}
+    assert {one["parallel"] for one in told} == {"ddp", "fsdp", "fsdp2", "zero1", "zero2", "zero3"}
+    flat = [one for one in told if one["parallel"] == "fsdp"]
+    assert {one.get("backward_prefetch") for one in flat} == {None, "backward_pre", "backward_post"}
+    assert {one["mode"] for one in flat} == {"full", "lora", "qlora"}
     assert {one.get("offload") for one in told} == {None, "optimizer", "both"}
     assert {one["mode"] for one in told} == {"full", "lora", "qlora"}
     assert {one["gpus"] for one in told} == {2, 3, 8, 64}
@@ -71,6 +75,17 @@ def test_reserved_bytes_are_mostly_those_of_the_real_engine() -> None:
     apart = [abs(row["reserved"]["predicted"] / row["reserved"]["emulated"] - 1) for row in ROWS]
     assert apart.count(0.0) >= 140
     assert sum(one <= 0.01 for one in apart) >= 160
+
+
+def test_of_flat_parameters_the_rank_with_the_most_pieces_is_played() -> None:
+    recipe = Recipe(mode="full", parallel="fsdp", gpus=3)
+    told = plan("qwen3-0.6b", recipe, gpus=[])
+    spec, asked = told.study.asked.spec, told.recipe.resolved()
+    tapes = [predicted.run(spec, asked, rank=rank).tape for rank in range(3)]
+    peaks = [replay(tape).allocated_bytes for tape in tapes]
+    assert len(set(peaks)) > 1
+    assert told.peak.tensor_bytes == max(peaks)
+    assert [rank.count for rank in told.ranks] == [3]
 
 
 def test_units_as_pytorchs_tutorial_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +112,7 @@ HOW: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp", "fsdp2"])
 @pytest.mark.parametrize("how", HOW.values(), ids=HOW)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3", "mixtral"])
 def test_layers_may_be_folded(family: str, how: dict[str, Any], parallel: str) -> None:
@@ -228,6 +243,13 @@ REFUSED = [
         "DoRA under FSDP2 is not planned",
     ),
     (("--gpus", "8", "--parallel", "fsdp2", "--use-reentrant"), "non-reentrant checkpointing"),
+    (
+        ("--gpus", "8", "--parallel", "fsdp", "--use-reentrant"),
+        "FSDP1 with use_reentrant True is not planned",
+    ),
+    (("--gpus", "8", "--parallel", "fsdp", "--trainer", "peft"), "use --no-kbit-prep, or --parallel fsdp2"),
+    (("--gpus", "8", "--parallel", "fsdp", "--offload", "both"), "offload is ZeRO's or FSDP2's"),
+    (("--gpus", "8", "--parallel", "fsdp2", "--forward-prefetch"), "forward_prefetch is FSDP1's"),
     (("--gpus", "8", "--parallel", "fsdp2", "--mode", "lora", "--no-autocast"), "use --autocast"),
     (("--gpus", "8", "--shard-dtype", "bf16"), "shard_dtype is of FSDP2's mixed precision"),
     (("--gpus", "2", "--gpu", "8xh100"), "8 cards were named, and gpus says 2"),

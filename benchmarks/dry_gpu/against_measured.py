@@ -70,7 +70,8 @@ def rows(measured: list[Measurement], emulated: dict[str, list[Measurement]]) ->
 
 
 def main(emulated: dict[str, list[Path]], out: Path = OUT, *, merge: bool = False) -> None:
-    """Write the rows, with ``merge`` beside those that are there. Raises MemplanError for a damaged record or where nothing can be compared."""
+    """Write the rows, with ``merge`` beside those that are there. Raises MemplanError for a damaged record or
+    where nothing can be compared."""
     measured = [run for _, run in read_all(MEASURED) if run.device.kind == "cuda"]
     found = rows(
         measured,

@@ -13,7 +13,7 @@ def alike(spec: ModelSpec, recipe: Recipe) -> list[tuple[int, int]]:
     where a strategy divides parameters by rows and there are fewer in the last parts."""
     world = recipe.gpus
     strategy = strategies.of(recipe)
-    if strategy is None or not strategy.shards:
+    if strategy is None or not strategy.shards or strategy.flat:
         return [(0, world)]
     shapes = blueprint.named_shapes(spec).values()
     rows = {shape[0] for shape in shapes}

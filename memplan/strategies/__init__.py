@@ -43,7 +43,8 @@ class Coming:
 class Strategy:
     """A strategy. ``spread``: begins a step of the (resolved) recipe on a rank, on the one that
     takes the most unless it is given. ``shards``: whether ranks
-    have parts of parameters, along their first axis; ``folds``: whether like layers do alike, which is not
+    have parts of parameters, along their first axis unless ``flat``: then of all that lie end to end, and the
+    one that takes the most stands for all; ``folds``: whether like layers do alike, which is not
     so where what is done in one depends on how much there was before it; ``copies``: whether that is done
     where gradients arrive and nowhere else; ``units``: of layers that tell the others.
 
@@ -55,6 +56,7 @@ class Strategy:
 
     spread: Callable[[Recipe, int | None], Spread]
     shards: bool = False
+    flat: bool = False
     load: Callable[[Recipe, Coming], Iterator[LoadStep]] | None = None
     wrap: Callable[[Recipe, Tape, Temporary], Iterator[LoadStep]] | None = None
     folds: bool = True

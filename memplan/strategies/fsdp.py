@@ -46,7 +46,7 @@ from memplan.shadow.tensor import (
 )
 from memplan.strategies import Coming, Part, Strategy
 from memplan.strategies._broadcast import coalesced
-from memplan.tape import Category, Phase
+from memplan.tape import Category, Phase, rounded
 from memplan.tape import Part as Does
 from memplan.weights import LoadStep
 
@@ -115,6 +115,7 @@ class Fsdp(Spread):
 
     def __init__(self, recipe: Recipe, rank: int | None = None) -> None:
         super().__init__(recipe.gpus, rank)
+        self.chosen = rank is not None
         self.mixed = recipe.autocast
         self.narrow = DTYPES[recipe.dtype.value] if recipe.dtype is DTypeName.FLOAT16 else bfloat16
         self.prefetch = recipe.backward_prefetch
@@ -182,6 +183,10 @@ class Fsdp(Spread):
         tape = state.tape
         for unit in self.units:
             unit.close(self.world)
+        if not self.chosen:
+            repeats = {group.layer: group.repeat for group in groups}
+            self.rank = _most(self.units, repeats, self.world)
+        for unit in self.units:
             tape.begin(Phase.SETUP, "flat parameters", unit.layer, Does.LOADED)
             prefix = "" if unit.layer is not None else "model."
             tape.module = unit.parameters[0].name if self._alone(unit) else f"{prefix}{_FLAT}"
@@ -193,7 +198,7 @@ class Fsdp(Spread):
                 unit.flat = Tensor((unit.numel,), unit.computing, None)
                 require_grad(unit.flat, parameter=True)
                 self.summed[id(unit.flat.node)] = unit
-        self.groups = [Group(group.layer, group.repeat, self._own(group.parameters)) for group in groups]
+        self.groups = [Group(group.layer, group.repeat, self._shards(group.parameters)) for group in groups]
         self.groups = [group for group in self.groups if group.parameters]
         return self.groups
 
@@ -205,18 +210,16 @@ class Fsdp(Spread):
         """A part of the flat parameter, of a shape that tells vectors from matrices; None if it is another
         rank's."""
         assert unit.part is not None
-        held = unit.numel // self.world
-        first = max(parameter.place, self.rank * held)
-        last = min(parameter.place + prod(parameter.whole.shape), (self.rank + 1) * held)
-        if last <= first:
+        own = _own(parameter, unit.numel // self.world, self.rank)
+        if not own:
             return None
-        shape = (last - first,) if len(parameter.whole.shape) < 2 else (last - first, 1)
+        shape = (own,) if len(parameter.whole.shape) < 2 else (own, 1)
         shard = Tensor(shape, unit.resting, unit.part.storage)
         if unit.trainable:
             require_grad(shard, parameter=True)
         return shard
 
-    def _own(self, parameters: list[Tensor]) -> list[Tensor]:
+    def _shards(self, parameters: list[Tensor]) -> list[Tensor]:
         shards = (self.of[id(parameter)][1].shard for parameter in parameters)
         return [shard for shard in shards if shard is not None]
 
@@ -478,6 +481,26 @@ def _norm(parameter: Tensor) -> Tensor:
     return norm
 
 
+def _own(parameter: Parameter, held: int, rank: int) -> int:
+    """Elements of a parameter that a rank keeps."""
+    last = min(parameter.place + prod(parameter.whole.shape), (rank + 1) * held)
+    return max(last - max(parameter.place, rank * held), 0)
+
+
+def _most(units: list[Unit], repeats: dict[int | None, int], world: int) -> int:
+    """The rank whose optimizer's states, one block for each piece of a parameter, take the most."""
+    taken = [0] * world
+    for unit in units:
+        if unit.trainable:
+            held = unit.numel // world
+            for parameter in unit.parameters:
+                last = parameter.place + prod(parameter.whole.shape) - 1
+                for rank in range(parameter.place // held, last // held + 1):
+                    states = rounded(_own(parameter, held, rank) * unit.resting.itemsize)
+                    taken[rank] += repeats.get(unit.layer, 1) * (2 * states + rounded(1))
+    return taken.index(max(taken))
+
+
 def _each(grads: Any) -> list[Tensor | None]:
     return [grads] if grads is None or isinstance(grads, Tensor) else grads
 
@@ -571,4 +594,4 @@ def _place(name: str) -> str:
     return ".".join(name.split(".")[:3]) if name.startswith("model.layers.") else "model"
 
 
-STRATEGY = Strategy(Fsdp, True, _load, rehearses=lambda recipe: bool(recipe.forward_prefetch))
+STRATEGY = Strategy(Fsdp, True, True, _load, rehearses=lambda recipe: bool(recipe.forward_prefetch))

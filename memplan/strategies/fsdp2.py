@@ -525,4 +525,4 @@ def _unit(name: str) -> str:
     return ".".join(name.split(".")[:3]) if name.startswith("model.layers.") else name
 
 
-STRATEGY = Strategy(Fsdp2, True, _load, units=4)
+STRATEGY = Strategy(Fsdp2, True, load=_load, units=4)

@@ -1,0 +1,46 @@
+"""What scripts took on a real card, held against the plan (benchmarks/measure.py)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).parent.parent
+
+
+@cache
+def measure() -> ModuleType:
+    found = importlib.util.spec_from_file_location("measure", ROOT / "benchmarks" / "measure.py")
+    assert found is not None and found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def test_the_comparison_is_what_was_measured_and_what_the_plan_says_now() -> None:
+    module = measure()
+    kept = json.loads(module.COMPARED.read_text(encoding="utf-8"))["rows"]
+    now = module.compared(module.RESULTS, None)
+    for row in kept:
+        for kind in ("allocated", "reserved"):
+            row[kind].pop("emulated", None)
+    assert json.loads(json.dumps(now)) == kept, "run benchmarks/measure.py --compare"
+
+
+def test_most_scripts_allocate_what_the_plan_says_on_a_real_card() -> None:
+    kept = json.loads(measure().COMPARED.read_text(encoding="utf-8"))["rows"]
+    off = [abs(row["allocated"]["predicted"] / row["allocated"]["measured"][-1] - 1) for row in kept]
+    assert len(kept) >= 78
+    assert off.count(0.0) >= 52
+    assert sum(one <= 1e-3 for one in off) >= 72
+
+
+def test_nothing_emulated_is_among_what_was_measured() -> None:
+    module = measure()
+    assert not module.found(module.RESULTS, emulated=True)
+    listed = module.cases(None)
+    assert len({case.name for case in listed}) == len(listed)
+    assert not any("a3b" in case.model for case in listed if case.of == "ranks")
