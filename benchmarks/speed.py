@@ -1,5 +1,6 @@
 """How fast memplan is: the whole command from cold beside bare Python, plan() once everything is loaded, the
-allocator's simulation, and the frontier.
+allocator's simulation, the frontier, one rank of several hundred, and a sweep over strategies, GPUs and
+batches.
 
     python benchmarks/speed.py [--runs N]
 
@@ -14,11 +15,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from statistics import median
 
 COMMAND_BUDGET = 0.200
 WARM_BUDGETS = {"llama-3.2-1b": 0.005, "llama-3.3-70b": 0.010}
+# Full fine-tuning on several GPUs, of one class of ranks: how many times fewer runs of each strategy.
+SEVERAL = {"ddp": 1, "fsdp2": 1, "zero1": 4, "zero2": 4, "zero3": 8}
+RANK_BUDGET, SWEEP_BUDGET = 0.015, 2.0
 SIMULATION_BUDGET = 1.0
 FRONTIER_BUDGET = 0.5
 
@@ -44,6 +49,14 @@ def main() -> None:
             recipe = Recipe(trainer="peft", mode=mode)
             report(f"warm: plan({model!r}, {mode})", timed(lambda: plan(model, recipe), runs), budget)  # noqa: B023
 
+    for parallel, fewer in SEVERAL.items():
+        recipe = Recipe(mode="full", parallel=parallel, gpus=512)
+        times = timed(lambda: plan("llama-3.1-405b", recipe), max(runs // fewer, 1))  # noqa: B023
+        report(f"warm: plan('llama-3.1-405b', {parallel} on 512)", times, RANK_BUDGET)
+    for model in ("llama-3.1-8b", "llama-3.3-70b"):
+        times = timed(lambda: swept(model), 1)  # noqa: B023
+        report(f"sweep: {model}, {len(points())} points on several GPUs", times, SWEEP_BUDGET)
+
     from memplan.asked.gpus import find_gpu
     from memplan.importers.resolve import resolve
     from memplan.planning import predicted
@@ -64,6 +77,21 @@ def main() -> None:
     batches = [1, 2, 4, 8, 16, 32, 64, 128]
     times = timed(lambda: frontier(spec, recipes, card, batches, simulated=False), max(runs // 5, 1))
     report(f"frontier: llama-3.3-70b, {len(recipes) * len(batches)} points", times, FRONTIER_BUDGET)
+
+
+def points() -> list[tuple[str, int, int]]:
+    """Which strategy, how many cards, what batch."""
+    return list(product(SEVERAL, (2, 4, 8, 16, 32, 64, 128, 256), (1, 2, 4, 8, 16)))
+
+
+def swept(model: str) -> list[int]:
+    """What ``memplan compare --sweep`` asks where no card is named."""
+    from memplan import Recipe, plan
+
+    return [
+        plan(model, Recipe(mode="full", parallel=parallel, gpus=gpus, batch_size=batch)).peak.tensor_bytes
+        for parallel, gpus, batch in points()
+    ]
 
 
 def process(command: list[str]) -> None:

@@ -175,3 +175,12 @@ def test_advice_on_the_terminal(golden: Callable[[str, str], None]) -> None:
     console = Console(file=io.StringIO(), width=80, highlight=False, markup=False)
     show_advice(told, console)
     golden("advice.txt", console.file.getvalue())  # type: ignore[attr-defined]
+
+
+def test_what_fits_comes_before_what_is_tight() -> None:
+    changes = advise("llama-3.2-1b", Recipe(trainer="peft", mode="full"), "12GB").changes
+    verdicts = [change.verdict for change in changes]
+    assert {"fits", "tight"} <= {*verdicts}
+    assert verdicts == sorted(verdicts, key=["fits", "tight", "does not fit"].index)
+    cheaper = next(change for change in changes if change.verdict == "tight")
+    assert cheaper.title == "fused linear cross entropy"  # which was told first once

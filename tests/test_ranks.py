@@ -437,3 +437,104 @@ def test_advice_is_no_matter_of_a_launchers_file(tmp_path: Path, memplan: Run) -
     assert "It fits with accelerate launch --use_fsdp --fsdp_version 2 " in told
     asked = ("fit", "llama-3.1-8b", "--config", str(path), "--gpu", "h100", "--how-many")
     assert memplan(*asked).out.startswith("One H100 80GB HBM3 is enough")  # whatever number the file says
+
+
+def test_the_fewest_that_are_tight_are_told_beside_those_that_fit(memplan: Run) -> None:
+    asked = ("llama-3.1-8b", "--mode", "full", "--gpu", "4090", "--parallel", "fsdp2")
+    told = memplan("fit", *asked, "--how-many", "--no-advise", "--json")
+    (found,) = json.loads(told.out)["how_many"]
+    assert found["tight_gpus"] < found["gpus"]
+    for count, verdict in (
+        (found["gpus"], "fits"),
+        (found["tight_gpus"], "tight"),
+        (found["tight_gpus"] - 1, "does not fit"),
+    ):
+        fits = json.loads(memplan("fit", *asked, "--gpus", str(count), "--no-advise", "--json").out)["fits"]
+        assert [fit["verdict"] for fit in fits] == [verdict], count
+    assert f" on each); tight on {found['tight_gpus']}\n" in memplan(
+        "fit", *asked, "--how-many", "--no-advise"
+    ).out.replace("\ntight", " tight")
+
+
+def test_several_whose_card_is_not_named_are_judged_on_some(memplan: Run) -> None:
+    outcome = memplan("fit", "llama-3.1-8b", "--mode", "full", "--parallel", "zero3", "--gpus", "8")
+    assert outcome.status == 0, outcome.err
+    assert outcome.out.startswith("On each of 8 GPUs: fits the RTX 5090 (31.36) and larger, not the RTX 4090")
+    assert memplan("fit", "llama-3.1-405b", "--mode", "full", "--gpus", "2").status == 1
+    for options in ((), ("--gpus", "1"), ("--how-many", "--parallel", "ddp")):
+        outcome = memplan("fit", "llama-3.1-8b", *options)
+        assert (outcome.status, outcome.out) == (2, "")
+        assert outcome.err.startswith("memplan: the following arguments are required: --gpu")
+
+
+NODES = [
+    ("--nodes 2 --gpus 8", 16, 2, ""),
+    ("--num-nodes 2 --gpus-per-node 8", 16, 2, "--num-nodes 2 is --nodes 2, --gpus-per-node 8 is --gpus 8"),
+    ("--nnodes=2 --nproc_per_node=8", 16, 2, "--nnodes 2 is --nodes 2, --nproc_per_node 8 is --gpus 8"),
+    ("--num_machines 2 --num_processes 16", 16, 2, "--num_processes 16 is --gpus 8 on each of 2 nodes"),
+    ("--num_processes 16", 16, None, "--num_processes 16 is --gpus 16"),
+    ("--gpu 8xh100 --nodes 2", 16, 2, ""),
+    ("--nodes 1 --gpus 8", 8, 1, ""),
+]
+
+
+@pytest.mark.parametrize(("options", "gpus", "nodes", "echoed"), NODES, ids=[one[0] for one in NODES])
+def test_nodes_have_so_many_gpus_each(
+    options: str, gpus: int, nodes: int | None, echoed: str, memplan: Run
+) -> None:
+    asked = ("llama-3.1-8b", "--mode", "full", "--parallel", "zero3", *options.split())
+    outcome = memplan(*asked, "--json")
+    assert outcome.status == 0, outcome.err
+    answer = json.loads(outcome.out)
+    assert (answer["recipe"]["gpus"], answer["recipe"]["nodes"]) == (gpus, nodes)
+    assert echoed in outcome.err
+    told = "zero3 on 16 GPUs (2 nodes × 8)" if nodes == 2 else f"zero3 on {gpus} GPUs"
+    assert told in " ".join(memplan(*asked).out.split())
+    alone = json.loads(memplan(*asked[:5], "--gpus", str(gpus), "--json").out)
+    assert answer["peak"] == alone["peak"]  # which nodes do not change
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ("--nodes 2", "say how many GPUs each has"),
+        ("--num-processes 15 --nodes 2", "which 2 nodes can't divide evenly"),
+        ("--nodes 0 --gpus 2", "nodes"),
+        ("--nodes 4096 --gpus 8", "gpus"),
+        ("--gpu 8xh100 --gpus 4 --nodes 2", "8 cards were named, and gpus says 4"),
+    ],
+)
+def test_nodes_that_can_not_be(options: str, told: str, memplan: Run) -> None:
+    outcome = memplan("llama-3.2-1b", *options.split())
+    assert outcome.status == 2
+    assert told in outcome.err
+
+
+def test_the_hosts_memory_is_of_each_node(memplan: Run) -> None:
+    asked = ("llama-3.1-8b", "--mode", "full", "--parallel", "zero3", "--offload", "both")
+    one = memplan(*asked, "--gpus", "8")
+    assert "170.25 GiB for 8;" in " ".join(one.out.split())
+    two = memplan(*asked, "--nodes", "2", "--gpus", "4", "--host-memory", "100GB")
+    assert two.status == 0, two.err
+    assert "85.12 GiB for 4 of a node;" in " ".join(two.out.split())
+    refused = memplan(*asked, "--nodes", "2", "--gpus", "4", "--host-memory", "80GB")
+    assert refused.status == 2
+    assert "4 processes of a node keep 21.28 GiB each on the host" in refused.err
+
+
+def test_a_comparison_leaves_out_what_the_host_has_no_room_for(memplan: Run) -> None:
+    asked = ("compare", "llama-3.1-8b", "--gpus", "8", "--parallel", "zero2", "--offload", "optimizer")
+    outcome = memplan(*asked, "--modes", "full,lora", "--host-memory", "60GB", "--json")
+    assert outcome.status == 0, outcome.err
+    assert [one["recipe"]["mode"] for one in json.loads(outcome.out)["plans"]] == ["lora"]
+    assert "one plan is left out, for the host has no room: 8 processes keep" in outcome.err
+    outcome = memplan(*asked, "--modes", "full", "--host-memory", "60GB")
+    assert (outcome.status, outcome.out) == (2, "")
+
+
+def test_what_fsdp2_offloads_is_of_all_layers() -> None:
+    for layers in (3, 5, 14):
+        spec = SPECS["llama"](layers)
+        asked = Recipe(mode="full", parallel="fsdp2", gpus=4, offload="both", gradient_checkpointing=True)
+        recipe = resolve_recipe(spec, asked)
+        assert write_tape(spec, recipe).host == write_tape(spec, recipe, folded=False).host

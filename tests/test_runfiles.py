@@ -822,3 +822,13 @@ def test_no_two_kinds_own_a_key() -> None:
     for one in kinds:
         for other in kinds:
             assert one is other or not one.own & other.own
+
+
+def test_accelerates_processes_are_those_of_all_machines(write: Write) -> None:
+    file = {"distributed_type": "MULTI_GPU", "num_machines": 2, "num_processes": 16}
+    recipe = plan("llama-3.2-1b", Recipe(mode="lora"), config=write(file), gpus=[]).recipe
+    assert (recipe.gpus, recipe.nodes, recipe.gpus_per_node) == (16, 2, 8)
+    recipe = plan("llama-3.2-1b", Recipe(mode="lora", gpus=4), config=write(file), gpus=[]).recipe
+    assert (recipe.gpus, recipe.nodes) == (4, None)  # of how many machines was not said
+    with pytest.raises(MemplanError, match="num_machines: 3 does not divide num_processes"):
+        plan("llama-3.2-1b", Recipe(mode="lora"), config=write({**file, "num_machines": 3}), gpus=[])

@@ -12,8 +12,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from small_specs import SPECS
 
-from memplan import Recipe
+from memplan import Recipe, plan
 from memplan.cli import main
 from memplan.cuda.card import Card
 from memplan.cuda.reduction import whole_scratch
@@ -21,8 +22,12 @@ from memplan.errors import RecipeError
 from memplan.importers.hf import spec_from_config
 from memplan.importers.resolve import resolve_config
 from memplan.planning import predicted
+from memplan.predict import step
+from memplan.predict.copied import Copied
 from memplan.predict.parameters import resolve_recipe
 from memplan.predict.step import write_tape
+from memplan.shadow import autograd
+from memplan.shadow.tensor import Tensor
 from memplan.tape import Category, Phase, Tape, replay
 from memplan.verify.job import cut
 
@@ -364,3 +369,72 @@ def test_gathered_parameters_are_communication() -> None:
 )
 def test_reductions_to_one_number(count: int, itemsize: int, scratch: list[tuple[int, int]]) -> None:
     assert whole_scratch(count, itemsize, itemsize, Card()) == scratch
+
+
+COPIED = {
+    "full": {},
+    "full, no checkpointing": PLAIN,
+    "full, reentrant": {"use_reentrant": True},
+    "full, accumulated": {"gradient_accumulation_steps": 2},
+    "full, offloaded": {"parallel": "zero2", "offload": "optimizer"},
+    "full, small buckets": {"reduce_bucket_size": 30_000},
+    "lora": LORA,
+    "lora, no checkpointing": {**LORA, **PLAIN},
+    "qlora": {"mode": "qlora", "kbit_prep": False},
+}
+
+
+@pytest.mark.parametrize("parallel", ["zero1", "zero2"])
+@pytest.mark.parametrize("case", COPIED)
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen2", "qwen3", "phi3"])
+def test_copied_layers_are_those_that_are_played(
+    family: str, case: str, parallel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = SPECS[family](12)
+    asked = {**BASE, "parallel": parallel, "seq_len": 130, **COPIED[case]}
+    recipe = resolve_recipe(spec, Recipe(**asked))
+    copies: list[bool] = []
+    forward = Copied.forward
+
+    def noted(copied: Copied, hidden: Tensor) -> Tensor:
+        copies.append(True)
+        return forward(copied, hidden)
+
+    monkeypatch.setattr(Copied, "forward", noted)
+    found = write_tape(spec, recipe, looped=True)
+    assert len(copies) == recipe.gradient_accumulation_steps, "they were played after all"
+    assert found == write_tape(spec, recipe, looped=True, folded=False)
+
+
+@pytest.mark.parametrize("asked", [{}, PLAIN, LORA, {**LORA, **PLAIN}, {"offload": "both"}])
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "gemma2", "qwen3_moe"])
+def test_three_layers_rehearse_for_all(
+    family: str, asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = SPECS[family](7)
+    if family == "qwen3_moe" and "mode" in asked:
+        return  # refused
+    recipe = resolve_recipe(spec, Recipe(**{**BASE, "parallel": "zero3", "seq_len": 130, **asked}))
+    found = write_tape(spec, recipe, looped=True)
+    monkeypatch.setattr(step, "_rehearsed", lambda *_: 7)
+    assert found == write_tape(spec, recipe, looped=True)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "most"), [("ddp", 400), ("fsdp2", 400), ("zero1", 500), ("zero2", 500), ("zero3", 12_000)]
+)
+def test_few_layers_are_played_of_many(parallel: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nodes of the backward pass, of which 126 layers have 7,500 (22,000 in ZeRO-3, with its hooks, where
+    they are rehearsed): what a plan costs, on whatever machine."""
+    played: list[int] = []
+    evaluate = autograd._evaluate
+
+    def counted(*asked: Any) -> Any:
+        played[-1] += 1
+        return evaluate(*asked)
+
+    monkeypatch.setattr(autograd, "_evaluate", counted)
+    for gpus in (8, 512):
+        played.append(0)
+        plan("llama-3.1-405b", Recipe(mode="full", parallel=parallel, gpus=gpus))
+    assert played[0] == played[1] <= most

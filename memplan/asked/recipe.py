@@ -528,7 +528,7 @@ class Recipe(BaseModel):
             help="how several GPUs share a step",
             default="ddp",
             room="strategies",
-            phrase=lambda r: f"{r.parallel or 'ddp'} on {r.gpus} GPUs" if r.gpus > 1 else None,
+            phrase=lambda r: f"{r.parallel or 'ddp'} on {r.gpus} GPUs{_nodes(r)}" if r.gpus > 1 else None,
             source=(
                 "accelerate, `commands/launch.py`: several processes without `--use_fsdp` or "
                 "`--use_deepspeed` are DDP's. `fsdp2`: `--use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy "
@@ -541,12 +541,22 @@ class Recipe(BaseModel):
     gpus: Annotated[
         int,
         of_step(
-            help="GPUs that share a step",
+            help="GPUs that share a step; with --nodes those of each",
             metavar="N",
             told_with="parallel",
-            source="One. `--gpu 8xh100` says it, too.",
+            source="One. `--gpu 8xh100` says it, too. In Python and JSON: all of them.",
         ),
     ] = Field(default=1, ge=1, le=4096)
+    nodes: Annotated[
+        int | None,
+        of_step(
+            help="machines with so many GPUs each, whose host's memory is of a machine",
+            default="one",
+            metavar="N",
+            told_with="parallel",
+            source="One. What a GPU takes goes by how many share the step, in however many machines.",
+        ),
+    ] = Field(default=None, ge=1, le=4096)
     offload: Annotated[
         Offload | None,
         of_step(
@@ -703,6 +713,8 @@ class Recipe(BaseModel):
             raise ValueError("use_reentrant says how to checkpoint, but gradient checkpointing is off")
         if self.batches is not Batches.FULL:
             self._check_batches()
+        if self.gpus % (self.nodes or 1):
+            raise ValueError(f"{self.gpus} GPUs are not as many on each of {self.nodes} nodes")
         if self.parallel is not None:
             self._check_spread(self.parallel)
         if self.batch_size * self.seq_len > _MAX_TOKENS:
@@ -883,6 +895,11 @@ class Recipe(BaseModel):
         )
 
     @property
+    def gpus_per_node(self) -> int:
+        """Those that share a host's memory."""
+        return self.gpus // (self.nodes or 1)
+
+    @property
     def adapter(self) -> str:
         """The file in :mod:`memplan.adapters`."""
         return "dora" if self.use_dora else "lora"
@@ -935,7 +952,7 @@ _OF_ZERO3 = ("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"
 _OF_ZERO = ("offload", "overlap_comm", "reduce_bucket_size", *_OF_ZERO3)
 _OF_FSDP1 = ("backward_prefetch", "forward_prefetch")
 # fields that say nothing of one GPU
-OF_SEVERAL = ("parallel", "shard_dtype", "reduce_dtype", *_OF_FSDP1, *_OF_ZERO)
+OF_SEVERAL = ("parallel", "nodes", "shard_dtype", "reduce_dtype", *_OF_FSDP1, *_OF_ZERO)
 _AS_COMPARED = (
     ("optimizer", ("adamw_torch_fused",)),
     ("dtype", (DTypeName.BFLOAT16, DTypeName.FLOAT32)),
@@ -967,6 +984,11 @@ _NOT_SHARDED = (
 
 
 _RESOLVED = frozenset({"kbit_prep", "gradient_checkpointing"})  # None is the trainer's until it is resolved
+
+
+def _nodes(recipe: Recipe) -> str:
+    several = (recipe.nodes or 1) > 1
+    return f" ({recipe.nodes} nodes × {recipe.gpus_per_node})" if several else ""
 
 
 def _settings(options: Mapping[str, Any]) -> dict[str, Any]:

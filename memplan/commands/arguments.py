@@ -170,7 +170,7 @@ def add_host_memory(parser: Parser) -> None:
         metavar="SIZE",
         type=_host_memory,
         default=None,
-        help="the host's memory, such as 512GB: what is offloaded beyond it is refused",
+        help="the host's memory, such as 512GB (of each node): what is offloaded beyond it is refused",
     )
 
 
@@ -184,15 +184,24 @@ def _host_memory(text: str) -> int:
 
 
 def check_host(answer: Plan, arguments: argparse.Namespace) -> None:
-    """Raise MemplanError if what the processes keep on the host does not fit there."""
+    """Raise MemplanError if what the processes of a node keep on its host does not fit there."""
+    sentence = beyond_host(answer, arguments)
+    if sentence is not None:
+        raise MemplanError(sentence)
+
+
+def beyond_host(answer: Plan, arguments: argparse.Namespace) -> str | None:
+    """What is said where it does not; None where it does."""
     room: int | None = arguments.host_memory
-    count = answer.recipe.gpus
-    if room is not None and answer.host_bytes * count > room:
-        raise MemplanError(
-            f"{count} processes keep {gib(answer.host_bytes)} GiB each on the host, "
-            f"{gib(answer.host_bytes * count)} GiB in all, and --host-memory leaves {gib(room)} GiB: offload "
-            "less, or take a larger host"
-        )
+    count = answer.recipe.gpus_per_node
+    if room is None or answer.host_bytes * count <= room:
+        return None
+    node = "" if count == answer.recipe.gpus else " of a node"
+    return (
+        f"{count} processes{node} keep {gib(answer.host_bytes)} GiB each on the host, "
+        f"{gib(answer.host_bytes * count)} GiB in all, and --host-memory leaves {gib(room)} GiB: offload "
+        "less, or take a larger host"
+    )
 
 
 def given_lengths(arguments: argparse.Namespace) -> Lengths | None:
@@ -272,13 +281,12 @@ class _Cards(argparse.Action):
             )
 
 
-def add_gpus(parser: Parser, *, required: bool = False) -> None:
+def add_gpus(parser: Parser) -> None:
     """The option --gpu, which may be given several times."""
     parser.add_argument(
         "--gpu",
         action=_Cards,
         metavar="NAME",
-        required=required,
         default=None,
         help="a card to judge, such as a6000 (memplan gpus), a size such as 24GB, or auto: the one in this "
         "machine; may be given several times",
@@ -333,11 +341,17 @@ def _add_option(group: argparse._ActionsContainer, name: str, option: Option) ->
 
 
 def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The recipe's options that were given, by field."""
+    """The recipe's options that were given, by field; ``gpus`` in all. Raises UsageError."""
     given = vars(arguments)
     options = {field: given[field] for field in Recipe.model_fields if field in given}
     count = together(given.get("gpu") or (), options.get("gpus"))
-    return options if count is None else {"gpus": count, **options}
+    if count is not None:
+        options = {"gpus": count, **options}
+    if options.get("nodes") is None:
+        return options
+    if "gpus" not in options:
+        raise UsageError("--nodes says how many machines: say how many GPUs each has, such as --gpus 8")
+    return {**options, "gpus": options["gpus"] * max(options["nodes"], 1)}
 
 
 def applicable(options: dict[str, Any], mode: str) -> dict[str, Any]:

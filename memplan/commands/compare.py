@@ -13,18 +13,21 @@ from memplan.commands.arguments import (
     Parser,
     UsageError,
     add_gpus,
+    add_host_memory,
     add_json,
     add_recipe,
     add_run_file,
     add_verbose,
     applicable,
+    beyond_host,
     given_options,
     modes,
     parse,
     possible,
 )
 from memplan.commands.synonyms import length
-from memplan.errors import shown
+from memplan.errors import MemplanError, shown
+from memplan.streams import remark
 
 if TYPE_CHECKING:
     from memplan.asked.recipe import Recipe
@@ -68,6 +71,7 @@ def parser() -> Parser:
         help="any options of the recipe, each with the values to go through",
     )
     add_gpus(result)
+    add_host_memory(result)
     add_json(result)
     add_verbose(result)
     add_recipe(result, mode=False)
@@ -114,8 +118,21 @@ def run(arguments: argparse.Namespace) -> int:
         plan(model, recipe, gpus=arguments.gpu, config=arguments.config)
         for (model, *_), recipe in zip(points, _alike(recipes), strict=True)
     ]
-    _show(plans, arguments, by_mode)
+    _show(_on_the_host(plans, arguments), arguments, by_mode)
     return 0
+
+
+def _on_the_host(plans: list[Plan], arguments: argparse.Namespace) -> list[Plan]:
+    """Those whose offloading the host has room for; of the others it is said. Raises MemplanError where it
+    has room for none."""
+    told = [beyond_host(one, arguments) for one in plans]
+    refused = [sentence for sentence in told if sentence is not None]
+    if refused and len(refused) == len(plans):
+        raise MemplanError(refused[0])
+    if refused:
+        count = "one plan is" if len(refused) == 1 else f"{len(refused)} plans are"
+        remark(f"{count} left out, for the host has no room: {refused[0]}")
+    return [one for one, sentence in zip(plans, told, strict=True) if sentence is None]
 
 
 def _alike(recipes: list[Recipe]) -> Iterator[Recipe]:

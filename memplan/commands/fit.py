@@ -36,7 +36,8 @@ STATUS_FITS, STATUS_DOES_NOT_FIT = 0, 1
 
 EXAMPLES = """\
 exit status: 0 if it fits on every card named (tight counts as fits), 1 if it
-does not, 2 for a bad question
+does not, 2 for a bad question; of several GPUs whose card is not named, some
+cards are judged, and 0 is that it fits on one of them
 
 examples:
   memplan fit llama-8b --mode lora --gradient-checkpointing --gpu 4090
@@ -55,7 +56,7 @@ def parser() -> Parser:
         EXAMPLES,
     )
     add_run_file(result)
-    add_gpus(result, required=True)
+    add_gpus(result)
     add_lengths(result)
     add_host_memory(result)
     result.add_argument(
@@ -100,6 +101,8 @@ def run(arguments: argparse.Namespace) -> int:
     if by is not None:  # on how many is yet to be found
         recipe = Recipe(**{**recipe.model_dump(exclude_unset=True), "gpus": 2})
     asked = ask(arguments.model, recipe, arguments.gpu, arguments.config, lengths)
+    if not asked.named and (asked.recipe.gpus == 1 or by is not None):
+        raise UsageError("the following arguments are required: --gpu (see memplan fit --help)")
     counts: tuple[HowMany, ...] = ()
     if arguments.how_many:
         counts, asked = _counted(asked, by)
@@ -119,8 +122,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("an evaluation under ZeRO-3 is not planned: leave out --eval")
     if arguments.eval:
         answer = answer.telling(fits=_evaluated(answer))
-    fits = all(fit.verdict != "does not fit" for fit in answer.fits)
-    if arguments.advise or (arguments.advise is None and not fits and arguments.maximize is None):
+    enough = all if asked.named else any
+    fits = enough(fit.verdict != "does not fit" for fit in answer.fits)
+    wanted = arguments.advise is None and not fits and arguments.maximize is None and asked.named
+    if arguments.advise or wanted:
         from memplan.planning.advise import advise
 
         try:

@@ -44,8 +44,10 @@ NAMES: dict[str, str] = {
     "backward-prefetch": "fsdp-backward-prefetch",
     "forward-prefetch": "fsdp-forward-prefetch",
     "gpu": "card gpu-type gpu-name",
-    "gpus": "num-gpus n-gpus n-gpu gpus-per-node num-processes nproc-per-node world-size",
+    "gpus": "num-gpus n-gpus n-gpu gpus-per-node num-gpus-per-node nproc-per-node",
+    "nodes": "num-nodes nnodes n-nodes num-machines",
 }
+_IN_ALL = ("num-processes", "world-size")  # GPUs of all nodes
 
 # Those without a value of their own, or with true or false: what stands for them, with and without "no".
 SWITCHES: dict[str, tuple[str, str]] = {
@@ -138,8 +140,8 @@ _OTHERWISE = (
     "`memplan dry-run --gpu 8xa100 -- COMMAND` runs any such program on cards that are not there"
 )
 _NOT_PLANNED = {
-    _OTHERWISE: "deepspeed ds-config fsdp fsdp-config fsdp-version zero zero-stage nnodes "
-    "num-nodes tensor-parallel-size tp tp-size pp pipeline-parallel-size context-parallel-size "
+    _OTHERWISE: "deepspeed ds-config fsdp fsdp-config fsdp-version zero zero-stage "
+    "tensor-parallel-size tp tp-size pp pipeline-parallel-size context-parallel-size "
     "sequence-parallel-size sp-size ddp-backend cpu-offload activation-offloading offload-optimizer "
     "offload-params offload-param offload-optimizer-device offload-param-device use-deepspeed "
     "deepspeed-config-file",
@@ -226,7 +228,7 @@ def close(name: str, actions: Mapping[str, argparse.Action]) -> str | None:
     known = {option: option for option in actions if option.startswith("--")}
     if "--seq-len" in actions:
         known |= {f"--{word}": f"--{ours}" for word, ours in _OURS.items() if f"--{ours}" in actions}
-        known |= {f"--{word}": f"--{word}" for word in SWITCHES}
+        known |= {f"--{word}": f"--{word}" for word in (*SWITCHES, *_IN_ALL)}
     matches = get_close_matches(name.lower().replace("_", "-"), known, n=1, cutoff=0.8)
     return known[matches[0]] if matches else None
 
@@ -256,6 +258,7 @@ class _Reader:
         self.modes: list[str] = []  # that switches stand for
         self.unquantised: str | None = None  # what says that the base is not in 4 bits
         self.halves: set[str] = set()  # which of bf16 and fp16 are on
+        self.in_all: tuple[str, str] | None = None  # GPUs of all nodes: as typed, and how many
 
     def read(self) -> Reading:
         while self.rest:
@@ -268,6 +271,7 @@ class _Reader:
             else:
                 self.reading.words.append(word)
         self._settle_mode()
+        self._settle_nodes()
         return self.reading
 
     def _option(self, word: str) -> None:
@@ -276,6 +280,8 @@ class _Reader:
         given = value if equals else None
         if typed in self.actions or f"--{name}" in self.actions:
             self._ours(typed, typed if typed in self.actions else f"--{name}", given)
+        elif typed.startswith("--") and name in _IN_ALL and "--gpus" in self.actions:
+            self.in_all = typed, given or self._take_value() or ""
         elif typed.startswith("--") and name.removeprefix("no-") in SWITCHES:
             self._switch(typed, name, given)
         elif (ours := _OURS.get(name if typed.startswith("--") else typed)) and f"--{ours}" in self.actions:
@@ -422,6 +428,21 @@ class _Reader:
             raise Unplanned(f"mode full has no {other}: ask for one of {' and '.join(sorted(modes))}")
         mode = "qlora" if "qlora" in modes else self.modes[-1]
         self.reading.words = [word for word in words if word not in said] + [f"--mode={mode}"]
+
+    def _settle_nodes(self) -> None:
+        """GPUs of all nodes, as GPUs of each."""
+        if self.in_all is None:
+            return
+        typed, told = self.in_all
+        named = [word.removeprefix("--nodes=") for word in self.reading.words if word.startswith("--nodes=")]
+        nodes = int(named[-1]) if named and named[-1].isdecimal() and len(named[-1]) < 5 else 1
+        each = told
+        if nodes > 1 and told.isdecimal() and len(told) < 10:
+            if int(told) % nodes:
+                raise Unplanned(f"{typed} {told} are all of them, which {nodes} nodes can't divide evenly")
+            each = str(int(told) // nodes)
+        self.reading.words.append(f"--gpus={each}")
+        self._echo(typed, told, f"--gpus {each}" + (f" on each of {nodes} nodes" if nodes > 1 else ""))
 
     def _echo(self, typed: str, value: str | None, ours: str) -> None:
         self.reading.echoed.append(f"{typed}{'' if value is None else f' {value}'} is {ours}")

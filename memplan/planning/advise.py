@@ -353,7 +353,7 @@ def advise(study: Prediction, gpu: str, host: int | None = None) -> Advice:
         if after >= before and pricer.verdict(changed) == "does not fit":
             continue
         changes.append((idea, changed, after))
-    changes.sort(key=lambda one: (pricer.verdict(one[1]) == "does not fit", one[0].rank, one[2]))
+    changes.sort(key=lambda one: (_VERDICTS.index(pricer.verdict(one[1])), one[0].rank, one[2]))
     listed = tuple(
         Change(
             title=idea.title(asked),
@@ -371,6 +371,9 @@ def advise(study: Prediction, gpu: str, host: int | None = None) -> Advice:
     if not any(change.verdict != "does not fit" for change in listed):
         combination = _combination(recipe, pricer, file)
     return Advice(gpu=card.name, changes=listed, combination=combination, cards=_cards_for(study, card))
+
+
+_VERDICTS: tuple[Verdict, ...] = ("fits", "tight", "does not fit")  # what is listed first
 
 
 def _cost(idea: _Idea, changed: Recipe, pricer: _Pricer) -> str:
@@ -446,10 +449,10 @@ class _Pricer:
         return replay(self.study.run(peaks.card, peaks.recipe).tape).allocated_bytes
 
     def on_host(self, recipe: Recipe) -> int:
-        """Bytes that all processes keep on the host."""
+        """Bytes that the processes of a node keep on its host."""
         peaks = self.peaks(recipe)
         tape = self.study.run(peaks.card, peaks.recipe).tape
-        return tape.host[1] * peaks.recipe.gpus
+        return tape.host[1] * peaks.recipe.gpus_per_node
 
     def verdict(self, recipe: Recipe) -> Verdict:
         """Whether it fits."""

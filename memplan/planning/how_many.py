@@ -22,6 +22,7 @@ _MOST = 4096  # GPUs that a recipe may have
 
 def how_many(asked: Asked, gpu: Gpu, parallel: str | None = None) -> tuple[HowMany, ...]:
     """The fewest that have 2 % of what is reserved to spare, and what each of them needs; the fewest first.
+    Beside them the fewest on which it is tight.
     Of a strategy that does not divide what is too large, or that the recipe can't have, there is no number.
     ``parallel``: the only strategy that is asked about."""
     found = (_of(asked, gpu, one) for one in ([parallel] if parallel else rooms.names("strategies")))
@@ -57,7 +58,27 @@ def _fewest(asked: Asked, gpu: Gpu, parallel: str) -> HowMany:
         enough = max(_beyond(_on(asked, parallel, middle), gpu)) <= 0
         low, high = (low, middle) if enough else (middle, high)
     needed = judge(gpu, _run(_on(asked, parallel, high), gpu)).needed_bytes
-    return HowMany(parallel=parallel, gpus=high, needed_bytes=needed)
+    return HowMany(
+        parallel=parallel, gpus=high, needed_bytes=needed, tight_gpus=_tight(asked, gpu, parallel, high)
+    )
+
+
+def _tight(asked: Asked, gpu: Gpu, parallel: str, enough: int) -> int | None:
+    """The fewest that a run gets through on, where that is fewer than are ``enough`` to call it *fits*."""
+
+    def through(count: int) -> bool:
+        on = _on(asked, parallel, count)
+        return _tensors_beyond(on, gpu) <= 0 and judge(gpu, _run(on, gpu)).verdict != "does not fit"
+
+    low, high = 1, enough  # of one there is nothing to share, and it was looked at first
+    step = 1
+    while high - low > 1:  # most are not far away: 2 % of so many
+        tried = max(high - step, low + 1)
+        if through(tried):
+            high, step = tried, 2 * step
+        else:
+            low, step = tried, max((high - tried) // 2, 1)
+    return high if high < enough else None
 
 
 def _none(asked: Asked, parallel: str) -> str:
@@ -69,7 +90,7 @@ def _none(asked: Asked, parallel: str) -> str:
 
 def _on(asked: Asked, parallel: str, count: int) -> Asked:
     """The question on so many. Raises RecipeError."""
-    changed: dict[str, object] = {"parallel": parallel, "gpus": count}
+    changed: dict[str, object] = {"parallel": parallel, "gpus": count, "nodes": None}
     if count == 1:
         changed |= dict.fromkeys(OF_SEVERAL)
     return asked.otherwise(Recipe(**{**asked.given.model_dump(exclude_unset=True), **changed}))
@@ -78,11 +99,15 @@ def _on(asked: Asked, parallel: str, count: int) -> Asked:
 def _beyond(asked: Asked, gpu: Gpu) -> tuple[int, int]:
     """Bytes by which a run's tensors go beyond what fits, and what is reserved; of one whose tensors do,
     those twice, for the allocator's simulation takes far longer."""
+    tensors = _tensors_beyond(asked, gpu)
+    return tensors, tensors if tensors > 0 else excess(gpu, _run(asked, gpu))
+
+
+def _tensors_beyond(asked: Asked, gpu: Gpu) -> int:
     card = written_for(asked.recipe, gpu)
     peak = replay(predicted.write(asked.spec, asked.recipe, card, lengths=asked.lengths)).allocated_bytes
     settings = parse_settings(asked.recipe.alloc_conf)
-    tensors = peak - allowed_bytes(gpu, card or Card(), settings, asked.recipe.gpus)
-    return tensors, tensors if tensors > 0 else excess(gpu, _run(asked, gpu))
+    return peak - allowed_bytes(gpu, card or Card(), settings, asked.recipe.gpus)
 
 
 def _run(asked: Asked, gpu: Gpu) -> Run:

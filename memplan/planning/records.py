@@ -156,10 +156,12 @@ class Ranks(Record):
 
 class HowMany(Record):
     """The fewest GPUs that a run fits on when they share its steps so, None where no number is enough, and
-    bytes that each of them needs then. ``note``: why there is none."""
+    bytes that each of them needs then. ``tight_gpus``: the fewest on which it is tight, where those are fewer
+    than it fits on. ``note``: why there is none."""
 
     parallel: str
     gpus: int | None = None
+    tight_gpus: int | None = None
     needed_bytes: int | None = None
     note: str | None = None
 
@@ -238,9 +240,9 @@ class Combination(BaseModel):
 
 
 class Advice(BaseModel):
-    """For one card. Of a run that does not fit: ``changes``, those that make it fit first, the cheapest of
-    them first; ``combination`` where no single one does; ``cards`` on which it fits as it is. Of one that
-    fits: ``room``, what else there is room for."""
+    """For one card. Of a run that does not fit: ``changes``, those that make it fit first, then those that
+    leave it tight, the cheapest of each first; ``combination`` where no single one does; ``cards`` on which
+    it fits as it is. Of one that fits: ``room``, what else there is room for."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

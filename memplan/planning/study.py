@@ -80,10 +80,11 @@ def ask(
 
 def of_cards(given: Recipe, gpus: Iterable[str] | None) -> Recipe:
     """The recipe on as many GPUs as a card's name says, such as 8xh100."""
-    count = None if gpus is None else together(gpus, given.gpus if "gpus" in given.model_fields_set else None)
+    said = given.gpus_per_node if "gpus" in given.model_fields_set else None
+    count = None if gpus is None else together(gpus, said)
     if count is None:
         return given
-    return Recipe(**{**given.model_dump(exclude_unset=True), "gpus": count})
+    return Recipe(**{**given.model_dump(exclude_unset=True), "gpus": count * (given.nodes or 1)})
 
 
 def _as_long(given: Recipe, lengths: Lengths) -> Recipe:

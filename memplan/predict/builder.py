@@ -23,7 +23,8 @@ from memplan.tape import Category, Part, Phase
 @dataclass(slots=True)
 class Model:
     """A played model: the modules of the played layers, and its trainable parameters in the order of
-    ``model.parameters()``, grouped by where they are."""
+    ``model.parameters()``, grouped by where they are; ``trained``: those of each layer, as it
+    computes with them."""
 
     spec: ModelSpec
     recipe: Recipe
@@ -33,6 +34,7 @@ class Model:
     head: Any
     buffers: list[Tensor]
     trainable: list[Group]
+    trained: list[list[Tensor]]
 
 
 class Builder:
@@ -134,8 +136,9 @@ class Builder:
         groups: list[Group] = []
         spread = state.spread
 
-        def begin(part: strategies.Part) -> None:
+        def begin(part: strategies.Part, times: int = 1) -> None:
             if spread is not None:
+                spread.times = times
                 spread.begin(part)
 
         def close(layer: int | None, repeat: int = 1) -> None:
@@ -157,15 +160,16 @@ class Builder:
         hook = recipe.mode is not Mode.FULL and bool(recipe.gradient_checkpointing)
         embedding = Embedding(table, scale, hook)
         close(None)
-        layers = []
+        layers, trained = [], []
         for index, repeat in played.repeats:
             tape.begin(Phase.SETUP, "layer weights", index, Part.LOADED)
-            begin(index)
+            begin(index, repeat)
             prefix = f"model.layers.{index}."
             definition = blueprint.layer(spec, blueprint.is_sparse(spec, index))
             layers.append(
                 {name: self.module(name, module, prefix + name) for name, module in definition.items()}
             )
+            trained.append([*self.trainable])
             close(index, repeat)
         tape.begin(Phase.SETUP, "weights", part=Part.LOADED)
         begin(strategies.NORM)
@@ -186,4 +190,4 @@ class Builder:
         else:
             head = self.module("lm_head", outside["lm_head"], "lm_head")
         close(None)
-        return Model(spec, recipe, layers, embedding, norm, head, self.buffers, groups)
+        return Model(spec, recipe, layers, embedding, norm, head, self.buffers, groups, trained)

@@ -70,13 +70,14 @@ def all_layers(layers: int) -> Played:
     return Played(layers, 1, layers)
 
 
-def layers_to_play(kinds: list[Any], *, first_is_like_others: bool = False) -> Played:
-    """Three units of the shortest period in the layers' kinds. Two will do where the first layer's backward
-    is like the others', which is so when every weight is trained; a longer period is worth the attempt."""
+def layers_to_play(kinds: list[Any], *, first_is_like_others: bool = False, units: int = 3) -> Played:
+    """``units`` of the shortest period in the layers' kinds. Of three, two will do where the first layer's
+    backward is like the others', which is so when every weight is trained; a longer period is worth the
+    attempt."""
     count = len(kinds)
     for period in range(1, min(_MAX_PERIOD, count) + 1):
         if all(kinds[index] == kinds[index + period] for index in range(count - period)):
-            return Played(count, period, 2 if period > 1 and first_is_like_others else 3)
+            return Played(count, period, 2 if units == 3 and period > 1 and first_is_like_others else units)
     return all_layers(count)
 
 

@@ -21,6 +21,7 @@ from memplan.parts.loop import MODULE, Loop
 from memplan.predict import blueprint, fold, masks, parameters, unlike, update
 from memplan.predict.builder import Builder, Model
 from memplan.predict.checkpoint import checkpoint
+from memplan.predict.copied import Copied, NotAlike
 from memplan.predict.fed import Batch, Lengths, Rows, batch, of_lengths, waiting, whole, widest
 from memplan.predict.fold import Played
 from memplan.predict.unlike import Standing, standing
@@ -95,13 +96,18 @@ def _written(
     micro_steps = min(recipe.gradient_accumulation_steps, 2)
     step = [whole(recipe)] * micro_steps if lengths is None else [of_lengths(recipe, one) for one in lengths]
     which, host = 0, (0, 0, 0)
+    copies = folded and _copies(spec, recipe)
 
     def play(played: Played | Standing) -> Tape:
-        nonlocal which, host
+        nonlocal which, host, copies
         spread = _spread(recipe, rank)
         if spread is not None and first:
             spread.first()
-        found = _play(spec, recipe, step, card, played, spread, looped=looped)
+        try:
+            found = _play(spec, recipe, step, card, played, spread, looped=looped, copies=copies)
+        except NotAlike:
+            copies = False
+            return play(played)
         if spread is not None:
             which, host = spread.rank, spread.host()
         return found
@@ -154,8 +160,33 @@ def layers_to_play(spec: ModelSpec, recipe: Recipe) -> Played | Standing:
     if not strategies.folds(recipe):
         return every
     layers = kinds(spec, recipe)
-    played = fold.layers_to_play(layers, first_is_like_others=recipe.mode is Mode.FULL)
+    strategy = strategies.of(recipe)
+    played = fold.layers_to_play(
+        layers,
+        first_is_like_others=recipe.mode is Mode.FULL,
+        units=3 if strategy is None else strategy.units,
+    )
     return standing(layers, _trained(spec, recipe)) if played.complete else played
+
+
+def _copies(spec: ModelSpec, recipe: Recipe) -> bool:
+    """Whether layers are tried to be copied (:mod:`memplan.predict.copied`)."""
+    strategy = strategies.of(recipe)
+    if strategy is None or not strategy.copies or router_loss(spec, recipe) or uses_cache(recipe):
+        return False
+    first, *others = kinds(spec, recipe)
+    return len(others) >= _FEWEST_COPIED and all(kind == first for kind in others)
+
+
+_FEWEST_COPIED = 6
+
+
+def _rehearsed(spec: ModelSpec, recipe: Recipe) -> int:
+    """How many layers tell in which order all of them are called: the first, a middle one and the last, if
+    like modules are in all of them."""
+    count = spec.num_hidden_layers
+    alike = len({(sparse, adapted) for sparse, _, adapted in kinds(spec, recipe)}) == 1
+    return min(count, 3) if alike and not router_loss(spec, recipe) else count
 
 
 def kinds(spec: ModelSpec, recipe: Recipe) -> list[Any]:
@@ -247,6 +278,7 @@ def _play(
     spread: Spread | None = None,
     *,
     looped: bool,
+    copies: bool = False,
 ) -> Tape:
     model, states, _workspaces, loop = at_rest(spec, recipe, card, played, spread, looped=looped)
     tape = state.tape
@@ -257,15 +289,17 @@ def _play(
     spread = state.spread
     if spread is not None and spread.rehearses:
         mark = tape.mark()
-        spread.backward(forward(model, batches[id(step[0])], list(played.indices)))
-        spread.rehearsed()
+        few = _rehearsed(spec, recipe)
+        rehearsing = replace(model, layers=model.layers[:few])
+        spread.backward(forward(rehearsing, batches[id(step[0])], list(played.indices[:few])))
+        spread.rehearsed(few, len(model.layers))
         tape.rewind(mark)
         tape.begin(Phase.SETUP, "gathered", part=Part.RESTING)
         spread.gathered()
     for number, rows in enumerate(step, 1):
         if spread is not None:
             spread.last = number == len(step)
-        loss = forward(model, batches[id(rows)], list(played.indices))
+        loss = forward(model, batches[id(rows)], list(played.indices), copies=copies)
         lost = loss if looped else None  # the name in Trainer.training_step
         unscaled = None
         if (looped or recipe.gradient_accumulation_steps > 1) and (spread is None or spread.divides):
@@ -301,12 +335,14 @@ def _play(
     tape.begin(Phase.OPTIMIZER, "end")
     del loss
     tape.finish()  # what dies with these names is no part of the step
-    again = state.spread.again() if state.spread is not None else None
-    return tape if again is None else _play(spec, recipe, step, card, played, again, looped=looped)
+    if spread is not None:
+        spread.played(tape)
+    return tape
 
 
-def forward(model: Model, fed: Batch, played: list[int]) -> Tensor:
-    """``model(**batch).loss``, under autocast as accelerate wraps it."""
+def forward(model: Model, fed: Batch, played: list[int], *, copies: bool = False) -> Tensor:
+    """``model(**batch).loss``, under autocast as accelerate wraps it. ``copies``: layers are copied where
+    that can be."""
     recipe = model.recipe
     spread = state.spread
     autocast = recipe.autocast and (spread is None or spread.autocast)
@@ -317,7 +353,7 @@ def forward(model: Model, fed: Batch, played: list[int]) -> Tensor:
         if fed.labels.items is not None and not losses.find(recipe.loss).sft:
             fed = replace(fed, labels=fed.labels.divided_by(spread.given(fed.labels.items)))
         spread.before()
-    loss, logits, cache = _causal_lm(model, fed, played)
+    loss, logits, cache = _causal_lm(model, fed, played, copies=copies)
     if autocast:
         state.autocast = None
         state.autocast_cache.clear()
@@ -332,12 +368,14 @@ def forward(model: Model, fed: Batch, played: list[int]) -> Tensor:
     return loss
 
 
-def _causal_lm(model: Model, fed: Batch, played: list[int]) -> tuple[Any, Tensor | None, Any]:
+def _causal_lm(
+    model: Model, fed: Batch, played: list[int], *, copies: bool
+) -> tuple[Any, Tensor | None, Any]:
     """``ForCausalLM.forward``: the loss, and the outputs that live until the caller drops them."""
     tape = state.tape
     tape.begin(Phase.FORWARD, "embed")
     router_logits: list[Tensor] | None = [] if router_loss(model.spec, model.recipe) else None
-    hidden, cache = _decoder(model, fed, played, router_logits)
+    hidden, cache = _decoder(model, fed, played, router_logits, copies=copies)
     tape.begin(Phase.FORWARD, "head")
     state.category = Category.LOGITS_AND_LOSS
     head = losses.find(model.recipe.loss).head
@@ -351,6 +389,8 @@ def _decoder(
     fed: Batch,
     played: list[int],
     router_logits: list[Tensor] | None,
+    *,
+    copies: bool,
 ) -> tuple[Tensor, Any]:
     spec, recipe, tape = model.spec, model.recipe, state.tape
     rows = fed.rows.recipe
@@ -372,7 +412,13 @@ def _decoder(
         )
     layer = families.find(spec.model_type).layer
     attend = attention.of(recipe).attend
+    copied = Copied(2 if recipe.mode is Mode.FULL else 3, model.trained) if copies else ()
     for number, (modules, index) in enumerate(zip(model.layers, played, strict=True)):
+        if number in copied:
+            assert isinstance(copied, Copied)
+            if number == copied.first:
+                hidden = copied.forward(hidden)
+            continue
         run = layer if spread is None else spread.around(number, layer)
         tape.begin(Phase.FORWARD, "layer", index)
         state.scope = index

@@ -29,7 +29,10 @@ def verdicts(fits: Sequence[Fit], each: int = 1) -> list[Line]:
     share the step."""
     if len(fits) <= FEW:
         return [Line(_verdict(fit, each), fit.verdict) for fit in fits]
-    return [_together([(fit.gpu, fit.verdict, fit.total_bytes) for fit in fits])]
+    told = _together([(fit.gpu, fit.verdict, fit.total_bytes) for fit in fits])
+    if each > 1:
+        told = told._replace(text=f"On each of {each} GPUs: {told.text[0].lower()}{told.text[1:]}")
+    return [told]
 
 
 def of_modes(plans: Sequence[Plan], cards: Sequence[Sequence[tuple[Gpu, Verdict]]]) -> list[Line]:
@@ -114,7 +117,8 @@ def counted(plan: Plan) -> list[Line]:
         if found.gpus is None:
             lines.append(Line(f"{found.parallel}: {found.note}{each}", "does not fit"))
         else:
-            lines.append(Line(f"{found.parallel}: {found.gpus} × {card}{each}", "fits"))
+            tight = "" if found.tight_gpus is None else f"; tight on {found.tight_gpus}"
+            lines.append(Line(f"{found.parallel}: {found.gpus} × {card}{each}{tight}", "fits"))
     return lines
 
 

@@ -133,12 +133,13 @@ def _show_next(plan: Plan, console: Console, fits: Collection[Fit]) -> None:
 
 def show_host(plan: Plan, console: Console) -> None:
     """Print what is offloaded."""
-    each, count = plan.host_bytes, plan.recipe.gpus
+    each, count = plan.host_bytes, plan.recipe.gpus_per_node
+    node = "" if count == plan.recipe.gpus else " of a node"
     if each:
         note(
             console,
-            f"On the host: {gib(each)} GiB for each process, {gib(each * count)} GiB for {count}; pinned "
-            "memory is rounded up to powers of two",
+            f"On the host: {gib(each)} GiB for each process, {gib(each * count)} GiB for {count}{node}; "
+            "pinned memory is rounded up to powers of two",
         )
 
 

@@ -129,6 +129,8 @@ class Reading:
         own = dict(self.options)
         if over.get("parallel", own.get("parallel")) != own.get("parallel"):
             own = {name: value for name, value in own.items() if name not in OF_SEVERAL}
+        if "gpus" in over:
+            own.pop("nodes", None)
         options = {**self.stack.get(mode.value, {}), **own, **over, "mode": mode}
         known = recipe_options()
         foreign = [name for name in options if mode.value not in known[name].modes and name not in over]

@@ -161,6 +161,19 @@ class Keys:
         self._known.update(keys)
         self.ignored += [key for key in keys if key in self._values]
 
+    def nodes(self, processes: int | None) -> None:
+        """accelerate's ``num_machines``, over which so many processes are spread."""
+        machines = self.whole("num_machines")
+        if machines is None or machines == 1 or processes is None:
+            self.understood.pop("num_machines", None)
+            self.unheard("num_machines")
+            return
+        if processes % machines:
+            self.refuse(
+                "num_machines", "does not divide num_processes, which are those of all", instead=False
+            )
+        self.put("nodes", machines)
+
     def base(self, key: str) -> None:
         """Take the model's name."""
         self.model = self.text(key)

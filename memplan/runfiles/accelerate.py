@@ -60,8 +60,8 @@ def _read(keys: Keys) -> None:
 
 
 def _of_several(keys: Keys, parallel: str) -> None:
-    keys.unheard("num_machines")
     count = keys.whole("num_processes")
+    keys.nodes(count)
     if count is None or count > 1:  # unless it is said, of all cards that there are
         keys.put("gpus", count)
         keys.put("parallel", parallel)

@@ -75,7 +75,6 @@ def _read(keys: Keys) -> None:
 
 def _launched(keys: Keys) -> None:
     """`trl/cli`: what accelerate is launched with stands in the same file; `trl/accelerate_configs`."""
-    keys.several("num_machines")
     name = keys.text("accelerate_config")
     keys.launched_by("deepspeed")
     if name is not None and name.endswith((".yaml", ".yml", ".json")):
@@ -86,6 +85,7 @@ def _launched(keys: Keys) -> None:
     count = keys.whole("num_processes")
     if count is None and name not in (None, "single_gpu"):
         count = _PROCESSES
+    keys.nodes(count)
     if count is not None and count > 1:
         if name == "single_gpu":
             keys.refuse("num_processes", "contradicts accelerate_config: single_gpu", instead=False)

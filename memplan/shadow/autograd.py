@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from heapq import heappop, heappush
 from math import prod
 from sys import getrefcount
-from typing import Any
+from typing import Any, NamedTuple
 
 from memplan.cuda.reduction import scratch
 from memplan.shadow.tensor import DType, Shape, Tensor, empty, iterator_strides, state, stream, uint8
@@ -246,7 +246,7 @@ def _evaluate(node: Node, dependencies: dict[Node, int]) -> list[Node]:
         node.before()
         state.tape.module = node.module
     if type(node) is AccumulateGrad:
-        _accumulate_grad(node)
+        accumulate_grad(node)
         return []
     incoming: Any = node.grads
     node.grads = None
@@ -299,6 +299,34 @@ def _add_gradients(old: Tensor, new: Tensor) -> Tensor:
     if getrefcount(old) <= _OWN_TENSOR_REFERENCES and getrefcount(old.storage) <= _OWN_STORAGE_REFERENCES:
         return old
     return empty(old.shape, old.dtype, "add", iterator_strides(old.shape, [old, new]))
+
+
+class Arrival(NamedTuple):
+    """A gradient at its parameter: what happens there is ``start:stop`` of the tape's events; ``storage``:
+    its number."""
+
+    start: int
+    stop: int
+    node: AccumulateGrad
+    storage: int
+    shape: Shape
+    dtype: DType
+    strides: Shape | None
+
+
+def accumulate_grad(node: AccumulateGrad) -> None:
+    """A gradient arrives at a parameter."""
+    assert node.grads is not None
+    grad = node.grads[0]
+    arrivals = state.arrivals
+    if arrivals is None or not node.parameter or grad is None or grad.storage is None:
+        del grad
+        _accumulate_grad(node)
+        return
+    start, about = len(state.tape.events), (grad.storage.index, grad.shape, grad.dtype, grad.strides)
+    del grad
+    _accumulate_grad(node)
+    arrivals.append(Arrival(start, len(state.tape.events), node, *about))
 
 
 def _accumulate_grad(node: AccumulateGrad) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from memplan.shadow import autograd
 from memplan.shadow.tensor import DType, Shape, Tensor, empty, state
-from memplan.tape import Category, Phase
+from memplan.tape import Category, Phase, Tape
 
 
 class Spread:
@@ -20,7 +20,7 @@ class Spread:
     ``divides``: whether the loss is divided by the number of passes; ``rehearses``: whether a pass is played
     before the step, and forgotten; ``shards``: whether what is not trained rests in parts, too; ``inside``:
     whether the optimizer's step is a part of the last backward pass to the loop; ``linear``: what is in the
-    place of ``F.linear``.
+    place of ``F.linear``; ``times``: how many layers the one stands for that is being made.
     """
 
     autocast = True
@@ -30,6 +30,7 @@ class Spread:
     rehearses = False
     shards = False
     inside = False
+    times = 1
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
 
     def __init__(self, world: int, rank: int | None = None) -> None:
@@ -68,8 +69,9 @@ class Spread:
         """What rests on the host: bytes of tensors, what they take there, and what of that is pinned."""
         return 0, 0, 0
 
-    def rehearsed(self) -> None:
-        """The rehearsal is over: let go of all that it has left."""
+    def rehearsed(self, layers: int, of: int) -> None:
+        """The rehearsal is over, of so many layers of a model, whose middle one stands for all that are
+        missing: let go of all that it has left."""
 
     def gathered(self) -> None:
         """Write what rests that the rehearsal would have taken."""
@@ -135,6 +137,5 @@ class Spread:
         """The stacked norms of what this rank has of the gradients, as norms of all of them."""
         return stacked
 
-    def again(self) -> Spread | None:
-        """The same to play the step once more with, where what rests follows from a step."""
-        return None
+    def played(self, tape: Tape) -> None:
+        """The step has been played: write anew what rests and follows from it."""

@@ -13,7 +13,7 @@ from memplan.cuda.card import Card
 from memplan.tape import Category, Tape
 
 if TYPE_CHECKING:
-    from memplan.shadow.autograd import Frame, Node
+    from memplan.shadow.autograd import Arrival, Frame, Node
     from memplan.shadow.spread import Spread
 
 Shape = tuple[int, ...]
@@ -48,6 +48,7 @@ class State:
     :func:`playing`."""
 
     __slots__ = (
+        "arrivals",
         "autocast",
         "autocast_cache",
         "card",
@@ -73,6 +74,7 @@ class State:
         self.spread: Spread | None = None  # over ranks
         self.autocast: DType | None = None
         self.autocast_cache: dict[int, Tensor] = {}
+        self.arrivals: list[Arrival] | None = None  # of gradients, where somebody wants to know
 
 
 state = State()

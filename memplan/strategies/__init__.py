@@ -45,7 +45,8 @@ class Strategy:
     takes the most unless it is given. ``shards``: whether ranks
     have parts of parameters, along their first axis unless ``flat``: then of all that lie end to end, and the
     one that takes the most stands for all; ``folds``: whether like layers do alike, which is not
-    so where what is done in one depends on how much there was before it.
+    so where what is done in one depends on how much there was before it; ``copies``: whether that is done
+    where gradients arrive and nowhere else; ``units``: of layers that tell the others.
 
     ``load``: the steps by which what rests comes onto the card once the model is made, None if as on one GPU;
     ``itemsize``: of what comes, where it is cast before. ``wrap``: what follows, of the tape of a step; what
@@ -59,6 +60,8 @@ class Strategy:
     load: Callable[[Recipe, Coming], Iterator[LoadStep]] | None = None
     wrap: Callable[[Recipe, Tape, Temporary], Iterator[LoadStep]] | None = None
     folds: bool = True
+    copies: bool = False
+    units: int = 3
     itemsize: int | None = None
     rehearses: Callable[[Recipe], bool] = lambda _: False
 

@@ -34,62 +34,62 @@ from memplan.tape import Category, Part, Phase, Tape
 from memplan.weights import LoadStep, Temporary
 
 _FIRST, _CAP = 1 << 20, 25 << 20  # bytes: dist._DEFAULT_FIRST_BUCKET_BYTES, bucket_cap_mb
+_BUCKETS = "buckets"  # a segment
 
 
 class Ddp(Spread):
     """``unused``: ``find_unused_parameters``, which is on unless the model is transformers' own and
     checkpoints."""
 
-    def __init__(
-        self, recipe: Recipe, rank: int | None = None, order: list[tuple[int, int]] | None = None
-    ) -> None:
+    def __init__(self, recipe: Recipe, rank: int | None = None) -> None:
         super().__init__(recipe.gpus, rank)
-        self.recipe = recipe
-        self.order = order  # of gradients in a step before: parameters by group and number
-        self._numbers: dict[int, tuple[int, int]] = {}
+        self._groups: list[Group] = []
+        self._numbers: dict[int, tuple[int, int]] = {}  # parameters by group and number
         self._arrived: list[tuple[int, int]] = []
         self.unused = not (recipe.mode is Mode.FULL and recipe.gradient_checkpointing)
         self._kept: list[Tensor] = []
 
     def rest(self, groups: list[Group]) -> None:
         """Write the buckets."""
+        self._groups = groups
         self._numbers = {
             id(parameter.node): (place, number)
             for place, group in enumerate(groups)
             for number, parameter in enumerate(group.parameters)
         }
-        if self.order is None:
-            order = list(self._numbers.values())
-        else:
-            order = self.order
-        runs = groupby(order, key=itemgetter(0))  # what repeats, layer after layer
-        parameters = [
-            groups[place].parameters[number]
-            for place, run in runs
-            for numbers in repeat([number for _, number in run], groups[place].repeat)
-            for number in numbers
-        ]
+        parameters = self._in_order(self._numbers.values())
         tape = state.tape
-        tape.begin(Phase.SETUP, "buckets", part=Part.RESTING if self.order is None else Part.RENEWED)
+        tape.begin(Phase.SETUP, _BUCKETS, part=Part.RESTING)
         tape.module = "ddp"
         with category(Category.COMMUNICATION):
-            sizes = list(_buckets(parameters))
-            for nbytes, dtype in reversed(sizes) if self.order is None else sizes:
+            for nbytes, dtype in reversed(list(_buckets(parameters))):
                 self._kept.append(empty((nbytes // dtype.itemsize,), dtype, "bucket"))
             tape.begin(Phase.SETUP, "used", part=Part.RESTING)
             if self.unused:
                 self._kept.append(empty((len(parameters),), int32, "locally_used_map"))
+
+    def _in_order(self, order: Iterable[tuple[int, int]]) -> list[Tensor]:
+        """Parameters of all layers; what repeats, layer after layer."""
+        groups = self._groups
+        return [
+            groups[place].parameters[number]
+            for place, run in groupby(order, key=itemgetter(0))
+            for numbers in repeat([number for _, number in run], groups[place].repeat)
+            for number in numbers
+        ]
 
     def arrived(self, node: AccumulateGrad) -> None:
         """Gradients come in the order in which buckets are made again."""
         if id(node) in self._numbers:
             self._arrived.append(self._numbers[id(node)])
 
-    def again(self) -> Ddp | None:
-        """With the buckets that later steps have."""
-        if self.unused or self.order is not None:
-            return None
-        return Ddp(self.recipe, 0, self._arrived)
+    def played(self, tape: Tape) -> None:
+        """The buckets are those that later steps have."""
+        if self.unused:
+            return
+        segment = next(one for one in tape.segments if one.name == _BUCKETS)
+        tape.exchange(segment, [nbytes for nbytes, _ in _buckets(self._in_order(self._arrived))])
+        segment.part = Part.RENEWED
 
     def before(self) -> None:
         """``_sync_buffers``: the rotary tables' are broadcast as one."""

@@ -166,11 +166,12 @@ class Fsdp2(Spread):
         return whole
 
     def _offload(self, nbytes: int, *, trainable: bool) -> None:
-        """What a parameter takes on the host."""
-        self.on_host.pin(nbytes)
-        if trainable:
-            self.on_host.pin(nbytes)  # its gradient
-            self.on_host.keep_states(nbytes)
+        """What a parameter takes on the host, and those of the layers that its own stands for."""
+        for _ in range(self.times):
+            self.on_host.pin(nbytes)
+            if trainable:
+                self.on_host.pin(nbytes)  # its gradient
+                self.on_host.keep_states(nbytes)
 
     def host(self) -> HostBytes:
         """What is offloaded."""
@@ -524,4 +525,4 @@ def _unit(name: str) -> str:
     return ".".join(name.split(".")[:3]) if name.startswith("model.layers.") else name
 
 
-STRATEGY = Strategy(Fsdp2, True, load=_load)
+STRATEGY = Strategy(Fsdp2, True, load=_load, units=4)

@@ -7,4 +7,4 @@ from functools import partial
 from memplan.strategies import Strategy
 from memplan.strategies._zero12 import Zero12, load
 
-STRATEGY = Strategy(partial(Zero12, gradients=False), load=load, folds=False, itemsize=2)
+STRATEGY = Strategy(partial(Zero12, gradients=False), load=load, folds=False, copies=True, itemsize=2)

@@ -7,6 +7,7 @@ is played.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import groupby
 from math import prod
 from typing import Any
 
@@ -137,12 +138,14 @@ class Zero3(Zero):
         tape = state.tape
         tape.begin(Phase.SETUP, "partitions", part=TapePart.LOADED)
         for group in self.grouped():
-            sub: list[Parameter] = []
+            elements = _SUB_GROUP
             for trained in group:
-                sub.append(self.of_tensor[id(trained.tensor)])
-                if sum(one.partition for one in sub) >= _SUB_GROUP or trained is group[-1]:
-                    self.sub_groups.append(sub)
-                    sub = []
+                if elements >= _SUB_GROUP:
+                    self.sub_groups.append([])
+                    elements = 0
+                one = self.of_tensor[id(trained.tensor)]
+                self.sub_groups[-1].append(one)
+                elements += one.partition
         sizes = [sum(one.partition for one in sub) for sub in self.sub_groups]
         if not self.away:
             tape.module = _FLAT
@@ -191,8 +194,10 @@ class Zero3(Zero):
         state.tape.module = "zero3"
         self.coordinator.gather_now((one for one in self.parameters if one.persists), sent=sent)
 
-    def rehearsed(self) -> None:
+    def rehearsed(self, layers: int, of: int) -> None:
         """All is released, and the trace is known."""
+        if layers < of:
+            self.coordinator.order = list(self._of_all(layers, of))
         coordinator = self.coordinator
         self.norms.clear()
         self.passes = 0
@@ -205,6 +210,27 @@ class Zero3(Zero):
         coordinator.in_flight.clear()
         coordinator.active.clear()
         coordinator.finish_trace()
+
+    def _of_all(self, layers: int, of: int) -> Iterator[Module]:
+        """The modules in the order that a shorter row of layers has shown."""
+        before = 0
+        for layer, run in groupby(self.coordinator.order, key=lambda one: one.key[0]):
+            modules = list(run)
+            if layer is None or layer == 0:
+                yield from modules
+            elif layer == layers - 1:
+                yield from self._in(of - 1, modules)
+            else:
+                middle = range(layer, of - layers + layer + 1)
+                for other in middle if before < layer else reversed(middle):
+                    yield from self._in(other, modules)
+            before = before if layer is None else layer
+        self.layer = None
+
+    def _in(self, layer: int, modules: list[Module]) -> Iterator[Module]:
+        """The same modules of another layer."""
+        self.layer = layer
+        return (self.find(one.key[1]) for one in modules)
 
     # -- modules -----------------------------------------------------------------------------------------
 
@@ -393,9 +419,10 @@ class Zero3(Zero):
         with category(Category.COMMUNICATION), stream(REDUCING if self.overlap else state.stream):
             narrow = [self.narrowed(one) for one in found]
             if len(found) > 1 or found[0].numel % self.world:
+                least = min(one.numel // one.partition for one in found)  # ranks before it have no padding
                 padding = [
                     empty((missing,), self.dtype, "reduce_scatter_padding")
-                    for rank in range(self.world)
+                    for rank in range(least, self.world)
                     for one in found
                     if (missing := min((rank + 1) * one.partition - one.numel, one.partition)) > 0
                 ]

@@ -15,6 +15,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 ALLOCATION_GRANULARITY = 512
 
@@ -164,6 +165,31 @@ class Tape:
     def free(self, index: int) -> None:
         """Write the death of a storage."""
         self.events.append(~index)
+
+    def exchange(self, segment: Segment, sizes: list[int]) -> None:
+        """Other storages, of so many bytes, in the place of those that a segment makes and that stay."""
+        first, stop = self.events[segment.start], self.events[segment.stop - 1] + 1
+        more = len(sizes) - (stop - first)
+
+        def moved(index: int) -> int:
+            return index + more if index >= stop else index
+
+        self.sizes[first:stop] = map(rounded, sizes)
+        columns: tuple[list[Any], ...] = (self.categories, self.operations, self.modules)
+        for column in columns:
+            column[first:stop] = column[first : first + 1] * len(sizes)
+        self.events = [
+            *self.events[: segment.start],
+            *range(first, first + len(sizes)),
+            *(moved(event) if event >= 0 else ~moved(~event) for event in self.events[segment.stop :]),
+        ]
+        self.products, self.workspaces = (set(map(moved, one)) for one in (self.products, self.workspaces))
+        self.streams = {moved(index): stream for index, stream in self.streams.items()}
+        for later in self.segments[self.segments.index(segment) + 1 :]:
+            later.start += more
+            later.stop += more
+        segment.stop += more
+        self.finish()
 
     def mark(self) -> tuple[int, int, int]:
         """Where the writer is."""
