@@ -323,7 +323,8 @@ def _play(
         if loop is not None and not (spread is not None and spread.inside and spread.last):
             loop.backward(loss)
     if spread is None or not spread.update(recipe, states, loop):
-        if recipe.max_grad_norm or looped:
+        clips = recipe.max_grad_norm or looped
+        if clips and (spread is None or not spread.clip(loop)):
             update.clip(model.trainable, loop)
         tape.begin(Phase.OPTIMIZER, "step", part=Part.UPDATE)
         update.step(model.trainable, recipe, states)

@@ -133,6 +133,10 @@ class Spread:
         is as on one GPU."""
         return False
 
+    def clip(self, loop: Any) -> bool:
+        """Gradients are clipped; False if that is as on one GPU."""
+        return False
+
     def norm(self, stacked: Tensor) -> Tensor:
         """The stacked norms of what this rank has of the gradients, as norms of all of them."""
         return stacked

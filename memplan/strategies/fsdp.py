@@ -25,7 +25,6 @@ from memplan.optimizers import Group, State
 from memplan.optimizers._lists import gradient
 from memplan.parts.context import Context, Layer, Leaves
 from memplan.parts.loop import Loop
-from memplan.predict import update
 from memplan.shadow import ops
 from memplan.shadow.autograd import AccumulateGrad, Node, attach, require_grad
 from memplan.shadow.spread import Spread
@@ -459,18 +458,10 @@ class Fsdp(Spread):
     # -- the update --------------------------------------------------------------------------------------
 
     def update(self, recipe: Recipe, kept: State, loop: Loop[Tensor] | None) -> bool:
-        """With ``FullyShardedDataParallel.clip_grad_norm_``, which takes one norm after the other."""
+        """Nothing, where all is on the host."""
         if self.away:
             self._clip_on_host(recipe)
-            return True
-        if recipe.max_grad_norm or self.looped:
-            self._clip(loop)
-        state.tape.begin(Phase.OPTIMIZER, "step", part=Does.UPDATE)
-        update.step(self.groups, recipe, kept)
-        if loop is not None:
-            loop.updated()
-        update.zero_grad(self.groups)
-        return True
+        return self.away
 
     @staticmethod
     def _clip_on_host(recipe: Recipe) -> None:
@@ -483,7 +474,8 @@ class Fsdp(Spread):
             total = empty((), float32, "pow")
             del squared, total, local
 
-    def _clip(self, loop: Loop[Tensor] | None) -> None:
+    def clip(self, loop: Loop[Tensor] | None) -> bool:
+        """``FullyShardedDataParallel.clip_grad_norm_``, which takes one norm after the other."""
         tape = state.tape
         if loop is not None:
             tape.begin(Phase.OPTIMIZER, "norms")
@@ -516,6 +508,7 @@ class Fsdp(Spread):
         if loop is not None:
             loop.clipped(total)
         del total, clamped
+        return True
 
 
 def _norm(parameter: Tensor) -> Tensor:
