@@ -67,14 +67,15 @@ class Parameter:
 
 @dataclass(slots=True)
 class Unit:
-    """A ``FlatParamHandle``. ``resting`` and ``computing``: dtypes; ``numel``: of the flat parameter so far;
-    ``spare``: elements of each piece between and behind parameters."""
+    """A ``FlatParamHandle``. ``resting`` and ``computing``: dtypes; ``times``: how many it is;
+    ``numel``: of the flat parameter so far; ``spare``: elements of each piece between parameters and behind."""
 
     layer: int | None
     kind: Category
     resting: DType
     computing: DType
     trainable: bool
+    times: int
     parameters: list[Parameter] = field(default_factory=list)
     numel: int = 0
     spare: list[int] = field(default_factory=list)
@@ -173,7 +174,7 @@ class Fsdp(Spread):
     def _made(self, dtype: DType, kind: Category, *, trainable: bool) -> Unit:
         computing = self.narrow if self.mixed else dtype
         resting = float32 if self.mixed and trainable else dtype
-        self.units.append(Unit(self.at, kind, resting, computing, trainable))
+        self.units.append(Unit(self.at, kind, resting, computing, trainable, self.times))
         return self.units[-1]
 
     def resting(self, parameter: Tensor) -> DType:
@@ -186,16 +187,15 @@ class Fsdp(Spread):
         tape = state.tape
         for unit in self.units:
             unit.close(self.world)
-        repeats = {group.layer: group.repeat for group in groups}
         if not self.chosen:
-            self.rank = _most(self.units, repeats, self.world)
+            self.rank = _most(self.units, self.world)
         for unit in self.units:
             tape.begin(Phase.SETUP, "flat parameters", unit.layer, Does.LOADED)
             prefix = "" if unit.layer is not None else "model."
             tape.module = unit.parameters[0].name if self._alone(unit) else f"{prefix}{_FLAT}"
             if self.away:
                 unit.part = Tensor((unit.numel // self.world,), unit.resting, None)
-                self._offload(unit, 1 if unit.layer is None else repeats.get(unit.layer, 1))
+                self._offload(unit)
             else:
                 with category(unit.kind):
                     unit.part = empty((unit.numel // self.world,), unit.resting, "parameter")
@@ -209,10 +209,10 @@ class Fsdp(Spread):
         self.groups = [group for group in self.groups if group.parameters]
         return [] if self.away else self.groups
 
-    def _offload(self, unit: Unit, repeat: int) -> None:
+    def _offload(self, unit: Unit) -> None:
         """``init_flat_param_attributes``: pinned, with room for a gradient, whether it has one or not."""
         assert unit.part is not None
-        for _ in range(repeat):
+        for _ in range(unit.times):
             self.on_host.pin(unit.part.nbytes)
             self.on_host.pin(unit.part.nbytes)
             if unit.trainable:
@@ -526,7 +526,7 @@ def _own(parameter: Parameter, held: int, rank: int) -> int:
     return max(last - max(parameter.place, rank * held), 0)
 
 
-def _most(units: list[Unit], repeats: dict[int | None, int], world: int) -> int:
+def _most(units: list[Unit], world: int) -> int:
     """The rank whose optimizer's states, one block for each piece of a parameter, take the most."""
     taken = [0] * world
     for unit in units:
@@ -536,7 +536,7 @@ def _most(units: list[Unit], repeats: dict[int | None, int], world: int) -> int:
                 last = parameter.place + prod(parameter.whole.shape) - 1
                 for rank in range(parameter.place // held, last // held + 1):
                     states = rounded(_own(parameter, held, rank) * unit.resting.itemsize)
-                    taken[rank] += repeats.get(unit.layer, 1) * (2 * states + rounded(1))
+                    taken[rank] += unit.times * (2 * states + rounded(1))
     return taken.index(max(taken))
 
 
