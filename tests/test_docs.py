@@ -152,6 +152,8 @@ def test_what_was_measured_on_gpus_is_told_alike() -> None:
     }  # fmt: skip
     assert "the first ran out of memory and the second trained" in plain("README.md")
     last = [run.steps[-1] for run in runs if run.steps and run.steps[-1].process_bytes]
+    # where nothing of the most that was reserved was given back before the driver was asked
+    last = [step for step in last if step.process_bytes >= step.reserved_bytes]
     beside = Counter((step.process_bytes - step.reserved_bytes) >> 20 for step in last)
     (most, count), *others = beside.most_common()
     told = f"{most} MiB in {count} of {len(last)} runs, " + "(.*?)".join(

@@ -68,7 +68,8 @@ class Parameter:
 @dataclass(slots=True)
 class Unit:
     """A ``FlatParamHandle``. ``resting`` and ``computing``: dtypes; ``times``: how many it is;
-    ``numel``: of the flat parameter so far; ``spare``: elements of each piece between parameters and behind."""
+    ``numel``: of the flat parameter so far; ``spare``: elements of each piece between parameters and behind
+    them."""
 
     layer: int | None
     kind: Category
