@@ -40,8 +40,11 @@ the {cases} of these cases that it was asked about, and of reserved in {reserved
 
 CAUSES = """\
 What is known of them: torch 2.11's `fully_shard` releases a layer earlier in TRL's step than 2.13's, which
-plans are of; with parameters on the host, real copies end sooner than NCCL's watchdog looks, which is the
-longest that the plan has; adapters under ZeRO-3 are as far from their emulated runs.
+plans are of (an emulated card with 2.11 says what was measured, one with 2.13 what is planned); with
+parameters on the host, real copies end sooner than NCCL's watchdog looks, which is the longest that the
+plan has. With adapters under ZeRO-3 these runs gather small parameters again in the second step; a dry run
+that works out whole numbers, and the plan, find them there. What decides it is not known, and what is
+computed here means nothing.
 """
 
 
