@@ -40,7 +40,7 @@ examples:
   memplan verify qwen2.5-0.5b --device cpu --layers 2 --seq-len 128
   memplan verify llama-70b --no-kbit-prep --cap a6000 --anyway --out measured
   memplan verify axolotl.yaml
-  memplan verify llama-3.2-1b --loop trainer --gpus 2 --parallel fsdp2 --autocast
+  memplan verify llama-1b --loop trainer --gpus 2 --parallel fsdp2 --autocast
 """
 
 
