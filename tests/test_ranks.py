@@ -270,13 +270,11 @@ def test_what_cannot_be_is_refused_in_a_sentence(options: tuple[str, ...], told:
     assert outcome.err.count("\n") == 1
 
 
-def test_a_trace_and_a_verification_are_of_one_gpu(memplan: Run) -> None:
-    for command in ("trace", "verify"):
+def test_a_trace_is_of_one_gpu_and_a_verification_of_several_needs_a_trainer(memplan: Run) -> None:
+    for command, said in (("trace", "one GPU"), ("verify", "use --loop trainer")):
         outcome = memplan(command, "llama-3.2-1b", "--gpus", "2")
         assert outcome.status == 2
-        assert "one GPU" in outcome.err
-    with pytest.raises(MemplanError, match="a trace is of one GPU"):
-        trace_plan("llama-3.2-1b", gpus=["8xh100"])
+        assert said in outcome.err
 
 
 def test_one_gpu_is_as_before() -> None:
