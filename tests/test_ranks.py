@@ -275,6 +275,8 @@ def test_a_trace_is_of_one_gpu_and_a_verification_of_several_needs_a_trainer(mem
         outcome = memplan(command, "llama-3.2-1b", "--gpus", "2")
         assert outcome.status == 2
         assert said in outcome.err
+    with pytest.raises(MemplanError, match="a trace is of one GPU"):
+        trace_plan("llama-3.2-1b", gpus=["8xh100"])
 
 
 def test_one_gpu_is_as_before() -> None:
