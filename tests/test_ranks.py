@@ -247,6 +247,10 @@ REFUSED = [
         ("--gpus", "8", "--parallel", "fsdp", "--use-reentrant"),
         "FSDP1 with use_reentrant True is not planned",
     ),
+    (
+        ("--gpus", "8", "--parallel", "fsdp", "--mode", "lora", "--dtype", "fp16"),
+        "FSDP1 with dtype float16 is not planned",
+    ),
     (("--gpus", "8", "--parallel", "fsdp", "--trainer", "peft"), "use --no-kbit-prep, or --parallel fsdp2"),
     (("--gpus", "8", "--parallel", "fsdp2", "--offload", "both"), "4-bit weights on the host is not planned"),
     (("--gpus", "8", "--parallel", "fsdp", "--offload", "optimizer"), "together: use --offload both"),
@@ -277,6 +281,12 @@ def test_a_trace_is_of_one_gpu_and_a_verification_of_several_needs_a_trainer(mem
         assert said in outcome.err
     with pytest.raises(MemplanError, match="a trace is of one GPU"):
         trace_plan("llama-3.2-1b", gpus=["8xh100"])
+
+
+def test_flat_parameters_have_no_adapted_experts(memplan: Run) -> None:
+    outcome = memplan("qwen3-30b-a3b", "--mode", "lora", "--parallel", "fsdp", "--gpus", "8")
+    assert outcome.status == 2
+    assert "adapters on experts under FSDP1 are not planned" in outcome.err
 
 
 def test_one_gpu_is_as_before() -> None:

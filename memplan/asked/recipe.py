@@ -774,9 +774,9 @@ class Recipe(BaseModel):
     def _check_flat(self) -> None:
         """What FSDP1 was compared with PyTorch's in."""
         for field, rest in _FLAT_AS_COMPARED:
-            if getattr(self, field) not in rest:
+            if (value := getattr(self, field)) not in rest:
                 raise ValueError(
-                    f"FSDP1 with {field} {getattr(self, field)} is not planned: leave it out, use --parallel "
+                    f"FSDP1 with {field} {getattr(value, 'value', value)} is not planned: leave it out, use --parallel "
                     "fsdp2, or run a rank of your own program with `memplan dry-run`"
                 )
 
@@ -802,9 +802,9 @@ class Recipe(BaseModel):
                 "--mode full or lora, or --parallel zero2 or fsdp2"
             )
         for field, rest in _AS_COMPARED:
-            if getattr(self, field) not in rest:
+            if (value := getattr(self, field)) not in rest:
                 raise ValueError(
-                    f"{name} with {field} {getattr(self, field)} is not planned: leave it out, use "
+                    f"{name} with {field} {getattr(value, 'value', value)} is not planned: leave it out, use "
                     "--parallel ddp, or run a rank of your own program with `memplan dry-run`"
                 )
 

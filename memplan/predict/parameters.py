@@ -71,10 +71,11 @@ def _check_experts(spec: ModelSpec, recipe: Recipe) -> None:
             "adapters in a mixture of experts under ZeRO-3 are not planned: use --parallel zero2 or fsdp2"
         )
     if recipe.target_modules == "all-linear":
-        if recipe.parallel in ZERO:
+        if recipe.parallel in (*ZERO, "fsdp"):
+            whose = "FSDP1" if recipe.parallel == "fsdp" else "ZeRO"
             raise RecipeError(
-                "adapters on experts under ZeRO are not planned: adapt attention only (--target-modules "
-                "attention), or use --parallel ddp or fsdp2"
+                f"adapters on experts under {whose} are not planned: adapt attention only "
+                "(--target-modules attention), or use --parallel ddp or fsdp2"
             )
         for option, wanted in (("lora_dropout", recipe.lora_dropout), ("use_dora", recipe.use_dora)):
             if wanted:
