@@ -776,8 +776,8 @@ class Recipe(BaseModel):
         for field, rest in _FLAT_AS_COMPARED:
             if (value := getattr(self, field)) not in rest:
                 raise ValueError(
-                    f"FSDP1 with {field} {getattr(value, 'value', value)} is not planned: leave it out, use --parallel "
-                    "fsdp2, or run a rank of your own program with `memplan dry-run`"
+                    f"FSDP1 with {field} {getattr(value, 'value', value)} is not planned: leave it out, use "
+                    "--parallel fsdp2, or run a rank of your own program with `memplan dry-run`"
                 )
 
     def _check_zero(self) -> None:
