@@ -225,7 +225,7 @@ def test_offload(model: str, layers: int, changed: dict[str, Any], emulated: int
         ({"parallel": "zero2", "offload": "both"}, "offloads parameters in ZeRO-3 alone"),
         ({"parallel": "fsdp2", "offload": "optimizer"}, "parameters and the optimizer together"),
         ({"parallel": "zero2", "stage3_prefetch_bucket_size": 5}, "is of ZeRO-3"),
-        ({"parallel": "ddp", "offload": "both"}, "offload is ZeRO's or FSDP2's"),
+        ({"parallel": "ddp", "offload": "both"}, "offload is ZeRO's or FSDP's"),
         ({"parallel": "ddp", "overlap_comm": True}, "overlap_comm is DeepSpeed's"),
     ],
 )
