@@ -2,7 +2,7 @@
 
     python benchmarks/measure.py [--seconds N] [--jobs N] [--only TEXT] [--out FOLDER]
     memplan dry-run --no-watch --gpu h200 -- python benchmarks/measure.py --out FOLDER    the same, emulated
-    python benchmarks/measure.py --compare [FOLDER]     all rows and the plan; writes data/scripts.json
+    python benchmarks/measure.py --compare [--emulated FOLDER]    all rows, the plan; writes data/scripts.json
 
 The cases are those of benchmarks/plain and benchmarks/ranks, and the scripts import nothing of memplan's. Of
 several ranks the first trains on the card that is there, with PyTorch's process group for NCCL, its streams
@@ -104,7 +104,7 @@ def cases(only: str | None) -> list[Case]:
 
 def found(folder: Path, *, emulated: bool) -> dict[str, list[dict[str, Any]]]:
     """The rows of a folder's files by their names; without those that failed."""
-    files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    files = map(_read, sorted(folder.glob("*.json")))
     rows: dict[str, list[dict[str, Any]]] = {}
     for file in files:
         if file.get("emulated", False) is emulated:
@@ -134,6 +134,7 @@ def compared(folder: Path, emulated: Path | None) -> list[dict[str, Any]]:
     card with the same libraries says, where ``emulated`` has it."""
     listed = {case.name: case for case in cases(None)}
     also = {} if emulated is None else found(emulated, emulated=True)
+    before = {row["name"]: row for row in _read(COMPARED)["rows"]} if emulated is None else {}
     rows = []
     for name, times in found(folder, emulated=False).items():
         case, last = listed[name], times[-1]
@@ -152,11 +153,18 @@ def compared(folder: Path, emulated: Path | None) -> list[dict[str, Any]]:
             row[kind] = {"predicted": size, "measured": [_most(one, kind) for one in times]}
             if alike:
                 row[kind]["emulated"] = _most(alike[-1], kind)
+            elif "emulated" in before.get(name, {}).get(kind, ()):
+                row[kind]["emulated"] = before[name][kind]["emulated"]
         rows.append(row)
         sides = (f"{kind} {row[kind]['predicted'] - row[kind]['measured'][-1]:+,}" for kind in plan)
         sys.stdout.write(f"{name}: {', '.join(sides)}\n")
         sys.stdout.flush()
     return rows
+
+
+def _read(path: Path) -> dict[str, Any]:
+    read: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return read
 
 
 def _most(row: dict[str, Any], kind: str) -> int:
@@ -262,17 +270,15 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=4, help="cases at a time (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="pass over cases that the folder has")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder (default: %(default)s)")
+    parser.add_argument("--compare", action="store_true", help="hold what was measured against the plan")
     parser.add_argument(
-        "--compare",
-        nargs="?",
-        type=Path,
-        const=Path(),
-        metavar="FOLDER",
-        help="hold what was measured against the plan, and against a folder of emulated ones",
+        "--emulated", type=Path, metavar="FOLDER", help="and against these (default: as before)"
     )
     asked = parser.parse_args()
-    if asked.compare is not None:
-        _write(COMPARED, {"schema_version": 1, "rows": compared(asked.out, asked.compare)})
+    if asked.compare:
+        if asked.emulated is not None and not found(asked.emulated, emulated=True):
+            parser.error(f"{asked.emulated} has no emulated runs")
+        _write(COMPARED, {"schema_version": 1, "rows": compared(asked.out, asked.emulated)})
         return 0
     emulated = "MEMPLAN_CARD" in os.environ
     until = time.monotonic() + asked.seconds

@@ -16,6 +16,7 @@ it runs. Today a layer checkpoints inside. Needs no torch.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -109,6 +110,7 @@ def compare(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args()
     compared = [compare(row) for row in rows()]
     for one in compared:
         name = f"{one['mode']} on {one['world_size']}, batch {one['batch']}"

@@ -283,6 +283,14 @@ def test_a_trace_is_of_one_gpu_and_a_verification_of_several_needs_a_trainer(mem
         trace_plan("llama-3.2-1b", gpus=["8xh100"])
 
 
+def test_of_flat_parameters_no_evaluation_is_planned(memplan: Run) -> None:
+    asked = ("fit", "llama-3.2-1b", "--mode", "full", "--parallel", "fsdp", "--gpu", "3x24GB")
+    outcome = memplan(*asked, "--seq-len", "32768", "--json")
+    assert outcome.status in (0, 1), outcome.err
+    counted = memplan("fit", "llama-3.2-1b", "--mode", "full", "--how-many", "--gpu", "t4")
+    assert "fsdp: " in counted.out, counted.err
+
+
 def test_flat_parameters_have_no_adapted_experts(memplan: Run) -> None:
     outcome = memplan("qwen3-30b-a3b", "--mode", "lora", "--parallel", "fsdp", "--gpus", "8")
     assert outcome.status == 2

@@ -371,9 +371,37 @@ BAD = {
         },
         "is of FSDP1 with fsdp_sharding_strategy SHARD_GRAD_OP",
     ),
+    "FSDP1 of parts of layers": (
+        {
+            "distributed_type": "FSDP",
+            "num_processes": 2,
+            "fsdp_config": {
+                "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+                "fsdp_transformer_layer_cls_to_wrap": "LlamaMLP",
+            },
+        },
+        "wraps 'LlamaMLP', and memplan plans decoder layers",
+    ),
+    "FSDP with a module left whole": (
+        {
+            "distributed_type": "FSDP",
+            "num_processes": 2,
+            "fsdp_config": {"fsdp_version": "2", "fsdp_ignored_modules": "lm_head"},
+        },
+        "is of FSDP2 with fsdp_ignored_modules lm_head",
+    ),
+    "FSDP1 in float16": (
+        {
+            "distributed_type": "FSDP",
+            "num_processes": 2,
+            "mixed_precision": "fp16",
+            "fsdp_config": {"fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP"},
+        },
+        "in which memplan does not plan FSDP1",
+    ),
     "FSDP3": (
         {"distributed_type": "FSDP", "num_processes": 2, "fsdp_config": {"fsdp_version": 3}},
-        "fsdp_config must be with fsdp_version 1 or 2",
+        "fsdp_config: fsdp_version must be 1 or 2, not 3",
     ),
     "one GPU and four": (
         {"model_name_or_path": "x", "use_peft": True, "accelerate_config": "single_gpu", "num_processes": 4},

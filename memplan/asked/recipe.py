@@ -560,13 +560,13 @@ class Recipe(BaseModel):
     offload: Annotated[
         Offload | None,
         of_step(
-            help="what ZeRO or FSDP2 keeps on the host",
+            help="what ZeRO or FSDP keeps on the host",
             default="nothing",
             phrase=lambda r: f"{_AWAY[r.offload]} on the host" if r.offload else None,
             source=(
                 "DeepSpeed's `offload_optimizer` and `offload_param`, with `pin_memory`; accelerate, "
                 "`utils/deepspeed.py`, `map_pytorch_optim_to_deepspeed`, puts its DeepSpeedCPUAdam in the "
-                "optimizer's place. FSDP2 offloads both (`--fsdp_offload_params true`)."
+                "optimizer's place. FSDP offloads both (`--fsdp_offload_params true`)."
             ),
         ),
     ] = None
@@ -777,7 +777,7 @@ class Recipe(BaseModel):
             if (value := getattr(self, field)) not in rest:
                 raise ValueError(
                     f"FSDP1 with {field} {getattr(value, 'value', value)} is not planned: leave it out, use "
-                    "--parallel fsdp2, or run a rank of your own program with `memplan dry-run`"
+                    "--parallel ddp, or run a rank of your own program with `memplan dry-run`"
                 )
 
     def _check_zero(self) -> None:
@@ -964,8 +964,8 @@ _AS_COMPARED = (
     ("momentum", (0.0,)),
 )
 _FLAT_AS_COMPARED = (
-    *(of for of in _AS_COMPARED if of[0] not in ("optimizer", "loss")),
     ("optimizer", ("adamw_torch", "adamw_torch_fused")),
+    *(of for of in _AS_COMPARED if of[0] not in ("optimizer", "loss")),
     ("loss", ("standard", "shifted", "chunked")),
     ("use_reentrant", (None, False)),
 )

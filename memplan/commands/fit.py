@@ -119,7 +119,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_host(answer, arguments)
     answer = answer.telling(evaluation=study.judged_evaluation, how_many=counts)
     if arguments.eval and answer.evaluation is None:
-        raise UsageError("an evaluation under ZeRO-3 is not planned: leave out --eval")
+        raise UsageError("an evaluation under ZeRO-3 or FSDP1 is not planned: leave out --eval")
     if arguments.eval:
         answer = answer.telling(fits=_evaluated(answer))
     enough = all if asked.named else any

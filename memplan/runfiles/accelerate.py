@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from memplan.asked.recipe import BackwardPrefetch
+from memplan.errors import printable, shown
 from memplan.runfiles import RunFile
 from memplan.runfiles._deepspeed import ALONE, FLOAT16, unless_auto, zero
 from memplan.runfiles._keys import Keys, words
@@ -20,15 +21,18 @@ _SHARDED: dict[int, dict[str, tuple[Any, ...]]] = {
         "fsdp_reshard_after_forward": ("FULL_SHARD", "1", 1, True, None),
         "fsdp_use_orig_params": (True, None),
         "fsdp_sync_module_states": (True, None),
-        "fsdp_forward_prefetch": (True, False, None),
         "fsdp_activation_checkpointing": (False, None),
+        "fsdp_ignored_modules": (None, ""),
     },
     2: {
         "fsdp_auto_wrap_policy": ("TRANSFORMER_BASED_WRAP", None),
         "fsdp_reshard_after_forward": (True, None),
         "fsdp_activation_checkpointing": (False, None),
+        "fsdp_ignored_modules": (None, ""),
     },
 }
+_WRAPPED = ("DecoderLayer", "Block")  # how classes of whole layers are called
+_STORING = words("fsdp_state_dict_type fsdp_min_num_params")
 
 
 def _read(keys: Keys) -> None:
@@ -68,25 +72,52 @@ def _of_several(keys: Keys, parallel: str) -> None:
 
 
 def _sharded(keys: Keys) -> None:
-    config = keys.mapping("fsdp_config")
-    version = config.get("fsdp_version", 1)  # `utils/dataclasses.py`, `FullyShardedDataParallelPlugin`
-    if version not in (1, 2):
-        keys.wrong("fsdp_config", "with fsdp_version 1 or 2")
+    told = keys.within("fsdp_config", keys.mapping("fsdp_config"))
+    versions = {
+        1: 1,
+        2: 2,
+        "1": 1,
+        "2": 2,
+        None: 1,
+    }  # `utils/dataclasses.py`, `FullyShardedDataParallelPlugin`
+    given = told.value("fsdp_version")
+    if isinstance(given, (dict, list)) or given not in versions:
+        told.wrong("fsdp_version", "1 or 2")
+    version = versions[given]
     for key, planned in _SHARDED[version].items():
-        if config.get(key) not in planned:
-            said = f"{key} {config[key]}" if key in config else f"no {key}"
+        value = told.value(key)
+        if isinstance(value, (dict, list)) or value not in planned:
+            said = f"no {key}" if value is None else f"{key} {printable(str(value)[:60])}"
             keys.refuse("fsdp_config", f"is of FSDP{version} with {said}, which memplan does not plan yet")
+    for name in told.names("fsdp_transformer_layer_cls_to_wrap"):
+        if not name.endswith(_WRAPPED):
+            keys.refuse("fsdp_config", f"wraps {shown(name)}, and memplan plans decoder layers as units")
     _of_several(keys, "fsdp" if version == 1 else "fsdp2")
-    if version == 1 and "parallel" in keys.options:
-        told = keys.within("fsdp_config", config)
-        ways = {way.value.upper(): way.value for way in BackwardPrefetch}
-        keys.put("backward_prefetch", told.one_of("fsdp_backward_prefetch", ways))
-        if told.flag("fsdp_forward_prefetch"):
+    several = "parallel" in keys.options
+    ahead, behind = told.flag("fsdp_forward_prefetch"), _prefetch(told)
+    if version == 1 and several:
+        keys.put("backward_prefetch", behind)
+        if ahead:
             keys.put("forward_prefetch", True)
-    if config.get("fsdp_offload_params") and "parallel" in keys.options:
+        if keys.value("mixed_precision") == "fp16":
+            keys.refuse("mixed_precision", "trains in float16, in which memplan does not plan FSDP1")
+    if told.flag("fsdp_offload_params") and several:
         keys.put("offload", "both")
-    if config.get("fsdp_cpu_ram_efficient_loading"):
+    if told.flag("fsdp_cpu_ram_efficient_loading"):
         keys.leave_out(ON_THE_FIRST_RANK)
+    told.finish(_STORING | set(_SHARDED[1]))
+
+
+def _prefetch(told: Keys) -> str | None:
+    """In any case of letters, or as a number."""
+    given = told.value("fsdp_backward_prefetch")
+    ways = [way.value for way in BackwardPrefetch]
+    known: dict[str, str] = {way.upper(): way for way in ways} | {"1": ways[0], "2": ways[1]}
+    if given is None:
+        return None
+    if isinstance(given, (dict, list)) or str(given).upper() not in known:
+        told.wrong("fsdp_backward_prefetch", "BACKWARD_PRE, BACKWARD_POST or NO_PREFETCH")
+    return known[str(given).upper()]
 
 
 def _zero(keys: Keys) -> None:
