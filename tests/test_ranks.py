@@ -545,7 +545,7 @@ def test_a_comparison_leaves_out_what_the_host_has_no_room_for(memplan: Run) -> 
     outcome = memplan(*asked, "--modes", "full,lora", "--host-memory", "60GB", "--json")
     assert outcome.status == 0, outcome.err
     assert [one["recipe"]["mode"] for one in json.loads(outcome.out)["plans"]] == ["lora"]
-    assert "one plan is left out, for the host has no room: 8 processes keep" in outcome.err
+    assert "one plan (full) is left out, for the host has no room: 8 processes keep" in outcome.err
     outcome = memplan(*asked, "--modes", "full", "--host-memory", "60GB")
     assert (outcome.status, outcome.out) == (2, "")
 

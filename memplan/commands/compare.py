@@ -118,20 +118,28 @@ def run(arguments: argparse.Namespace) -> int:
         plan(model, recipe, gpus=arguments.gpu, config=arguments.config)
         for (model, *_), recipe in zip(points, _alike(recipes), strict=True)
     ]
-    _show(_on_the_host(plans, arguments), arguments, by_mode)
+    differing = (arguments.model, named or [""], *(values for _, values in swept))
+    named_by = [
+        " ".join(value for value, values in zip(point, differing, strict=True) if len(values) > 1)
+        for point in points
+    ]
+    _show(_on_the_host(plans, named_by, arguments), arguments, by_mode)
     return 0
 
 
-def _on_the_host(plans: list[Plan], arguments: argparse.Namespace) -> list[Plan]:
-    """Those whose offloading the host has room for; of the others it is said. Raises MemplanError where it
-    has room for none."""
+def _on_the_host(plans: list[Plan], named: list[str], arguments: argparse.Namespace) -> list[Plan]:
+    """Those whose offloading the host has room for; of the others it is said, by what they are ``named``.
+    Raises MemplanError where it has room for none."""
     told = [beyond_host(one, arguments) for one in plans]
     refused = [sentence for sentence in told if sentence is not None]
     if refused and len(refused) == len(plans):
         raise MemplanError(refused[0])
     if refused:
-        count = "one plan is" if len(refused) == 1 else f"{len(refused)} plans are"
-        remark(f"{count} left out, for the host has no room: {refused[0]}")
+        out = [name for name, sentence in zip(named, told, strict=True) if sentence is not None]
+        count = "one plan" if len(out) == 1 else f"{len(out)} plans"
+        which = ", ".join(out[:3]) + (", …" if len(out) > 3 else "")
+        is_or_are = "is" if len(out) == 1 else "are"
+        remark(f"{count} ({which}) {is_or_are} left out, for the host has no room: {refused[0]}")
     return [one for one, sentence in zip(plans, told, strict=True) if sentence is None]
 
 
