@@ -20,7 +20,7 @@ from memplan.verify.measurement import read_all
 
 ROOT = Path(__file__).parent.parent
 README, START = ROOT / "README.md", ROOT / "docs" / "start.md"
-BLOCK = re.compile(r"^```(console|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(console|python|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def blocks(language: str, page: Path = README) -> list[str]:
@@ -34,6 +34,13 @@ def commands(page: Path = README) -> list[tuple[str, str]]:
         for block in blocks("console", page)
         for command, shown in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE)
     ]
+
+
+def test_the_readme_counts_gpus_as_the_program_does(memplan: Callable[..., Outcome]) -> None:
+    (block,) = (text for text in blocks("text") if "--how-many\n" in text)
+    typed, _, shown = block.partition("\n")
+    assert typed.startswith("$ memplan ")
+    assert memplan(*shlex.split(typed)[2:]).out.startswith(shown)
 
 
 def test_the_readme_opens_with_two_commands() -> None:

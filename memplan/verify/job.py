@@ -80,7 +80,8 @@ def make_job(
 
 def recipe_of(loop: str, options: Mapping[str, Any]) -> Recipe:
     """A recipe of whoever trains in that loop: TRL's SFTTrainer, or the Hugging Face Trainer, as which
-    memplan's own does."""
+    memplan's own does. Raises MemplanError where no run of that engine is verified."""
+    ranks.check_engine(options.get("parallel"), options.get("gpus", 1))
     return Recipe(**{"trainer": "trl" if loop == "sft" else "peft", **options})
 
 

@@ -24,19 +24,24 @@ def rank_here(recipe: Recipe) -> int:
     return int(os.environ["RANK"]) if recipe.gpus > 1 else 0
 
 
+def check_engine(parallel: str | None, gpus: int) -> None:
+    """Raise MemplanError where no run of several processes is verified with that engine."""
+    if parallel not in (None, "ddp", "fsdp2"):
+        raise MemplanError(
+            f"verify trains with ddp and fsdp2, not with {parallel}: run your own script of it with "
+            f"`memplan dry-run --gpu {gpus}xCARD`, and compare with the plan"
+        )
+
+
 def check(recipe: Recipe, device: str, loop: str) -> None:
     """Raise MemplanError unless several processes can train so."""
     if recipe.gpus == 1:
         return
     if loop == "memplan":
         raise MemplanError(
-            "several GPUs are trained by a Trainer, as their plan is of one: use --loop trainer"
+            "memplan's own loop trains on one GPU; several need transformers' Trainer: use --loop trainer"
         )
-    if recipe.parallel not in ("ddp", "fsdp2"):
-        raise MemplanError(
-            f"verify trains with ddp and fsdp2, not with {recipe.parallel}: run your own script of it with "
-            f"`memplan dry-run --gpu {recipe.gpus}xCARD`, and compare with the plan"
-        )
+    check_engine(recipe.parallel, recipe.gpus)
     if recipe.shard_dtype is not None or recipe.reduce_dtype is not None:
         raise MemplanError(
             "accelerate sets up FSDP2's mixed precision by itself: leave out --shard-dtype and --reduce-dtype"
