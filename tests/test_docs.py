@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import re
 import shlex
 from collections import Counter
@@ -13,6 +13,7 @@ from types import ModuleType
 import pydantic
 import pytest
 from conftest import Outcome
+from scripts import load
 
 from memplan import rooms
 from memplan.asked.recipe import Recipe
@@ -107,12 +108,7 @@ def test_the_readmes_python_runs(number: int, capsys: pytest.CaptureFixture[str]
 
 
 def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("generate", ROOT / "docs" / "generate.py")
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from nf4_weights import DEVICE, functional, one_thread, quantized, torch, values
+from scripts import load
 
 assert one_thread
 for package in ("torch", "triton", "transformers", "peft", "bitsandbytes"):
@@ -20,14 +20,6 @@ for package in ("torch", "triton", "transformers", "peft", "bitsandbytes"):
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "data" / "measurements" / "kernels"
-
-
-def load(name: str, path: Path) -> ModuleType:
-    found = importlib.util.spec_from_file_location(name, path)
-    assert found is not None and found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from functools import cache
 from pathlib import Path
@@ -10,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from scripts import load
 
 from memplan import Recipe, plan
 from memplan.device.playback import simulate
@@ -25,12 +25,7 @@ PLANNED = [entry for entry in COMPARISON["rows"] if entry["status"] == "planned"
 
 @cache
 def script(folder: str) -> ModuleType:
-    path = ROOT / folder / "published.py"
-    found = importlib.util.spec_from_file_location(f"{folder}_published", path)
-    assert found is not None and found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module
+    return load(f"{folder}_published", ROOT / folder / "published.py")
 
 
 def name(entry: dict[str, Any]) -> str:
@@ -151,16 +146,8 @@ def test_the_page_names_provenance_versions_and_every_run() -> None:
         assert f"{entry['peak']['predicted_bytes']:,}" in section
 
 
-def several() -> ModuleType:
-    found = importlib.util.spec_from_file_location("published_fsdp", ROOT / "benchmarks/published_fsdp.py")
-    assert found is not None and found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module
-
-
 def test_what_others_published_of_several_gpus_is_the_plans() -> None:
-    module = several()
+    module = load("published_fsdp", ROOT / "benchmarks" / "published_fsdp.py")
     kept = json.loads(module.COMPARISON.read_text(encoding="utf-8"))["rows"]
     assert kept == json.loads(json.dumps([module.compare(row) for row in module.rows()]))
     planned = [row for row in kept if "reason" not in row]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable
 from math import prod
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import Outcome
+from scripts import load
 from small_specs import SPECS
 
 from memplan import Recipe, plan
@@ -34,16 +34,7 @@ ROWS = json.loads((ROOT / "data" / "ranks.json").read_text(encoding="utf-8"))["r
 Run = Callable[..., Outcome]
 
 
-def _runner() -> Any:
-    path = ROOT / "benchmarks" / "ranks" / "run.py"
-    found = importlib.util.spec_from_file_location("ranks_run", path)
-    assert found is not None and found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module
-
-
-RUNNER = _runner()
+RUNNER: Any = load("ranks_run", ROOT / "benchmarks" / "ranks" / "run.py")
 CASES = {case.name: case for case in RUNNER.cases()}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from functools import cache
 from pathlib import Path
@@ -10,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from scripts import load
 
 pytest.importorskip("yaml")
 
@@ -39,12 +39,7 @@ OUTLIERS = {
 
 @cache
 def script(folder: str) -> ModuleType:
-    path = ROOT / folder / "reports.py"
-    found = importlib.util.spec_from_file_location(f"{folder}_reports", path)
-    assert found is not None and found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module
+    return load(f"{folder}_reports", ROOT / folder / "reports.py")
 
 
 def entry(number: int, place: int) -> dict[str, Any]:

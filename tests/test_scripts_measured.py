@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+
+from scripts import load
 
 ROOT = Path(__file__).parent.parent
 
 
 @cache
 def measure() -> ModuleType:
-    found = importlib.util.spec_from_file_location("measure", ROOT / "benchmarks" / "measure.py")
-    assert found is not None and found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module
+    return load("measure", ROOT / "benchmarks" / "measure.py")
 
 
 def test_the_comparison_is_what_was_measured_and_what_the_plan_says_now() -> None:

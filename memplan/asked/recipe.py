@@ -773,12 +773,7 @@ class Recipe(BaseModel):
 
     def _check_flat(self) -> None:
         """What FSDP1 was compared with PyTorch's in."""
-        for field, rest in _FLAT_AS_COMPARED:
-            if (value := getattr(self, field)) not in rest:
-                raise ValueError(
-                    f"FSDP1 with {field} {getattr(value, 'value', value)} is not planned: leave it out, use "
-                    "--parallel ddp, or run a rank of your own program with `memplan dry-run`"
-                )
+        self._check_compared("FSDP1", _FLAT_AS_COMPARED)
 
     def _check_zero(self) -> None:
         """What ZeRO was compared with DeepSpeed in."""
@@ -801,11 +796,15 @@ class Recipe(BaseModel):
                 "ZeRO-3 does not divide 4-bit weights, which qlora has, the mode unless another is said: use "
                 "--mode full or lora, or --parallel zero2 or fsdp2"
             )
-        for field, rest in _AS_COMPARED:
+        self._check_compared(name, _AS_COMPARED)
+
+    def _check_compared(self, engine: str, settings: _Compared) -> None:
+        """Raise ValueError where a setting is none of those in which the engine was compared."""
+        for field, rest in settings:
             if (value := getattr(self, field)) not in rest:
                 raise ValueError(
-                    f"{name} with {field} {getattr(value, 'value', value)} is not planned: leave it out, use "
-                    "--parallel ddp, or run a rank of your own program with `memplan dry-run`"
+                    f"{engine} with {field} {getattr(value, 'value', value)} is not planned: leave it out, "
+                    "use --parallel ddp, or run a rank of your own program with `memplan dry-run`"
                 )
 
     def _check_batches(self) -> None:
@@ -953,7 +952,8 @@ _OF_ZERO = ("offload", "overlap_comm", "reduce_bucket_size", *_OF_ZERO3)
 _OF_FSDP1 = ("backward_prefetch", "forward_prefetch")
 # fields that say nothing of one GPU
 OF_SEVERAL = ("parallel", "nodes", "shard_dtype", "reduce_dtype", *_OF_FSDP1, *_OF_ZERO)
-_AS_COMPARED = (
+_Compared = tuple[tuple[str, tuple[Any, ...]], ...]
+_AS_COMPARED: _Compared = (
     ("optimizer", ("adamw_torch_fused",)),
     ("dtype", (DTypeName.BFLOAT16, DTypeName.FLOAT32)),
     ("kernels", (Kernels.STOCK,)),
@@ -963,7 +963,7 @@ _AS_COMPARED = (
     ("loss", ("standard", "chunked")),
     ("momentum", (0.0,)),
 )
-_FLAT_AS_COMPARED = (
+_FLAT_AS_COMPARED: _Compared = (
     ("optimizer", ("adamw_torch", "adamw_torch_fused")),
     *(of for of in _AS_COMPARED if of[0] not in ("optimizer", "loss")),
     ("loss", ("standard", "shifted", "chunked")),

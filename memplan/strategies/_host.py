@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import NamedTuple
 
+from memplan.shadow.spread import Spread
+
 
 class HostBytes(NamedTuple):
     """Bytes of ``tensors`` that rest there, and what the host gives for them: ``taken``, of which ``pinned``,
@@ -52,6 +54,18 @@ class Host:
     def bytes(self) -> HostBytes:
         """What is there."""
         return HostBytes(self._tensors, self._pageable + self._pinned, self._pinned)
+
+
+class Hosted(Spread):
+    """A spread that may keep something there: ``on_host``."""
+
+    def __init__(self, world: int, rank: int | None = None) -> None:
+        super().__init__(world, rank)
+        self.on_host = Host()
+
+    def host(self) -> HostBytes:
+        """What is offloaded."""
+        return self.on_host.bytes
 
 
 def _block(nbytes: int) -> int:

@@ -17,7 +17,6 @@ from memplan.cuda.reduction import whole_scratch
 from memplan.optimizers import Group, State
 from memplan.parts.loop import Loop
 from memplan.shadow.autograd import AccumulateGrad, require_grad
-from memplan.shadow.spread import Spread
 from memplan.shadow.tensor import (
     DTYPES,
     DType,
@@ -33,7 +32,7 @@ from memplan.shadow.tensor import (
     uint8,
 )
 from memplan.strategies import Coming
-from memplan.strategies._host import Host, HostBytes
+from memplan.strategies._host import Hosted
 from memplan.tape import Category
 
 REDUCING = 1  # the stream ``reduction_stream``
@@ -55,7 +54,7 @@ class Trained:
         return node
 
 
-class Zero(Spread):
+class Zero(Hosted):
     """What all stages begin with. ``dtype``: of the model; ``accumulates``: micro-steps of a step."""
 
     autocast = False
@@ -72,7 +71,6 @@ class Zero(Spread):
         self.kind = Category.WEIGHTS
         self.kept_norm: Tensor | None = None
         self.offloads = recipe.offload is not None  # the optimizer, with its masters and gradients
-        self.on_host = Host()
         self.overlap = recipe.overlap_comm is not False
         self.accumulates = recipe.gradient_accumulation_steps > 1
 
@@ -102,10 +100,6 @@ class Zero(Spread):
             master = empty((elements,), float32, "parameter")
         require_grad(master, parameter=True)
         self.masters.append(master)
-
-    def host(self) -> HostBytes:
-        """What is offloaded."""
-        return self.on_host.bytes
 
     def optimize(self, master: Tensor, grad: Tensor, recipe: Recipe, kept: State) -> None:
         """``optimizer.step()`` of one master."""

@@ -27,7 +27,6 @@ from memplan.parts.context import Context, Layer, Leaves
 from memplan.parts.loop import Loop
 from memplan.shadow import ops
 from memplan.shadow.autograd import AccumulateGrad, Node, attach, require_grad
-from memplan.shadow.spread import Spread
 from memplan.shadow.tensor import (
     DTYPES,
     DType,
@@ -45,7 +44,7 @@ from memplan.shadow.tensor import (
 )
 from memplan.strategies import Coming, Part, Strategy
 from memplan.strategies._broadcast import coalesced
-from memplan.strategies._host import Host, HostBytes
+from memplan.strategies._host import Hosted
 from memplan.tape import Category, Phase, rounded
 from memplan.tape import Part as Does
 from memplan.weights import LoadStep
@@ -110,8 +109,8 @@ class Unit:
             self.numel += spare
 
 
-class Fsdp(Spread):
-    """``mixed``: accelerate's mixed precision: parameters are gathered and gradients summed in ``narrow``,
+class Fsdp(Hosted):
+    """``mixed``: accelerate's mixed precision: parameters are gathered and gradients summed in bfloat16,
     and what is trained rests in float32."""
 
     shards = True
@@ -120,11 +119,9 @@ class Fsdp(Spread):
         super().__init__(recipe.gpus, rank)
         self.chosen = rank is not None
         self.mixed = recipe.autocast
-        self.narrow = DTYPES[recipe.dtype.value] if recipe.dtype is DTypeName.FLOAT16 else bfloat16
         self.prefetch = recipe.backward_prefetch
         self.ahead = bool(recipe.forward_prefetch)
         self.away = recipe.offload is not None  # CPUOffload: parts, gradients and states on the host
-        self.on_host = Host()
         self.order: list[Unit] = []  # in which they run, as the first step has recorded it
         self.adapted = recipe.mode is not Mode.FULL
         self.root: Unit | None = None
@@ -173,7 +170,7 @@ class Fsdp(Spread):
         return made
 
     def _made(self, dtype: DType, kind: Category, *, trainable: bool) -> Unit:
-        computing = self.narrow if self.mixed else dtype
+        computing = bfloat16 if self.mixed else dtype
         resting = float32 if self.mixed and trainable else dtype
         self.units.append(Unit(self.at, kind, resting, computing, trainable, self.times))
         return self.units[-1]
@@ -218,10 +215,6 @@ class Fsdp(Spread):
             self.on_host.pin(unit.part.nbytes)
             if unit.trainable:
                 self.on_host.keep_states(unit.part.nbytes)
-
-    def host(self) -> HostBytes:
-        """What is offloaded."""
-        return self.on_host.bytes
 
     def _alone(self, unit: Unit) -> bool:
         """Whether it is an adapter's matrix."""
@@ -302,7 +295,7 @@ class Fsdp(Spread):
 
     def given(self, number: Tensor) -> Tensor:
         """Cast, as the Trainer has divided it."""
-        return empty(number.shape, self.narrow, "_to_copy") if self.mixed else number
+        return empty(number.shape, bfloat16, "_to_copy") if self.mixed else number
 
     def module(self, name: str, run: Any, x: Tensor | None, *rest: Any) -> Any:
         """An adapter's matrix; and frequencies, which are buffers and rest in 16 bits."""

@@ -22,7 +22,6 @@ from memplan.cuda import lists
 from memplan.parts.context import Context, Layer, Leaves
 from memplan.shadow import ops
 from memplan.shadow.autograd import AccumulateGrad, Node, attach, require_grad
-from memplan.shadow.spread import Spread
 from memplan.shadow.tensor import (
     DTYPES,
     DType,
@@ -38,7 +37,7 @@ from memplan.shadow.tensor import (
     uint8,
 )
 from memplan.strategies import EMBEDDING, NORM, Coming, Forward, Part, Strategy
-from memplan.strategies._host import Host, HostBytes
+from memplan.strategies._host import Hosted
 from memplan.tape import Category, Phase
 from memplan.weights import LoadStep
 
@@ -99,7 +98,7 @@ class Group:
     place: int | None = None  # in the order in which they ran
 
 
-class Fsdp2(Spread):
+class Fsdp2(Hosted):
     """Of mixed precision (the Trainer's bf16=True, without autocast):
     ``trained``: the dtype of what is trained; ``computing``: that of gathered parameters; ``reducing``: that
     in which gradients are summed. ``by_itself``: units as PyTorch's tutorial has them, in which the model
@@ -125,7 +124,6 @@ class Fsdp2(Spread):
         self.by_whole: dict[int, Parameter] = {}
         self.ran: list[Group] = []  # post_forward_order
         self.away = recipe.offload is not None  # CPUOffloadPolicy: shards, gradients and states on the host
-        self.on_host = Host()
         self.kept: Tensor | None = None  # all_gather_state
         self.summing: list[Tensor] = []  # reduce_scatter_states
 
@@ -172,10 +170,6 @@ class Fsdp2(Spread):
             if trainable:
                 self.on_host.pin(nbytes)  # its gradient
                 self.on_host.keep_states(nbytes)
-
-    def host(self) -> HostBytes:
-        """What is offloaded."""
-        return self.on_host.bytes
 
     def updated(self, parameter: Tensor) -> Tensor:
         """Its shard."""

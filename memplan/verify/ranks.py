@@ -90,17 +90,8 @@ def together(measured: Mapping[int, Measurement], first_to_fail: int | None = No
     """One measurement of those of several ranks, which need not be all of them: that of the first rank, or
     of the one that failed before the others did, with every rank's figures."""
     lead = min(measured) if first_to_fail is None else first_to_fail
-    ranks = tuple(
-        Rank(
-            rank=rank,
-            outcome=one.outcome,
-            steps=one.steps,
-            evidence=one.evidence,
-            baseline_driver_bytes=one.baseline_driver_bytes,
-            tape_step=one.tape_step,
-            tape=None if rank == lead else one.tape,
-            remarks=one.remarks,
-        )
-        for rank, one in sorted(measured.items())
-    )
-    return measured[lead].model_copy(update={"rank": lead, "ranks": ranks})
+    ranks = []
+    for rank, one in sorted(measured.items()):
+        own = {name: getattr(one, name) for name in Rank.model_fields}
+        ranks.append(Rank(**own | {"rank": rank, "tape": None if rank == lead else one.tape}))
+    return measured[lead].model_copy(update={"rank": lead, "ranks": tuple(ranks)})
