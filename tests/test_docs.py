@@ -13,7 +13,7 @@ from types import ModuleType
 import pydantic
 import pytest
 from conftest import Outcome
-from scripts import load
+from programs import load
 
 from memplan import rooms
 from memplan.asked.recipe import Recipe

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from nf4_weights import DEVICE, functional, one_thread, quantized, torch, values
-from scripts import load
+from programs import load
 
 assert one_thread
 for package in ("torch", "triton", "transformers", "peft", "bitsandbytes"):

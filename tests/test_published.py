@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from scripts import load
+from programs import load
 
 from memplan import Recipe, plan
 from memplan.device.playback import simulate

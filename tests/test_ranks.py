@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import Outcome
-from scripts import load
+from programs import load
 from small_specs import SPECS
 
 from memplan import Recipe, plan

@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from scripts import load
+from programs import load
 
 pytest.importorskip("yaml")
 

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-from scripts import load
+from programs import load
 
 ROOT = Path(__file__).parent.parent
 
