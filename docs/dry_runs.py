@@ -42,7 +42,8 @@ def _tried(row: dict[str, Any]) -> str:
             f"| {row['torch']} | – | {row['python']} | {beside} | does not go through: {row['why']} | – |\n"
         )
     needed, last = row["needed_bytes"], row["allocated_bytes"][-1]
-    return f"| {row['torch']} | {row['cuda']} | {row['python']} | {beside} | {needed:,} | {last:,} |\n"
+    torch = f"{row['torch']}, {row['machine']}" if "machine" in row else row["torch"]
+    return f"| {torch} | {row['cuda']} | {row['python']} | {beside} | {needed:,} | {last:,} |\n"
 
 
 def _row(row: dict[str, Any]) -> str:

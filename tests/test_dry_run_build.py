@@ -55,20 +55,20 @@ int main(void) {
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("cuda", [(12, 8), (13, 0)])
-def test_what_a_program_reads_of_the_card(
-    cuda: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def answered(
+    source: str, cuda: tuple[int, int], card: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """What a program, compiled for the card's libraries, prints there."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     headers = build._headers(program(tmp_path, cuda))
-    (tmp_path / "reads.c").write_text(READS)
+    (tmp_path / "reads.c").write_text(source)
     runtime = f"libcudart.so.{cuda[0]}"
     # what asks for the runtime, as PyTorch's libraries do: linked to one with the version that symbols carry
     (tmp_path / "map").write_text(f"{runtime} {{ global: *; }};")
     names = [
         "cudaStreamIsCapturing", "cudaRuntimeGetVersion", "cudaMalloc", "cudaPointerGetAttributes",
-        "cudaDeviceSynchronize", "cudaGetDriverEntryPointByVersion",
+        "cudaDeviceSynchronize", "cudaGetDriverEntryPointByVersion", "cudaFuncGetAttributes",
+        "__cudaRegisterFatBinary", "__cudaRegisterFunction",
         "cudaGetDeviceProperties" + ("_v2" if cuda[0] == 12 else ""),
     ]  # fmt: skip
     (tmp_path / "theirs.c").write_text("".join(f"int {name}(void) {{ return 0; }}" for name in names))
@@ -85,13 +85,63 @@ def test_what_a_program_reads_of_the_card(
     build.build(out, [reads], headers, ["gcc", *told])
     done = subprocess.run(
         [reads],
-        env={"LD_LIBRARY_PATH": str(out), "MEMPLAN_CARD": CARD},
+        env={"LD_LIBRARY_PATH": str(out), "MEMPLAN_CARD": card},
         check=True,
         capture_output=True,
         text=True,
     )
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cuda", [(12, 8), (13, 0)])
+def test_what_a_program_reads_of_the_card(
+    cuda: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     release = cuda[0] * 1000 + cuda[1] * 10
-    assert done.stdout == f"{release} dry H100 132 9.0 2 1 1024\n"
+    assert answered(READS, cuda, CARD, tmp_path, monkeypatch) == f"{release} dry H100 132 9.0 2 1 1024\n"
+
+
+# A library's binary with PTX for 9.0 and machine code for 8.0, 8.6 and 9.0, or without 8.6, as PyTorch's for
+# arm64 is, and CUB's question for which of them a kernel is.
+COMPILED_FOR = """
+#include <cuda_runtime_api.h>
+#include <stdio.h>
+void **__cudaRegisterFatBinary(void *binary);
+void __cudaRegisterFunction(void **, const char *, char *, const char *, int, void *, void *, void *, void *,
+                            int *);
+struct entry { unsigned short kind, version; unsigned bytes; unsigned long long following; unsigned unread[3],
+               architecture; char more[32], code[64]; };
+#define FOR(kind, architecture) { kind, 0x101, 64, 64, { 0, 0, 0 }, architecture }
+static struct { unsigned magic; unsigned short version, bytes; unsigned long long following;
+                struct entry entries[4]; }
+    with = { 0xba55ed50, 1, 16, 512, { FOR(1, 90), FOR(2, 80), FOR(2, 86), FOR(2, 90) } },
+    without = { 0xba55ed50, 1, 16, 384, { FOR(1, 90), FOR(2, 80), FOR(2, 90) } };
+int main(void) {
+    static char kernels[2][64];
+    const void *binaries[] = { &with, &without };
+    for (int i = 0; i < 2; i++) {
+        struct { int magic, version; const void *data, *more; } wrapper = { 0x466243b1, 1, binaries[i], 0 };
+        struct cudaFuncAttributes of;
+        void **handle = __cudaRegisterFatBinary(&wrapper);
+        __cudaRegisterFunction(handle, kernels[i], 0, "_ZN3cub11EmptyKernelIvEEvv", -1, 0, 0, 0, 0, 0);
+        cudaFuncGetAttributes(&of, kernels[i]);
+        printf("%d ", of.ptxVersion);
+    }
+    return 0;
+}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("capability", "told"), [("8:0", "80 80 "), ("8:9", "86 80 "), ("9:0", "90 90 "), ("12:0", "120 120 ")]
+)
+def test_for_which_architecture_a_kernel_is_compiled(
+    capability: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = CARD.replace(":9:0:", f":{capability}:")
+    assert answered(COMPILED_FOR, (13, 0), card, tmp_path, monkeypatch) == told
 
 
 def test_the_versions_that_pytorch_asks_for(tmp_path: Path) -> None:

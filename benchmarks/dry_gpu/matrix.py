@@ -3,6 +3,8 @@ made here, tried and removed:
 
     python benchmarks/dry_gpu/matrix.py                all of them; writes data/dry_run_matrix.json
     python benchmarks/dry_gpu/matrix.py 2.10.0 ...     those with these versions of PyTorch; writes nothing
+    python benchmarks/dry_gpu/matrix.py --here         that of this Python, where memplan is, too: for
+                                                       machines of another kind; adds its row to theirs
 
 With --environments FOLDER they are kept there, and those that are there are used.
 
@@ -15,12 +17,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +37,7 @@ NEEDED = (  # by PyTorch and by what the program imports, beside NVIDIA's
     "huggingface-hub", "tokenizers", "safetensors", "pyyaml", "regex", "tqdm", "packaging",
 )  # fmt: skip
 PROGRAMS = ("transformers", "bitsandbytes", "accelerate")
+OF_CPUS = "/libnvpl_"  # NVIDIA's BLAS and LAPACK for arm64 processors
 PYPI = {"PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": "", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
 
 
@@ -102,7 +107,9 @@ def dry_run(program: Path, folder: Path) -> dict[str, Any]:
         return {**row, "why": done.stderr.strip().splitlines()[-1]}
     answer = json.loads(done.stdout)
     told = next(json.loads(line) for line in done.stderr.splitlines() if line.startswith('{"mapped"'))
-    others = [path for path in told["mapped"] if not path.startswith(str(folder / "cache"))]
+    others = [
+        path for path in told["mapped"] if not path.startswith(str(folder / "cache")) and OF_CPUS not in path
+    ]
     kept = ("memplan_version", "gpu", "needed_bytes", "verdict", "libraries")
     return {
         **row,
@@ -114,12 +121,30 @@ def dry_run(program: Path, folder: Path) -> dict[str, Any]:
     }
 
 
+def here() -> int:
+    """This Python's own environment. The exit status."""
+    with tempfile.TemporaryDirectory(prefix="matrix-") as place:
+        row = dry_run(Path(sys.executable), Path(place))
+    python = ".".join(map(str, sys.version_info[:2]))
+    own = asdict(Environment(version("torch"), python)) | {"machine": platform.machine()}
+    print(json.dumps({**own, **row}))
+    if row["why"] is None:
+        record = json.loads(RESULTS.read_text(encoding="utf-8"))
+        kept = [it for it in record["rows"] if {**it, **own} != it]
+        record["rows"] = [*kept, {**own, **row}]
+        RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return 0 if row["why"] is None else 1
+
+
 def main() -> int:
     """The exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("versions", nargs="*", metavar="VERSION", help="of PyTorch (default: all)")
     parser.add_argument("--environments", type=Path, metavar="FOLDER", help="keep them there, and use them")
+    parser.add_argument("--here", action="store_true", help="this Python's own environment")
     asked = parser.parse_args()
+    if asked.here:
+        return here()
     rows = []
     for wanted in ENVIRONMENTS:
         if asked.versions and wanted.torch not in asked.versions:
@@ -138,6 +163,7 @@ def main() -> int:
     print(f"{len(rows)} environments, {failed} did not go through")
     if not asked.versions:
         when = datetime.now(timezone.utc).date().isoformat()
+        rows += [row for row in json.loads(RESULTS.read_text(encoding="utf-8"))["rows"] if "machine" in row]
         RESULTS.write_text(json.dumps({"date": when, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     return 1 if failed else 0
 

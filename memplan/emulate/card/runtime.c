@@ -270,15 +270,51 @@ cudaError_t cudaEventDestroy(cudaEvent_t e) { free(e); return cudaSuccess; }
 
 /* Kernels are looked up and launched, and do nothing. */
 
+#define KERNELS (1 << 18)
+static struct { const void *function, *binary; const char *name; } kernels[KERNELS];
+
+static size_t kernel_slot(const void *function) {
+    size_t i = ((size_t)function >> 4) * 0x9e3779b97f4a7c15u >> 46;
+    while (kernels[i].function && kernels[i].function != function) i = (i + 1) % KERNELS;
+    return i;
+}
+
+/* A binary of a library holds machine code for several architectures, as nvcc (-gencode) was told; a card takes the
+ * newest of its own generation that is not newer than itself: 8.9 runs 8.6's, or 8.0's where PyTorch's build for arm64
+ * has no 8.6. Layout: fatbinary_section.h for where it lies; its own headers have been the same since CUDA 4. */
+struct fat_wrapper { int magic, version; const char *data; void *more; };
+struct fat_header { unsigned magic; unsigned short version, bytes; unsigned long long following; };
+struct fat_entry {
+    unsigned short kind, version; /* 1: PTX, 2: machine code */
+    unsigned bytes;
+    unsigned long long following;
+    unsigned unread[3], architecture;
+};
+
+/* 86 for 8.6; the card's own where the binary is not known or has nothing for it. */
+static int architecture(const void *binary) {
+    const struct card *c = card();
+    int own = c->major * 10 + c->minor, best = 0;
+    const struct fat_wrapper *wrapper = binary;
+    const struct fat_header *header = wrapper && wrapper->magic == 0x466243b1 ? (const void *)wrapper->data : NULL;
+    if (!header || header->magic != 0xba55ed50) return own;
+    const char *at = (const char *)header + header->bytes, *end = at + header->following;
+    while (at + sizeof(struct fat_entry) <= end) {
+        const struct fat_entry *entry = (const void *)at;
+        int for_ = entry->architecture;
+        if (entry->kind == 2 && for_ / 10 == c->major && for_ <= own && for_ > best) best = for_;
+        at += entry->bytes + entry->following;
+    }
+    return best ? best : own;
+}
+
 cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *of, const void *kernel) {
     (void)kernel;
     memset(of, 0, sizeof *of);
     of->maxThreadsPerBlock = 1024;
     of->numRegs = 64;
-    /* The architecture that PyTorch's kernels are compiled for and this card runs: 8.9 runs 8.6's. CUB asks, and fails
-     * for one that it was not compiled for. */
-    const struct card *c = card();
-    of->ptxVersion = of->binaryVersion = c->major * 10 + (c->major == 8 ? (c->minor >= 6 ? 6 : 0) : c->major == 7 ? c->minor : 0);
+    /* CUB asks, and fails for one that it was not compiled for. */
+    of->ptxVersion = of->binaryVersion = architecture(kernels[kernel_slot(kernel)].binary);
     of->maxDynamicSharedSizeBytes = card()->shared_memory;
     return cudaSuccess;
 }
@@ -293,7 +329,12 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *blocks, 
     (void)flags;
     return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, threads, shared);
 }
-void **__cudaRegisterFatBinary(void *binary) { (void)binary; static void *handle; return &handle; }
+void **__cudaRegisterFatBinary(void *binary) {
+    void **handle = malloc(sizeof *handle);
+    *handle = binary;
+    return handle;
+}
+void __cudaUnregisterFatBinary(void **handle) { free(handle); }
 cudaError_t __cudaGetKernel(cudaKernel_t *kernel, const void *function) {
     *kernel = (cudaKernel_t)function;
     return cudaSuccess;
@@ -303,21 +344,15 @@ cudaError_t __cudaGetKernel(cudaKernel_t *kernel, const void *function) {
  * with cub's reduction). Where values are real it is what is there; of floats, or where nobody has worked anything out,
  * it is all of them: nothing is padded or masked, as every flag is true. */
 
-#define KERNELS (1 << 18)
-static struct { const void *function; const char *name; } kernels[KERNELS];
-
-static size_t kernel_slot(const void *function) {
-    size_t i = ((size_t)function >> 4) * 0x9e3779b97f4a7c15u >> 46;
-    while (kernels[i].function && kernels[i].function != function) i = (i + 1) % KERNELS;
-    return i;
-}
-
 void __cudaRegisterFunction(void **binary, const char *function, char *device, const char *name, int threads, void *a,
                             void *b, void *c, void *d, int *e) {
-    (void)binary, (void)device, (void)threads, (void)a, (void)b, (void)c, (void)d, (void)e;
-    if (!strstr(name, "18DeviceReduceKernel") && !strstr(name, "28DeviceReduceSingleTileKernel")) return;
+    (void)device, (void)threads, (void)a, (void)b, (void)c, (void)d, (void)e;
+    if (!strstr(name, "18DeviceReduceKernel") && !strstr(name, "28DeviceReduceSingleTileKernel") &&
+        !strstr(name, "11EmptyKernel")) /* which CUB asks for its architecture */
+        return;
     size_t i = kernel_slot(function);
     kernels[i].function = function;
+    kernels[i].binary = *binary;
     kernels[i].name = name;
 }
 
