@@ -22,7 +22,7 @@ from memplan.emulate.answer import DryRun, Seen, answer, read
 from memplan.emulate.launch import Watching, environment, run
 from memplan.emulate.program import find, interpreter
 from memplan.errors import MemplanError
-from memplan.report.dry_run import show_dry_run
+from memplan.report.dry_run import show_dry_run, where
 
 GIB, MIB = 1 << 30, 1 << 20
 CARD = find_gpu("a6000")
@@ -87,9 +87,20 @@ RAN_OUT = {
 }  # fmt: skip
 
 
-def judged(*found: Seen, status: int | None = 0, steps: int = 3, wanted: Any = ()) -> DryRun:
-    command = ["python", "train.py"]
-    return answer(command, CARD, found, status, context=CONTEXT, asked=steps, wanted=wanted, version="0")
+def judged(
+    *found: Seen, status: int | None = 0, steps: int = 3, wanted: Any = (), ranks: Any = (0,)
+) -> DryRun:
+    return answer(
+        ["python", "train.py"],
+        CARD,
+        found,
+        status,
+        context=CONTEXT,
+        asked=steps,
+        wanted=wanted,
+        ranks=ranks,
+        version="0",
+    )
 
 
 @pytest.mark.parametrize(
@@ -138,6 +149,15 @@ def test_the_process_that_takes_the_most_decides() -> None:
             r"failed by itself \(exit status 1, ValueError\) before its first",
         ),
         ([seen(steps=[step()], error="ValueError")], 1, "after one optimizer step"),
+        # a launcher's own exception says nothing, and data sets are not served
+        (
+            [
+                seen(used=False, steps=[], error="CalledProcessError"),
+                seen(used=False, steps=[], error="ConnectionError"),
+            ],
+            1,
+            r"\(exit status 1, ConnectionError\) before it used .*data sets are not served as models are",
+        ),
         ([seen(steps=[])], 0, "took no optimizer step before it ended"),
         ([seen(steps=[])], None, "in the time it was given: give it more with --timeout"),
     ],
@@ -153,9 +173,34 @@ def test_a_program_that_ends_early_is_judged_by_what_it_did() -> None:
     assert notes[1].startswith("it is judged by one optimizer step and what the program did in it")
 
 
-def test_of_one_that_ran_out_the_next_larger_card_is_told() -> None:
+def test_of_one_that_ran_out_larger_cards_are_told() -> None:
     found = judged(seen(steps=[], ran_out=RAN_OUT, error="OutOfMemoryError"), status=1)
-    assert found.notes[0].startswith("the next larger card is the ")
+    assert found.notes[0].endswith("the NVIDIA H100 PCIe or another up to the NVIDIA B200")
+
+
+@pytest.mark.parametrize(
+    ("found", "ranks", "sentence"),
+    [
+        ([seen(world=8), seen(world=8, rank=7, steps=[])], (0, 7), "rank 7 took no optimizer step"),
+        ([seen(world=8), seen(world=8, rank=7)], (0, 3, 5, 7), "ranks 3, 5 took no optimizer step"),
+        ([seen(world=2)], (), "rank 1 took no optimizer step"),
+        ([seen(world=8)], (0, 8), "--ranks names 8, and the program has 8 ranks, from 0 to 7"),
+    ],
+)
+def test_a_rank_that_was_asked_for_and_took_no_step(
+    found: list[Seen], ranks: tuple[int, ...], sentence: str
+) -> None:
+    with pytest.raises(MemplanError, match=sentence):
+        judged(*found, ranks=ranks)
+    there = tuple({one.rank for one in found if one.of("step")})
+    assert judged(*found, ranks=there).verdict == "fits"
+
+
+def test_a_peak_beside_the_steps_is_told_after_one() -> None:
+    told = seen().peak
+    assert told is not None
+    after = told.model_copy(update={"phase": "evaluation", "step": 3, "module": "base_model.model.lm_head"})
+    assert where(after) == "evaluation after step 3 of lm_head"
 
 
 def test_cudnn_s_attention_is_told_of() -> None:

@@ -43,6 +43,24 @@ EVALUATES = """
             model(torch.randn(65536, 1024, device="cuda"))
         torch.save(model.state_dict(), "{folder}/model.pt")
 """
+OWN_PEAK = """
+    high = max(torch.cuda.max_memory_allocated(), high if number > 1 else 0)
+    assert torch.cuda.max_memory_allocated() == torch.accelerator.max_memory_allocated() == high
+"""
+CHECKPOINTED = """
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+model = nn.Sequential(nn.Linear(1024, 1024), nn.GELU(), nn.Linear(1024, 1024)).cuda()
+optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, foreach=True)
+for _ in range(3):
+    x = torch.randn(16, 1024, device="cuda")
+    model.train()(x)  # so that the modules are known
+    checkpoint(model, x, use_reentrant=False).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+"""
 TRAINER = """
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
@@ -105,6 +123,14 @@ def main() -> None:
         )
         assert allocated(asked(folder, late)) == allocated(plain)
 
+        shrinks = LOOP.format(rows="(4096 if number == 1 else 16)", before="", after=OWN_PEAK.strip())
+        first, second, third = allocated(asked(folder, shrinks))
+        assert second == third < first - 2 * 4096 * 1024 * 4, (first, second, third)
+
+        again = asked(folder, CHECKPOINTED)["peak"]
+        made = sum(one["bytes"] for one in again["largest"] if one["phase"] == "backward")
+        assert made >= weights, again  # all gradients
+
         evaluates = LOOP.format(rows=4096, before="", after=EVALUATES.format(folder=folder).strip())
         found = asked(folder, evaluates, "--eval", "--save")
         assert len(found["steps"]) == 5, len(found["steps"])
@@ -114,8 +140,11 @@ def main() -> None:
         assert found["reserved_bytes"] >= found["evaluation"]["reserved_bytes"]
         assert len(asked(folder, evaluates)["steps"]) == 3
 
-        ended = asked(folder, LOOP.format(rows=1 << 22, before="", after=""), status=1)
+        page = folder / "ended.html"
+        ended = asked(folder, LOOP.format(rows=1 << 21, before="", after=""), "--html", str(page), status=1)
         assert ended["verdict"] == "does not fit" and ended["ran_out"]["step"] == 1
+        assert ended["ran_out"]["own"].startswith("program.py:"), ended["ran_out"]
+        assert "up to there" in page.read_text(encoding="utf-8")
 
         tape, page, snapshot = (folder / name for name in ("step.json.gz", "page.html", "memory.pickle"))
         files = ("--tape", str(tape), "--html", str(page), "--snapshot", str(snapshot))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from memplan.commands.arguments import Parser, UsageError, add_json, add_switch, positive, whole
 from memplan.emulate.cards import MOST
 from memplan.errors import shown
+from memplan.streams import remark
 
 if TYPE_CHECKING:
     from memplan.emulate.answer import DryRun, Kind
@@ -33,6 +34,12 @@ examples:
   memplan dry-run --gpu a6000 -- python train.py --model ./llama-8b
   memplan dry-run --gpu 4090 -- trl sft --config sft.yaml
 """
+
+
+_OF_TOKENS = (
+    "text was counted by a stand-in for the model's tokenizer, a token a word: tokenised rows, or its "
+    "files in the Hub's cache, have true lengths",
+)
 
 
 class _Once(argparse.Action):
@@ -133,6 +140,10 @@ def run(arguments: argparse.Namespace) -> int:
     ):
         raise UsageError("with --no-watch nothing is watched: leave out what asks for an answer")
     count, name = _counted(arguments.gpu)
+    if re.fullmatch(r"\d{1,3}(\.\d+)? ?(G|GB|GiB)?", name, re.IGNORECASE):
+        raise UsageError(
+            f"a dry run is on a card, which a size is not: name one (`memplan gpus {name}` lists those of it)"
+        )
     gpu, command = find_card(name), list(arguments.command)
     if arguments.no_watch:
         env = launch.environment(gpu, command, count=count)
@@ -164,7 +175,9 @@ def run(arguments: argparse.Namespace) -> int:
             count=count,
             asked=steps,
             wanted=wanted,
+            ranks=arguments.ranks,
             version=__version__,
+            remarks=_OF_TOKENS if (watching.folder / "stand-in").exists() else (),
         )
         tape = read_step(watching.folder) if watching.tape else None
         if arguments.snapshot is not None:
@@ -206,16 +219,17 @@ def _write(found: DryRun, tape: Tape | None, to: str | None, html: str | None) -
     """The files that are made of the last step. Raises MemplanError."""
     from memplan.files import write_whole
     from memplan.report.dry_run_page import page
-    from memplan.streams import remark
     from memplan.tape.file import TapeInfo, save
 
     if tape is None:
-        remark("no step was finished, so there is none for --tape or --html")
+        remark("nothing was allocated in a step, so there is none for --tape or --html")
         return
     if to is not None:
         save(tape, to, TapeInfo(memplan_version=found.memplan_version, libraries=found.libraries))
     if html is not None:
         write_whole(html, page(found, tape).encode(), "the page")
+    for file in filter(None, (to, html)):
+        remark(f"wrote {shown(file)}")
 
 
 def _keep(folder: Path, to: Path) -> None:
@@ -223,3 +237,4 @@ def _keep(folder: Path, to: Path) -> None:
     written = sorted(folder.glob("*.pickle"), key=lambda path: path.stat().st_size)
     if written:
         shutil.copyfile(written[-1], to)
+        remark(f"wrote {shown(str(to))}")

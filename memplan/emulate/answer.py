@@ -15,6 +15,9 @@ from memplan.errors import MemplanError
 
 SCHEMA_VERSION = 1
 _CUDNN_FROM = (9, 0)  # the capability from which PyTorch prefers cuDNN's attention (sdp_utils.cpp)
+_LAUNCHERS = ("CalledProcessError", "ChildFailedError", "ProcessRaisedException")  # exceptions of theirs
+# of datasets and huggingface_hub, where there is no network
+_UNREACHED = ("ConnectionError", "DatasetNotFoundError", "OfflineModeIsEnabled", "ConnectTimeout")
 _NEVER = 64  # times a card: no program asks for so much, but one that was told nonsense
 
 
@@ -183,15 +186,18 @@ def answer(
     count: int = 1,
     asked: int,
     wanted: Sequence[Kind] = (),
+    ranks: Sequence[int] = (0,),
     version: str,
+    remarks: Sequence[str] = (),
 ) -> DryRun:
     """The answer of the process that took the most. ``status``: the program's exit status, None if it was
     ended; ``context``: bytes that were taken from the beginning; ``asked``: optimizer steps, ``wanted``:
-    what else had to be seen; ``version``: memplan's. Raises MemplanError if the program says nothing of a
-    training step."""
+    what else had to be seen; ``ranks``: which had to run, none: all; ``version``: memplan's; ``remarks``:
+    other notes. Raises MemplanError if the program says nothing of a training step."""
     users = [one for one in seen if one.of("step") or one.ran_out] or [one for one in seen if one.used]
     if not users:
-        raise MemplanError(_never_used(status))
+        raise MemplanError(_never_used(status, _error(seen)))
+    _all_there(users, ranks, status)
     worst = max(users, key=_most)
     at = worst.ran_out
     # whatever it made of the exception: it ran out, and no step came after
@@ -206,7 +212,7 @@ def answer(
     if at is not None and ran_out is None:
         notes.append(f"it ran out of memory in step {at.step}, gave something up and went on")
     if ran_out is None:
-        notes += _early(worst, status, asked)
+        notes += _early(worst, status, asked, _error(seen))
         notes += [
             f"no {kind} came, which was asked for"
             for kind in wanted
@@ -230,7 +236,8 @@ def answer(
         larger = [card for card in _emulated() if card.visible_bytes > total]
         if larger:
             notes.append(
-                f"the next larger card is the {larger[0].name}: ask again with --gpu for what it would take"
+                f"it ended there: what it needs in all, a card that it fits tells, the {larger[0].name} or "
+                f"another up to the {larger[-1].name}"
             )
     else:
         them = "it" if len(steps) == 1 else "them"
@@ -246,6 +253,7 @@ def answer(
             "where this card would take cuDNN's attention, which can't be emulated, flash attention ran "
             "in its place"
         )
+    notes += remarks
     if worst.world > 1:
         notes.append(
             f"{_who(users)} of {worst.world} ran{_for_others(users)}; NCCL's own buffers, which lie beside, "
@@ -312,23 +320,63 @@ def _for_others(users: Sequence[Seen]) -> str:
     return f" and {stands} for all, which may take more where they differ (--ranks)"
 
 
-def _never_used(status: int | None) -> str:
+def _all_there(users: Sequence[Seen], ranks: Sequence[int], status: int | None) -> None:
+    """Raises MemplanError if a rank that had to run took no step and did not run out."""
+    world = users[0].world
+    if world == 1:
+        return
+    there = {one.rank for one in users if one.of("step") or one.ran_out}
+    missing = sorted({rank for rank in (ranks or range(world)) if rank < world} - there)
+    if there and missing:
+        who = f"rank {missing[0]}" if len(missing) == 1 else f"ranks {', '.join(map(str, missing))}"
+        how = f" (the program's exit status is {status})" if status else ""
+        raise MemplanError(f"{who} took no optimizer step{how}, so nothing can be said of it: see above")
+    beyond = sorted(rank for rank in ranks if rank >= world)
+    if beyond:
+        raise MemplanError(
+            f"--ranks names {beyond[0]}, and the program has {world} ranks, from 0 to {world - 1}"
+        )
+
+
+def _error(seen: Sequence[Seen]) -> str | None:
+    """The exception that ended the program, of whichever process: a launcher's own says only that another
+    process failed."""
+    errors = [one.error for one in seen if one.error is not None]
+    return next((error for error in errors if error not in _LAUNCHERS), next(iter(errors), None))
+
+
+def _never_used(status: int | None, error: str | None) -> str:
     if status:
-        return f"the program failed by itself (exit status {status}) before it used the card; see above"
+        what = f", {error}" if error else ""
+        return (
+            f"the program failed by itself (exit status {status}{what}) before it used the card: see above"
+            f"{_unreached(error)}"
+        )
     if status is None:
         return "the program did not use the card in the time it was given: give it more with --timeout"
     return "the program never used the card: is its model moved to cuda?"
 
 
-def _early(seen: Seen, status: int | None, asked: int) -> list[str]:
+def _unreached(error: str | None) -> str:
+    """Words for who finds no data where there is no network."""
+    if error not in _UNREACHED:
+        return ""
+    return (
+        "; data sets are not served as models are: name files of your own, or rows that `memplan stub "
+        "MODEL DIR --data ROWS` makes"
+    )
+
+
+def _early(seen: Seen, status: int | None, asked: int, error: str | None) -> list[str]:
     """A note if it ended early. Raises MemplanError if it can't be judged."""
     done = len(seen.of("step"))
     if done >= asked:
         return []
     if status:
-        what = f", {seen.error}" if seen.error else ""
+        what = f", {error}" if error else ""
         raise MemplanError(
             f"the program failed by itself (exit status {status}{what}) {_since(done)}: see above"
+            f"{_unreached(error) if not done else ''}"
         )
     if done:
         return [f"the program ended {_since(done)}, of the {asked} that were asked for"]

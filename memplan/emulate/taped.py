@@ -32,7 +32,7 @@ def read_step(folder: Path) -> Tape | None:
     file that the program did not write so."""
     try:
         found = [json.loads(path.read_bytes()) for path in sorted(folder.glob("*.step"))]
-        steps = [_Step.model_validate(one) for one in found if one]
+        steps = [step for step in (_Step.model_validate(one) for one in found if one) if step.events]
     except (OSError, ValueError, ValidationError) as error:
         raise MemplanError("what the program wrote of its last step can't be read") from error
     return max(map(_tape, steps), key=lambda tape: sum(tape.sizes), default=None)

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from memplan.report.console import QUIET, Cell, heading, note, paragraph, table
+from memplan.report.console import QUIET, Cell, heading, note, table
 from memplan.report.plan import VERDICT_STYLES
 from memplan.report.wording import short_card
+from memplan.tape.modules import plain_name
 from memplan.units import gib
 
 if TYPE_CHECKING:
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 
     from memplan.emulate.answer import DryRun, Held, Line, Peak, RanOut
 
-_SHOWN = 8  # lines that hold the most
+_SHOWN = 5  # lines that hold the most: the answer is to stay on a screen
+_VERSIONS = 4  # libraries, the rest is in --json
+_BETWEEN = ("evaluation", "saving", "between steps")
 _WORTH = 64 << 20  # bytes on the host: what is less is nobody's offloading
 
 
@@ -26,7 +29,7 @@ def show_dry_run(answer: DryRun, console: Console) -> None:
     console.print(Text.assemble((answer.verdict, VERDICT_STYLES[answer.verdict]), f" {_on_what(answer)}"))
     note(console, " ".join(answer.command))
     versions = [f"{name} {version}" for name, version in answer.libraries.items()]
-    paragraph(console, versions, "emulated with ", QUIET)
+    note(console, f"with {', '.join(versions[:_VERSIONS])}")
     console.print()
     head: list[Cell] = [Text(cell, QUIET) for cell in ("GiB", "allocated", "reserved", "resting")]
     table(console, [head, *map(list, rows(answer))], "<>>>")
@@ -63,7 +66,10 @@ def rows(answer: DryRun) -> Iterator[tuple[str, str, str, str]]:
 
 def where(peak: Peak) -> str:
     """The step, phase and module of the peak."""
-    return f"step {peak.step}, {peak.phase}" + (f" of {peak.module}" if peak.module else "")
+    of = f" of {plain_name(peak.module)}" if plain_name(peak.module) else ""
+    if peak.phase in _BETWEEN:
+        return f"{peak.phase} after step {peak.step}{of}"
+    return f"step {peak.step}, {peak.phase}{of}"
 
 
 def made_by(one: Held) -> str:
@@ -94,8 +100,8 @@ def sentences(answer: DryRun) -> Iterator[str]:
         )
     if answer.needed_bytes is not None:
         yield (
-            f"Needed is what PyTorch's allocator reserved, and {gib(answer.context_bytes)} GiB for the "
-            "process beside it (assumed)."
+            f"Needed: what is reserved, and {gib(answer.context_bytes)} GiB for the process beside it "
+            "(assumed)."
         )
     for sentence in answer.notes:
         yield f"Note: {sentence}."
@@ -106,8 +112,9 @@ def _show_peak(peak: Peak, console: Console, *, ended: bool) -> None:
     if ended:
         heading(console, "Held there", f"{gib(peak.held_bytes)} GiB")
     else:
-        heading(console, "Peak", where(peak))
-        note(console, f"  {_place(peak)}, for {gib(peak.asked_bytes)} GiB more")
+        heading(console, "Peak")
+        note(console, f"  {where(peak)}")
+        note(console, f"  {_place(peak)}, asking for {gib(peak.asked_bytes)} GiB")
     lines: list[list[Cell]] = [[Text(cell, QUIET) for cell in ("GiB", "tensors", "made in", "by")]]
     shown = peak.largest[:_SHOWN]
     lines += [[gib(one.bytes), str(one.count), one.phase, made_by(one)] for one in shown]
@@ -119,8 +126,9 @@ def _show_peak(peak: Peak, console: Console, *, ended: bool) -> None:
 
 def _show_ran_out(at: RanOut, console: Console) -> None:
     console.print()
-    where = "while loading" if not at.step else f"in step {at.step}, {at.phase}"
-    heading(console, "Out of memory", where + (f" of {at.module}" if at.module else ""))
+    phase = "while loading" if not at.step else f"in step {at.step}, {at.phase}"
+    heading(console, "Out of memory")
+    note(console, f"  {phase}" + (f" of {plain_name(at.module)}" if plain_name(at.module) else ""))
     note(console, f"  {_place(at)}")
     note(
         console,
@@ -131,7 +139,8 @@ def _show_ran_out(at: RanOut, console: Console) -> None:
 
 def _place(line: Line) -> str:
     if not line.file:
-        return "in autograd or PyTorch, where no Python runs"
+        where = "in autograd or PyTorch, where no Python runs"
+        return f"{where}, below {line.own}" if line.own else where
     near = f"{line.file}:{line.line} ({line.function})"
     if line.own and not line.own.endswith(f"{line.file}:{line.line}"):
         return f"at {line.own}, by {near}"

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from memplan.tape import Tape
 
 
+_WHICH = "It is the last step, from its first forward pass on; what is beside the steps is not in it."
+_UP_TO_THERE = "It is the step in which it ran out of memory, up to there."
+
+
 def page(answer: DryRun, tape: Tape) -> str:
     """The page; ``tape`` is the last step's."""
     libraries = ", ".join(f"{name} {version}" for name, version in answer.libraries.items())
@@ -25,7 +29,7 @@ def page(answer: DryRun, tape: Tape) -> str:
     sections = (
         _stretches(answer),
         _peak(answer.peak) if answer.peak is not None else "",
-        timeline(tape, "It is the last step, from its first forward pass on."),
+        timeline(tape, _WHICH if answer.ran_out is None else _UP_TO_THERE),
         "<section>" + "".join(paragraph(one, "quiet small") for one in sentences(answer)) + "</section>",
     )
     return document(headline(answer), head, sections, tape, answer.memplan_version)

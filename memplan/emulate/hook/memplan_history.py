@@ -79,13 +79,13 @@ def step(
             break
         if before is None and event["time_us"] >= began:
             before = [[address, size, *known.get(address, ("", "", ""))] for address, size in live.items()]
+        if event["action"] not in ("alloc", "free_requested"):
+            continue
         address = event["addr"]
         if event["action"] == "alloc":
             live[address] = event["size"]
-        elif event["action"] == "free_requested":
-            live.pop(address, None)
         else:
-            continue
+            live.pop(address, None)
         if before is not None:
             size = live.get(address, 0)
             events.append([address, size, *when(event["time_us"]), _words(event) if size else ""])

@@ -8,6 +8,7 @@ the Hub's cache with its weights is taken from there; datasets are none of its b
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -53,7 +54,14 @@ class Shelf:
         return False
 
     def _make(self, repo_id: str) -> str | None:
+        """One process makes it, and others wait for it: those of several ranks, say."""
         place = os.path.join(self.folder, repo_id.replace(os.sep, "--"))
+        os.makedirs(self.folder, exist_ok=True)
+        with open(f"{place}.lock", "wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            return place if os.path.isdir(place) else self._made(repo_id, place)
+
+    def _made(self, repo_id: str, place: str) -> str | None:
         done = subprocess.run(
             [self.memplan, "-m", "memplan", "stub", repo_id, place, "--python", sys.executable],
             env=_as_before(),
@@ -69,6 +77,12 @@ class Shelf:
         print(f"memplan: {repo_id} is served as a checkpoint that takes no disk", file=sys.__stderr__)
         return place
 
+    def _tell_of(self, file: str) -> None:
+        """Leave word, for commands/dry_run.py, that a tokenizer was given which is not the model's."""
+        if os.path.basename(file) == "tokenizer.json" and _stands_in(file):
+            with open(os.path.join(self.folder, os.pardir, "stand-in"), "w"):
+                pass
+
     def prepare_files(self, module: Any) -> None:
         """huggingface_hub.file_download."""
         look, download = module.try_to_load_from_cache, module.hf_hub_download
@@ -81,6 +95,7 @@ class Shelf:
                 return download(repo_id, filename, **told)
             file = os.path.join(place, told.get("subfolder") or "", filename)
             if os.path.isfile(file):
+                self._tell_of(file)
                 return file
             from huggingface_hub.errors import EntryNotFoundError
 
@@ -148,6 +163,15 @@ class Shelf:
 
 def _are_weights(file: str) -> bool:
     return file.endswith(_WEIGHTS)
+
+
+def _stands_in(tokenizer: str) -> bool:
+    """Whether it is make_checkpoint.py's, whose words are w0, w1 and so on."""
+    try:
+        with open(tokenizer, encoding="utf-8") as file:
+            return '"w0"' in file.read(1 << 16)
+    except OSError:
+        return False
 
 
 def _as_before() -> dict[str, str]:

@@ -25,8 +25,14 @@ from typing import Any
 import memplan_history
 
 _HISTORY = 50_000_000  # entries of the allocator's history; a 70B's step has 60,000
+# What tells of the allocator's peaks and what puts them back, of a card or of any accelerator.
+_PEAKS = (
+    ("_cuda_memoryStats", "_cuda_resetPeakMemoryStats"),
+    ("_accelerator_getDeviceStats", "_accelerator_resetPeakStats"),
+)
 _HEADS = ("lm_head", "embed_out", "score")  # what modules that end a model are called
 _GIB = 1 << 30
+_BETWEEN = ("evaluation", "saving", "between steps")  # phases after a step's end, which they are told with
 
 
 class Watch:
@@ -43,6 +49,7 @@ class Watch:
         self.stretches: list[dict[str, Any]] = []
         self.now = "loading"  # or "between": after a step, with nothing told yet of what comes
         self.highest: dict[str, int] = {}  # of this stretch, before the program put the peaks back itself
+        self.own: dict[tuple[str, Any], Any] = {}  # the program's own peaks, which a stretch's end puts back
         self.began = 0  # when training did
         self.ran_out: dict[str, Any] | None = None
         self.ran_out_at = 0
@@ -55,6 +62,8 @@ class Watch:
         self.of: dict[int, set[int]] = {}  # the parameters that they were made for
         self.lead, self.depth = 0, 0
         self.stack: list[str] = []
+        self.again: list[str] = []  # modules of a recomputation in backward's thread, and what it broke into
+        self.interrupted = ("", "")
         self.head = False  # whether the forward has come to what ends the model
         self.marks: list[tuple[int, str, str]] = []  # from when on which phase and module
         self.gradients: set[int] = set()  # where they lay when the optimizer began
@@ -90,8 +99,9 @@ class Watch:
         module.register_module_forward_hook(self._left, always_call=True)
         self._before(module.Module, "state_dict", self._saving)
         self._before(torch, "save", self._saving)
-        self._before(torch._C, "_cuda_resetPeakMemoryStats", self._put_back)
-        self._before(torch._C, "_accelerator_resetPeakStats", self._put_back)
+        self._tell, self._put_back = torch._C._cuda_memoryStats, torch._C._cuda_resetPeakMemoryStats
+        for tell, put_back in _PEAKS:
+            self._keep_peaks(torch._C, tell, put_back)
         torch.cuda._lazy_call(self._first_use)
         atexit.register(self._ended)
         excepthook = sys.excepthook
@@ -101,6 +111,36 @@ class Watch:
             excepthook(kind, error, trace)
 
         sys.excepthook = failed
+
+    def _keep_peaks(self, owner: Any, tell: str, put_back: str) -> None:
+        """Peaks are put back at the end of a stretch; the program is told of its own nevertheless."""
+        telling, putting = getattr(owner, tell, None), getattr(owner, put_back, None)
+        if telling is None or putting is None:
+            return
+
+        def told(device: Any, *args: Any) -> Any:
+            return _with_peaks(telling(device, *args), self.own.get((tell, device)))
+
+        def put(device: Any, *args: Any) -> Any:
+            if self.torch.cuda.is_initialized():
+                self.highest = self._stats()
+            for one, _ in _PEAKS:
+                self.own.pop((one, device), None)
+            return putting(device, *args)
+
+        setattr(owner, tell, told)
+        setattr(owner, put_back, put)
+
+    def _start_anew(self) -> None:
+        """Peaks, for another stretch."""
+        self.highest = {}
+        if not self.torch.cuda.is_initialized():
+            return
+        for card in range(self.torch.cuda.device_count()):
+            for tell, _ in _PEAKS:
+                if hasattr(self.torch._C, tell):
+                    self.own[tell, card] = getattr(self.torch._C, tell)(card)
+            self._put_back(card)
 
     @staticmethod
     def _before(owner: Any, name: str, tell: Callable[[], None]) -> None:
@@ -129,7 +169,10 @@ class Watch:
 
     def _entered(self, module: Any, _inputs: Any) -> None:
         if threading.current_thread() is not threading.main_thread() and not self.stack:
-            self._mark("recomputation", self.names.get(id(module), ""))  # in backward's thread
+            if not self.again:  # in backward's thread
+                self.interrupted = self.marks[-1][1:] if self.marks else ("backward", "")
+            self.again.append(self.names.get(id(module), ""))
+            self._mark("recomputation", self.again[-1])
             return
         if not self.stack:
             self._begins(module)
@@ -159,6 +202,9 @@ class Watch:
     def _left(self, module: Any, _inputs: Any, result: Any) -> None:
         if threading.current_thread() is not threading.main_thread() and not self.stack:
             self._follow(self.names.get(id(module), ""), result)
+            if self.again:
+                self.again.pop()
+            self._mark(*(("recomputation", self.again[-1]) if self.again else self.interrupted))
         elif self.stack:
             name = self.stack.pop()
             self._follow(name, result)
@@ -240,9 +286,7 @@ class Watch:
     def _close(self) -> None:
         found = self._stats()
         self.stretches.append({"kind": self.now, **found, "ended": time.time_ns() // 1000})
-        self.highest = {}
-        for card in range(self.torch.cuda.device_count()):
-            self.torch.cuda.reset_peak_memory_stats(card)
+        self._start_anew()
         what = f"step {len(self._steps())} of {self.asked}" if self.now == "step" else self.now
         sizes = " and ".join(
             f"{found[f'{name}_bytes'] / _GIB:.2f} GiB {name}" for name in ("allocated", "reserved")
@@ -250,7 +294,8 @@ class Watch:
         if found["reserved_bytes"]:
             rank = os.environ.get("RANK", "0")
             what = f"rank {rank}, {what}" if rank != "0" else what
-            print(f"memplan: {what}: {sizes}", file=sys.__stderr__, flush=True)
+            clear = "\r\x1b[K" if sys.__stderr__ and sys.__stderr__.isatty() else ""  # a progress bar
+            print(f"{clear}memplan: {what}: {sizes}", file=sys.__stderr__, flush=True)
 
     def _ask(self) -> None:
         """Have transformers' Trainer evaluate and save after this step, if it is to do so at all."""
@@ -278,22 +323,18 @@ class Watch:
 
     def _stats(self) -> dict[str, int]:
         """Of the card that has reserved the most, in this stretch."""
-        cards = range(self.torch.cuda.device_count())
-        stats = max(
-            map(self.torch.cuda.memory_stats, cards), key=lambda it: it.get("reserved_bytes.all.peak", 0)
-        )
         high = self.highest
+        if not self.torch.cuda.is_initialized():
+            return dict.fromkeys(("allocated_bytes", "reserved_bytes", "resting_bytes", "retries"), 0)
+        cards = range(self.torch.cuda.device_count())
+        stats = max(map(self._tell, cards), key=lambda it: it["reserved_bytes"]["all"]["peak"])
+        allocated, reserved = (stats[name]["all"] for name in ("allocated_bytes", "reserved_bytes"))
         return {
-            "allocated_bytes": max(stats.get("allocated_bytes.all.peak", 0), high.get("allocated_bytes", 0)),
-            "reserved_bytes": max(stats.get("reserved_bytes.all.peak", 0), high.get("reserved_bytes", 0)),
-            "resting_bytes": stats.get("allocated_bytes.all.current", 0),
-            "retries": stats.get("num_alloc_retries", 0),
+            "allocated_bytes": max(allocated["peak"], high.get("allocated_bytes", 0)),
+            "reserved_bytes": max(reserved["peak"], high.get("reserved_bytes", 0)),
+            "resting_bytes": allocated["current"],
+            "retries": stats["num_alloc_retries"],
         }
-
-    def _put_back(self) -> None:
-        """The program puts the peaks back."""
-        if self.torch.cuda.is_initialized():
-            self.highest = self._stats()
 
     def _count_host(self) -> None:
         """Tensors that rest on the host after a step."""
@@ -311,20 +352,23 @@ class Watch:
             "pinned_bytes": there.get("allocated_bytes.peak", 0),
         }
 
-    def _out_of_memory(self, _device: int, asked: int, total: int, free: int) -> None:
+    def _out_of_memory(self, device: int, asked: int, total: int, free: int) -> None:
         """The allocator calls this before it raises."""
         self.ran_out_at = time.time_ns() // 1000
-        frames = [(f.filename, f.lineno or 0, f.name) for f in reversed(traceback.extract_stack())]
-        stats = self.torch.cuda.memory_stats()
+        here = memplan_history.line(_frames(sys._getframe()))
+        if not here["own"]:  # in backward's thread: the line that waits for it
+            main = sys._current_frames()[threading.main_thread().ident or 0]
+            here["own"] = memplan_history.line(_frames(main))["own"]
+        stats = self._tell(device)
         self.ran_out = {
             "asked_bytes": asked,
             "free_bytes": free,
-            "allocated_bytes": stats["allocated_bytes.all.current"],
-            "reserved_bytes": stats["reserved_bytes.all.current"],
+            "allocated_bytes": stats["allocated_bytes"]["all"]["current"],
+            "reserved_bytes": stats["reserved_bytes"]["all"]["current"],
             "step": self._step_at(self.ran_out_at) if self.now != "loading" else 0,
             "phase": _plain(self.marks[-1][1]) if self.now != "loading" and self.marks else "loading",
             "module": self.marks[-1][2] if self.marks else "",
-            **memplan_history.line([frame for frame in frames if not frame[0].startswith("<")]),
+            **here,
         }
 
     def _step_at(self, time_us: int) -> int:
@@ -379,37 +423,62 @@ class Watch:
         os.replace(f"{self.out}.part", self.out)
 
     def _peak(self) -> dict[str, Any] | None:
-        ended = self.ran_out is not None and max(self.ran_out["step"], 1) > len(self._steps())
         found = memplan_history.peak(
             memplan_history.of_all(self.torch),
             self.began,
-            self.ran_out_at if ended else None,
+            self.ran_out_at if self._unfinished() else None,
             lambda time_us: (_plain(self._when(time_us)[0]), self._when(time_us)[1]),
         )
         if found is not None:
             at = found.pop("time_us")
-            found["step"] = self._step_at(at)
+            found["step"] = self._step_at(at) - (found["phase"] in _BETWEEN)
             if not self.began or at < self.began:
                 found |= {"phase": "loading", "module": ""}
         return found
 
+    def _unfinished(self) -> bool:
+        """Whether it ran out, and no step came after."""
+        return self.ran_out is not None and max(self.ran_out["step"], 1) > len(self._steps())
+
     def _last_step(self) -> dict[str, Any]:
-        """Each allocation of the last step, from its first forward pass on."""
+        """Each allocation of the last step, from its first forward pass on; of the one in which it ran out,
+        up to there."""
         ends = [at for at, one in enumerate(self.stretches) if one["kind"] == "step"]
-        if not ends:
+        if self._unfinished():
+            last, ended = self.stretches[-1]["ended"] if self.stretches else 0, self.ran_out_at
+        elif ends:
+            last, ended = (self.stretches[at]["ended"] if at >= 0 else 0 for at in (ends[-1] - 1, ends[-1]))
+        else:
             return {}
-        last = self.stretches[ends[-1] - 1]["ended"] if ends[-1] else 0
         forward = (at for at, phase, _ in self.marks if at > last and phase.startswith("forward"))
         models = [model for model in (ref() for ref in self.trained) if model is not None]
         optimizers = [one for one in (ref() for ref in self.made) if one is not None]
         return memplan_history.step(
             memplan_history.of_all(self.torch),
             next(forward, last),
-            self.stretches[ends[-1]]["ended"],
+            ended,
             self._when,
             memplan_history.known(models, optimizers),
             self.gradients,
         )
+
+
+def _with_peaks(told: Any, before: Any) -> Any:
+    """The allocator's statistics, with those peaks that were higher before."""
+    if before is None:
+        return told
+    if isinstance(told, dict):
+        return {
+            key: max(value, before.get(key, 0)) if key == "peak" else _with_peaks(value, before.get(key))
+            for key, value in told.items()
+        }
+    return told
+
+
+def _frames(innermost: Any) -> list[tuple[str, int, str]]:
+    """The stack of a frame, the innermost first."""
+    stack = reversed(traceback.extract_stack(innermost))
+    return [(one.filename, one.lineno or 0, one.name) for one in stack if not one.filename.startswith("<")]
 
 
 def _generating() -> bool:
