@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
     loaded.card_used.restype = ctypes.c_size_t
     loaded.card_addresses.argtypes, loaded.card_addresses.restype = [ctypes.c_size_t], ctypes.c_void_p
     loaded.card_map.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    loaded.card_addresses_back.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     loaded.card_has.argtypes = [ctypes.c_void_p]
     loaded.card_copy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
     return loaded
@@ -68,6 +70,31 @@ def test_cards_have_memory_and_addresses_of_their_own(card: ctypes.CDLL) -> None
     assert (card.card_of(there), card.card_of(here)) == (1, 0)
     assert card.card_select(2) == 1
     assert card.card_current() == 0
+
+
+def test_addresses_are_used_again_where_no_others_are_left(card: ctypes.CDLL) -> None:
+    size = 1024 * GIB
+    taken = []
+    while (at := card.card_addresses(size)) is not None:
+        taken.append(at)
+    assert len(taken) > 2 and len(set(taken)) == len(taken)
+    for at in (taken[1], taken[0]):
+        card.card_addresses_back(at, size)
+    whole = card.card_addresses(2 * size)  # two neighbours are one range
+    assert whole == min(taken[:2])
+    assert card.card_addresses(size) is None
+
+
+@pytest.mark.parametrize(
+    ("told", "seen"), [("1", 1), ("0,1", 2), ("", 0), ("-1", 0), ("1,7", 1), ("GPU-8f6d2f5c,0", 2)]
+)
+def test_cards_that_a_program_is_to_see(
+    card: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, told: str, seen: int
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", told)
+    ask = f"import ctypes; print(*map(ctypes.CDLL({card._name!r}).card_select, range(3)))"
+    done = subprocess.run([sys.executable, "-c", ask], check=True, capture_output=True, text=True)
+    assert done.stdout.split() == ["0"] * seen + ["1"] * (3 - seen)
 
 
 def test_its_pages_exist_once_they_are_written(card: ctypes.CDLL) -> None:

@@ -20,7 +20,7 @@ from memplan.asked.gpus import find_gpu
 from memplan.emulate import elf
 from memplan.emulate.answer import DryRun, Seen, answer, read
 from memplan.emulate.launch import Watching, environment, run
-from memplan.emulate.program import find, interpreter
+from memplan.emulate.program import _check_flags, _program, find, interpreter
 from memplan.errors import MemplanError
 from memplan.report.dry_run import show_dry_run, where
 
@@ -112,6 +112,9 @@ def judged(
         ({"steps": [], "ran_out": RAN_OUT, "error": "OutOfMemoryError"}, 1, "does not fit"),
         # it ran out, gave something up and went on
         ({"ran_out": RAN_OUT}, 0, "fits"),
+        # or ended, or waited, without another step, whatever it says of itself
+        ({"steps": [], "ran_out": RAN_OUT}, 0, "does not fit"),
+        ({"steps": [step()], "ran_out": {**RAN_OUT, "step": 2}}, None, "does not fit"),
     ],
 )
 def test_verdicts(told: dict[str, Any], status: int, verdict: str) -> None:
@@ -149,6 +152,7 @@ def test_the_process_that_takes_the_most_decides() -> None:
             r"failed by itself \(exit status 1, ValueError\) before its first",
         ),
         ([seen(steps=[step()], error="ValueError")], 1, "after one optimizer step"),
+        ([seen(steps=[], error="RuntimeError", beyond="CUDA graphs")], 1, "uses CUDA graphs, which can't be"),
         # a launcher's own exception says nothing, and data sets are not served
         (
             [
@@ -362,8 +366,21 @@ def test_the_program_behind_env() -> None:
 def test_a_python_that_can_t_be_watched(tmp_path: Path, first: str) -> None:
     with pytest.raises(MemplanError, match=r"can't be watched with -[EI]"):
         find([script(tmp_path, first)])
-    with pytest.raises(MemplanError, match="can't be watched with -sE"):
-        find([sys.executable, "-sE", "train.py"])
+    for flags in (["-sE"], ["-W", "ignore", "-sE"], ["-Xdev", "-sE"]):
+        with pytest.raises(MemplanError, match="can't be watched with -sE"):
+            find([sys.executable, *flags, "train.py"])
+
+
+@pytest.mark.parametrize("flags", [["-Werror::ImportWarning"], ["-X", "importtime"], ["-um", "EIS"], ["-cE"]])
+def test_what_is_said_to_a_flag_is_none(flags: list[str]) -> None:
+    _check_flags([*flags, "train.py", "-E"])
+
+
+def test_the_options_of_env() -> None:
+    assert _program(["env", "-u", "NAME", "--chdir", "/", "A=1", "python", "x.py"]) == "python"
+    for flag in ("-i", "-", "--ignore-environment"):
+        with pytest.raises(MemplanError, match="takes away what the card is made of"):
+            _program(["env", flag, "python"])
 
 
 def test_what_is_env_s_own_is_no_flag_of_python_s(tmp_path: Path) -> None:
@@ -396,6 +413,9 @@ def test_a_cpu_build_is_refused_with_what_to_do(memplan: Memplan) -> None:
         (["--gpu", "mi300x", "--", "python", "x.py"], "can't be emulated yet"),
         (["--gpu", "a6000"], "COMMAND"),
         (["--gpu", "0xa6000", "--", "python", "x.py"], "--gpu takes from 1 to 64 cards, not 0"),
+        (["--gpu", "1000xa6000", "--", "python", "x.py"], "--gpu takes from 1 to 64 cards, not 1000"),
+        (["--gpu", "24GB", "--", "python", "x.py"], "a dry run is on a card, which a size is not"),
+        (["--gpu", "4090", "--html", "/tmp", "--", "python", "x.py"], "is a folder: name a file"),
         (["--gpu", "a6000", "--gpu", "h100", "--", "python"], "one kind of card: give one --gpu"),
         (["--gpu", "a6000", "--no-watch", "--json", "--", "python"], "with --no-watch nothing is watched"),
         (["--gpu", "a6000", "--ranks", "0-7", "--", "python"], "takes numbers of ranks, such as 0,7, or all"),

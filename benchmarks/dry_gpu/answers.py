@@ -61,6 +61,34 @@ for _ in range(3):
     optimizer.step()
     optimizer.zero_grad()
 """
+SURVIVES = """
+    if number == 3:
+        try:
+            torch.empty(60 << 30, dtype=torch.uint8, device="cuda")
+        except torch.cuda.OutOfMemoryError:
+            break
+"""
+TWO_OPTIMIZERS = """
+import torch
+from torch import nn
+
+small, large = nn.Linear(16, 16).cuda(), nn.Linear(4096, 4096, bias=False).cuda()
+first, second = torch.optim.SGD(small.parameters()), torch.optim.Adam(large.parameters(), foreach=False)
+for _ in range(5):
+    small(torch.randn(4, 16, device="cuda")).sum().backward()
+    large(torch.randn(4, 4096, device="cuda")).sum().backward()
+    first.step(), second.step()
+    first.zero_grad(), second.zero_grad()
+"""
+SEEN = (
+    """
+import os
+os.environ["CUDA_VISIBLE_DEVICES"] = "1"
+import torch
+assert torch.cuda.device_count() == 1, torch.cuda.device_count()
+"""
+    + TWO_OPTIMIZERS
+)
 TRAINER = """
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
@@ -130,6 +158,12 @@ def main() -> None:
         again = asked(folder, CHECKPOINTED)["peak"]
         made = sum(one["bytes"] for one in again["largest"] if one["phase"] == "backward")
         assert made >= weights, again  # all gradients
+
+        gives_up = asked(folder, LOOP.format(rows=16, before=SURVIVES.strip(), after=""), status=1)
+        assert gives_up["ran_out"]["step"] == 3 and gives_up["needed_bytes"] is None
+        two = asked(folder, TWO_OPTIMIZERS, "--steps", "1")["allocated_bytes"]
+        assert two > 5 * 4096 * 4096 * 4, two  # weights, gradients, two states, and one for a moment
+        assert asked(folder, SEEN, "--steps", "1", gpu="2x4090")["allocated_bytes"] == two
 
         evaluates = LOOP.format(rows=4096, before="", after=EVALUATES.format(folder=folder).strip())
         found = asked(folder, evaluates, "--eval", "--save")

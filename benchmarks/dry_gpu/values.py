@@ -66,10 +66,38 @@ assert ids.to(card)[:, 1:].cpu().tolist() == ids[:, 1:].tolist()
 assert (labels.to(card)[:, ::2] != -100).cpu().tolist() == (labels[:, ::2] != -100).tolist()
 assert torch.equal(ids.to(card), ids.to(card))
 seen: list[int] = []
-thread = threading.Thread(target=lambda: seen.append(int((ids.to(card) * 2).sum())))
-thread.start()
-thread.join()
-assert seen == [int(ids.sum()) * 2]
+
+
+def see() -> None:
+    seen.append(int((ids.to(card) * 2).sum()))
+
+
+class Prefetching(threading.Thread):
+    def run(self) -> None:
+        see()
+
+
+for thread in (threading.Thread(target=see), Prefetching()):
+    thread.start()
+    thread.join()
+assert seen == [int(ids.sum()) * 2] * 2
+
+# what the card draws is not drawn by the host's generator
+torch.manual_seed(0)
+drawn = torch.randint(1 << 20, (4,))
+torch.manual_seed(0)
+torch.randint(9, (5,), device=card), torch.randperm(5, device=card), ids.to(card).random_(0, 9)
+assert torch.equal(drawn, torch.randint(1 << 20, (4,)))
+
+# made on the card by default
+torch.set_default_device(card)
+assert torch.arange(7).is_cuda and (torch.arange(7) < 5).sum().item() == 5
+assert torch.tensor([3, 4]).tolist() == [3, 4] and torch.full((2,), 7)[-1] == 7
+torch.set_default_device(None)
+
+# a choice along whichever dimension lies within it
+for made in (torch.rand(4, 100, device=card).topk(2, 0), torch.rand(4, 100, device=card).sort(dim=0)):
+    assert int(made.indices.max()) < 4
 
 # in what backward recomputes, by itself or asked for gradients
 ends = torch.tensor([0, 2, 5]).to(card)

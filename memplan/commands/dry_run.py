@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from memplan.commands.arguments import Parser, UsageError, add_json, add_switch, positive, whole
 from memplan.emulate.cards import MOST
+from memplan.ending import in_order
 from memplan.errors import shown
 from memplan.streams import remark
 
@@ -153,8 +154,10 @@ def run(arguments: argparse.Namespace) -> int:
     for name, file in files.items():
         if file is not None and not Path(file).absolute().parent.is_dir():
             raise UsageError(f"there is no folder for --{name} {shown(file)}")
+        if file is not None and Path(file).is_dir():
+            raise UsageError(f"--{name} {shown(file)} is a folder: name a file")
     context = CONTEXT_BYTES[gpu.kind]
-    with tempfile.TemporaryDirectory(prefix="memplan-dry-run-") as folder:
+    with in_order(), tempfile.TemporaryDirectory(prefix="memplan-dry-run-") as folder:
         watching = launch.Watching(
             Path(folder),
             steps,
@@ -207,11 +210,11 @@ def _ranks(text: str) -> tuple[int, ...]:
 
 def _counted(text: str) -> tuple[int, str]:
     """How many cards of which name: 8xh100."""
-    found = re.fullmatch(r"(\d{1,3})x(.+)", text)
+    found = re.fullmatch(r"(\d+)x(.+)", text)
     if found is None:
         return 1, text
-    if not 0 < int(found[1]) <= MOST:
-        raise UsageError(f"--gpu takes from 1 to {MOST} cards, not {found[1]}")
+    if len(found[1]) > 3 or not 0 < int(found[1]) <= MOST:
+        raise UsageError(f"--gpu takes from 1 to {MOST} cards, not {found[1][:20]}")
     return int(found[1]), found[2]
 
 

@@ -115,6 +115,7 @@ class Seen(_Record):
     stretches: tuple[Stretch, ...]
     ran_out: RanOut | None
     error: str | None  # the exception that ended it
+    beyond: str | None = None  # what that says it asked for which can't be emulated
     versions: dict[str, str]
     rank: NonNegativeInt
     world: NonNegativeInt  # ranks
@@ -198,11 +199,12 @@ def answer(
     if not users:
         raise MemplanError(_never_used(status, _error(seen)))
     _all_there(users, ranks, status)
+    _check_within(seen, status)
     worst = max(users, key=_most)
     at = worst.ran_out
     # whatever it made of the exception: it ran out, and no step came after
     steps = worst.of("step")
-    ran_out = at if at is not None and status and max(at.step, 1) > len(steps) else None
+    ran_out = at if at is not None and max(at.step, 1) > len(steps) else None
     notes: list[str] = []
     if at is not None and at.asked_bytes > _NEVER * gpu.visible_bytes:
         raise MemplanError(
@@ -335,6 +337,15 @@ def _all_there(users: Sequence[Seen], ranks: Sequence[int], status: int | None) 
     if beyond:
         raise MemplanError(
             f"--ranks names {beyond[0]}, and the program has {world} ranks, from 0 to {world - 1}"
+        )
+
+
+def _check_within(seen: Sequence[Seen], status: int | None) -> None:
+    """Raises MemplanError if the program ended at something that can't be emulated."""
+    beyond = next((one.beyond for one in seen if one.beyond), None)
+    if status and beyond:
+        raise MemplanError(
+            f"the program uses {beyond}, which can't be emulated (docs/dry-run.md): see above for where"
         )
 
 

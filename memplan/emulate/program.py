@@ -150,22 +150,37 @@ def _program(command: list[str]) -> str:
     """The program of a command, behind `env` and what that sets. Raises MemplanError."""
     if Path(command[0]).name != "env":
         return command[0]
-    words = [word for word in command[1:] if not word.startswith("-") and "=" not in word]
-    if not words:
-        raise MemplanError("there is no program after env")
-    return words[0]
+    words = iter(command[1:])
+    for word in words:
+        if word in ("-u", "--unset", "-C", "--chdir"):
+            next(words, None)
+        elif word in ("-i", "-", "--ignore-environment"):
+            raise MemplanError(f"env {word} takes away what the card is made of: leave it out")
+        elif not word.startswith("-") and "=" not in word:
+            return word
+    raise MemplanError("there is no program after env")
 
 
 def _check_flags(words: list[str]) -> None:
     """Raise MemplanError for flags, among the words after Python's name, with which it does not let itself be
     watched."""
-    for word in words:
-        if not word.startswith("-") or word in ("-m", "-c", "-"):
+    rest = iter(words)
+    for word in rest:
+        if not word.startswith("-") or word == "-":
             return
-        if not word.startswith("--") and set(word[1:]) & set("EIS"):
-            raise MemplanError(
-                f"Python can't be watched with {word}, which leaves out what watches: leave it out"
-            )
+        if word == "--check-hash-based-pycs":
+            next(rest, None)
+        for at, letter in enumerate(word[1:] if not word.startswith("--") else "", 1):
+            if letter in "mc":
+                return
+            if letter in "EIS":
+                raise MemplanError(
+                    f"Python can't be watched with {word}, which leaves out what watches: leave it out"
+                )
+            if letter in "WX":  # with a word of its own, or the next one
+                if at == len(word) - 1:
+                    next(rest, None)
+                break
 
 
 def interpreter(name: str) -> Path:

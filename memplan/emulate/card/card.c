@@ -20,6 +20,28 @@ static int down;
 static size_t used[CARDS];
 static __thread int current;
 
+/* Ranges that were given back. They are handed out again only where no others are left: so an address tells whose it
+ * was, and two runs of a program have the same ones. */
+static struct range { char *at; size_t bytes; struct range *next; } *back[CARDS];
+
+/* How many cards a program sees: those named, up to the first name that is none's. */
+static int visible(int count) {
+    const char *told = getenv("CUDA_VISIBLE_DEVICES");
+    if (!told) return count;
+    int found = 0;
+    while (*told && found < count) {
+        char *end;
+        long number = strtol(told, &end, 10);
+        int named = !strncmp(told, "GPU-", 4) || !strncmp(told, "MIG-", 4);
+        if (!named && (end == told || number < 0 || number >= count)) break;
+        found++;
+        told = strchr(told, ',');
+        if (!told) break;
+        told++;
+    }
+    return found;
+}
+
 /* MEMPLAN_CARD is "cards:bytes:bytes in use:major:minor:multiprocessors:shared memory a block can opt in to:name", as
  * memplan/emulate/cards.py writes it. With MEMPLAN_CARD_ADDRESSES=down the driver puts a range below the last one, not
  * above. */
@@ -32,6 +54,7 @@ static void set_up(void) {
         fprintf(stderr, "memplan: MEMPLAN_CARD does not describe a card; start programs with memplan dry-run\n");
         exit(2);
     }
+    c->visible = visible(c->count);
     addresses = ADDRESSES;
     if (addresses / 4 < c->total * c->count) addresses = 4 * c->total * c->count;
     for (start = MAP_FAILED; start == MAP_FAILED && addresses / 4 >= c->total * c->count; ) {
@@ -60,7 +83,7 @@ const struct card *card(void) {
 int card_current(void) { return current; }
 
 int card_select(int which) {
-    if (which < 0 || which >= card()->count) return 1;
+    if (which < 0 || which >= card()->visible) return 1;
     current = which;
     return 0;
 }
@@ -87,6 +110,8 @@ void card_give(size_t bytes, int which) {
     pthread_mutex_unlock(&lock);
 }
 
+static void free_range(struct range *one) { free(one); } /* where `free` is the next free address */
+
 char *card_addresses(size_t bytes) {
     card();
     size_t whole = (bytes + PAGE - 1) / PAGE * PAGE;
@@ -94,8 +119,36 @@ char *card_addresses(size_t bytes) {
     char *at = NULL, *first = start + current * each, **free = &next[current];
     if (down && whole <= (size_t)(*free - first)) at = *free -= whole;
     if (!down && whole <= (size_t)(first + each - *free)) at = *free, *free += whole;
+    for (struct range **of = &back[current]; !at && *of; of = &(*of)->next) {
+        struct range *one = *of;
+        if (one->bytes < whole) continue;
+        at = one->at;
+        one->at += whole, one->bytes -= whole;
+        if (!one->bytes) {
+            *of = one->next;
+            free_range(one);
+        }
+        break;
+    }
     pthread_mutex_unlock(&lock);
     return at;
+}
+
+void card_addresses_back(char *at, size_t bytes) {
+    size_t whole = (bytes + PAGE - 1) / PAGE * PAGE;
+    struct range *made = malloc(sizeof *made), **of = &back[card_of(at)];
+    pthread_mutex_lock(&lock);
+    while (*of && (*of)->at < at) of = &(*of)->next;
+    *made = (struct range){at, whole, *of};
+    *of = made;
+    for (struct range *one = back[card_of(at)]; one; one = one->next) /* neighbours become one */
+        while (one->next && one->at + one->bytes == one->next->at) {
+            struct range *joined = one->next;
+            one->bytes += joined->bytes;
+            one->next = joined->next;
+            free_range(joined);
+        }
+    pthread_mutex_unlock(&lock);
 }
 
 int card_map(char *at, size_t bytes, int on) {

@@ -12,6 +12,7 @@ struct card {
     char name[200];
     size_t total; /* bytes that the driver reports */
     int count;    /* cards alike */
+    int visible;  /* of them, as CUDA_VISIBLE_DEVICES has it */
     int major, minor, multiprocessors, shared_memory;
 };
 
@@ -23,6 +24,7 @@ size_t card_used(void); /* of the thread's card */
 int card_take(size_t bytes, int which); /* 0, or 1 if the card has no room */
 void card_give(size_t bytes, int which);
 char *card_addresses(size_t bytes); /* an aligned range, not yet usable; NULL without room for it */
+void card_addresses_back(char *at, size_t bytes);
 int card_map(char *at, size_t bytes, int on);
 int card_has(const void *at);
 int card_attribute(int attribute);  /* numbered as cudaDeviceAttr and CUdevice_attribute both are */

@@ -17,7 +17,7 @@ CUresult cuGetErrorString(CUresult e, const char **text) {
 }
 CUresult cuInit(unsigned flags) { (void)flags; return CUDA_SUCCESS; }
 CUresult cuDriverGetVersion(int *version) { *version = RELEASE; return CUDA_SUCCESS; }
-CUresult cuDeviceGetCount(int *count) { *count = card()->count; return CUDA_SUCCESS; }
+CUresult cuDeviceGetCount(int *count) { *count = card()->visible; return CUDA_SUCCESS; }
 CUresult cuDeviceGet(CUdevice *device, int ordinal) { *device = ordinal; return CUDA_SUCCESS; }
 CUresult cuDeviceGetName(char *name, int length, CUdevice device) {
     (void)device;
@@ -59,7 +59,10 @@ CUresult cuMemAddressReserve(CUdeviceptr *at, size_t bytes, size_t alignment, CU
     *at = (CUdeviceptr)card_addresses(bytes);
     return *at ? CUDA_SUCCESS : CUDA_ERROR_OUT_OF_MEMORY;
 }
-CUresult cuMemAddressFree(CUdeviceptr at, size_t bytes) { (void)at, (void)bytes; return CUDA_SUCCESS; }
+CUresult cuMemAddressFree(CUdeviceptr at, size_t bytes) {
+    card_addresses_back((char *)at, bytes);
+    return CUDA_SUCCESS;
+}
 CUresult cuMemCreate(CUmemGenericAllocationHandle *handle, size_t bytes, const CUmemAllocationProp *of,
                      unsigned long long f) {
     (void)f;

@@ -46,7 +46,8 @@ cudaError_t cudaFree(void *at) {
     if (!taken[i].at) return last = cudaErrorInvalidValue;
     card_map(at, taken[i].bytes, 0);
     card_give(taken[i].bytes, card_of(at));
-    taken[i].bytes = 0; /* the address stays: it is not handed out twice */
+    card_addresses_back(at, taken[i].bytes);
+    taken[i].bytes = 0;
     return cudaSuccess;
 }
 
@@ -159,7 +160,10 @@ cudaError_t cudaGetSymbolAddress(void **at, const void *symbol) { *at = (void *)
 
 /* The card. */
 
-cudaError_t cudaGetDeviceCount(int *count) { *count = card()->count; return cudaSuccess; }
+cudaError_t cudaGetDeviceCount(int *count) {
+    *count = card()->visible;
+    return *count ? cudaSuccess : (last = cudaErrorNoDevice);
+}
 cudaError_t cudaGetDevice(int *device) { *device = card_current(); return cudaSuccess; }
 cudaError_t cudaSetDevice(int device) { return card_select(device) ? (last = cudaErrorInvalidDevice) : cudaSuccess; }
 cudaError_t cudaDriverGetVersion(int *version) { *version = RELEASE; return cudaSuccess; }

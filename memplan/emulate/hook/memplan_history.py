@@ -21,10 +21,10 @@ When = Callable[[int], tuple[str, str]]  # phase and module at a time
 Known = dict[int, tuple[str, str, str]]  # by address: module, name, category
 
 
-def of_all(torch: Any) -> list[dict[str, Any]]:
-    """The history of the card on which the most happens."""
+def of_card(torch: Any, card: int) -> list[dict[str, Any]]:
+    """The history of a card."""
     traces: list[list[dict[str, Any]]] = torch.cuda.memory._snapshot()["device_traces"]
-    return max(traces, key=len)
+    return traces[card]
 
 
 def peak(history: list[dict[str, Any]], began: int, ended: int | None, when: When) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ import ctypes
 import os
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import memplan_zeros
@@ -24,6 +25,10 @@ _BYTES = 1 << 16  # of them where they are of one byte, as packed weights are
 # Their results are as long as values say, by ways of their own: made on the host, and brought to the card.
 _FROM_VALUES = ("unique", "unique_consecutive", "bincount")
 _CHOICES = ("topk", "sort", "argsort")  # of a router: indices of the largest
+_RANDOM = (
+    "randint", "randint_like", "randperm", "random_", "bernoulli", "bernoulli_", "geometric_", "poisson",
+    "multinomial",
+)  # fmt: skip
 # What gives Python a value, and no tensor.
 _READ = (
     "item", "tolist", "numpy", "equal", "is_nonzero", "allclose", "__bool__", "__int__", "__float__",
@@ -44,13 +49,13 @@ def start(torch: Any, *, skewed: bool = False) -> None:
     card.card_values_are_real()
     mode = _mode(torch, skewed)
     mode().__enter__()
-    run = threading.Thread.run
+    begin = getattr(threading.Thread, "_bootstrap_inner")  # noqa: B009  # calls run(), which classes override
 
-    def running(thread: threading.Thread) -> None:
+    def beginning(thread: threading.Thread) -> None:
         with mode():
-            run(thread)
+            begin(thread)
 
-    setattr(threading.Thread, "run", running)  # noqa: B010  # a method of somebody else's class
+    setattr(threading.Thread, "_bootstrap_inner", beginning)  # noqa: B010  # of somebody else's class
     engine = torch.autograd._engine_run_backward
 
     def backward(*args: Any, **kwargs: Any) -> Any:
@@ -124,6 +129,13 @@ def values(torch: Any, tensor: Any) -> Any:
     return twin(tensor) if is_real(tensor) else None
 
 
+def _along(name: str, args: Any, kwargs: dict[str, Any]) -> int:
+    """The dimension of a choice: ``topk(x, k, dim)``, ``sort(x, dim)``."""
+    at = 2 if name == "topk" else 1
+    given = kwargs.get("dim", args[at] if len(args) > at else -1)
+    return given if type(given) is int else -1
+
+
 def _own(tensor: Any) -> Any:
     """Itself, or what has its memory: of what is sharded (DTensor) this rank's part, of what a collective is
     bringing its result."""
@@ -157,9 +169,9 @@ def _memory(torch: Any) -> tuple[Callable[[Any], bool], Callable[[Any], Any], Ca
         if not tensor.is_cuda or tensor.layout is not torch.strided:
             return tensor
         if tensor.is_floating_point() or tensor.is_complex():  # as many zeros
-            return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+            return torch.zeros((), dtype=tensor.dtype, device="cpu").expand(tensor.shape)
         if tensor.numel() == 0:
-            return torch.empty(tensor.shape, dtype=tensor.dtype)
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
         reach = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
         memory = (ctypes.c_char * (reach * tensor.element_size())).from_address(tensor.data_ptr())
         flat = torch.frombuffer(memory, dtype=tensor.dtype, count=reach)
@@ -188,8 +200,17 @@ def _mode(torch: Any, skewed: bool) -> Any:
     def call(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         left = ("pin_memory", "generator", "non_blocking")
         told = {name: on_host(value) for name, value in kwargs.items() if name not in left}
-        with torch.no_grad():
+        with torch.no_grad(), ExitStack() as around:
+            if getattr(func, "__name__", "") in _RANDOM:  # by the card's generator, not the host's
+                around.enter_context(torch.random.fork_rng(devices=()))
+            if by_default():
+                around.enter_context(torch.device("cpu"))
             return func(*on_host(args), **told)
+
+    def by_default() -> bool:
+        """Whether torch.set_default_device has named the card, in a mode below this one."""
+        context = getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
+        return context is not None and context.device.type == "cuda"
 
     def tensors(value: Any) -> Iterable[Any]:
         if isinstance(value, tensor_of):
@@ -198,17 +219,19 @@ def _mode(torch: Any, skewed: bool) -> Any:
             for one in value:
                 yield from tensors(one)
 
-    def spread(name: str, args: Any, results: list[Any]) -> bool:
+    def spread(name: str, args: Any, kwargs: dict[str, Any], results: list[Any]) -> bool:
         """A choice among imagined numbers: the columns in turn, one row after the other, or the first ones
         in each row."""
         if name not in _CHOICES or not args[0].is_floating_point():
             return False
         for indices in results:
             if indices.dtype is torch.int64 and indices.dim() and is_real(indices):
-                columns = args[0].shape[-1] if args[0].dim() else 1
-                chosen = indices.shape[-1] if skewed else columns
-                turns = torch.arange(indices.numel()).remainder_(max(chosen, 1))
-                twin(indices).copy_(turns.view(indices.shape))
+                along = _along(name, args, kwargs) % indices.dim()
+                columns = args[0].shape[along] if args[0].dim() else 1
+                chosen = indices.shape[along] if skewed else columns
+                turns = torch.arange(indices.numel(), device="cpu").remainder_(max(chosen, 1))
+                place = twin(indices).movedim(along, -1)
+                place.copy_(turns.view(place.shape))
         return True
 
     class Integers(TorchFunctionMode):  # type: ignore[misc]
@@ -228,6 +251,8 @@ def _mode(torch: Any, skewed: bool) -> Any:
                 made = func(*args, **kwargs)
                 if name in ("to", "cuda") and isinstance(made, tensor_of) and made.is_cuda and is_real(made):
                     twin(made).copy_(args[0])  # as large as it may be
+                elif by_default() and any(one.is_cuda for one in tensors(made)):
+                    work_out(func, name, args, kwargs, made, given)
                 return made
             if any(
                 wrapped(one) or _is_made_of_others(one) or one.layout is not torch.strided for one in given
@@ -264,7 +289,7 @@ def _mode(torch: Any, skewed: bool) -> Any:
         places = [one for one in given if one.is_cuda and is_real(one)] if inside else results
         if not any(one.is_cuda and is_real(one) for one in places):
             return
-        if spread(name, args, results):
+        if spread(name, args, kwargs, results):
             return
         known = {one.untyped_storage().data_ptr() for one in given if one.is_cuda}
         fresh = [one for one in results if one.is_cuda and one.untyped_storage().data_ptr() not in known]

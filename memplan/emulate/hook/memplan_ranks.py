@@ -14,6 +14,7 @@ import pickle
 import threading
 import time
 from collections.abc import Callable, Iterable
+from functools import wraps
 from typing import Any
 
 from memplan_imports import when_imported
@@ -65,6 +66,8 @@ def prepare(torch: Any) -> None:
     dist = torch.distributed
     if not alone() or not dist.is_available():
         when_imported("torch.distributed.launcher.api", lambda api: _on_one_machine(torch, api))
+        if dist.is_available() and "MEMPLAN_WATCH" in os.environ:
+            _refuse_spawned(dist)
         return
     c10d = dist.distributed_c10d
 
@@ -87,6 +90,24 @@ def prepare(torch: Any) -> None:
     for name in _FUNCTIONAL:
         if hasattr(functional, name):
             setattr(functional, name, _repeating_anew(torch, functional, getattr(functional, name)))
+
+
+def _refuse_spawned(dist: Any) -> None:
+    """Ranks that no launcher starts are not known as such: they would wait for each other."""
+    begin = dist.init_process_group
+
+    @wraps(begin)
+    def beginning(*args: Any, **kwargs: Any) -> Any:
+        world = kwargs.get("world_size", args[3] if len(args) > 3 else -1)
+        if isinstance(world, int) and world > 1 and "RANK" not in os.environ:
+            raise SystemExit(
+                f"memplan: {world} ranks are started by the program itself: a dry run has them from a "
+                f"launcher, such as torchrun --nproc-per-node {world}, which tells RANK and WORLD_SIZE"
+            )
+        return begin(*args, **kwargs)
+
+    for module in (dist, dist.distributed_c10d):
+        module.init_process_group = beginning
 
 
 def _on_one_machine(torch: Any, api: Any) -> None:
@@ -224,7 +245,6 @@ def _on_host(real: Any) -> Any:
 
 def _repeating(torch: Any, name: str, function: Any) -> Any:
     """The function, with what it brings where all ranks send what this one does."""
-    from functools import wraps
     from inspect import signature
 
     from memplan_integers import values
@@ -266,7 +286,6 @@ def _repeating(torch: Any, name: str, function: Any) -> Any:
 
 def _repeating_anew(torch: Any, functional: Any, function: Any) -> Any:
     """The same of a function whose result is a new tensor."""
-    from functools import wraps
     from inspect import signature
 
     from memplan_integers import values

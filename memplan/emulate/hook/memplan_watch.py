@@ -48,12 +48,14 @@ class Watch:
         self.torch: Any = None
         self.stretches: list[dict[str, Any]] = []
         self.now = "loading"  # or "between": after a step, with nothing told yet of what comes
+        self.card = 0  # that decides
         self.highest: dict[str, int] = {}  # of this stretch, before the program put the peaks back itself
         self.own: dict[tuple[str, Any], Any] = {}  # the program's own peaks, which a stretch's end puts back
         self.began = 0  # when training did
         self.ran_out: dict[str, Any] | None = None
         self.ran_out_at = 0
         self.error: str | None = None
+        self.beyond: str | None = None  # what it asked for that can't be emulated
         self.host = {"tensor_bytes": 0, "pinned_bytes": 0}
         self.names: dict[int, str] = {}  # of modules, by id
         self.trained: list[weakref.ref[Any]] = []
@@ -74,8 +76,9 @@ class Watch:
     def imported(self, torch: Any) -> None:
         """PyTorch is there: from here on it is watched, and the allocator once the card is used."""
         self.torch = torch
-        if not torch.cuda.is_available():
+        if not torch.backends.cuda.is_built():
             return
+        _check_allocator()
         from torch.nn.modules import module
         from torch.optim import optimizer
 
@@ -108,6 +111,7 @@ class Watch:
 
         def failed(kind: type[BaseException], error: BaseException, trace: Any) -> None:
             self.error = kind.__name__
+            self.beyond = _beyond(str(error))
             excepthook(kind, error, trace)
 
         sys.excepthook = failed
@@ -184,7 +188,7 @@ class Watch:
         """A forward pass of a whole model."""
         self.head = False
         gradients = self.torch.is_grad_enabled()
-        if module.training and gradients:
+        if module.training and gradients and any(one.requires_grad for one in module.parameters()):
             self.began = self.began or time.time_ns() // 1000
             self._turn("step")
         elif not gradients and not module.training and self.now != "step" and not _generating():
@@ -253,6 +257,8 @@ class Watch:
             self._count_host()
             self.now = "step"
             self._turn("between")
+        elif self.now == "between":  # another one's, which belongs to the step
+            self._add_to_step()
         self._end_if_seen()
         if self._enough():
             self._ask()
@@ -282,6 +288,13 @@ class Watch:
             self._close()
         self.now = to
         self._end_if_seen()
+
+    def _add_to_step(self) -> None:
+        found, step = self._stats(), self._steps()[-1]
+        for name in ("allocated_bytes", "reserved_bytes", "retries"):
+            step[name] = max(step[name], found[name])
+        step |= {"resting_bytes": found["resting_bytes"], "ended": time.time_ns() // 1000}
+        self._start_anew()
 
     def _close(self) -> None:
         found = self._stats()
@@ -327,7 +340,10 @@ class Watch:
         if not self.torch.cuda.is_initialized():
             return dict.fromkeys(("allocated_bytes", "reserved_bytes", "resting_bytes", "retries"), 0)
         cards = range(self.torch.cuda.device_count())
-        stats = max(map(self._tell, cards), key=lambda it: it["reserved_bytes"]["all"]["peak"])
+        of_all = {card: self._tell(card) for card in cards}
+        if self.ran_out is None:
+            self.card = max(of_all, key=lambda card: of_all[card]["reserved_bytes"]["all"]["peak"])
+        stats = of_all[self.card]
         allocated, reserved = (stats[name]["all"] for name in ("allocated_bytes", "reserved_bytes"))
         return {
             "allocated_bytes": max(allocated["peak"], high.get("allocated_bytes", 0)),
@@ -360,6 +376,7 @@ class Watch:
             main = sys._current_frames()[threading.main_thread().ident or 0]
             here["own"] = memplan_history.line(_frames(main))["own"]
         stats = self._tell(device)
+        self.card = device
         self.ran_out = {
             "asked_bytes": asked,
             "free_bytes": free,
@@ -406,6 +423,7 @@ class Watch:
             "stretches": self.stretches,
             "ran_out": self.ran_out,
             "error": self.error,
+            "beyond": self.beyond,
             "versions": _versions(),
             "rank": int(os.environ.get("RANK") or 0),
             "world": int(os.environ.get("WORLD_SIZE") or 1),
@@ -424,7 +442,7 @@ class Watch:
 
     def _peak(self) -> dict[str, Any] | None:
         found = memplan_history.peak(
-            memplan_history.of_all(self.torch),
+            memplan_history.of_card(self.torch, self.card),
             self.began,
             self.ran_out_at if self._unfinished() else None,
             lambda time_us: (_plain(self._when(time_us)[0]), self._when(time_us)[1]),
@@ -454,13 +472,38 @@ class Watch:
         models = [model for model in (ref() for ref in self.trained) if model is not None]
         optimizers = [one for one in (ref() for ref in self.made) if one is not None]
         return memplan_history.step(
-            memplan_history.of_all(self.torch),
+            memplan_history.of_card(self.torch, self.card),
             next(forward, last),
             ended,
             self._when,
             memplan_history.known(models, optimizers),
             self.gradients,
         )
+
+
+def _check_allocator() -> None:
+    """Raise SystemExit for an allocator that is not watched."""
+    settings = f"{os.environ.get('PYTORCH_ALLOC_CONF', '')},{os.environ.get('PYTORCH_CUDA_ALLOC_CONF', '')}"
+    for what, on in (
+        ("PYTORCH_NO_CUDA_MEMORY_CACHING", os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING")),
+        ("backend:cudaMallocAsync", "cudaMallocAsync" in settings),
+    ):
+        if on:
+            raise SystemExit(f"memplan: a dry run watches PyTorch's own caching allocator: leave out {what}")
+
+
+def _beyond(words: str) -> str | None:
+    """What a message of PyTorch's says was asked for that a card which computes nothing has not."""
+    for sign, name in (
+        ("cusolver", "cuSOLVER"),
+        ("cusparse", "cuSPARSE"),
+        ("cufft", "cuFFT"),
+        ("CUDAGraph", "CUDA graphs"),
+        ("captures_underway", "CUDA graphs"),
+    ):
+        if sign.lower() in words.lower():
+            return name
+    return None
 
 
 def _with_peaks(told: Any, before: Any) -> Any:
@@ -537,7 +580,7 @@ def start(torch: Any) -> None:
 
     memplan_ranks.prepare(torch)
     told = json.loads(os.environ["MEMPLAN_WATCH"])
-    if torch.cuda.is_available():
+    if torch.backends.cuda.is_built():  # how many cards it sees is decided when it asks
         memplan_cudnn.start(torch)
         torch.distributions.Distribution.set_default_validate_args(False)  # no scale is above zero
         memplan_integers.start(torch, skewed=told["routing"] == "skewed")
