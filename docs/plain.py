@@ -32,7 +32,10 @@ from the second, blocks that lie elsewhere (`steps` in `data/plain.json`). DoRA 
 peak are equal (`memplan dry-run --tape`, `memplan diff`); 1 MiB is of a block that is not split, in the
 plan's simulated allocator only. Mixtral's reserved bytes: the plan loads a checkpoint that transformers
 wrote, with merged experts; published ones have them one by one and are merged while they are loaded, as
-the script does here, and leave the allocator other segments. That is not modelled yet.
+the script does here, and leave the allocator other segments. That is not modelled yet. gpt-oss: its
+experts are unpacked on the card while others arrive, by threads of transformers' whose order is the
+machine's, and what is reserved differs from run to run with them, so these runs are without
+(`HF_DEACTIVATE_ASYNC_LOAD=1`).
 """
 
 

@@ -24,6 +24,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mistral": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 100},
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 64},
+    "gemma": {
+        "architectures": ["GemmaForCausalLM"], "model_type": "gemma", "head_dim": 64, "hidden_act": "gelu",
+    },
     "gemma2": {
         "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "head_dim": 64, "sliding_window": 100,
         "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "query_pre_attn_scalar": 64,
@@ -35,9 +38,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "phi3": {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "sliding_window": 100},
     "olmo2": {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2", "num_key_value_heads": 8},
+    "olmo3": {
+        "architectures": ["Olmo3ForCausalLM"], "model_type": "olmo3", "num_key_value_heads": 8,
+        "sliding_window": 100,
+    },
+    "smollm3": {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3", "pad_token_id": 0},
     "mixtral": {
         "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 4,
         "num_experts_per_tok": 2, "intermediate_size": 512,
+    },
+    "gpt_oss": {
+        "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "head_dim": 64,
+        "sliding_window": 100, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 256,
     },
     "qwen3_moe": {
         "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "head_dim": 64, "num_experts": 8,

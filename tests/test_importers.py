@@ -45,6 +45,10 @@ MODEL_TYPES = {
     "Olmo2ForCausalLM": "olmo2",
     "MixtralForCausalLM": "mixtral",
     "Qwen3MoeForCausalLM": "qwen3_moe",
+    "GptOssForCausalLM": "gpt_oss",
+    "GemmaForCausalLM": "gemma",
+    "Olmo3ForCausalLM": "olmo3",
+    "SmolLM3ForCausalLM": "smollm3",
 }
 SIZES = {
     "vocab_size": 1000,
@@ -79,11 +83,14 @@ def parameters(spec: ModelSpec) -> int:
         attention += q + 2 * kv + (0 if spec.model_type == "qwen2" else h)
     if spec.model_type in ("qwen3", "qwen3_moe", "gemma3_text"):
         attention += 2 * spec.head_dim  # q and k norms
-    if spec.model_type == "olmo2":
+    if spec.model_type in ("olmo2", "olmo3"):
         attention += q + kv
-    norms = (4 if spec.model_type.startswith("gemma") else 2) * h
+    norms = (4 if spec.model_type in ("gemma2", "gemma3_text") else 2) * h
     dense = 3 * h * spec.intermediate_size + spec.mlp_bias * (2 * spec.intermediate_size + h)
     sparse = spec.num_experts * (h + 3 * h * spec.moe_intermediate_size)
+    if spec.model_type == "gpt_oss":
+        attention += spec.num_attention_heads  # sinks
+        sparse += spec.num_experts * (1 + 2 * spec.moe_intermediate_size + h)  # biases
     experts = sum(spec.sparse_layers)
     return (
         (1 if spec.tie_word_embeddings else 2) * spec.vocab_size * h
@@ -114,15 +121,17 @@ def transformers_facts(config: dict[str, Any]) -> dict[str, Any]:
     theirs = transformers.AutoConfig.for_model(config["model_type"], **json.loads(json.dumps(fields)))
     model_type, layers = theirs.model_type, theirs.num_hidden_layers
     window = getattr(theirs, "sliding_window", None)
-    if model_type in ("qwen2", "qwen3", "gemma2", "gemma3_text"):
+    if model_type == "smollm3" and not theirs.use_sliding_window:
+        window = None
+    if model_type in ("qwen2", "qwen3", "gemma2", "gemma3_text", "gpt_oss", "olmo3", "smollm3"):
         kinds = theirs.layer_types
     else:  # one mask for all layers; llama and olmo2 have no windows at all
-        window = None if model_type in ("llama", "olmo2") else window
+        window = None if model_type in ("llama", "olmo2", "gemma") else window
         kinds = ["full_attention" if window is None else "sliding_attention"] * layers
     derived = theirs.hidden_size // theirs.num_attention_heads
 
     rope = theirs.rope_parameters
-    per_kind = [kind for kind in sorted(set(kinds)) if model_type == "gemma3_text"] or [None]
+    per_kind = [kind for kind in sorted(set(kinds)) if model_type in ("gemma3_text", "olmo3")] or [None]
     longrope = any((rope if kind is None else rope[kind])["rope_type"] == "longrope" for kind in per_kind)
 
     facts = {
@@ -135,7 +144,9 @@ def transformers_facts(config: dict[str, Any]) -> dict[str, Any]:
         "head_dim": getattr(theirs, "head_dim", None) or derived,
         "max_position_embeddings": theirs.max_position_embeddings,
         "tie_word_embeddings": theirs.tie_word_embeddings,
-        "hidden_act": theirs.hidden_activation if model_type.startswith("gemma") else theirs.hidden_act,
+        "hidden_act": (
+            theirs.hidden_activation if model_type in ("gemma2", "gemma3_text") else theirs.hidden_act
+        ),
         "attention_dropout": theirs.attention_dropout,
         "sliding_window": window,
         "layer_types": tuple(kinds),
@@ -144,15 +155,17 @@ def transformers_facts(config: dict[str, Any]) -> dict[str, Any]:
             model_type, getattr(theirs, "attention_bias", None)
         ),
     }
-    if model_type == "llama":
+    if model_type in ("llama", "smollm3"):
         facts["mlp_bias"] = theirs.mlp_bias
+    if model_type == "smollm3":
+        facts["rotated_layers"] = tuple(map(bool, theirs.no_rope_layers[:layers]))
     if model_type == "phi3":
         facts["resid_dropout"] = theirs.resid_pdrop
         facts["partial_rotary_factor"] = rope["partial_rotary_factor"]
-    if model_type.startswith("gemma"):
+    if model_type in ("gemma2", "gemma3_text"):
         facts["attn_logit_softcapping"] = theirs.attn_logit_softcapping
         facts["final_logit_softcapping"] = theirs.final_logit_softcapping
-    if model_type in ("mixtral", "qwen3_moe"):
+    if model_type in ("mixtral", "qwen3_moe", "gpt_oss"):
         facts["num_experts"] = theirs.num_experts
         facts["num_experts_per_tok"] = theirs.num_experts_per_tok
     if model_type == "qwen3_moe":

@@ -78,7 +78,7 @@ def test_models_are_listed_however_they_are_spelled(memplan: Callable[..., Outco
         found = json.loads(memplan("models", wanted, "--json").out)["models"]
         assert [one["alias"] for one in found] == ["llama-3-8b"]
     assert memplan("models", "qwen3").out.count("Qwen/Qwen3") > 8
-    outcome = memplan("models", "gpt-oss")
+    outcome = memplan("models", "kimi")
     assert (outcome.status, outcome.out, outcome.err.count("\n")) == (2, "", 1)
 
 
@@ -232,7 +232,7 @@ def test_neighbours_are_near_in_family_and_size(name: str, near: str, far: str) 
     assert len(caught.value.close) <= 3
 
 
-@pytest.mark.parametrize("name", ["gpt-oss-20b", "kimi-k2", "bert-large", "llama-4000b", "x"])
+@pytest.mark.parametrize("name", ["glm-5", "kimi-k2", "bert-large", "llama-4000b", "x"])
 def test_what_has_no_neighbour_is_said_to_go_by_other_ways(name: str) -> None:
     with pytest.raises(UnknownName) as caught:
         resolve(name)

@@ -69,7 +69,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 8, "num_kv_heads": 2,
         "new_decoder_architecture": True, "vocab_size": 999,
     },
-    "gemma": BASE | {"head_dim": 32},
     "glm4": BASE | {"head_dim": 32, "partial_rotary_factor": 0.5, "pad_token_id": 0},
     "gpt2": GPT2,
     "gpt_bigcode": GPT2,
@@ -78,7 +77,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "attention_types": [[["global", "local"], 1]],
     },
     "gpt_neox": BASE | {"rotary_pct": 0.25},
-    "gpt_oss": BASE | EXPERTS | {"head_dim": 32, "sliding_window": 16},
     "gptj": GPT2 | {"rotary_dim": 16},
     "granite": BASE,
     "granitemoe": BASE | EXPERTS,
@@ -93,7 +91,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mpt": {"d_model": 256, "n_heads": 8, "n_layers": 2, "vocab_size": 999, "max_seq_len": 512},
     "nemotron": BASE,
     "olmo": BASE,
-    "olmo3": BASE | {"sliding_window": 16},
     "olmoe": BASE | {"num_experts": 4, "num_experts_per_tok": 2},
     "opt": BASE | {"ffn_dim": 640, "word_embed_proj_dim": 256},
     "phi": BASE | {"partial_rotary_factor": 0.5},
@@ -111,7 +108,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "recurrent_gemma": BASE | {
         "lru_width": 256, "attention_window_size": 16, "head_dim": 32, "num_hidden_layers": 3,
     },
-    "smollm3": BASE | {"pad_token_id": 0},
     "stablelm": BASE | {"partial_rotary_factor": 0.25},
     "starcoder2": BASE | {"sliding_window": 16},
 }  # fmt: skip

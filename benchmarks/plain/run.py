@@ -28,6 +28,7 @@ from memplan import Recipe, plan
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RESULTS = ROOT / "data" / "plain.json"
+_TOLD = ("name", "script", "model", "run", "environment", "lengths")
 ALLOCATED, RESERVED = 64 << 10, 0.005  # bytes; a share
 TRAINERS = {
     "hf_trainer": "peft",
@@ -68,7 +69,10 @@ def emulated(case: dict[str, Any], folder: Path, gpu: str) -> dict[str, Any]:
     last words if it failed."""
     checkpoint = made(case, folder)
     out = folder / f"{case['name']}.json"
-    settings = {"PYTORCH_ALLOC_CONF": case["recipe"].get("alloc_conf", "")}
+    settings = {
+        "PYTORCH_ALLOC_CONF": case["recipe"].get("alloc_conf", ""),
+        **case.get("environment", {}),
+    }
     asked = [str(checkpoint), "--out", str(out), *case["run"].split()]
     script = [sys.executable, str(HERE / f"{case['script']}.py"), *asked]
     if "lengths" in case:  # shapes depend on values, which are worked out where the run is watched
@@ -119,7 +123,7 @@ def row(case: dict[str, Any], checkpoint: Path, found: dict[str, Any]) -> dict[s
     steps = found["steps"]
     allocated = steps[1]["allocated"] if lengths is None else max(step["allocated"] for step in steps)
     return {
-        **{name: case[name] for name in ("name", "script", "model", "run", "lengths") if name in case},
+        **{name: case[name] for name in _TOLD if name in case},
         "recipe": recipe,
         "allocated": {"predicted": predicted.allocated_bytes, "emulated": allocated},
         "reserved": {"predicted": predicted.reserved_bytes, "emulated": found["reserved"]},

@@ -22,7 +22,8 @@ class Quantization(BaseModel):
 class ModelSpec(BaseModel):
     """A decoder-only language model. Names are those of transformers' configurations.
 
-    ``layer_types`` and ``sparse_layers`` have one entry a layer. Sizes are counts of elements.
+    ``layer_types``, ``sparse_layers`` and ``rotated_layers`` have one entry a layer. Sizes are counts of
+    elements.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -52,6 +53,7 @@ class ModelSpec(BaseModel):
 
     sliding_window: int | None = None
     layer_types: tuple[LayerKind, ...] = ()
+    rotated_layers: tuple[bool, ...] = ()  # which turn queries and keys; empty: all of them
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
 
@@ -63,6 +65,7 @@ class ModelSpec(BaseModel):
     sparse_layers: tuple[bool, ...] = ()
 
     quantization: Quantization | None = None
+    mxfp4: bool = False  # its experts are published so, and loading unpacks them
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelSpec:
@@ -76,7 +79,7 @@ class ModelSpec(BaseModel):
                 f"num_experts_per_tok ({self.num_experts_per_tok}) must lie between 1 and "
                 f"the number of experts ({self.num_experts})"
             )
-        for name in ("layer_types", "sparse_layers"):
+        for name in ("layer_types", "sparse_layers", "rotated_layers"):
             length = len(getattr(self, name))
             if length not in (0, self.num_hidden_layers):
                 raise ValueError(f"{name} has {length} entries for {self.num_hidden_layers} layers")

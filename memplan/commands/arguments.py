@@ -381,10 +381,16 @@ def possible(named: Sequence[str], spec: ModelSpec) -> list[str]:
     left_out = [name for name in named if name not in found]
     if left_out:
         remark_with_answer(
-            f"{spec.name} holds weights in 4 bits, which are trained as QLoRA alone: "
+            f"{spec.name} holds {_stored_as(spec)}: "
             f"{' and '.join(left_out)} {'is' if len(left_out) == 1 else 'are'} left out"
         )
     return found
+
+
+def _stored_as(spec: ModelSpec) -> str:
+    if spec.mxfp4:
+        return "experts in MXFP4, which are unpacked and take no other quantisation"
+    return "weights in 4 bits, which are trained as QLoRA alone"
 
 
 def completions(action: argparse.Action) -> Collection[str]:

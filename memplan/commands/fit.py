@@ -167,6 +167,7 @@ def _evaluated(answer: Plan) -> tuple[Fit, ...]:
 def _counted(asked: Asked, by: str | None) -> tuple[tuple[HowMany, ...], Asked]:
     """The fewest cards by each strategy, or by the one that was named, and the question on the fewest."""
     from memplan.planning.how_many import how_many, on_the_fewest
+    from memplan.predict.parameters import check_several
 
     if len(asked.gpus) > 1:
         raise UsageError("--how-many asks about one kind of card: give one --gpu")
@@ -174,6 +175,7 @@ def _counted(asked: Asked, by: str | None) -> tuple[tuple[HowMany, ...], Asked]:
         raise UsageError(
             f"--how-many looks for a number of GPUs, which is said to be {asked.recipe.gpus}: leave that out"
         )
+    check_several(asked.spec)
     counts = how_many(asked, asked.gpus[0], by)
     return counts, on_the_fewest(asked, counts)
 

@@ -41,6 +41,10 @@ class Family:
     scaled_embedding: bool = False  # embeddings are multiplied by a buffer
     rotates_by_layer: bool = False  # each kind of layer has its rotary embedding
     makes_both_masks: bool = False  # for full and for sliding attention, whichever its layers have
+    # PEFT's all-linear means the experts, too (peft/utils/transformers_weight_conversion.py)
+    adapts_experts: bool = False
+    several: bool = True  # its step was compared on several GPUs
+    float16: bool = True  # it is loaded so as a whole (not in _keep_in_fp32_modules)
 
 
 def find(model_type: str) -> Family:

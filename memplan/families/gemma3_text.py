@@ -3,13 +3,9 @@ kind has its rotary embedding (transformers 5.23, models/gemma3)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from memplan.asked.fields import Fields
 from memplan.asked.spec import ModelSpec
-from memplan.families import Family, _gemma
-from memplan.parts.config import FULL, SLIDING, Config, all_but_every_sixth
+from memplan.families import Family, _gemma, _rope_by_kind
+from memplan.parts.config import Config, all_but_every_sixth
 from memplan.parts.context import Leaves
 from memplan.parts.layer import gemma_like, project
 from memplan.parts.module import Modules, attention, head_norms, mlp
@@ -30,14 +26,6 @@ def _project(m: Leaves, x: Tensor, spec: ModelSpec) -> tuple[Tensor, Tensor, Ten
     return q, k, v
 
 
-def _rope(fields: Fields, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """One entry per kind of layer (``convert_rope_params_to_dict``). The default entry has a rope_type, so
-    that an old "type" in rope_scaling is not heard."""
-    per_kind = fields.inside(new, {})
-    entry = per_kind.nested(FULL) or {"rope_type": "default"}
-    return [{**entry, **old}, per_kind.nested(SLIDING)]
-
-
 FAMILY = Family(
     config=Config(
         architecture="Gemma3ForCausalLM",
@@ -56,7 +44,7 @@ FAMILY = Family(
         activation="hidden_activation",
         heads_divide_hidden=True,
         images=("Gemma3ForConditionalGeneration", "gemma3"),
-        rope=_rope,
+        rope=_rope_by_kind.entries,
     ),
     modules=_modules,
     layer=gemma_like(_project),

@@ -54,4 +54,5 @@ FAMILY = Family(
     ),
     modules=plain,
     layer=llama_like(route=_route),
+    adapts_experts=True,
 )

@@ -19,7 +19,7 @@ from memplan.shadow import ops
 from memplan.shadow.tensor import Tensor
 
 
-def _modules(spec: ModelSpec, sparse: bool) -> Modules:
+def modules(spec: ModelSpec, sparse: bool) -> Modules:
     after = norms(spec, "post_attention_layernorm", "post_feedforward_layernorm")
     return {**projections(spec), **head_norms(*widths(spec)), **mlp_modules(spec), **after}
 
@@ -41,7 +41,7 @@ def _rotate(q: Tensor, k: Tensor, context: Context) -> tuple[Tensor, Tensor]:
     return ops.to(q_embed, q_dtype), ops.to(k_embed, k_dtype)
 
 
-def _layer(m: Leaves, hidden: Tensor, context: Context) -> Tensor:
+def layer(m: Leaves, hidden: Tensor, context: Context) -> Tensor:
     before = hidden
     hidden, _ = attention(m, hidden, context, _project, _rotate)
     hidden = m["post_attention_layernorm"](hidden)
@@ -60,8 +60,8 @@ FAMILY = Family(
         layers=full,
         nullable=("num_key_value_heads",),
     ),
-    modules=_modules,
-    layer=_layer,
+    modules=modules,
+    layer=layer,
     norm=LateCastNorm,
     cos_sin=partial(cos_sin, cast=False),
 )

@@ -71,4 +71,5 @@ FAMILY = Family(
     ),
     modules=_modules,
     layer=llama_like(project_and_norm_heads, _route),
+    adapts_experts=True,
 )

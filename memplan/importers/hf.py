@@ -20,7 +20,7 @@ from memplan.asked.fields import MAX_LAYERS, MAX_POSITIONS, Fields
 from memplan.asked.spec import ModelSpec
 from memplan.errors import SpecError, UnsupportedArchitecture, shown
 from memplan.families import Family
-from memplan.importers.quantization import quantization_of
+from memplan.importers.quantization import MXFP4, method_of, quantization_of
 from memplan.parts.config import Config
 
 # Activations whose memory is known: element-wise, and each saves its input only.
@@ -76,12 +76,15 @@ def spec_from_config(
     activation = fields.get(family.activation)
     if not isinstance(activation, str):
         fields.fail(f"{family.activation} is {shown(activation)}, but it must be a string such as 'silu'")
+    activation = family.activation_aliases.get(activation, activation)
     if activation not in _ACTIVATIONS:
         raise UnsupportedArchitecture(
             f"{shown(name)} has the activation {shown(activation)}, but memplan predicts only "
             f"{', '.join(_ACTIVATIONS)}; add --trace to have its own code traced"
         )
     partial_rotary_factor, longrope = _rope(fields, family, head_dim)
+    whole = {**config, **published}
+    mxfp4 = family.mxfp4 and method_of(whole.get("quantization_config")) == MXFP4
     window, layer_types = family.layers(fields, layers)
 
     try:
@@ -107,7 +110,8 @@ def spec_from_config(
             hidden_act=_ACTIVATIONS[activation],
             partial_rotary_factor=partial_rotary_factor,
             longrope=longrope,
-            quantization=quantization_of({**config, **published}, name),
+            quantization=None if mxfp4 else quantization_of(whole, name),
+            mxfp4=mxfp4,
             attention_dropout=fields.probability("attention_dropout"),
             resid_dropout=fields.probability("resid_pdrop") if "resid_pdrop" in family.defaults else 0.0,
             sliding_window=window,

@@ -2,7 +2,8 @@
 
 transformers loads such a checkpoint with its own settings, whatever BitsAndBytesConfig a script has
 (5.23 quantizers/auto.py, ``merge_quantization_configs``). 4-bit bitsandbytes is what mode qlora plans;
-everything else is refused.
+MXFP4 is unpacked where a family is published in it (:mod:`memplan.predict.mxfp4`); everything else is
+refused.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import Any
 from memplan.asked.spec import Quantization
 from memplan.errors import SpecError, shown
 
+MXFP4 = "MXFP4"
 _WORDS = {
-    "gptq": "GPTQ", "awq": "AWQ", "fp8": "FP8", "fbgemm_fp8": "FP8", "mxfp4": "MXFP4", "nvfp4": "NVFP4",
+    "gptq": "GPTQ", "awq": "AWQ", "fp8": "FP8", "fbgemm_fp8": "FP8", "mxfp4": MXFP4, "nvfp4": "NVFP4",
     "modelopt": "ModelOpt's", "compressed-tensors": "compressed-tensors", "exl2": "EXL2", "mlx": "MLX",
     "torchao": "torchao's", "gguf": "GGUF", "aqlm": "AQLM", "hqq": "HQQ", "eetq": "EETQ",
 }  # fmt: skip

@@ -73,11 +73,10 @@ def sft_loss(output: Output) -> Tensor:
     total = _total(per_token_loss)
     loss = ops.divide(total, empty((), int64, "clamp"))
     del total
+    weighted_aux_loss = None if output.aux_loss is None else ops.scale(output.aux_loss)
     if output.items is not None:
         loss = ops.scale(loss)  # by the number of processes
-    weighted_aux_loss = None
-    if output.aux_loss is not None:
-        weighted_aux_loss = ops.scale(output.aux_loss)
+    if weighted_aux_loss is not None:
         loss = ops.add(loss, ops.scale(weighted_aux_loss, "div"))
     num_valid = _gathered(ops.count(output.label_mask.shape))
     entropy_sum = _gathered(empty((), float32, "sum"))

@@ -54,6 +54,10 @@ def every_second(fields: Fields, layers: int) -> Layers:
     return as_listed(fields, layers, window(fields), lambda layer: layer % 2 == 0)
 
 
+def all_but_every_fourth(fields: Fields, layers: int) -> Layers:
+    return as_listed(fields, layers, window(fields), lambda layer: (layer + 1) % 4 != 0)
+
+
 def all_but_every_sixth(fields: Fields, layers: int) -> Layers:
     """Five layers slide, the sixth does not, unless ``sliding_window_pattern`` says another number."""
     pattern = 1 if fields.get("layer_types") else fields.size("sliding_window_pattern")
@@ -119,9 +123,11 @@ class Config:
 
     ``layers``: the window and the kind of each layer; ``nullable``: fields declared ``... | None``;
     ``attention_bias``: None where the configuration says; ``heads_divide_hidden``: ``validate_architecture``
-    asks for it even where head_dim is given; ``experts``: what a spec says of them; ``images``: architecture
-    and model type of a checkpoint with images, of which this is the language model. ``rope``: the entries of
-    rotary parameters, from those that transformers 4 and 5 write; ``rotates_part``: of a head.
+    asks for it even where head_dim is given; ``experts``: what a spec says of them, or else of its layers;
+    ``images``: architecture and model type of a checkpoint with images, of which this is the language model.
+    ``rope``: the entries of
+    rotary parameters, from those that transformers 4 and 5 write; ``rotates_part``: of a head. ``mxfp4``: its
+    experts may be published so.
     """
 
     architecture: str
@@ -130,6 +136,7 @@ class Config:
     nullable: tuple[str, ...] = ()
     attention_bias: bool | None = None
     activation: str = "hidden_act"
+    activation_aliases: Mapping[str, str] = field(default_factory=dict)
     heads_divide_hidden: bool = False
     experts: Callable[[Fields, int], dict[str, Any]] = no_experts
     images: tuple[str, str] | None = None
@@ -137,3 +144,4 @@ class Config:
     rope_types: tuple[str, ...] = ROPE_TYPES
     rope_aliases: Mapping[str, str] = field(default_factory=dict)
     rotates_part: bool = False
+    mxfp4: bool = False

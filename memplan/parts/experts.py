@@ -38,17 +38,22 @@ Route = Callable[[Tensor, Tensor, ModelSpec], tuple[Tensor, Tensor, Tensor]]
 def sparse_mlp(
     m: Leaves, hidden_states: Tensor, spec: ModelSpec, route: Route, captured: list[Tensor] | None = None
 ) -> Tensor:
-    """``MixtralSparseMoeBlock``, ``Qwen3MoeSparseMoeBlock``. The router's logits go to ``captured``, as
-    transformers' hooks collect them (utils/output_capturing.py), but not when the layer is recomputed."""
+    """``MixtralSparseMoeBlock``, ``Qwen3MoeSparseMoeBlock``."""
     shape = hidden_states.shape
     hidden_states = ops.view(hidden_states, (shape[0] * shape[1], shape[2]))
     router_logits, top_k_weights, top_k_index = _gate_forward(
         m["mlp.gate"]["weight"], hidden_states, spec, route
     )
-    if captured is not None and state.tape.segments[-1].phase is Phase.FORWARD:
-        captured.append(router_logits)
+    capture(router_logits, captured)
     hidden_states = _experts_forward(m["mlp.experts"], hidden_states, top_k_index, top_k_weights, spec)
     return ops.view(hidden_states, shape)
+
+
+def capture(router_logits: Tensor, captured: list[Tensor] | None) -> None:
+    """Put a router's logits to those that transformers' hooks collect, if they do
+    (utils/output_capturing.py), which is not when the layer is recomputed."""
+    if captured is not None and state.tape.segments[-1].phase is Phase.FORWARD:
+        captured.append(router_logits)
 
 
 def _gate_forward(
@@ -73,7 +78,7 @@ def _experts_forward(
     gate_up, down = weights["gate_up_proj"], weights["down_proj"]
     if isinstance(gate_up, Tensor):
         state.tape.module = "mlp.experts"
-        return _experts(lambda: gate_up, lambda: down, hidden_states, top_k_index, top_k_weights, spec)
+        return grouped(lambda: gate_up, lambda: down, hidden_states, top_k_index, top_k_weights, spec)
     down_factors = down.activate()
     gate_up_factors = gate_up.activate()
     # parametrize.cached(): a folded stack lives until the experts are done
@@ -83,7 +88,7 @@ def _experts_forward(
         cached.append(adapter.fold(factors))
         return cached[-1]
 
-    return _experts(
+    return grouped(
         lambda: fold(gate_up, gate_up_factors),
         lambda: fold(down, down_factors),
         hidden_states,
@@ -150,15 +155,25 @@ def _normalize_backward(node: Node, grad: Tensor) -> Any:
     return for_values, for_total
 
 
-def _experts(
+def _gate(gate_up: Tensor) -> Tensor:
+    gate, up = ops.chunk_last(gate_up)
+    return ops.mul(ops.activation("silu", gate), up)
+
+
+def grouped(
     gate_up: Callable[[], Tensor],
     down: Callable[[], Tensor],
     hidden_states: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
     spec: ModelSpec,
+    *,
+    gate: Callable[[Tensor], Tensor] = _gate,
+    biases: tuple[Tensor, Tensor] | None = None,
+    transposed: bool = False,
 ) -> Tensor:
-    """grouped_mm_experts_forward."""
+    """grouped_mm_experts_forward. ``transposed``: weights are [X, in, out], not [X, out, in]; ``biases`` [X,
+    out], of which every row gets its expert's."""
     tokens, width = hidden_states.shape
     k = spec.num_experts_per_tok
     rows = tokens * k
@@ -170,26 +185,31 @@ def _experts(
     histc_input = empty((rows,), int32, "_to_copy")
     tokens_per_expert = empty((spec.num_experts,), int32, "histc")
     offsets = empty((spec.num_experts,), int32, "cumsum")
-    proj_out = _grouped_mm(selected, gate_up(), offsets)
-    proj_out = _gate(proj_out)
-    proj_out = _grouped_mm(proj_out, down(), offsets)
+    selected_biases = None if biases is None else by_rows(biases[0], expert_ids_g)
+    proj_out = _grouped_linear(selected, gate_up(), offsets, selected_biases, transposed)
+    proj_out = gate(proj_out)
+    selected_biases = None if biases is None else by_rows(biases[1], expert_ids_g)
+    proj_out = _grouped_linear(proj_out, down(), offsets, selected_biases, transposed)
     weighted_out = ops.mul(proj_out, ops.view(sample_weights_g, (rows, 1)))
     inv_perm = empty((rows,), int64, "empty_like")
     positions = empty((rows,), int64, "arange")
     del positions
     weighted_out = by_rows(weighted_out, inv_perm)
     final = ops.to(_sum_experts(ops.view(weighted_out, (tokens, k, width))), hidden_states.dtype)
-    del expert_ids_g, histc_input, tokens_per_expert
+    del expert_ids_g, histc_input, tokens_per_expert, selected_biases
     return final
 
 
-def _gate(gate_up: Tensor) -> Tensor:
-    gate, up = ops.chunk_last(gate_up)
-    return ops.mul(ops.activation("silu", gate), up)
+def _grouped_linear(
+    x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, transposed: bool
+) -> Tensor:
+    out = _grouped_mm(x, weight, offsets, transposed)
+    return out if bias is None else ops.add_(out, bias)
 
 
-def _grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """``grouped_mm(x, weight.transpose(-2, -1), offs)``: x [S, in], weight [X, out, in] -> [S, out]."""
+def _grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor, transposed: bool) -> Tensor:
+    """``grouped_mm(x, weight.transpose(-2, -1), offs)``: x [S, in], weight [X, out, in] -> [S, out]; of a
+    weight [X, in, out] as it is."""
     x = ops.to(x, weight.dtype)
     node = Node(_grouped_mm_backward, x, weight) if ops.tracked(x, weight) else None
     saved = None
@@ -199,7 +219,7 @@ def _grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
             None if x.node is None else save(weight),
             save(offsets),
         )
-    out = _grouped((x.shape[0], weight.shape[1]), x.dtype)
+    out = _grouped((x.shape[0], weight.shape[2 if transposed else 1]), x.dtype)
     if node is not None:
         node.saved = saved
         node.context = x.shape, weight.shape

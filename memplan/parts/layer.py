@@ -64,7 +64,8 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     q, k, v = project(m, x, context.spec)
     state.tape.module = "self_attn"
-    q, k = rotate(q, k, context)
+    if context.rotated:
+        q, k = rotate(q, k, context)
     k, v = cached(k, v, context)
     out, weights = context.attend(q, k, v, context)
     out = ops.view(out, (*out.shape[:2], out.shape[2] * out.shape[3]))

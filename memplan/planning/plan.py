@@ -228,6 +228,7 @@ def plan_of(study: Prediction) -> Plan:
         asked.note,
         _unmatched(spec, recipe),
         _experts(spec, recipe),
+        _unpacked(spec, recipe),
         _too_long(spec, recipe),
         _saved(spec, recipe, study.peak),
     )
@@ -242,6 +243,19 @@ def plan_of(study: Prediction) -> Plan:
         ParameterCounts(total=base + adapters, trainable=trainable),
     )
     return answer.model_copy(update={"read": read_from(asked.read)})
+
+
+def _unpacked(spec: ModelSpec, recipe: Recipe) -> str | None:
+    """What loading makes of MXFP4."""
+    if not spec.mxfp4:
+        return None
+    note = f"its experts come in MXFP4, and loading makes {recipe.dtype.value} of them"
+    if recipe.device_map is None:
+        return note
+    return (
+        f"{note}; reserved is that of HF_DEACTIVATE_ASYNC_LOAD=1, for else threads bring them in no fixed "
+        "order, which may reserve more"
+    )
 
 
 def _unmatched(spec: ModelSpec, recipe: Recipe) -> str | None:

@@ -18,6 +18,7 @@ from memplan.cuda.card import Card
 from memplan.device.fit import Evaluated, Fit, Run, Verdict, glance, judge, recast_bytes
 from memplan.errors import MemplanError, RecipeError, shown
 from memplan.planning import cards, predicted
+from memplan.planning.modes import in_its_mode
 from memplan.planning.records import AllocatorInfo, Evaluation, Played, Ranks, ReadFrom, Slipped
 from memplan.tape import Category, Peak, Tape, replay, static_bytes
 
@@ -70,6 +71,7 @@ def ask(
     given = (recipe or Recipe()) if read is None else read.recipe(recipe)
     judged = tuple(cards.able(given, gpus))  # names that are wrong are said to be before anything is played
     found = resolve(named)
+    given = in_its_mode(found.spec, given)
     if read is not None:
         given = read.suited(given, found.spec, recipe)
     if lengths is not None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from memplan import libraries, losses
 from memplan.asked.recipe import Recipe
 from memplan.errors import MemplanError, RecipeError, UnsupportedArchitecture
-from memplan.importers.quantization import method_of
+from memplan.importers.quantization import MXFP4, method_of
 from memplan.importers.resolve import ResolvedConfig, resolve_config
 from memplan.planning.cards import able
 from memplan.planning.plan import Plan, plan_from_tape
@@ -48,7 +48,8 @@ def trace_plan(
     recipe = of_cards(recipe or Recipe(), gpus)
     cards = able(recipe, gpus)  # names that are wrong are said to be before anything is traced
     found = model if isinstance(model, ResolvedConfig) else resolve_config(model)
-    stored = method_of(found.config.get("quantization_config")) == "bitsandbytes"
+    method = method_of(found.config.get("quantization_config"))
+    stored = method == "bitsandbytes"
     traced = _trace(found, checked(found, recipe), progress, stored, looped)
     answer = plan_from_tape(
         traced.tape,
@@ -58,7 +59,15 @@ def trace_plan(
         cards,
         named=gpus is not None,
         libraries=libraries.installed(losses.find(traced.recipe.loss).library),
-        loading=partial(loading_of, traced.shapes, traced.brought, traced.recipe, traced.tape, stored=stored),
+        loading=partial(
+            loading_of,
+            traced.shapes,
+            traced.brought,
+            traced.recipe,
+            traced.tape,
+            stored=stored,
+            mxfp4=method == MXFP4,
+        ),
     )
     return answer, traced.tape
 

@@ -14,6 +14,7 @@ from memplan.parts.module import Module
 from memplan.parts.norms import RMSNorm
 from memplan.predict import blueprint
 from memplan.predict.fold import Played
+from memplan.predict.parameters import adapts_experts
 from memplan.predict.targets import is_saved, is_target
 from memplan.predict.unlike import Standing
 from memplan.shadow.tensor import DTYPES, DType, Tensor, bfloat16, float32, state
@@ -93,7 +94,7 @@ class Builder:
             attribute: self.weight(shape, f"{name}.{attribute}") for attribute, shape in shapes.items()
         }
         recipe = self.recipe
-        if recipe.mode is not Mode.FULL and recipe.target_modules == "all-linear":
+        if adapts_experts(self.spec, recipe):
             assert self.adapter.parameter is not None, "refused by resolve_recipe"
             for attribute, weight in made.items():
                 rank = 2 * recipe.r if attribute == "gate_up_proj" else recipe.r

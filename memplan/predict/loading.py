@@ -39,6 +39,7 @@ from memplan.asked.recipe import DTypeName, Recipe
 from memplan.asked.spec import ModelSpec
 from memplan.device.allocator import SMALL_SEGMENT
 from memplan.predict import blueprint
+from memplan.predict.mxfp4 import is_packed, published, unpacked
 from memplan.shadow.tensor import Shape
 from memplan.tape import Category, Part, Phase, Tape
 from memplan.weights import Brought, LoadStep, Temporary
@@ -65,7 +66,8 @@ def loading(spec: ModelSpec, recipe: Recipe, step: Tape, capacity: int | None = 
         steps = list(_steps(shapes, _brought(step), recipe, step, capacity, stock=True))
         wrapped = strategy.wrap(recipe, step, _temporary(sum(what == "scratch" for what, _ in steps)))
         return _written(iter([*steps, ("empty_cache", 0), *wrapped]), step, emptied=False)
-    return loading_of(shapes, _brought(step), recipe, step, capacity, stored=spec.quantization is not None)
+    stored = spec.quantization is not None
+    return loading_of(shapes, _brought(step), recipe, step, capacity, stored=stored, mxfp4=spec.mxfp4)
 
 
 def loading_of(
@@ -76,11 +78,12 @@ def loading_of(
     capacity: int | None = None,
     *,
     stored: bool = False,
+    mxfp4: bool = False,
 ) -> Tape:
     """The same of a step that somebody else wrote: ``shapes`` of all parameters of the base model by their
     full names, and what it ``brought``, in the order of modules. ``stored``: the checkpoint has the weights
-    quantised already."""
-    steps = _steps(shapes, list(brought), recipe, step, capacity, stock=True, stored=stored)
+    quantised already; ``mxfp4``: its experts are packed, and unpacked as they come."""
+    steps = _steps(shapes, list(brought), recipe, step, capacity, stock=True, stored=stored, mxfp4=mxfp4)
     return _written(steps, step)
 
 
@@ -204,9 +207,10 @@ def _steps(
     *,
     stock: bool,
     stored: bool = False,
+    mxfp4: bool = False,
 ) -> Iterator[LoadStep]:
     if weights.of(recipe) is not None or (stock and recipe.device_map):
-        return _onto_card(shapes, brought, recipe, tape, capacity, stock=stock, stored=stored)
+        return _onto_card(shapes, brought, recipe, tape, capacity, stock=stock, stored=stored, mxfp4=mxfp4)
     return iter([("alloc", one.storage) for one in brought])
 
 
@@ -234,6 +238,7 @@ def _onto_card(
     *,
     stock: bool,
     stored: bool,
+    mxfp4: bool,
 ) -> Iterator[LoadStep]:
     """As transformers loads (``stock``), else as memplan makes a model."""
     storages: dict[str, list[int]] = {}
@@ -269,7 +274,13 @@ def _onto_card(
     for index in made:
         yield "alloc", index
     narrow: list[tuple[int, int]] = []  # what the preparation casts: scratch, storage
-    for name in sorted(shapes, key=_natural if stock else _tree):
+    packed = [*filter(is_packed, shapes)] if mxfp4 and stock else []
+    order = (lambda name: _natural(published(name) if packed else name)) if stock else _tree
+    for name in sorted(shapes, key=order):
+        if name in packed:
+            (storage,) = _take(storages, name)
+            yield from unpacked(shapes[name], itemsize, storage, temporary)
+            continue
         if form is not None and name in quantised and stored:
             yield from form.stored(storages, name.removesuffix(".weight"), temporary)
             continue
@@ -294,6 +305,8 @@ def _onto_card(
         for number, index in sorted(narrow, key=lambda pair: pair[1]):  # the order of model.parameters()
             yield "alloc", index
             yield "drop", number
+        yield "empty_cache", 0
+    if packed:  # quantizer_mxfp4.py, _process_model_after_weight_loading
         yield "empty_cache", 0
     yield from _adapters(recipe, adapters, tape, quantised if stock else set(), temporary)
 

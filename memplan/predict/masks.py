@@ -13,6 +13,11 @@ def layer_type(spec: ModelSpec, index: int) -> str:
     return spec.layer_types[index] if spec.layer_types else "full_attention"
 
 
+def is_rotated(spec: ModelSpec, index: int) -> bool:
+    """Whether a layer turns its queries and keys."""
+    return not spec.rotated_layers or spec.rotated_layers[index]
+
+
 def needed(spec: ModelSpec, recipe: Recipe) -> dict[str, bool]:
     """For each type of layer that the model has, whether a mask is made."""
     masked = attention.of(recipe).masked

@@ -20,6 +20,13 @@ def resolve_recipe(spec: ModelSpec, recipe: Recipe) -> Recipe:
     resolved = recipe.model_copy(update={"attn": attn}).resolved()
     if recipe.momentum and not optimizers.find(recipe.optimizer).momentum:
         raise RecipeError(f"{recipe.optimizer} has no momentum: leave it out, or use the optimizer sgd")
+    if resolved.parallel is not None:
+        check_several(spec)
+    if resolved.dtype is DTypeName.FLOAT16 and not families.find(spec.model_type).float16:
+        raise RecipeError(
+            f"{spec.architecture} in float16 is not planned, for transformers keeps its norms in float32 "
+            "then: give --dtype bfloat16"
+        )
     if resolved.parallel == "zero3" and spec.model_type == "mixtral":
         # its router comes before its experts, which is the order in which their gradients are summed
         raise RecipeError("Mixtral under ZeRO-3 is not planned: use --parallel zero2 or fsdp2")
@@ -29,10 +36,24 @@ def resolve_recipe(spec: ModelSpec, recipe: Recipe) -> Recipe:
     return resolved
 
 
+def check_several(spec: ModelSpec) -> None:
+    """Raise RecipeError for a family whose step was never compared on several GPUs."""
+    if not families.find(spec.model_type).several:
+        raise RecipeError(
+            f"{spec.architecture} on several GPUs is not planned: `memplan dry-run --gpu 8xh100 -- COMMAND` "
+            "runs your own program on them"
+        )
+
+
 def _as_stored(spec: ModelSpec, recipe: Recipe) -> Recipe:
     """The recipe with the settings that a checkpoint in 4 bits brings along: transformers keeps to them,
     whatever a script says."""
     stored = spec.quantization
+    if spec.mxfp4 and recipe.mode is Mode.QLORA:
+        raise RecipeError(
+            f"{spec.name} holds its experts in MXFP4, which loading makes {recipe.dtype.value} of, and "
+            "transformers takes no other quantisation beside it: give --mode lora or full"
+        )
     if stored is None:
         return recipe
     if recipe.mode is not Mode.QLORA:
@@ -70,7 +91,7 @@ def _check_experts(spec: ModelSpec, recipe: Recipe) -> None:
         raise RecipeError(
             "adapters in a mixture of experts under ZeRO-3 are not planned: use --parallel zero2 or fsdp2"
         )
-    if recipe.target_modules == "all-linear":
+    if adapts_experts(spec, recipe):
         if recipe.parallel in (*ZERO, "fsdp"):
             whose = "FSDP1" if recipe.parallel == "fsdp" else "ZeRO"
             raise RecipeError(
@@ -88,9 +109,12 @@ def _check_experts(spec: ModelSpec, recipe: Recipe) -> None:
             recipe.target_modules
         )
         if fused:
+            other = "use all-linear, which adapts them, or attention"
+            if not families.find(spec.model_type).adapts_experts:
+                other = "adapters on these are not planned: use attention"
             raise RecipeError(
                 f"target_modules {sorted(fused)} name projections that transformers 5 fuses into experts; "
-                "use all-linear, which adapts them, or attention"
+                f"{other}"
             )
     mixed = spec.sparse_layers and not all(spec.sparse_layers)
     if mixed and any(".self_attn." not in name and name != "lm_head" for name in _adapted(spec, recipe)):
@@ -98,6 +122,12 @@ def _check_experts(spec: ModelSpec, recipe: Recipe) -> None:
             "adapters outside attention are not modelled for models that mix dense layers with layers of "
             "experts; use --target-modules attention"
         )
+
+
+def adapts_experts(spec: ModelSpec, recipe: Recipe) -> bool:
+    """Whether routers and experts get adapters."""
+    wanted = recipe.mode is not Mode.FULL and recipe.target_modules == "all-linear"
+    return wanted and families.find(spec.model_type).adapts_experts
 
 
 @lru_cache(maxsize=64)
@@ -177,7 +207,7 @@ def count(spec: ModelSpec, recipe: Recipe) -> tuple[int, int, int]:
 
 def _expert_adapters(spec: ModelSpec, recipe: Recipe) -> int:
     """Parameters of the adapters on routers and experts (memplan.predict.builder, Builder.raw)."""
-    if recipe.target_modules != "all-linear":
+    if not adapts_experts(spec, recipe):
         return 0
     total = 0
     for modules, times in blueprint.layers(spec):

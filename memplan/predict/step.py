@@ -198,7 +198,7 @@ def kinds(spec: ModelSpec, recipe: Recipe) -> list[Any]:
     return [
         (
             blueprint.is_sparse(spec, index),
-            masks.layer_type(spec, index) if by_type else None,
+            (masks.layer_type(spec, index) if by_type else None, masks.is_rotated(spec, index)),
             adapted[index] if adapted else None,
         )
         for index in range(spec.num_hidden_layers)
@@ -434,6 +434,7 @@ def _decoder(
             attention_masks[kind],
             positions,
             kind == "sliding_attention",
+            masks.is_rotated(spec, index),
             cache,
             router_logits,
             None if losses.find(recipe.loss).sft else fed.labels.items,

@@ -15,6 +15,7 @@ from memplan.shadow.tensor import (
     DType,
     Shape,
     Tensor,
+    bool_,
     empty,
     float16,
     float32,
@@ -109,14 +110,29 @@ def _add_backward(node: Node, grad: Tensor) -> Any:
     return grad if for_x else None, grad if for_y else None
 
 
-def add_(x: Tensor) -> Tensor:
-    """``x.add_(constant)``: the same storage with one more step of history."""
-    if not tracked(x):
+def add_(x: Tensor, y: Tensor | None = None) -> Tensor:
+    """``x.add_(constant)`` or ``x.add_(y)``: the same storage with one more step of history."""
+    if not tracked(x, y):
         return x
-    node = Node(_pass_backward, x)
+    node = Node(_pass_backward, x) if y is None else Node(_add_backward, x, y)
     out = x.detach()
     attach(node, out)
     return out
+
+
+def sub(x: Tensor, y: Tensor) -> Tensor:
+    """``x - y``. Saves nothing."""
+    if tracked(x, y):
+        node = Node(_sub_backward, x, y)
+        out = pointwise("sub", x, y)
+        attach(node, out)
+        return out
+    return pointwise("sub", x, y)
+
+
+def _sub_backward(node: Node, grad: Tensor) -> Any:
+    for_x, for_y = node.edges
+    return grad if for_x else None, pointwise("neg", grad) if for_y else None
 
 
 def mul(x: Tensor, y: Tensor) -> Tensor:
@@ -263,13 +279,38 @@ def result_activation(name: str, x: Tensor) -> Tensor:
     return pointwise(name, x)
 
 
+def clamp(x: Tensor, *, both: bool) -> Tensor:
+    """``x.clamp(min, max)``, or with a max alone; saves its input."""
+    if tracked(x):
+        node = Node(_clamp_backward, x)
+        node.context = both
+        node.saved = save(x)
+        out = pointwise("clamp", x)
+        attach(node, out)
+        return out
+    return pointwise("clamp", x)
+
+
+def _clamp_backward(node: Node, grad: Tensor) -> Any:
+    """FunctionsManual.cpp, ``clamp_backward``: the gradient where the input lies within, else zero."""
+    x = unpack(node.saved)
+    zero = empty((), grad.dtype, "scalar_tensor")
+    within = pointwise("ge" if node.context else "le", x, dtype=bool_)
+    if node.context:
+        below = pointwise("le", x, dtype=bool_)  # and joined to the first in place
+        out = pointwise("where", within, grad, grad.dtype)
+        del below
+    else:
+        out = pointwise("where", within, grad, grad.dtype)
+    del zero, within
+    return (out,)
+
+
 def dropout(x: Tensor, p: float) -> Tensor:
     """``nn.functional.dropout`` in training on CUDA: native_dropout, which makes a mask of bools, then its
     result, and saves the mask (aten/src/ATen/native/cuda/Dropout.cu ``dropout_cuda``)."""
     if not p:
         return x
-    from memplan.shadow.tensor import bool_
-
     needs = tracked(x)
     node = Node(_dropout_backward, x) if needs else None
     mask = pointwise("native_dropout", x, dtype=bool_)
@@ -295,6 +336,26 @@ def mean_last(x: Tensor) -> Tensor:
 def sum_last(x: Tensor) -> Tensor:
     """``x.sum(dim=-1, keepdim=True)``."""
     return _reduce_last(x, "sum", _expand_backward)
+
+
+def max_last(x: Tensor) -> Tensor:
+    """``x.max(dim=-1, keepdim=True).values``, whose indices are saved."""
+    node = Node(_max_backward, x) if tracked(x) else None
+    shape = (*x.shape[:-1], 1)
+    values = empty(shape, x.dtype, "max")
+    indices = empty(shape, int64, "max")
+    if node is not None:
+        node.saved = save_output(indices)
+        attach(node, values)
+    return values
+
+
+def _max_backward(node: Node, grad: Tensor) -> Any:
+    """FunctionsManual.cpp, ``value_selecting_reduction_backward``: scattered into zeros, in place."""
+    indices = unpack(node.saved)
+    out = empty(_input_shape(node), grad.dtype, "new_zeros")
+    del indices
+    return (out,)
 
 
 def _reduce_last(x: Tensor, operation: str, backward: Backward) -> Tensor:
@@ -468,6 +529,13 @@ def _narrow_backward(node: Node, grad: Tensor) -> Any:
     return (empty(node.context, grad.dtype, "slice_backward"),)
 
 
+def every_second(x: Tensor, first: int) -> Tensor:
+    """``x[..., first::2]``."""
+    strides = strides_of(x)
+    shape = (*x.shape[:-1], (x.shape[-1] - first + 1) // 2)
+    return _view_of(x, shape, (*strides[:-1], 2 * strides[-1]), _narrow_backward, x.shape)
+
+
 def narrow(x: Tensor, shape: Shape) -> Tensor:
     """The first elements of ``x`` along each axis."""
     return _view_of(x, shape, normalized(shape, strides_of(x)), _narrow_backward, x.shape)
@@ -476,13 +544,14 @@ def narrow(x: Tensor, shape: Shape) -> Tensor:
 def cat_last(*parts: Tensor) -> Tensor:
     """``torch.cat(parts, dim=-1)``; its backward hands out views."""
     shape = (*parts[0].shape[:-1], sum(part.shape[-1] for part in parts))
+    dtype = max((part.dtype for part in parts), key=lambda one: one.itemsize)
     if tracked(*parts):
         node = Node(_cat_backward, *parts)
         node.context = tuple(part.shape[-1] for part in parts)
-        out = empty(shape, parts[0].dtype, "cat")
+        out = empty(shape, dtype, "cat")
         attach(node, out)
         return out
-    return empty(shape, parts[0].dtype, "cat")
+    return empty(shape, dtype, "cat")
 
 
 def _cat_backward(node: Node, grad: Tensor) -> Any:
