@@ -52,7 +52,6 @@ Case = dict[str, Any]  # model, layers (None: all), and a recipe's options
 # Aliases of the registry, some with a change of the config: a window that bites.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral-7b-v0.1, window 500": ("mistral-7b-v0.1", {"sliding_window": 500}),
-    "gpt-oss-20b, in 16 bits": ("gpt-oss-20b", {"quantization_config": None}),
 }
 LAYERS = {
     "llama-3.2-1b": 2,  # tied
@@ -65,18 +64,14 @@ LAYERS = {
     "qwen2.5-7b": 2,
     "qwen3-0.6b": 2,  # tied
     "qwen3-8b": 2,
-    "gemma-2b": 2,
     "gemma-2-2b": 2,
     "gemma-3-1b": 7,  # five local layers, a global one, a local one
     "gemma-3-4b": 7,
     "phi-3-mini-4k": 2,  # its window of 2,047 bites at 2,048 tokens
     "phi-4-mini": 2,  # tied, rotates three quarters of a head
     "olmo-2-1b": 2,
-    "olmo-3-7b": 4,  # three layers slide, the fourth does not
-    "smollm3-3b": 4,  # the fourth does not rotate
     "mixtral-8x7b": 2,
     "qwen3-30b-a3b": 2,
-    "gpt-oss-20b, in 16 bits": 2,  # one layer slides, one does not
 }
 
 # Values of each factor. A value of several options is a dict; None stands for "does not apply".
@@ -174,10 +169,6 @@ def allowed(chosen: dict[str, Any]) -> bool:
         return False  # the same as float32
     if chosen.get("model") == "gemma-2-2b" and chosen.get("attn") == "sdpa":
         return False  # it caps attention's logits, which transformers does in eager attention only
-    if "gpt-oss" in chosen.get("model", "") and (
-        chosen.get("attn") in ("sdpa", "flash_attention_2") or chosen.get("dtype") == "float16"
-    ):
-        return False  # attention has sinks, and norms stay in fp32
     if chosen.get("kernels") == "memplan" and (chosen.get("quant_type") == "fp4" or chosen.get("use_dora")):
         return False  # they decode NF4, and compute plain LoRA
     if len(chosen) < len(FACTORS):

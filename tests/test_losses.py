@@ -122,6 +122,7 @@ def test_liger_rounds_its_chunks_up_to_a_power_of_two() -> None:
     # liger_kernel/ops/fused_linear_cross_entropy.py gives this example, 0.8.5
     assert chunk_size(4 * 4096, 4096, 32_000) == 2048
     assert chunk_size(1, 64, 40_000) == 1
+    assert (chunk_size(105, 2880, 201_088), chunk_size(105, 2880, 201_088, 8)) == (2, 16)  # gpt-oss
 
 
 def test_a_family_that_liger_does_not_know() -> None:

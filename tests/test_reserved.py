@@ -184,7 +184,7 @@ def test_the_warm_up_and_the_order_are_transformers_own(family: str) -> None:
     from transformers.quantizers import AutoHfQuantizer
 
     spec = SPECS[family](11)
-    settings_ = AutoConfig.for_model(**config(family, 11), pad_token_id=0)
+    settings_ = AutoConfig.for_model(**{**config(family, 11), "pad_token_id": 0})
     quantizer = AutoHfQuantizer.from_config(BitsAndBytesConfig(load_in_4bit=True), pre_quantized=False)
     with local_torch_dtype(torch.bfloat16), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(settings_, dtype=torch.bfloat16)

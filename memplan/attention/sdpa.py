@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from memplan.asked.recipe import Batches
 from memplan.attention import Attention
-from memplan.attention._groups import repeat_kv
 from memplan.attention._masks import boolean
 from memplan.parts.context import Context
+from memplan.parts.groups import repeat_kv
 from memplan.shadow import ops
 from memplan.shadow.attention import scaled_dot_product_attention
 from memplan.shadow.tensor import DType, Tensor, bool_, empty

@@ -7,12 +7,12 @@ from typing import Any
 
 from memplan.asked.fields import Fields
 from memplan.asked.spec import ModelSpec
-from memplan.attention._groups import repeat_kv
 from memplan.errors import RecipeError
 from memplan.families import Family
 from memplan.parts.config import COMMON, Config, either, every_second, router_loss
 from memplan.parts.context import Context, Leaves
 from memplan.parts.experts import capture, grouped, top_k
+from memplan.parts.groups import repeat_kv
 from memplan.parts.layer import cached, project, residual
 from memplan.parts.module import Module, Modules, attention, norms
 from memplan.parts.norms import LateCastNorm

@@ -23,35 +23,39 @@ from memplan.shadow.autograd import Node, attach, save_output, unpack
 from memplan.shadow.matmul import autocast, product
 from memplan.shadow.tensor import Tensor, bool_, empty, float32, int64, state
 
+# How many times the hidden states' size logits may have, for model types whose patch asks for more than once
+# (liger_kernel/transformers/model/gpt_oss.py, 0.8.5)
+_SHARES = {"gpt_oss": 8}
+
 
 def _head(
     head: Any, hidden: Tensor, labels: Labels, router_logits: list[Tensor] | None, spec: ModelSpec
 ) -> tuple[Tensor, None]:
     state.tape.module = "loss"
-    return liger_loss(hidden, head.weight, labels), None
+    return liger_loss(hidden, head.weight, labels, _SHARES.get(spec.model_type, 1)), None
 
 
-def liger_loss(hidden: Tensor, weight: Tensor, labels: Labels) -> Tensor:
+def liger_loss(hidden: Tensor, weight: Tensor, labels: Labels, share: int = 1) -> Tensor:
     """Shift the labels, flatten, and the fused function."""
     batch, length = labels.shape
     padded = empty((batch, length + 1), int64, "constant_pad_nd")
     # labels[..., 1:] is contiguous for one row
     shift_labels = padded if batch == 1 else empty((batch, length), int64, "clone")
     hidden_states = ops.view(hidden, (batch * length, hidden.shape[-1]))
-    loss = _fused_linear_cross_entropy(hidden_states, weight)
+    loss = _fused_linear_cross_entropy(hidden_states, weight, share)
     del padded, shift_labels
     return per_item(loss, labels)
 
 
-def chunk_size(tokens: int, hidden_size: int, vocabulary: int) -> int:
-    """Tokens whose logits are made at a time: about as many bytes as the hidden states, rounded up to a
-    power of two."""
-    parts = -(-vocabulary // hidden_size)
+def chunk_size(tokens: int, hidden_size: int, vocabulary: int, share: int = 1) -> int:
+    """Tokens whose logits are made at a time: about ``share`` times as many bytes as the hidden states,
+    rounded up to a power of two."""
+    parts = -(-vocabulary // (share * hidden_size))
     chunk = 1 << (-(-tokens // parts) - 1).bit_length()
     return min(chunk, tokens)
 
 
-def _fused_linear_cross_entropy(hidden: Tensor, weight: Tensor) -> Tensor:
+def _fused_linear_cross_entropy(hidden: Tensor, weight: Tensor, share: int) -> Tensor:
     """``LigerFusedLinearCrossEntropyFunction.forward``. Only the gradients are kept."""
     tokens, width = hidden.shape
     vocabulary = weight.shape[0]
@@ -64,7 +68,7 @@ def _fused_linear_cross_entropy(hidden: Tensor, weight: Tensor) -> Tensor:
     mask = empty((tokens,), bool_, "ne")
     count = ops.count((tokens,))
     del count
-    chunk = chunk_size(tokens, width, vocabulary)
+    chunk = chunk_size(tokens, width, vocabulary, share)
     # _can_use_mm_out: products are written in place where autocast would cast nothing
     in_place = hidden.dtype is weight.dtype and state.autocast in (None, hidden.dtype)
     storage = empty((chunk, vocabulary), hidden.dtype, "empty") if in_place else None
