@@ -12,6 +12,7 @@ from memplan.asked.gpus import find_gpu
 from memplan.cuda.card import Card
 from memplan.device.fit import context_bytes
 from memplan.importers.hf import spec_from_config
+from memplan.planning import cards
 from memplan.predict.parameters import resolve_recipe
 from memplan.predict.step import write_tape
 from memplan.tape import replay
@@ -72,3 +73,13 @@ def test_before_ampere_predicted_is_traced(dtype: str, grouped: bool) -> None:
 def test_before_ampere_no_window_is_efficient_in_bfloat16(model: str, seq_len: int, gpu: str) -> None:
     recipe = Recipe(trainer="peft", mode="lora", gradient_checkpointing=True, seq_len=seq_len)
     assert plan(model, recipe, gpus=[gpu]).fits[0].verdict == "does not fit"
+
+
+def test_what_is_played_in_the_place_of_cudnn_s_attention_is_said_of_a_card_that_was_named() -> None:
+    recipe = Recipe().resolved()
+    for name, told in (("h100", True), ("b200", True), ("a100", False), ("5090", False)):
+        gpu = find_gpu(name)
+        assert ("where it takes cuDNN's" in (cards.remark(gpu, recipe) or "")) is told
+        assert "cuDNN" not in (cards.remark(gpu, recipe, named=False) or "")
+    eager = Recipe(attn="eager").resolved()
+    assert cards.remark(find_gpu("h100"), eager) is None

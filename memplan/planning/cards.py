@@ -69,9 +69,13 @@ def _no_flash(gpu: Gpu, recipe: Recipe) -> MemplanError:
     )
 
 
-def remark(gpu: Gpu, recipe: Recipe) -> str | None:
+_CUDNN_FIRST = (9, 10)  # capabilities (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, 2.13)
+
+
+def remark(gpu: Gpu, recipe: Recipe, *, named: bool = True) -> str | None:
     """What a verdict about a card has to say beside its figures: what was taken for it, whose its memory is,
-    what it lacks and what PyTorch does there."""
+    what it lacks and what PyTorch does there; of one that was ``named``, what is played in another's
+    place."""
     told = [gpu.assumed] if gpu.assumed else []
     if gpu.kind == "shared":
         told.append(
@@ -84,6 +88,9 @@ def remark(gpu: Gpu, recipe: Recipe) -> str | None:
         told.append(lacks)
         if gpu.capability < _IN_DEFAULT_BUILDS:
             told.append("needs PyTorch's build for CUDA 12.6, the last with kernels for it")
+    newer = gpu.capability is not None and gpu.capability[0] in _CUDNN_FIRST
+    if named and newer and recipe.attn in (None, "sdpa"):
+        told.append("flash attention is played where it takes cuDNN's")
     return "; ".join(told) or None
 
 

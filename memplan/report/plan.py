@@ -192,7 +192,7 @@ def lacking(plan: Plan, *, named: bool) -> list[str]:
     found = []
     with suppress(UnknownName):  # a plan read from JSON may be of a card that only its machine knew
         for gpu, verdict in plan.glances():
-            said = remark(gpu, plan.recipe) if named or verdict != "does not fit" else None
+            said = remark(gpu, plan.recipe, named=named) if named or verdict != "does not fit" else None
             if said:
                 found.append(f"{short_card(gpu.name)}: {said}")
     return found
