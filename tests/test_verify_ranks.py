@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import warnings
@@ -217,7 +216,7 @@ def test_a_rank_that_is_killed_is_named_and_the_others_go(
 
     monkeypatch.setattr(runner.subprocess, "Popen", start)
     with pytest.raises(RunDied, match=r"training process of rank 1 was killed by SIGKILL"):
-        run_job(job_of(tmp_path), tell=lambda kind, value: os.kill(started[1].pid, signal.SIGKILL))
+        run_job(job_of(tmp_path), tell=lambda kind, value: started[1].kill())
     assert len(started) == 2
     assert all(process.returncode is not None for process in started)
 
