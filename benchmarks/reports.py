@@ -5,7 +5,9 @@
 Runs ``memplan fit`` for each, prints its answer beside what was reported, and writes
 data/reports_comparison.json. Needs no torch, no network and a few seconds. An answer **agrees** if it is
 within 3 % of what was counted, or has the verdict; one that does not is shown with its error and the reason
-that data/reports.json has for it; what can't be said to memplan is **refused**, with the sentence it says.
+that data/reports.json has for it; what can't be said to memplan is **refused**, with the sentence it says. A
+run of other code than today's libraries', or a number that no run was, is **not comparable**: its answer is
+shown with the reason, and held against nothing.
 """
 
 from __future__ import annotations
@@ -29,12 +31,17 @@ REPORTS = DATA / "reports.json"
 COMPARISON = DATA / "reports_comparison.json"
 
 WITHIN = 3.0  # percent
+DEPENDS = "depends on the card"
 COUNTED = {"reserved": "reserved_bytes", "needed": "needed_bytes"}  # of a Fit
 
 
 def reports() -> list[dict[str, Any]]:
-    """The reports, in the file's order."""
+    """The reports, in the file's order; each run with what makes the whole report not comparable."""
     found: list[dict[str, Any]] = json.loads(REPORTS.read_text(encoding="utf-8"))["reports"]
+    for report in found:
+        if "incomparable" in report:
+            reason = report.pop("incomparable")
+            report["runs"] = [{**run, "incomparable": reason} for run in report["runs"]]
     return found
 
 
@@ -83,6 +90,8 @@ def compare(run: dict[str, Any]) -> dict[str, Any]:
         said = beside.strip().splitlines()[-1].removeprefix("memplan: ")
         return entry | {"status": "refused", "answer": said, "reason": run["reason"]}
     entry["answer"] = answer(run, json.loads(printed) if printed else None)
+    if "incomparable" in run:
+        return entry | {"status": "not comparable", "reason": run["incomparable"]}
     agrees = all(_agrees(kind, run["reported"], entry["answer"]) for kind in ("bytes", "tokens", "verdict"))
     return entry | {"status": "agrees" if agrees else "deviates", "reason": "" if agrees else run["reason"]}
 
@@ -104,6 +113,8 @@ def answer(run: dict[str, Any], told: dict[str, Any] | None) -> dict[str, Any]:
     if fit is not None:
         found |= {"needed_bytes": fit["needed_bytes"], "gpu": fit["gpu"]}
         found["verdict"] = "runs out" if fit["verdict"] == "does not fit" else fit["verdict"]
+        if fit["gets_through_on"]:
+            found |= {"verdict": DEPENDS, "gets_through_on": fit["gets_through_on"]}
     for kind in ("bytes", "tokens"):
         if reported.get(kind):
             found["error_percent"] = round(100 * (found[kind] / reported[kind] - 1), 2)
@@ -113,6 +124,8 @@ def answer(run: dict[str, Any], told: dict[str, Any] | None) -> dict[str, Any]:
 def _agrees(kind: str, reported: dict[str, Any], found: dict[str, Any]) -> bool:
     if kind not in reported:
         return True
+    if kind == "verdict" and found["verdict"] == DEPENDS:
+        return True  # no card was named, and it is said on which of its size it is so
     if kind == "verdict":
         return bool((found["verdict"] == "runs out") == (reported["verdict"] == "runs out"))
     if not reported[kind]:

@@ -16,19 +16,31 @@ never with all of their settings. `data/reports.json` has {reports} such reports
 have said to `memplan fit`: their trainer's file, or the words of their issue with `--trainer`; nothing is
 set to match. `python benchmarks/reports.py` asks memplan so ({date}, memplan {version}).
 Of the {runs} runs in them {said} can be said, and {agree} of those are within 3 % or have the verdict that
-was seen. The other {deviate}, in {outliers} reports, have their reason below; {explain} more runs, in
-italics, say what the reason asks for, which the author would not have said.
+was seen; {deviate} deviate. Those of other code than today's libraries', and numbers that no run was, are
+[apart](#what-cant-be-compared). In italics: a run that says what such a reason asks for, which the author
+would not have said.
 
 | report | run | reported | memplan | |
 | --- | --- | ---: | ---: | --- |
 """
 
-DEVIATE = """
+TIGHT = """
 *tight* is a run that fits only because PyTorch gives its cache back; it counts as one that fits. GiB after
 a context's error are what the plan of the reported context leaves of the card (-: is short of).
+"""
 
+DEVIATE = """
 What deviates, and why:
 
+"""
+
+INCOMPARABLE = """
+### What can't be compared
+
+Asked as it was reported, and answered for something else.
+
+| report | run | reported | memplan, of today's code | what it was |
+| --- | --- | ---: | ---: | --- |
 """
 
 REFUSED = """
@@ -48,27 +60,28 @@ def section() -> str:
     asked = [(report, run) for report, run in runs if not run["explains"]]
     by_status: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         status: [(report, run) for report, run in asked if run["status"] == status]
-        for status in ("agrees", "deviates", "refused")
+        for status in ("agrees", "deviates", "refused", "not comparable")
     }
     text = HEAD.format(
         reports=len(comparison["reports"]),
         date=comparison["date"],
         version=comparison["version"],
         runs=len(asked),
-        said=len(asked) - len(by_status["refused"]),
+        said=len(by_status["agrees"]) + len(by_status["deviates"]),
         agree=len(by_status["agrees"]),
-        deviate=len(by_status["deviates"]),
-        explain=len(runs) - len(asked),
-        outliers=len({report["source"] for report, _ in by_status["deviates"]}),
+        deviate=len(by_status["deviates"]) or "none",
     )
-    text += "".join(_said(report, run) for report, run in runs if run["status"] != "refused")
-    text += DEVIATE
+    text += "".join(_said(report, run) for report, run in runs if run["status"] in ("agrees", "deviates"))
+    text += TIGHT
+    if by_status["deviates"]:
+        text += DEVIATE
     reasons: dict[tuple[str, str], list[str]] = {}
     for report, run in by_status["deviates"]:
         reasons.setdefault((report["setup"], run["reason"]), []).append(run["about"])
     for (setup, reason), abouts in reasons.items():
         named = f" ({', '.join(filter(None, abouts))})" if any(abouts) else ""
         text += f"- {setup}{named}: {reason}.\n"
+    text += INCOMPARABLE + "".join(_said(report, run) for report, run in by_status["not comparable"])
     return text + REFUSED + "".join(_not_said(report, run) for report, run in by_status["refused"])
 
 
@@ -86,14 +99,22 @@ def _said(report: dict[str, Any], run: dict[str, Any]) -> str:
         cells = [_tokens(each["tokens"]) for each in (reported, answer)]
     else:
         cells = [reported["verdict"], f"{answer['verdict']}, {answer['needed_bytes'] / 2**30:.2f} GiB needed"]
+    if answer.get("verdict") == "depends on the card":
+        cells[1] += f", and on {_named(answer['gets_through_on'])} it gets through"
     end = f"{answer['error_percent']:+.1f} %" if "error_percent" in answer else "the same verdict"
     if "left_bytes" in answer:
         end += f" ({answer['left_bytes'] / 2**30:+.2f} GiB)"
-    if run["status"] == "deviates":
+    if run["status"] == "not comparable":
+        end = run["reason"]
+    elif run["status"] == "deviates":
         end = f"**{end if 'error_percent' in answer else 'another verdict'}**"
     elif "error_percent" in answer and "verdict" in reported:
         end += ", and it fits" if reported["verdict"] == "fits" else ", and it runs out"
     return f"| {report['source']} | {_run(report, run)} | {cells[0]} | {cells[1]} | {end} |\n"
+
+
+def _named(cards: list[str]) -> str:
+    return " or ".join(f"an {card.removeprefix('NVIDIA ')}" for card in cards)
 
 
 def _tokens(number: int) -> str:

@@ -220,7 +220,7 @@ def test_one_mode_may_be_asked_for_as_elsewhere(memplan: Run) -> None:
     assert one.out == memplan(*command, "--modes", "qlora").out
 
 
-def test_a_table_that_is_too_wide_goes_on_below(memplan: Run) -> None:
+def test_a_table_that_is_too_wide_gets_through_on_below(memplan: Run) -> None:
     batches = ",".join(map(str, range(1, 16)))
     command = ("frontier", "llama-3.2-1b", "--gpu", "4090", "--batch-sizes", batches, "--modes", "lora")
     result = memplan(*command, "--no-exact")

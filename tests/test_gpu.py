@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Outcome
@@ -270,6 +271,27 @@ def test_auto_without_a_card_is_one_sentence(
     outcome = memplan("fit", "llama-3.2-1b", "--gpu", "auto")
     assert (outcome.status, outcome.out, outcome.err.count("\n")) == (2, "", 1)
     assert "NVIDIA's driver shows none here: name a card" in outcome.err
+
+
+def test_of_a_size_it_is_said_on_which_cards_a_run_gets_through(memplan: Callable[..., Outcome]) -> None:
+    """The run needs 45.3 GiB: more than an L40S has, less than an RTX A6000."""
+    asked = ["llama-3.2-1b", "--mode", "full", "--loss", "standard", "--seq-len", "16000"]
+    fit = verdict_of(memplan, asked, "48GB")
+    assert fit["gets_through_on"]
+    for name in ("NVIDIA RTX A6000", "NVIDIA L40S"):
+        alone = verdict_of(memplan, asked, name)
+        assert (alone["verdict"] != "does not fit") == (name in fit["gets_through_on"])
+        assert alone["gets_through_on"] == []
+    said = " ".join(memplan("fit", *asked, "--gpu", "48GB").out.split())
+    assert said.startswith("48 GB card: depends on which, ")
+    assert "gets through on an " in said and "RTX A6000" in said.partition("It ")[0]
+
+
+def verdict_of(memplan: Callable[..., Outcome], asked: list[str], gpu: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(memplan("fit", *asked, "--gpu", gpu, "--json", "--no-advise").out)[
+        "fits"
+    ][0]
+    return found
 
 
 # -- what a verdict has to say ---------------------------------------------------------------------------

@@ -55,6 +55,7 @@ class Gpu(BaseModel):
     ecc: Literal["on", "off", "n.a."]
     source: Annotated[str, Field(min_length=1)]
     assumed: str | None = None  # what is taken for it, of a card that is asked about by its size alone
+    larger: tuple[str, ...] = ()  # of such a card: those of its size that leave a program more
 
     @model_validator(mode="after")
     def _visible_is_below_total(self) -> Gpu:
@@ -191,7 +192,8 @@ def _of_size(size: float) -> Gpu:
             f", the least of this size ({gib(least.visible_bytes)} GiB usable, {gib(most.visible_bytes)} of "
             f"the {most.name}); `memplan gpus {size:g}GB` names all"
         )
-    return least.model_copy(update={"name": name, "assumed": assumed})
+    larger = tuple(gpu.name for gpu in seen if gpu.visible_bytes > least.visible_bytes)
+    return least.model_copy(update={"name": name, "assumed": assumed, "larger": larger})
 
 
 def several(name: str) -> int:

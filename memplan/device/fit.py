@@ -54,7 +54,8 @@ class Fit(BaseModel):
     Verdicts: *fits*: it is there, and 2 % of what is reserved to spare. *tight*: the simulated run gets
     through, but with less to spare, or only because the allocator gives cached memory back to the driver and
     asks again (``retries``), which costs time. *does not fit*: the simulated run goes out of memory.
-    ``note`` says why.
+    ``note`` says why. ``gets_through_on``: of a card that was asked for by its size and is the least of it,
+    the others of that size on which the run gets through, though it does not here.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -68,6 +69,7 @@ class Fit(BaseModel):
     verdict: Verdict
     retries: int = 0
     note: str | None = None
+    gets_through_on: tuple[str, ...] = ()
 
 
 class Run:

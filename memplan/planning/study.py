@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from memplan import stacks
 from memplan.asked.alloc_conf import parse_settings
-from memplan.asked.gpus import Gpu, together
+from memplan.asked.gpus import Gpu, find_gpu, together
 from memplan.asked.lengths import Lengths
 from memplan.asked.recipe import Recipe
 from memplan.asked.spec import ModelSpec
@@ -225,8 +225,17 @@ class Study:
     def fits(self) -> tuple[Fit, ...]:
         """A verdict for each card."""
         return tuple(
-            _remarked(judge(gpu, self.run(card)), gpu, card, self.recipe) for gpu, card in self.cards
+            _remarked(self._of_its_size(judge(gpu, self.run(card)), gpu, card), gpu, card, self.recipe)
+            for gpu, card in self.cards
         )
+
+    def _of_its_size(self, fit: Fit, gpu: Gpu, card: Card | None) -> Fit:
+        """With the others that a card stands for, where the verdict is another on them."""
+        if fit.verdict != "does not fit" or not gpu.larger:
+            return fit
+        others = (judge(find_gpu(name), self.run(card)) for name in gpu.larger)
+        found = tuple(other.gpu for other in others if other.verdict != "does not fit")
+        return fit.model_copy(update={"gets_through_on": found})
 
     def glances(self) -> Iterator[tuple[Gpu, Verdict]]:
         """The verdict for each card, without the allocator's simulation where it can be told without."""

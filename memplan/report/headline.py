@@ -153,6 +153,12 @@ def _verdict(fit: Fit, each: int) -> str:
     if fit.headroom_bytes != fit.total_bytes - fit.needed_bytes:  # of a share of the card
         allowed = gib(fit.headroom_bytes + fit.reserved_bytes)
         sizes = f"({gib(fit.reserved_bytes)} reserved, PyTorch may reserve {allowed} GiB at most)"
+    if fit.gets_through_on:
+        others = " or ".join(short_card(name) for name in fit.gets_through_on)
+        return (
+            f"{card}: depends on which, {gib(-fit.headroom_bytes)} GiB short on the least {sizes}; "
+            f"gets through on an {others}"
+        )
     if fit.verdict == "does not fit":
         return f"{card}: does not fit, {gib(-fit.headroom_bytes)} GiB short {sizes}"
     if fit.headroom_bytes < 0:  # gets through by giving cached memory back
