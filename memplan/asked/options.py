@@ -47,9 +47,9 @@ class Option:
 
 def loads_onto(text: str) -> str | None:
     """A ``device_map`` as it is typed. Raises ValueError."""
-    if text not in ("auto", "none"):
-        raise ValueError(f"it takes auto or none, not {text[:40]!r}")
-    return None if text == "none" else text
+    if text not in ("auto", "cuda", "cuda:0", "none"):
+        raise ValueError(f"it takes auto, cuda or none, not {text[:40]!r}")
+    return None if text == "none" else text.removesuffix(":0")
 
 
 def of_step(**told: Any) -> Option:

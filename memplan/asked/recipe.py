@@ -507,10 +507,10 @@ class Recipe(BaseModel):
         ),
     ] = Batches.FULL
     device_map: Annotated[
-        Literal["auto"] | None,
+        Literal["auto", "cuda"] | None,
         of_step(
-            help="from_pretrained's. auto: weights are loaded onto the card; none: by the host, except in 4 "
-            "bits",
+            help="from_pretrained's. auto, cuda: weights are loaded onto the card; none: by the host, except "
+            "in 4 bits",
             default=_AS_TRAINER,
             metavar="MAP",
             read=loads_onto,
@@ -518,7 +518,8 @@ class Recipe(BaseModel):
             source=(
                 f"{_TRAINERS} transformers, `modeling_utils.py`, `from_pretrained` has none: weights go to "
                 "the host, and the Trainer moves the model; 4-bit ones go to the card in any case. `auto` "
-                "loads all onto the card: block placement differs, by some MB."
+                "loads all onto the card: block placement differs, by some MB. `cuda` (`cuda:0`, "
+                '`{"": 0}`) does so without accelerate, which looks at the card first.'
             ),
         ),
     ] = None

@@ -14,8 +14,8 @@ SFTTrainer casts them back to bf16 (1.16 trainer/sft_trainer.py). A checkpoint t
 as it is, after the same block: nothing is there in 16 bits first, and threads read it, as below.
 
 *full, lora*: the model is made on the host, and the Trainer moves it, parameter by parameter in the order of
-its modules (torch/nn/modules/module.py, ``_apply``). With ``device_map="auto"`` it is loaded onto the card as
-above, by threads whose order is the machine's (here: that of the names), and adapters come as above.
+its modules (torch/nn/modules/module.py, ``_apply``). With a ``device_map`` it is loaded onto the card as above,
+by threads whose order is the machine's (here: that of the names), and adapters come as above.
 
 In all of them the Trainer empties the cache before the first step.
 
@@ -260,7 +260,9 @@ def _onto_card(
             form.packed(prod(shape)) if form is not None and name in quantised else prod(shape) * itemsize
             for name, shape in shapes.items()
         )
-        if recipe.device_map:  # accelerate asks for a number on the card, whose segment counts as room
+        if (
+            recipe.device_map == "auto"
+        ):  # accelerate asks for a number on the card, whose segment counts as room
             take, probe = temporary(1)
             yield take
             yield "drop", probe

@@ -57,6 +57,11 @@ STACK = Stack(
         ),
         "loss": always("standard", "the model's own; Liger's and cut cross entropy are plugins"),
         "optimizer": always("adamw_torch_fused", "`utils/schemas/training.py`, `optimizer`"),
+        "alloc_conf": always(
+            "expandable_segments:True",
+            "`cli/main.py`, `cli`, by `utils/__init__.py`, `set_pytorch_cuda_alloc_conf`, unless the "
+            "environment has `PYTORCH_ALLOC_CONF`",
+        ),
     },
     # `utils/schemas/validation.py` makes `gradient_checkpointing_kwargs.use_reentrant` False where nothing is
     # said, and the Trainer turns checkpointing on with it, after PEFT's preparation did

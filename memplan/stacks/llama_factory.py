@@ -21,9 +21,7 @@ STACK = Stack(
             lora="float32",
             qlora="float32",
         ),
-        "device_map": only(
-            "`hparams/parser.py`: weights are loaded onto the card that trains", full="auto", lora="auto"
-        ),
+        "device_map": only('`hparams/parser.py`: `{"": get_current_device()}`', full="cuda", lora="cuda"),
         "autocast": always(True, "its example files have `bf16: true`; without it nothing is cast"),
         "gradient_checkpointing": always(
             True, "`hparams/model_args.py`: `disable_gradient_checkpointing` is False"
