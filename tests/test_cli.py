@@ -107,6 +107,7 @@ def test_json_has_the_documented_keys_and_adds_up(memplan: Run, mode: str) -> No
             "headroom_bytes",
             "verdict",
             "retries",
+            "gets_through_on",
             "note",
         }
         assert fit["needed_bytes"] == fit["reserved_bytes"] + fit["context_bytes"]

@@ -45,3 +45,4 @@ def test_the_plan_is_the_row_s_and_its_tensors_those_of_the_dry_run(
     assert planned.allocator.allocated_bytes == row["allocated"]["predicted"]
     # every number that a loop keeps, and the batches that wait, are in the plan
     assert row["tensors"]["predicted"] == row["tensors"]["emulated"]
+    assert row["allocated"]["predicted"] == row["allocated"]["emulated"]

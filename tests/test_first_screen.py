@@ -35,12 +35,12 @@ FIRST_HOUR = {
     "llama3:8b --qlora --gpu 4090": "RTX 4090: fits",
     "qwen3 8b --qlora --gpu 3090": "RTX 3090: fits",
     "Llama-3-8B --lora-r 16 --bs 4 --gpu 24GB": "24 GB card: fits",
-    "llama70b --mode QLoRA --gpu 48GB --ctx 4k": "48 GB card: does not fit",
+    "llama70b --mode QLoRA --gpu 48GB --ctx 4k": "48 GB card: depends on which",
     "mistral-7b --optim adamw_8bit --seq-len 4k --gpu a10": "A10: fits",
     "https://huggingface.co/meta-llama/Llama-3.1-8B --fft --gpu h100": "H100 80GB HBM3: does not fit",
     "fit gemma-3-27b --qlora --rank 64 --gpu 4090 --maximize seq-len": "Up to ",
     "fit llama3:8b --lora --gpu 3060 --gpu 3090": "RTX 3060: does not fit",
-    "axolotl.yaml --gpu 4090": "RTX 4090: does not fit",
+    "axolotl.yaml --gpu 4090": "RTX 4090: fits",
     "sft.json --gpu t4": "Tesla T4: fits",
 }
 AXOLOTL = """\

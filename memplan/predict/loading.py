@@ -14,8 +14,8 @@ SFTTrainer casts them back to bf16 (1.16 trainer/sft_trainer.py). A checkpoint t
 as it is, after the same block: nothing is there in 16 bits first, and threads read it, as below.
 
 *full, lora*: the model is made on the host, and the Trainer moves it, parameter by parameter in the order of
-its modules (torch/nn/modules/module.py, ``_apply``). With a ``device_map`` it is loaded onto the card as above,
-by threads whose order is the machine's (here: that of the names), and adapters come as above.
+its modules (torch/nn/modules/module.py, ``_apply``). With a ``device_map`` it is loaded onto the card as
+above, by threads whose order is the machine's (here: that of the names), and adapters come as above.
 
 In all of them the Trainer empties the cache before the first step.
 

@@ -38,10 +38,10 @@ STACK = Stack(
             lora="float32",
             qlora="float32",
         ),
-        "device_map": only(
-            "`utils/config/__init__.py`, `choose_device`: `auto` where one process trains",
-            full="auto",
-            lora="auto",
+        "device_map": always(
+            None,
+            "`utils/config/__init__.py`, `choose_device`: none under `accelerate launch`, which `axolotl "
+            "train` runs",
         ),
         "autocast": always(
             True,
