@@ -189,7 +189,7 @@ def test_a_copy_of_known_shapes_needs_no_network_and_says_what_it_is_taken_for(n
     assert found.spec.model_copy(update={"hub_id": known.spec.hub_id}) == known.spec
     called = name.removeprefix("https://huggingface.co/")
     if name != alias:
-        assert found.note == f"{called} is planned with the configuration of {known.spec.hub_id}"
+        assert found.note == f"planned as {known.spec.hub_id}, whose configuration it has"
     if "/" in called:
         assert found.spec.hub_id == called
 
@@ -289,7 +289,7 @@ def test_a_copy_in_four_bits_is_planned_so(name: str) -> None:
     )
     assert found.spec.hidden_size == whole.hidden_size
     assert found.note is not None
-    assert "is planned with the configuration of meta-llama/Meta-Llama-3-8B" in found.note
+    assert "planned as meta-llama/Meta-Llama-3-8B, whose configuration it has" in found.note
     assert "its weights are in 4 bits already (nf4, double-quantised), and planned so" in found.note
     if "/" in name:
         assert hub_id_of(f"https://huggingface.co/{name}") == name

@@ -184,9 +184,8 @@ def _variant(text: str, name: Name) -> Registered | None:
     organisation = organisation or entry["hub_id"].lower().partition("/")[0]
     if name.organisation not in ("", organisation) and not _mirrors(name.organisation, name.words):
         return None
-    called = text.strip()
-    note = f"{called} is planned with the configuration of {entry['hub_id']}"
-    hub_id = called if name.organisation else entry["hub_id"]
+    note = f"planned as {entry['hub_id']}, whose configuration it has"
+    hub_id = text.strip() if name.organisation else entry["hub_id"]
     return _registered(number, hub_id, _seen(note, number), name.stored)
 
 
