@@ -108,7 +108,7 @@ def test_a_variant_of_the_same_organisation_has_the_same_shapes() -> None:
     assert found.spec.hub_id == "meta-llama/Llama-3.1-8B-Instruct"
     assert found.spec.hidden_size == resolve("llama-3.1-8b").spec.hidden_size
     assert found.note is not None
-    assert "configuration of meta-llama/Llama-3.1-8B" in found.note
+    assert "planned as meta-llama/Llama-3.1-8B, " in found.note
     assert "neither in memplan's list" in sentence("somebody/Llama-3.1-8B-Instruct")
 
 
