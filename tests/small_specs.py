@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from memplan import families
 from memplan.asked.spec import ModelSpec
 from memplan.importers.hf import spec_from_config
 
@@ -82,6 +83,11 @@ def config(family: str, layers: int) -> dict[str, Any]:
 
 def _maker(family: str) -> Callable[[int], ModelSpec]:
     return lambda layers: spec_from_config(config(family, layers), family)
+
+
+def suits(spec: ModelSpec, options: Mapping[str, object]) -> bool:
+    """Whether the family runs with these options."""
+    return options["loss"] != "liger" or families.find(spec.model_type).liger
 
 
 SPECS = {family: _maker(family) for family in CONFIGS}
