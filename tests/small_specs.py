@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from memplan import families
 from memplan.asked.spec import ModelSpec
 from memplan.importers.hf import spec_from_config
 
@@ -18,12 +19,29 @@ _BASE = {
     "rms_norm_eps": 1e-5,
 }
 
+# every fourth layer has full attention; sizes that tell keys from values
+_LINEAR = {
+    "linear_num_key_heads": 3,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 48,
+    "linear_value_head_dim": 40,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]},
+}
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
     "llama-tied": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": True},
     "mistral": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 100},
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 64},
+    "qwen3_5": {
+        "architectures": ["Qwen3_5ForCausalLM"], "model_type": "qwen3_5_text", "head_dim": 64, **_LINEAR,
+    },
+    "qwen3_5_moe": {
+        "architectures": ["Qwen3_5MoeForCausalLM"], "model_type": "qwen3_5_moe_text", "head_dim": 64,
+        **_LINEAR, "num_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 128,
+        "shared_expert_intermediate_size": 96,
+    },
     "gemma": {
         "architectures": ["GemmaForCausalLM"], "model_type": "gemma", "head_dim": 64, "hidden_act": "gelu",
     },
@@ -65,6 +83,11 @@ def config(family: str, layers: int) -> dict[str, Any]:
 
 def _maker(family: str) -> Callable[[int], ModelSpec]:
     return lambda layers: spec_from_config(config(family, layers), family)
+
+
+def suits(spec: ModelSpec, options: Mapping[str, object]) -> bool:
+    """Whether the family runs with these options."""
+    return options["loss"] != "liger" or families.find(spec.model_type).liger
 
 
 SPECS = {family: _maker(family) for family in CONFIGS}

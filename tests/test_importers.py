@@ -49,7 +49,10 @@ MODEL_TYPES = {
     "GemmaForCausalLM": "gemma",
     "Olmo3ForCausalLM": "olmo3",
     "SmolLM3ForCausalLM": "smollm3",
+    "Qwen3_5ForCausalLM": "qwen3_5_text",
+    "Qwen3_5MoeForCausalLM": "qwen3_5_moe_text",
 }
+LINEAR = ("qwen3_5_text", "qwen3_5_moe_text")
 SIZES = {
     "vocab_size": 1000,
     "hidden_size": 256,
@@ -81,7 +84,9 @@ def parameters(spec: ModelSpec) -> int:
     attention = 2 * h * q + 2 * h * kv
     if spec.attention_bias:
         attention += q + 2 * kv + (0 if spec.model_type == "qwen2" else h)
-    if spec.model_type in ("qwen3", "qwen3_moe", "gemma3_text"):
+    if spec.model_type in LINEAR:
+        attention += h * q  # gates
+    if spec.model_type in ("qwen3", "qwen3_moe", "gemma3_text", *LINEAR):
         attention += 2 * spec.head_dim  # q and k norms
     if spec.model_type in ("olmo2", "olmo3"):
         attention += q + kv
@@ -91,14 +96,28 @@ def parameters(spec: ModelSpec) -> int:
     if spec.model_type == "gpt_oss":
         attention += spec.num_attention_heads  # sinks
         sparse += spec.num_experts * (1 + 2 * spec.moe_intermediate_size + h)  # biases
+    if spec.shared_intermediate_size:
+        sparse += 3 * h * spec.shared_intermediate_size + h
+    linear = spec.layer_types.count("linear_attention")
     experts = sum(spec.sparse_layers)
     return (
         (1 if spec.tie_word_embeddings else 2) * spec.vocab_size * h
-        + spec.num_hidden_layers * (attention + norms)
+        + (spec.num_hidden_layers - linear) * attention
+        + linear * linear_attention(spec)
+        + spec.num_hidden_layers * norms
         + experts * sparse
         + (spec.num_hidden_layers - experts) * dense
         + h
     )
+
+
+def linear_attention(spec: ModelSpec) -> int:
+    """Of ``Qwen3_5GatedDeltaNet``."""
+    heads = spec.linear_value_heads
+    key, value = spec.linear_key_heads * spec.linear_key_dim, heads * spec.linear_value_dim
+    channels = 2 * key + value
+    projections = spec.hidden_size * (channels + value + 2 * heads) + value * spec.hidden_size
+    return projections + channels * spec.linear_conv_kernel + 2 * heads + spec.linear_value_dim
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry["alias"])
@@ -123,7 +142,7 @@ def transformers_facts(config: dict[str, Any]) -> dict[str, Any]:
     window = getattr(theirs, "sliding_window", None)
     if model_type == "smollm3" and not theirs.use_sliding_window:
         window = None
-    if model_type in ("qwen2", "qwen3", "gemma2", "gemma3_text", "gpt_oss", "olmo3", "smollm3"):
+    if model_type in ("qwen2", "qwen3", "gemma2", "gemma3_text", "gpt_oss", "olmo3", "smollm3", *LINEAR):
         kinds = theirs.layer_types
     else:  # one mask for all layers; llama and olmo2 have no windows at all
         window = None if model_type in ("llama", "olmo2", "gemma") else window
@@ -137,7 +156,9 @@ def transformers_facts(config: dict[str, Any]) -> dict[str, Any]:
     facts = {
         "vocab_size": theirs.vocab_size,
         "hidden_size": theirs.hidden_size,
-        "intermediate_size": theirs.intermediate_size,
+        "intermediate_size": getattr(
+            theirs, "moe_intermediate_size" if model_type == "qwen3_5_moe_text" else "intermediate_size"
+        ),
         "num_hidden_layers": layers,
         "num_attention_heads": theirs.num_attention_heads,
         "num_key_value_heads": theirs.num_key_value_heads,
@@ -159,13 +180,24 @@ def transformers_facts(config: dict[str, Any]) -> dict[str, Any]:
         facts["mlp_bias"] = theirs.mlp_bias
     if model_type == "smollm3":
         facts["rotated_layers"] = tuple(map(bool, theirs.no_rope_layers[:layers]))
+    if model_type in LINEAR:
+        facts["partial_rotary_factor"] = rope["partial_rotary_factor"]
+        facts["linear_key_heads"] = theirs.linear_num_key_heads
+        facts["linear_value_heads"] = theirs.linear_num_value_heads
+        facts["linear_key_dim"] = theirs.linear_key_head_dim
+        facts["linear_value_dim"] = theirs.linear_value_head_dim
+        facts["linear_conv_kernel"] = theirs.linear_conv_kernel_dim
+    if model_type == "qwen3_5_moe_text":
+        facts["shared_intermediate_size"] = theirs.shared_expert_intermediate_size
+        facts["router_aux_loss_coef"] = theirs.router_aux_loss_coef
+        facts["sparse_layers"] = (True,) * layers
     if model_type == "phi3":
         facts["resid_dropout"] = theirs.resid_pdrop
         facts["partial_rotary_factor"] = rope["partial_rotary_factor"]
     if model_type in ("gemma2", "gemma3_text"):
         facts["attn_logit_softcapping"] = theirs.attn_logit_softcapping
         facts["final_logit_softcapping"] = theirs.final_logit_softcapping
-    if model_type in ("mixtral", "qwen3_moe", "gpt_oss"):
+    if model_type in ("mixtral", "qwen3_moe", "gpt_oss", "qwen3_5_moe_text"):
         facts["num_experts"] = theirs.num_experts
         facts["num_experts_per_tok"] = theirs.num_experts_per_tok
     if model_type == "qwen3_moe":
@@ -202,12 +234,13 @@ def test_attention_bias_is_what_the_q_projection_has(architecture: str) -> None:
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
     for asked in (False, True):
-        sizes = {"num_key_value_heads": 4, "num_hidden_layers": 1, "pad_token_id": None}
+        layers = 4 if MODEL_TYPES[architecture] in LINEAR else 1  # of which the last is no linear one
+        sizes = {"num_key_value_heads": 4, "num_hidden_layers": layers, "pad_token_id": None}
         config = family(architecture, attention_bias=asked, **sizes)
         theirs = transformers.AutoConfig.for_model(**config)
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(theirs)
-        attention = model.model.layers[0].self_attn
+        attention = model.model.layers[-1].self_attn
         projection = attention.qkv_proj if architecture == "Phi3ForCausalLM" else attention.q_proj
         assert read(config).attention_bias == (projection.bias is not None)
 
@@ -229,7 +262,10 @@ OPTIONS: dict[str, list[Any]] = {
         None,
         ["full_attention"] * 7,
         ["sliding_attention", "full_attention", "attention"] * 2 + ["full_attention"],
+        ["linear_attention"] * 5 + ["full_attention", "linear_attention"],
     ],
+    "full_attention_interval": [1, 2, 4],
+    "linear_num_value_heads": [16, 32, 48],
     "attn_logit_softcapping": [None, 20.0],
     "final_logit_softcapping": [None, 20.0],
     "num_experts": [2, 4],

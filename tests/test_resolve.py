@@ -23,7 +23,10 @@ from memplan.importers.registry import registry
 from memplan.importers.resolve import hub_id_of, resolve, resolve_config
 from memplan.planning.plan import plan
 
-SEES = ("gemma-3-4b", "gemma-3-12b", "gemma-3-27b")  # published with a vision tower
+SEES = (  # published with a vision tower
+    "gemma-3-4b", "gemma-3-12b", "gemma-3-27b", "qwen3.5-27b", "qwen3.5-35b-a3b", "qwen3.5-122b-a10b",
+    "qwen3.5-397b-a17b", "qwen3.6-27b", "qwen3.6-35b-a3b",
+)  # fmt: skip
 
 TINY = {
     "architectures": ["LlamaForCausalLM"],
@@ -216,7 +219,7 @@ def test_what_is_not_known_to_have_the_shapes_is_not_taken_for_it(name: str) -> 
     ("name", "near", "far"),
     [
         ("lama-70b", "llama-70b", "llama-8b"),
-        ("qwen-27b", "qwen2.5-32b", "qwen2-7b"),
+        ("qwen-27b", "qwen3.5-27b", "qwen2-7b"),
         ("llama3", "llama3-8b", "gemma"),
         ("gemma-3-20b", "gemma-3-27b", "gemma-3-4b"),
         ("mistal-7b", "mistral-7b", "mistral-large"),

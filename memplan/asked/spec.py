@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-LayerKind = Literal["full_attention", "sliding_attention"]
+LayerKind = Literal["full_attention", "sliding_attention", "linear_attention"]
 
 
 class Quantization(BaseModel):
@@ -54,12 +54,18 @@ class ModelSpec(BaseModel):
     sliding_window: int | None = None
     layer_types: tuple[LayerKind, ...] = ()
     rotated_layers: tuple[bool, ...] = ()  # which turn queries and keys; empty: all of them
+    linear_key_heads: int = 0  # of layers with linear attention
+    linear_value_heads: int = 0
+    linear_key_dim: int = 0  # of each head
+    linear_value_dim: int = 0
+    linear_conv_kernel: int = 0  # tokens
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
 
     num_experts: int = 0
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
+    shared_intermediate_size: int = 0  # of the expert that every token is sent to
     norm_topk_prob: bool = False
     router_aux_loss_coef: float = 0.0  # the weight of the load-balancing loss, where a trainer asks for it
     sparse_layers: tuple[bool, ...] = ()
@@ -73,6 +79,11 @@ class ModelSpec(BaseModel):
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) is no multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+        if self.linear_key_heads and self.linear_value_heads % self.linear_key_heads:
+            raise ValueError(
+                f"linear_num_value_heads ({self.linear_value_heads}) is no multiple of "
+                f"linear_num_key_heads ({self.linear_key_heads})"
             )
         if self.num_experts and not 0 < self.num_experts_per_tok <= self.num_experts:
             raise ValueError(

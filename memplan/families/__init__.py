@@ -35,7 +35,8 @@ class Family:
     config: Config
     modules: Callable[[ModelSpec, bool], dict[str, Module]]
     layer: Layer
-    norm: type[RMSNorm] = RMSNorm
+    norm: Callable[[str, Tensor], RMSNorm] = RMSNorm
+    linear_modules: Callable[[ModelSpec, bool], dict[str, Module]] | None = None  # where attention is linear
     cos_sin: Callable[[ModelSpec, int, Tensor], tuple[Tensor, Tensor]] = cos_sin
     attention: Callable[[str | None], str | None] = _as_asked
     scaled_embedding: bool = False  # embeddings are multiplied by a buffer
@@ -44,6 +45,7 @@ class Family:
     # PEFT's all-linear means the experts, too (peft/utils/transformers_weight_conversion.py)
     adapts_experts: bool = False
     several: bool = True  # its step was compared on several GPUs
+    liger: bool = True  # Liger-Kernel 0.8 has a loss for it that runs with transformers 5.23
     float16: bool = True  # it is loaded so as a whole (not in _keep_in_fp32_modules)
 
 

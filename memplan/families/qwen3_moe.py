@@ -9,11 +9,9 @@ from memplan.asked.spec import ModelSpec
 from memplan.errors import shown
 from memplan.families import Family
 from memplan.parts.config import COMMON, Config, all_if_switched_on, either, router_loss
-from memplan.parts.experts import chosen, router_logits
+from memplan.parts.experts import by_softmax
 from memplan.parts.layer import llama_like, project_and_norm_heads
 from memplan.parts.module import Modules, attention, experts, head_norms, mlp, norms
-from memplan.shadow import ops
-from memplan.shadow.tensor import Tensor, float32
 
 
 def _modules(spec: ModelSpec, sparse: bool) -> Modules:
@@ -39,15 +37,6 @@ def _experts(fields: Fields, layers: int) -> dict[str, Any]:
     }
 
 
-def _route(weight: Tensor, hidden_states: Tensor, spec: ModelSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """``Qwen3MoeTopKRouter.forward``."""
-    logits = router_logits(weight, hidden_states)
-    router_probs = ops.softmax(logits, float32)
-    values, indices = chosen(router_probs, spec)
-    values = ops.to(values, logits.dtype)
-    return logits, values, indices
-
-
 FAMILY = Family(
     config=Config(
         architecture="Qwen3MoeForCausalLM",
@@ -70,6 +59,6 @@ FAMILY = Family(
         experts=_experts,
     ),
     modules=_modules,
-    layer=llama_like(project_and_norm_heads, _route),
+    layer=llama_like(project_and_norm_heads, by_softmax),
     adapts_experts=True,
 )

@@ -96,7 +96,7 @@ def spec_from_config(
             published_parameters=published_parameters,
             vocab_size=fields.size("vocab_size"),
             hidden_size=hidden,
-            intermediate_size=fields.size("intermediate_size"),
+            intermediate_size=fields.size(family.inner),
             num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=key_value_heads,
@@ -221,7 +221,8 @@ def _rope(fields: Fields, family: Config, head_dim: int) -> tuple[float, bool]:
     partial = 1.0
     if family.rotates_part:
         top = fields.config.get("partial_rotary_factor")
-        rope = fields.inside(entries[0], {"partial_rotary_factor": 1.0 if top is None else top})
+        usual = fields.defaults.get("partial_rotary_factor", 1.0)
+        rope = fields.inside(entries[0], {"partial_rotary_factor": usual if top is None else top})
         partial = rope.number("partial_rotary_factor", "a share from 0 to 1", lambda value: 0 < value <= 1)
     rotated = int(head_dim * partial)
     if rotated < 1:

@@ -15,6 +15,7 @@ from memplan.errors import UnsupportedArchitecture, shown
 
 FULL: LayerKind = "full_attention"
 SLIDING: LayerKind = "sliding_attention"
+LINEAR: LayerKind = "linear_attention"
 _KINDS = {
     "full_attention": FULL,
     "sliding_attention": SLIDING,
@@ -122,7 +123,8 @@ class Config:
     """What one configuration class does with a ``config.json``.
 
     ``layers``: the window and the kind of each layer; ``nullable``: fields declared ``... | None``;
-    ``attention_bias``: None where the configuration says; ``heads_divide_hidden``: ``validate_architecture``
+    ``attention_bias``: None where the configuration says; ``activation``, ``inner``: the fields of the MLP's
+    and of its width; ``heads_divide_hidden``: ``validate_architecture``
     asks for it even where head_dim is given; ``experts``: what a spec says of them, or else of its layers;
     ``images``: architecture and model type of a checkpoint with images, of which this is the language model.
     ``rope``: the entries of
@@ -136,6 +138,7 @@ class Config:
     nullable: tuple[str, ...] = ()
     attention_bias: bool | None = None
     activation: str = "hidden_act"
+    inner: str = "intermediate_size"
     activation_aliases: Mapping[str, str] = field(default_factory=dict)
     heads_divide_hidden: bool = False
     experts: Callable[[Fields, int], dict[str, Any]] = no_experts

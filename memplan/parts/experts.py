@@ -41,11 +41,11 @@ def sparse_mlp(
     """``MixtralSparseMoeBlock``, ``Qwen3MoeSparseMoeBlock``."""
     shape = hidden_states.shape
     hidden_states = ops.view(hidden_states, (shape[0] * shape[1], shape[2]))
-    router_logits, top_k_weights, top_k_index = _gate_forward(
+    router_logits, top_k_weights, top_k_index = gate_forward(
         m["mlp.gate"]["weight"], hidden_states, spec, route
     )
     capture(router_logits, captured)
-    hidden_states = _experts_forward(m["mlp.experts"], hidden_states, top_k_index, top_k_weights, spec)
+    hidden_states = experts_forward(m["mlp.experts"], hidden_states, top_k_index, top_k_weights, spec)
     return ops.view(hidden_states, shape)
 
 
@@ -56,7 +56,7 @@ def capture(router_logits: Tensor, captured: list[Tensor] | None) -> None:
         captured.append(router_logits)
 
 
-def _gate_forward(
+def gate_forward(
     weight: Any, hidden_states: Tensor, spec: ModelSpec, route: Route
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The router, through its adapter if it has one."""
@@ -67,7 +67,7 @@ def _gate_forward(
     return route(weight.fold(update), hidden_states, spec)
 
 
-def _experts_forward(
+def experts_forward(
     weights: dict[str, Any],
     hidden_states: Tensor,
     top_k_index: Tensor,
@@ -104,6 +104,15 @@ def chosen(router_probs: Tensor, spec: ModelSpec) -> tuple[Tensor, Tensor]:
     if spec.norm_topk_prob:
         values = _normalize_(values)
     return values, indices
+
+
+def by_softmax(weight: Tensor, hidden_states: Tensor, spec: ModelSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """``Qwen3MoeTopKRouter.forward``: a softmax over all experts."""
+    logits = router_logits(weight, hidden_states)
+    router_probs = ops.softmax(logits, float32)
+    values, indices = chosen(router_probs, spec)
+    values = ops.to(values, logits.dtype)
+    return logits, values, indices
 
 
 def router_logits(weight: Tensor, hidden_states: Tensor) -> Tensor:

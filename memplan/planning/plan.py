@@ -229,6 +229,7 @@ def plan_of(study: Prediction) -> Plan:
         _unmatched(spec, recipe),
         _experts(spec, recipe),
         _unpacked(spec, recipe),
+        _linear_attention(spec),
         _too_long(spec, recipe),
         _saved(spec, recipe, study.peak),
     )
@@ -255,6 +256,16 @@ def _unpacked(spec: ModelSpec, recipe: Recipe) -> str | None:
     return (
         f"{note}; reserved is that of HF_DEACTIVATE_ASYNC_LOAD=1, for else threads bring them in no fixed "
         "order, which may reserve more"
+    )
+
+
+def _linear_attention(spec: ModelSpec) -> str | None:
+    """Whose code runs it: transformers takes these packages' kernels where they are installed."""
+    if "linear_attention" not in spec.layer_types:
+        return None
+    return (
+        "its linear attention is played without flash-linear-attention and causal-conv1d, which take less "
+        "where they are installed"
     )
 
 

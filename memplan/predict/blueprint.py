@@ -6,15 +6,31 @@ decoder's forward is played on. Names are relative to ``model.layers.N`` inside 
 
 from __future__ import annotations
 
+from collections import Counter
+
 from memplan import families
 from memplan.asked.spec import ModelSpec
 from memplan.parts.module import Module, linear, norm
 from memplan.shadow.tensor import Shape
 
 
-def layer(spec: ModelSpec, sparse: bool) -> dict[str, Module]:
-    """The modules of one decoder layer, in the library's order. ``sparse``: its MLP has experts."""
-    return families.find(spec.model_type).modules(spec, sparse)
+def layer(spec: ModelSpec, index: int) -> dict[str, Module]:
+    """The modules of decoder layer ``index``, in the library's order."""
+    return _layer(spec, *_kind(spec, index))
+
+
+def _layer(spec: ModelSpec, sparse: bool, linear: bool) -> dict[str, Module]:
+    family = families.find(spec.model_type)
+    modules = family.modules
+    if linear:
+        assert family.linear_modules is not None, "a layer of linear attention in a family without any"
+        modules = family.linear_modules
+    return modules(spec, sparse)
+
+
+def _kind(spec: ModelSpec, index: int) -> tuple[bool, bool]:
+    """What layers' modules differ by: whether there are experts, whether attention is linear."""
+    return is_sparse(spec, index), is_linear(spec, index)
 
 
 def outside(spec: ModelSpec) -> dict[str, Module]:
@@ -33,13 +49,15 @@ def is_sparse(spec: ModelSpec, index: int) -> bool:
     return bool(spec.sparse_layers and spec.sparse_layers[index])
 
 
+def is_linear(spec: ModelSpec, index: int) -> bool:
+    """Whether layer ``index`` has linear attention."""
+    return bool(spec.layer_types) and spec.layer_types[index] == "linear_attention"
+
+
 def layers(spec: ModelSpec) -> list[tuple[dict[str, Module], int]]:
     """Distinct layer blueprints and how many layers have each."""
-    sparse = (
-        sum(is_sparse(spec, index) for index in range(spec.num_hidden_layers)) if spec.sparse_layers else 0
-    )
-    found = [(layer(spec, False), spec.num_hidden_layers - sparse), (layer(spec, True), sparse)]
-    return [(modules, count) for modules, count in found if count]
+    times = Counter(_kind(spec, index) for index in range(spec.num_hidden_layers))
+    return [(_layer(spec, *kind), count) for kind, count in sorted(times.items())]
 
 
 def count_parameters(spec: ModelSpec) -> int:
@@ -52,7 +70,7 @@ def named_shapes(spec: ModelSpec) -> dict[str, Shape]:
     """Every parameter's full name and shape, as ``model.named_parameters()`` lists them."""
     shapes: dict[str, Shape] = {}
     for index in range(spec.num_hidden_layers):
-        for name, module in layer(spec, is_sparse(spec, index)).items():
+        for name, module in layer(spec, index).items():
             for attribute, shape in module.parameters.items():
                 shapes[f"model.layers.{index}.{name}.{attribute}"] = shape
     for name, module in outside(spec).items():

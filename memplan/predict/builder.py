@@ -166,7 +166,7 @@ class Builder:
             tape.begin(Phase.SETUP, "layer weights", index, Part.LOADED)
             begin(index, repeat)
             prefix = f"model.layers.{index}."
-            definition = blueprint.layer(spec, blueprint.is_sparse(spec, index))
+            definition = blueprint.layer(spec, index)
             layers.append(
                 {name: self.module(name, module, prefix + name) for name, module in definition.items()}
             )

@@ -29,13 +29,14 @@ class Rows:
 
 @dataclass(slots=True)
 class Batch:
-    """The tensors of a forward pass; ``positions`` of packed sequences, which need no mask; ``others``: what
-    nobody reads."""
+    """The tensors of a forward pass; ``positions`` of packed sequences, which need no ``mask``; ``others``:
+    what nobody reads."""
 
     rows: Rows
     ids: Tensor
     labels: Labels
     positions: Tensor | None
+    mask: Tensor | None
     others: list[Tensor]
 
 
@@ -77,13 +78,14 @@ def batch(rows: Rows, items: Tensor | None = None) -> Batch:
             # up to 127 sequences begin in the block that two do
             others.append(empty(shape if name == "seq_idx" else (2,), int32, "batch"))
     if packed:
-        return Batch(rows, ids, Labels(second, rows.counted, items), third, others)
-    return Batch(rows, ids, Labels(third, rows.counted, items), None, [second, *others])
+        return Batch(rows, ids, Labels(second, rows.counted, items), third, None, others)
+    return Batch(rows, ids, Labels(third, rows.counted, items), None, second, others)
 
 
 def waiting(fed: Batch, count: int) -> list[Storage]:
     """What ``count`` more batches of these tensors have on the card."""
-    tensors = [fed.ids, fed.labels, *([] if fed.positions is None else [fed.positions]), *fed.others]
+    told = [tensor for tensor in (fed.positions, fed.mask) if tensor is not None]
+    tensors = [fed.ids, fed.labels, *told, *fed.others]
     sizes = [prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors]
     with category(Category.ACTIVATIONS):
         return [Storage(size, WAITING) for size in blocks_of(sizes, count)]

@@ -9,7 +9,7 @@ from memplan.shadow.tensor import DType, Tensor, bool_, empty, int64, state
 
 
 def layer_type(spec: ModelSpec, index: int) -> str:
-    """``full_attention`` or ``sliding_attention``."""
+    """``full_attention``, ``sliding_attention`` or ``linear_attention``."""
     return spec.layer_types[index] if spec.layer_types else "full_attention"
 
 
@@ -34,9 +34,9 @@ def _bites(spec: ModelSpec, recipe: Recipe) -> dict[str, bool]:
     return {kind: kind == "sliding_attention" and bites for kind in used}
 
 
-def make(spec: ModelSpec, recipe: Recipe, dtype: DType) -> dict[str, Tensor | None]:
+def make(spec: ModelSpec, recipe: Recipe, dtype: DType, padding: Tensor | None) -> dict[str, Tensor | None]:
     """The masks of a batch [B, S], of a recipe as it is fed: bool [B, 1, S, S] for SDPA, ``dtype`` for
-    eager."""
+    eager. ``padding``: the batch's own mask [B, S], if it has one."""
     shape = (recipe.batch_size, recipe.seq_len)
     state.tape.module = "model"
     masks: dict[str, Tensor | None] = {}
@@ -46,7 +46,19 @@ def make(spec: ModelSpec, recipe: Recipe, dtype: DType) -> dict[str, Tensor | No
         make_one = attention.of(recipe).mask
         masks[kind] = make_one(shape, dtype, kind == "sliding_attention", bites, recipe.batches)
         del told
+    if "linear_attention" in spec.layer_types:
+        masks["linear_attention"] = _recurrent(padding, recipe.batches)
     return masks
+
+
+def _recurrent(padding: Tensor | None, batches: Batches) -> Tensor | None:
+    """``create_recurrent_attention_mask``: the batch's own mask, unless it is all ones or of one token."""
+    if padding is None or padding.shape[1] == 1:
+        return None
+    ones = empty(padding.shape, bool_, "eq")
+    every = empty((), bool_, "all")
+    del ones, every
+    return padding if batches is Batches.PADDED else None
 
 
 def _sequence_indices(length: int) -> Tensor:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from memplan import adapters, families, optimizers
+from memplan import adapters, families, optimizers, stacks
 from memplan.asked.options import TARGET_PRESETS
-from memplan.asked.recipe import ZERO, DTypeName, Mode, QuantType, Recipe
+from memplan.asked.recipe import ZERO, Batches, DTypeName, Mode, QuantType, Recipe
 from memplan.asked.spec import ModelSpec
 from memplan.errors import RecipeError
 from memplan.predict import blueprint, targets
@@ -30,6 +30,17 @@ def resolve_recipe(spec: ModelSpec, recipe: Recipe) -> Recipe:
     if resolved.parallel == "zero3" and spec.model_type == "mixtral":
         # its router comes before its experts, which is the order in which their gradients are summed
         raise RecipeError("Mixtral under ZeRO-3 is not planned: use --parallel zero2 or fsdp2")
+    if resolved.loss == "liger" and not families.find(spec.model_type).liger:
+        raise RecipeError(
+            f"Liger-Kernel's loss for {spec.architecture} does not run with transformers 5.23: give another "
+            "--loss"
+        )
+    told_apart = stacks.find(resolved.trainer).packed
+    if resolved.batches is Batches.PACKED and told_apart and "linear_attention" in spec.layer_types:
+        raise RecipeError(
+            f"{spec.architecture} can't keep packed sequences apart without flash-linear-attention and "
+            "causal-conv1d, which memplan doesn't play: give --batches full or padded"
+        )
     if resolved.mode is not Mode.FULL:
         _check_experts(spec, resolved)
         targets.check(resolved, _adapted(spec, resolved), _linear_shapes(spec), _names(spec))
@@ -108,10 +119,11 @@ def _check_experts(spec: ModelSpec, recipe: Recipe) -> None:
         fused = {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3"} & set(
             recipe.target_modules
         )
+        other = "use all-linear, which adapts them, or attention"
+        if not families.find(spec.model_type).adapts_experts:
+            other = "adapters on these are not planned: use attention"
+            fused -= {name.rpartition(".")[2] for name in _linear_shapes(spec)}  # an expert that all share
         if fused:
-            other = "use all-linear, which adapts them, or attention"
-            if not families.find(spec.model_type).adapts_experts:
-                other = "adapters on these are not planned: use attention"
             raise RecipeError(
                 f"target_modules {sorted(fused)} name projections that transformers 5 fuses into experts; "
                 f"{other}"
@@ -152,18 +164,11 @@ def _adapted(spec: ModelSpec, recipe: Recipe) -> dict[str, tuple[int, ...]]:
 
 def _linear_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Full names and shapes of the linear modules of every layer, and of the head."""
-    kinds = {
-        sparse: [
-            (name, module.parameters["weight"])
-            for name, module in blueprint.layer(spec, sparse).items()
-            if module.kind == "linear"
-        ]
-        for sparse in ((False, True) if spec.num_experts else (False,))
-    }
     shapes = {
-        f"model.layers.{index}.{name}": shape
+        f"model.layers.{index}.{name}": module.parameters["weight"]
         for index in range(spec.num_hidden_layers)
-        for name, shape in kinds[blueprint.is_sparse(spec, index)]
+        for name, module in blueprint.layer(spec, index).items()
+        if module.kind == "linear"
     }
     shapes["lm_head"] = (spec.vocab_size, spec.hidden_size)
     return shapes
@@ -171,8 +176,8 @@ def _linear_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 
 def _names(spec: ModelSpec) -> dict[str, str]:
     """Kinds of all modules by name; layers' names are relative."""
-    inside = blueprint.layer(spec, bool(spec.num_experts))
-    names = {name: module.kind for name, module in {**blueprint.outside(spec), **inside}.items()}
+    parts = [blueprint.outside(spec), *(modules for modules, _ in blueprint.layers(spec))]
+    names = {name: module.kind for part in parts for name, module in part.items()}
     return {**names, "lm_head": "head"}
 
 

@@ -194,6 +194,7 @@ def kinds(spec: ModelSpec, recipe: Recipe) -> list[Any]:
     wanted = masks.needed(spec, recipe)
     caches = uses_cache(recipe) and "sliding_attention" in spec.layer_types
     by_type = any(wanted.values()) or caches or families.find(spec.model_type).rotates_by_layer
+    by_type |= "linear_attention" in spec.layer_types
     adapted = parameters.adapted_by_layer(spec, recipe)
     return [
         (
@@ -402,7 +403,7 @@ def _decoder(
     with category(Category.ACTIVATIONS if recipe.gradient_checkpointing else Category.TEMPORARIES):
         # recomputation needs them
         positions = fed.positions or _positions(rows.seq_len)
-        attention_masks = masks.make(spec, rows, embeds.dtype)
+        attention_masks = masks.make(spec, rows, embeds.dtype, fed.mask)
     hidden = embeds
     tape.module = "model.rotary_emb"
     with no_grad():

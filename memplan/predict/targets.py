@@ -25,6 +25,9 @@ else:
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj")
 _QUERY_VALUE = ("q_proj", "v_proj", "qkv_proj")
 
+# To one number, or to one a head: usual ranks are above that, and PEFT takes them.
+_NARROW = ("linear_attn.in_proj_a", "linear_attn.in_proj_b", "mlp.shared_expert_gate")
+
 
 def is_target(wanted: str | tuple[str, ...], full_name: str) -> bool:
     """Whether the linear module ``full_name`` (``model.layers.3.mlp.up_proj``) is adapted."""
@@ -118,7 +121,8 @@ def check(
             f"target_modules {printable(repr(recipe.target_modules))} matches no linear module of this "
             f"model; it has {', '.join(known)}"
         )
-    name, shape = min(adapted.items(), key=lambda item: min(item[1]))
+    sized = {name: shape for name, shape in adapted.items() if not name.endswith(_NARROW)} or adapted
+    name, shape = min(sized.items(), key=lambda item: min(item[1]))
     if recipe.r > min(shape):
         raise RecipeError(
             f"r={recipe.r} is larger than the smallest matrix it adapts ({name}, {shape[0]}×{shape[1]}); "

@@ -358,7 +358,7 @@ def _sum_to(grad: Tensor, shape: Shape) -> Tensor:
     summed = empty(kept, grad.dtype, "sum")
     if 1 < prod(kept) == kept[-1] == grad.shape[-1] and (grad.strides is None or grad.strides[-1] == 1):
         split_sum(grad.shape)
-    return summed.viewed(shape)
+    return summed.viewed(shape) if lead else summed
 
 
 def split_sum(shape: Shape) -> None:

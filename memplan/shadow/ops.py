@@ -79,14 +79,14 @@ def to(x: Tensor, dtype: DType) -> Tensor:
     if x.dtype is dtype:
         return x
     if tracked(x):
-        node = Node(_to_backward, x)
+        node = Node(to_backward, x)
         out = pointwise("_to_copy", x, dtype=dtype)
         attach(node, out)
         return out
     return pointwise("_to_copy", x, dtype=dtype)
 
 
-def _to_backward(node: Node, grad: Tensor) -> Any:
+def to_backward(node: Node, grad: Tensor) -> Any:
     edge = node.edges[0]
     dtype = edge[0].meta[edge[1]][1] if edge else grad.dtype
     return (pointwise("_to_copy", grad, dtype=dtype),)
@@ -114,7 +114,7 @@ def add_(x: Tensor, y: Tensor | None = None) -> Tensor:
     """``x.add_(constant)`` or ``x.add_(y)``: the same storage with one more step of history."""
     if not tracked(x, y):
         return x
-    node = Node(_pass_backward, x) if y is None else Node(_add_backward, x, y)
+    node = Node(pass_backward, x) if y is None else Node(_add_backward, x, y)
     out = x.detach()
     attach(node, out)
     return out
@@ -190,14 +190,14 @@ def _scale_backward(node: Node, grad: Tensor) -> Any:
 def shift(x: Tensor, operation: str = "add") -> Tensor:
     """``x + number`` or ``x - number``."""
     if tracked(x):
-        node = Node(_pass_backward, x)
+        node = Node(pass_backward, x)
         out = pointwise(operation, x)
         attach(node, out)
         return out
     return pointwise(operation, x)
 
 
-def _pass_backward(node: Node, grad: Tensor) -> Any:
+def pass_backward(node: Node, grad: Tensor) -> Any:
     return (grad,)
 
 
@@ -418,7 +418,7 @@ def _softmax_backward(node: Node, grad: Tensor) -> Any:
 # -- views -------------------------------------------------------------------------------------------
 
 
-def _view_of(x: Tensor, shape: Shape, strides: Shape | None, backward: Any, context: Any = None) -> Tensor:
+def view_of(x: Tensor, shape: Shape, strides: Shape | None, backward: Any, context: Any = None) -> Tensor:
     out = x.viewed(shape, strides)
     if state.grad and x.node is not None:
         node = Node(backward, x)
@@ -434,7 +434,7 @@ def view(x: Tensor, shape: Shape) -> Tensor:
         found = view_strides(x.shape, x.strides, shape)
         assert found is not None, f"view of {x.shape} with strides {x.strides} as {shape} needs a copy"
         strides = normalized(shape, found)
-    return _view_of(x, shape, strides, _view_backward, x.shape)
+    return view_of(x, shape, strides, _view_backward, x.shape)
 
 
 def _view_backward(node: Node, grad: Tensor) -> Any:
@@ -454,7 +454,7 @@ def clone(x: Tensor, *, preserve: bool = False) -> Tensor:
     """``x.clone()``: contiguous, or with the strides of a dense ``x`` if ``preserve``."""
     strides = iterator_strides(x.shape, [x]) if preserve and x.strides is not None else None
     if tracked(x):
-        node = Node(_pass_backward, x)
+        node = Node(pass_backward, x)
         out = empty(x.shape, x.dtype, "clone", strides)
         attach(node, out)
         return out
@@ -474,7 +474,7 @@ def transpose(x: Tensor, one: int, two: int) -> Tensor:
     shape[one], shape[two] = shape[two], shape[one]
     strides[one], strides[two] = strides[two], strides[one]
     new = tuple(shape)
-    return _view_of(x, new, normalized(new, tuple(strides)), _transpose_backward, (one, two))
+    return view_of(x, new, normalized(new, tuple(strides)), _transpose_backward, (one, two))
 
 
 def _transpose_backward(node: Node, grad: Tensor) -> Any:
@@ -486,7 +486,7 @@ def permute(x: Tensor, order: tuple[int, ...]) -> Tensor:
     strides = strides_of(x)
     shape = tuple(x.shape[axis] for axis in order)
     inverse = tuple(sorted(range(len(order)), key=order.__getitem__))
-    return _view_of(
+    return view_of(
         x, shape, normalized(shape, tuple(strides[axis] for axis in order)), _permute_backward, inverse
     )
 
@@ -509,7 +509,7 @@ def expand(x: Tensor, shape: Shape) -> Tensor:
     """``x.expand(shape)``."""
     out = expanded(x, shape)
     if tracked(x):
-        attach(Node(_pass_backward, x), out)  # the engine sums it back (at::sum_to)
+        attach(Node(pass_backward, x), out)  # the engine sums it back (at::sum_to)
     return out
 
 
@@ -521,7 +521,7 @@ def narrow_last(x: Tensor, start: int, stop: int) -> Tensor:
     if start == 0 and stop >= x.shape[-1]:
         return x
     shape = (*x.shape[:-1], stop - start)
-    out = _view_of(x, shape, normalized(shape, strides_of(x)), _narrow_backward, x.shape)
+    out = view_of(x, shape, normalized(shape, strides_of(x)), _narrow_backward, x.shape)
     return out
 
 
@@ -533,12 +533,12 @@ def every_second(x: Tensor, first: int) -> Tensor:
     """``x[..., first::2]``."""
     strides = strides_of(x)
     shape = (*x.shape[:-1], (x.shape[-1] - first + 1) // 2)
-    return _view_of(x, shape, (*strides[:-1], 2 * strides[-1]), _narrow_backward, x.shape)
+    return view_of(x, shape, (*strides[:-1], 2 * strides[-1]), _narrow_backward, x.shape)
 
 
 def narrow(x: Tensor, shape: Shape) -> Tensor:
     """The first elements of ``x`` along each axis."""
-    return _view_of(x, shape, normalized(shape, strides_of(x)), _narrow_backward, x.shape)
+    return view_of(x, shape, normalized(shape, strides_of(x)), _narrow_backward, x.shape)
 
 
 def cat_last(*parts: Tensor) -> Tensor:
@@ -588,13 +588,13 @@ def chunk_last(x: Tensor) -> tuple[Tensor, Tensor]:
     strides = normalized(shape, strides_of(x))
     one, two = x.viewed(shape, strides), x.viewed(shape, strides)
     if tracked(x):
-        node = Node(_chunk_backward, x)
+        node = Node(chunk_backward, x)
         node.context = x.shape
         attach(node, one)
         attach(node, two)
     return one, two
 
 
-def _chunk_backward(node: Node, grads: Any) -> Any:
+def chunk_backward(node: Node, grads: Any) -> Any:
     dtype = next(grad.dtype for grad in grads if grad is not None)
     return (empty(node.context, dtype, "cat"),)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from memplan.cuda import embedding, foreach
 from memplan.cuda.products import padded_columns
 from memplan.cuda.reduction import scratch
+from memplan.cuda.triangular import pointers
 from memplan.trace.operators import operator, workspace
 
 aten = torch.ops.aten
@@ -83,6 +85,89 @@ def grouped_matrix_product(
     dtype = out_dtype or left.dtype
     columns = padded_columns(shape[-1], dtype.itemsize)
     return torch.empty((*shape[:-1], columns), dtype=dtype)[..., : shape[-1]]
+
+
+# -- convolutions ----------------------------------------------------------------------------------------
+
+
+def _depthwise_1d(x: Any, weight: Any, groups: int, transposed: bool) -> bool:
+    return x.dim() == 3 and not transposed and groups == x.shape[1] > 1 and weight.shape[1] == 1
+
+
+@operator(aten.convolution.default)
+def convolution(
+    recorder: Any,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
+) -> Any:
+    """Of one axis, depthwise: aten/src/ATen/native/Convolution.cpp ``_convolution`` copies what lies in
+    another order; cuda/DepthwiseConv2d.cu takes nothing more. fp16 runs in cuDNN, whose workspace is left
+    out."""
+    if not _depthwise_1d(x, weight, groups, transposed):
+        return NotImplemented
+    _straight = x.contiguous()
+    span = dilation[0] * (weight.shape[-1] - 1) + 1
+    length = (x.shape[-1] + 2 * padding[0] - span) // stride[0] + 1
+    return torch.empty((x.shape[0], weight.shape[0], length), dtype=x.dtype)
+
+
+@operator(aten.convolution_backward.default)
+def convolution_backward(
+    recorder: Any,
+    grad: Any,
+    x: Any,
+    weight: Any,
+    bias_sizes: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
+    output_mask: Any,
+) -> Any:
+    """``convolution_backward``, as above: copies of what lies in another order, then the gradients."""
+    if not _depthwise_1d(x, weight, groups, transposed):
+        return NotImplemented
+    _straight = x.contiguous(), grad.contiguous()
+    for_x = torch.empty(x.shape, dtype=x.dtype) if output_mask[0] else None
+    for_weight = torch.empty(weight.shape, dtype=weight.dtype) if output_mask[1] else None
+    for_bias = torch.empty(bias_sizes, dtype=weight.dtype) if output_mask[2] else None
+    return for_x, for_weight, for_bias
+
+
+# -- triangular systems ----------------------------------------------------------------------------------
+
+
+@operator(aten.linalg_solve_triangular.default)
+def solve_triangular(
+    recorder: Any, system: Any, x: Any, *, upper: bool, left: bool = True, unitriangular: bool = False
+) -> Any:
+    """BatchLinearAlgebra.cpp ``linalg_solve_triangular_out``: the solution, column by column, and where each
+    matrix lies. Of several systems of one shape that cuBLAS reads as they lie."""
+    straight = system.is_contiguous() or system.mT.is_contiguous()
+    if not straight or system.shape[:-2] != x.shape[:-2]:
+        return NotImplemented
+    out = torch.empty((*x.shape[:-2], x.shape[-1], x.shape[-2]), dtype=x.dtype).mT
+    _told = [workspace(n) for n in pointers(math.prod(x.shape[:-2]), system.shape[-1])]
+    return out
+
+
+# -- pointwise --------------------------------------------------------------------------------------------
+
+
+@operator(aten.softplus_backward.default)
+def softplus_backward(recorder: Any, grad: Any, x: Any, beta: Any, threshold: Any) -> Any:
+    """One kernel whose result lies as the gradient does; what fake tensors run in its place
+    (torch/_decomp/decompositions.py) gives one that lies as ``x`` does."""
+    return grad + x
 
 
 # -- embedding ------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ ANSWERS = {
 # and where some of it is
 OF_BATCHES: dict[Batches, dict[str, Any]] = {
     Batches.FULL: {},
-    Batches.PADDED: {"_ignore_causal_mask_sdpa": False},
+    Batches.PADDED: {"_ignore_causal_mask_sdpa": False, "create_recurrent_attention_mask": False},
     Batches.PACKED: {"find_packed_sequence_indices": False},
 }
 

@@ -124,11 +124,17 @@ class Linear4bit(Base):
 def _matmul_4bit_backward(node: Node, grad: Tensor) -> Any:
     module, shape = node.context
     weight = module.dequantized(grad.dtype)
-    if grad.strides is not None:
-        grad = ops.contiguous(grad)
-    out = product(shape, grad.dtype, "mm")
+    out = product(shape, grad.dtype, "mm" if _folds(grad) else "bmm")
     del weight
     return (out,)  # torch.matmul folds and unfolds: _unsafe_view is no view to autograd
+
+
+def _folds(x: Tensor) -> bool:
+    """Whether torch.matmul makes one matrix of it (LinearAlgebra.cpp ``should_fold``); else there are several
+    products, which cuBLAS feeds as they lie."""
+    if x.strides is None:
+        return True
+    return all(x.strides[axis] == x.strides[axis + 1] * x.shape[axis + 1] for axis in range(len(x.shape) - 2))
 
 
 def _linear(name: str, shapes: Mapping[str, Shape], recipe: Recipe, dtype: DType) -> Linear4bit:
