@@ -49,6 +49,7 @@ MODEL_TYPES = {
     "GemmaForCausalLM": "gemma",
     "Olmo3ForCausalLM": "olmo3",
     "SmolLM3ForCausalLM": "smollm3",
+    "GraniteForCausalLM": "granite",
 }
 SIZES = {
     "vocab_size": 1000,
@@ -108,6 +109,8 @@ def test_shapes_add_up_to_the_published_parameter_count(entry: dict[str, Any]) -
     assert (spec.name, spec.hub_id) == (entry["alias"], entry["hub_id"])
 
 
+_NO_WINDOW = ("llama", "olmo2", "gemma", "granite")
+
 # -- against transformers --------------------------------------------------------------------------------
 
 
@@ -126,7 +129,7 @@ def transformers_facts(config: dict[str, Any]) -> dict[str, Any]:
     if model_type in ("qwen2", "qwen3", "gemma2", "gemma3_text", "gpt_oss", "olmo3", "smollm3"):
         kinds = theirs.layer_types
     else:  # one mask for all layers; llama and olmo2 have no windows at all
-        window = None if model_type in ("llama", "olmo2", "gemma") else window
+        window = None if model_type in _NO_WINDOW else window
         kinds = ["full_attention" if window is None else "sliding_attention"] * layers
     derived = theirs.hidden_size // theirs.num_attention_heads
 
@@ -155,8 +158,10 @@ def transformers_facts(config: dict[str, Any]) -> dict[str, Any]:
             model_type, getattr(theirs, "attention_bias", None)
         ),
     }
-    if model_type in ("llama", "smollm3"):
+    if model_type in ("llama", "smollm3", "granite"):
         facts["mlp_bias"] = theirs.mlp_bias
+    if model_type == "granite":
+        facts["logits_scaling"] = theirs.logits_scaling
     if model_type == "smollm3":
         facts["rotated_layers"] = tuple(map(bool, theirs.no_rope_layers[:layers]))
     if model_type == "phi3":
@@ -236,6 +241,7 @@ OPTIONS: dict[str, list[Any]] = {
     "num_local_experts": [2, 4],
     "num_experts_per_tok": [1, 2],
     "moe_intermediate_size": [64],
+    "logits_scaling": [1, 8.0],
     "norm_topk_prob": [True, False],
     "decoder_sparse_step": [1, 2, 3],
     "mlp_only_layers": [None, [], [0, 5]],

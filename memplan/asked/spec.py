@@ -56,6 +56,7 @@ class ModelSpec(BaseModel):
     rotated_layers: tuple[bool, ...] = ()  # which turn queries and keys; empty: all of them
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
+    logits_scaling: float | None = None  # which logits are divided by
 
     num_experts: int = 0
     num_experts_per_tok: int = 0

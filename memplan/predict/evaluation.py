@@ -28,7 +28,7 @@ def write_evaluation(
     """The tape of an evaluation of ``batch_size`` sequences, each as long as those that ``recipe`` (resolved)
     trains on, between two steps of it; ``folded`` as :func:`memplan.predict.step.write_tape` has it, else as
     ``write_long_tape``."""
-    spec = spec.model_copy(update={"use_cache": False})
+    spec = spec.model_copy(update={"attention_dropout": 0.0, "resid_dropout": 0.0})
     evaluated = recipe.model_copy(
         update={"gradient_checkpointing": False, "lora_dropout": 0.0, "batch_size": batch_size}
     )

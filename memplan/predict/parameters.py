@@ -27,6 +27,8 @@ def resolve_recipe(spec: ModelSpec, recipe: Recipe) -> Recipe:
             f"{spec.architecture} in float16 is not planned, for transformers keeps its norms in float32 "
             "then: give --dtype bfloat16"
         )
+    if resolved.loss == "liger" and not families.find(spec.model_type).liger:
+        raise RecipeError(f"Liger-Kernel has no fused loss for {spec.architecture}: use the standard loss")
     if resolved.parallel == "zero3" and spec.model_type == "mixtral":
         # its router comes before its experts, which is the order in which their gradients are summed
         raise RecipeError("Mixtral under ZeRO-3 is not planned: use --parallel zero2 or fsdp2")
