@@ -53,6 +53,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 4,
         "num_experts_per_tok": 2, "intermediate_size": 512,
     },
+    "glm4_moe": {
+        "architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe", "head_dim": 64,
+        "attention_bias": True, "use_qk_norm": True, "n_routed_experts": 8, "num_experts_per_tok": 3,
+        "moe_intermediate_size": 136, "n_shared_experts": 2, "first_k_dense_replace": 1, "n_group": 2,
+    },
     "gpt_oss": {
         "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "head_dim": 64,
         "sliding_window": 100, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 256,

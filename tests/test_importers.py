@@ -50,6 +50,7 @@ MODEL_TYPES = {
     "Olmo3ForCausalLM": "olmo3",
     "SmolLM3ForCausalLM": "smollm3",
     "GraniteForCausalLM": "granite",
+    "Glm4MoeForCausalLM": "glm4_moe",
 }
 SIZES = {
     "vocab_size": 1000,
@@ -81,14 +82,17 @@ def parameters(spec: ModelSpec) -> int:
     )
     attention = 2 * h * q + 2 * h * kv
     if spec.attention_bias:
-        attention += q + 2 * kv + (0 if spec.model_type == "qwen2" else h)
+        attention += q + 2 * kv + (0 if spec.model_type in ("qwen2", "glm4_moe") else h)
     if spec.model_type in ("qwen3", "qwen3_moe", "gemma3_text"):
         attention += 2 * spec.head_dim  # q and k norms
     if spec.model_type in ("olmo2", "olmo3"):
         attention += q + kv
+    if spec.model_type == "glm4_moe":
+        attention += 2 * spec.head_dim * spec.use_qk_norm
     norms = (4 if spec.model_type in ("gemma2", "gemma3_text") else 2) * h
     dense = 3 * h * spec.intermediate_size + spec.mlp_bias * (2 * spec.intermediate_size + h)
     sparse = spec.num_experts * (h + 3 * h * spec.moe_intermediate_size)
+    sparse += 3 * h * spec.shared_expert_intermediate_size
     if spec.model_type == "gpt_oss":
         attention += spec.num_attention_heads  # sinks
         sparse += spec.num_experts * (1 + 2 * spec.moe_intermediate_size + h)  # biases
@@ -109,7 +113,7 @@ def test_shapes_add_up_to_the_published_parameter_count(entry: dict[str, Any]) -
     assert (spec.name, spec.hub_id) == (entry["alias"], entry["hub_id"])
 
 
-_NO_WINDOW = ("llama", "olmo2", "gemma", "granite")
+_NO_WINDOW = ("llama", "olmo2", "gemma", "granite", "glm4_moe")
 
 # -- against transformers --------------------------------------------------------------------------------
 
@@ -164,6 +168,16 @@ def transformers_facts(config: dict[str, Any]) -> dict[str, Any]:
         facts["logits_scaling"] = theirs.logits_scaling
     if model_type == "smollm3":
         facts["rotated_layers"] = tuple(map(bool, theirs.no_rope_layers[:layers]))
+    if model_type == "glm4_moe":
+        facts["partial_rotary_factor"] = rope["partial_rotary_factor"]
+        facts["use_qk_norm"] = theirs.use_qk_norm
+        facts["num_experts"] = theirs.n_routed_experts
+        facts["num_experts_per_tok"] = theirs.num_experts_per_tok
+        facts["moe_intermediate_size"] = theirs.moe_intermediate_size
+        facts["shared_expert_intermediate_size"] = theirs.moe_intermediate_size * theirs.n_shared_experts
+        facts["norm_topk_prob"] = theirs.norm_topk_prob
+        facts["n_group"], facts["topk_group"] = theirs.n_group, theirs.topk_group
+        facts["sparse_layers"] = tuple(layer >= theirs.first_k_dense_replace for layer in range(layers))
     if model_type == "phi3":
         facts["resid_dropout"] = theirs.resid_pdrop
         facts["partial_rotary_factor"] = rope["partial_rotary_factor"]
@@ -242,6 +256,12 @@ OPTIONS: dict[str, list[Any]] = {
     "num_experts_per_tok": [1, 2],
     "moe_intermediate_size": [64],
     "logits_scaling": [1, 8.0],
+    "n_routed_experts": [4, 16],
+    "n_shared_experts": [1, 2],
+    "n_group": [1, 2],
+    "topk_group": [1, 2],
+    "first_k_dense_replace": [0, 1, 3],
+    "use_qk_norm": [True, False],
     "norm_topk_prob": [True, False],
     "decoder_sparse_step": [1, 2, 3],
     "mlp_only_layers": [None, [], [0, 5]],

@@ -48,6 +48,7 @@ class ModelSpec(BaseModel):
     hidden_act: str = "silu"
     partial_rotary_factor: float = 1.0
     longrope: bool = False  # keeps a second table of frequencies, for long sequences
+    use_qk_norm: bool = False  # norms over each head of queries and keys, where a family leaves the choice
     attention_dropout: float = 0.0
     resid_dropout: float = 0.0
 
@@ -62,6 +63,9 @@ class ModelSpec(BaseModel):
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
     norm_topk_prob: bool = False
+    shared_expert_intermediate_size: int = 0  # of what every token goes through beside its experts
+    n_group: int = 1  # experts are chosen from some groups of them
+    topk_group: int = 1
     router_aux_loss_coef: float = 0.0  # the weight of the load-balancing loss, where a trainer asks for it
     sparse_layers: tuple[bool, ...] = ()
 

@@ -9,7 +9,7 @@ from memplan.asked.spec import ModelSpec
 from memplan.errors import shown
 from memplan.families import Family
 from memplan.parts.config import COMMON, Config, all_if_switched_on, either, router_loss
-from memplan.parts.experts import chosen, router_logits
+from memplan.parts.experts import Weight, chosen, router_logits
 from memplan.parts.layer import llama_like, project_and_norm_heads
 from memplan.parts.module import Modules, attention, experts, head_norms, mlp, norms
 from memplan.shadow import ops
@@ -39,7 +39,7 @@ def _experts(fields: Fields, layers: int) -> dict[str, Any]:
     }
 
 
-def _route(weight: Tensor, hidden_states: Tensor, spec: ModelSpec) -> tuple[Tensor, Tensor, Tensor]:
+def _route(weight: Weight, hidden_states: Tensor, spec: ModelSpec) -> tuple[Tensor, Tensor, Tensor]:
     """``Qwen3MoeTopKRouter.forward``."""
     logits = router_logits(weight, hidden_states)
     router_probs = ops.softmax(logits, float32)

@@ -220,7 +220,7 @@ def _rope(fields: Fields, family: Config, head_dim: int) -> tuple[float, bool]:
 
     partial = 1.0
     if family.rotates_part:
-        top = fields.config.get("partial_rotary_factor")
+        top = fields.config.get("partial_rotary_factor", family.defaults.get("partial_rotary_factor"))
         rope = fields.inside(entries[0], {"partial_rotary_factor": 1.0 if top is None else top})
         partial = rope.number("partial_rotary_factor", "a share from 0 to 1", lambda value: 0 < value <= 1)
     rotated = int(head_dim * partial)

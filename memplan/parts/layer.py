@@ -99,18 +99,24 @@ def _mlp(x: Tensor, m: Leaves, context: Context, route: Route | None) -> Tensor:
     if "mlp.experts" in m:
         assert route is not None, "a layer with experts and no router"
         return sparse_mlp(m, x, context.spec, route, context.router_logits)
-    return m["mlp.down_proj"](_gated(act(context.spec, m["mlp.gate_proj"](x)), m["mlp.up_proj"](x)))  # type: ignore[no-any-return]
+    return gated_mlp(m, x, context.spec)
 
 
-def _gated(gate: Tensor, up: Tensor) -> Tensor:
-    state.tape.module = "mlp"
+def gated_mlp(m: Leaves, x: Tensor, spec: ModelSpec, name: str = "mlp") -> Tensor:
+    """``down_proj(act_fn(gate_proj(x)) * up_proj(x))`` of the MLP of that name."""
+    gated = _gated(act(spec, m[f"{name}.gate_proj"](x), name), m[f"{name}.up_proj"](x), name)
+    return m[f"{name}.down_proj"](gated)  # type: ignore[no-any-return]
+
+
+def _gated(gate: Tensor, up: Tensor, name: str) -> Tensor:
+    state.tape.module = name
     return ops.mul(gate, up)
 
 
-def act(spec: ModelSpec, x: Tensor) -> Tensor:
-    state.tape.module = "mlp"
+def act(spec: ModelSpec, x: Tensor, name: str = "mlp") -> Tensor:
+    state.tape.module = name
     if state.spread is not None:
-        return state.spread.module("mlp.act_fn", _act, x, spec)  # type: ignore[no-any-return]
+        return state.spread.module(f"{name}.act_fn", _act, x, spec)  # type: ignore[no-any-return]
     return _act(x, spec)
 
 
