@@ -45,6 +45,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "sliding_window": 100,
     },
     "smollm3": {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3", "pad_token_id": 0},
+    "seed_oss": {
+        "architectures": ["SeedOssForCausalLM"], "model_type": "seed_oss", "head_dim": 64,
+        "attention_dropout": 0.0,
+    },
     "granite": {
         "architectures": ["GraniteForCausalLM"], "model_type": "granite", "embedding_multiplier": 12.0,
         "attention_multiplier": 0.02, "residual_multiplier": 0.22, "logits_scaling": 8.0,

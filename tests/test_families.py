@@ -55,7 +55,7 @@ def test_a_plan_is_its_trace(family: str, options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager", "flash_attention_2"])
 @pytest.mark.parametrize("options", [RECIPES["full"], RECIPES["autocast"]], ids=["full", "autocast"])
-@pytest.mark.parametrize("family", ["llama"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "seed_oss"])
 def test_so_it_is_with_dropout(family: str, options: dict[str, Any], attn: str) -> None:
     if attn == "flash_attention_2":
         options = {**options, "batches": "full"}

@@ -51,6 +51,7 @@ MODEL_TYPES = {
     "SmolLM3ForCausalLM": "smollm3",
     "GraniteForCausalLM": "granite",
     "Glm4MoeForCausalLM": "glm4_moe",
+    "SeedOssForCausalLM": "seed_oss",
 }
 SIZES = {
     "vocab_size": 1000,
@@ -82,7 +83,8 @@ def parameters(spec: ModelSpec) -> int:
     )
     attention = 2 * h * q + 2 * h * kv
     if spec.attention_bias:
-        attention += q + 2 * kv + (0 if spec.model_type in ("qwen2", "glm4_moe") else h)
+        attention += q + 2 * kv + (0 if spec.model_type in ("qwen2", "glm4_moe", "seed_oss") else h)
+    attention += spec.attention_out_bias * h
     if spec.model_type in ("qwen3", "qwen3_moe", "gemma3_text"):
         attention += 2 * spec.head_dim  # q and k norms
     if spec.model_type in ("olmo2", "olmo3"):
@@ -113,7 +115,7 @@ def test_shapes_add_up_to_the_published_parameter_count(entry: dict[str, Any]) -
     assert (spec.name, spec.hub_id) == (entry["alias"], entry["hub_id"])
 
 
-_NO_WINDOW = ("llama", "olmo2", "gemma", "granite", "glm4_moe")
+_NO_WINDOW = ("llama", "olmo2", "gemma", "granite", "glm4_moe", "seed_oss")
 
 # -- against transformers --------------------------------------------------------------------------------
 
@@ -162,8 +164,11 @@ def transformers_facts(config: dict[str, Any]) -> dict[str, Any]:
             model_type, getattr(theirs, "attention_bias", None)
         ),
     }
-    if model_type in ("llama", "smollm3", "granite"):
+    if model_type in ("llama", "smollm3", "granite", "seed_oss"):
         facts["mlp_bias"] = theirs.mlp_bias
+    if model_type == "seed_oss":
+        facts["residual_dropout"] = theirs.residual_dropout
+        facts["attention_out_bias"] = theirs.attention_out_bias
     if model_type == "granite":
         facts["logits_scaling"] = theirs.logits_scaling
     if model_type == "smollm3":
@@ -256,6 +261,8 @@ OPTIONS: dict[str, list[Any]] = {
     "num_experts_per_tok": [1, 2],
     "moe_intermediate_size": [64],
     "logits_scaling": [1, 8.0],
+    "residual_dropout": [0.0, 0.2],
+    "attention_out_bias": [True, False],
     "n_routed_experts": [4, 16],
     "n_shared_experts": [1, 2],
     "n_group": [1, 2],

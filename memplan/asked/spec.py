@@ -44,13 +44,15 @@ class ModelSpec(BaseModel):
     max_position_embeddings: int | None = None
     tie_word_embeddings: bool = False
     attention_bias: bool = False
+    attention_out_bias: bool = False  # of the output projection, where a family has that apart
     mlp_bias: bool = False
     hidden_act: str = "silu"
     partial_rotary_factor: float = 1.0
     longrope: bool = False  # keeps a second table of frequencies, for long sequences
     use_qk_norm: bool = False  # norms over each head of queries and keys, where a family leaves the choice
     attention_dropout: float = 0.0
-    resid_dropout: float = 0.0
+    resid_dropout: float = 0.0  # between a module and the residual
+    residual_dropout: float = 0.0  # inside attention and MLP, at their end
 
     sliding_window: int | None = None
     layer_types: tuple[LayerKind, ...] = ()

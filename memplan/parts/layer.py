@@ -70,7 +70,16 @@ def _attention(
     out, weights = context.attend(q, k, v, context)
     out = ops.view(out, (*out.shape[:2], out.shape[2] * out.shape[3]))
     out = m["self_attn.o_proj"](out)
+    out = _finished(out, context.spec, "self_attn")
     return out, weights
+
+
+def _finished(x: Tensor, spec: ModelSpec, name: str) -> Tensor:
+    """What a module ends with: ``nn.functional.dropout``, where a family has it."""
+    if spec.residual_dropout:
+        state.tape.module = name
+        x = ops.dropout(x, spec.residual_dropout)
+    return x
 
 
 def cached(k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, Tensor]:
@@ -104,8 +113,11 @@ def _mlp(x: Tensor, m: Leaves, context: Context, route: Route | None) -> Tensor:
 
 def gated_mlp(m: Leaves, x: Tensor, spec: ModelSpec, name: str = "mlp") -> Tensor:
     """``down_proj(act_fn(gate_proj(x)) * up_proj(x))`` of the MLP of that name."""
-    gated = _gated(act(spec, m[f"{name}.gate_proj"](x), name), m[f"{name}.up_proj"](x), name)
-    return m[f"{name}.down_proj"](gated)  # type: ignore[no-any-return]
+    down = m[f"{name}.down_proj"](
+        _gated(act(spec, m[f"{name}.gate_proj"](x), name), m[f"{name}.up_proj"](x), name)
+    )
+    down = _finished(down, spec, name)
+    return down
 
 
 def _gated(gate: Tensor, up: Tensor, name: str) -> Tensor:
