@@ -54,16 +54,31 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "head_dim": 64,
         "sliding_window": 100, "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 64,
     },
-    "phi3": {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "sliding_window": 100},
+    "phi3": {
+        "architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "sliding_window": 100, "pad_token_id": 0,
+    },
     "olmo2": {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2", "num_key_value_heads": 8},
     "olmo3": {
         "architectures": ["Olmo3ForCausalLM"], "model_type": "olmo3", "num_key_value_heads": 8,
         "sliding_window": 100,
     },
     "smollm3": {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3", "pad_token_id": 0},
+    "seed_oss": {
+        "architectures": ["SeedOssForCausalLM"], "model_type": "seed_oss", "head_dim": 64,
+        "attention_dropout": 0.0,
+    },
+    "granite": {
+        "architectures": ["GraniteForCausalLM"], "model_type": "granite", "embedding_multiplier": 12.0,
+        "attention_multiplier": 0.02, "residual_multiplier": 0.22, "logits_scaling": 8.0,
+    },
     "mixtral": {
         "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 4,
         "num_experts_per_tok": 2, "intermediate_size": 512,
+    },
+    "glm4_moe": {
+        "architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe", "head_dim": 64,
+        "attention_bias": True, "use_qk_norm": True, "n_routed_experts": 8, "num_experts_per_tok": 3,
+        "moe_intermediate_size": 136, "n_shared_experts": 2, "first_k_dense_replace": 1, "n_group": 2,
     },
     "gpt_oss": {
         "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "head_dim": 64,

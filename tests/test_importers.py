@@ -51,6 +51,9 @@ MODEL_TYPES = {
     "SmolLM3ForCausalLM": "smollm3",
     "Qwen3_5ForCausalLM": "qwen3_5_text",
     "Qwen3_5MoeForCausalLM": "qwen3_5_moe_text",
+    "GraniteForCausalLM": "granite",
+    "Glm4MoeForCausalLM": "glm4_moe",
+    "SeedOssForCausalLM": "seed_oss",
 }
 LINEAR = ("qwen3_5_text", "qwen3_5_moe_text")
 SIZES = {
@@ -83,21 +86,25 @@ def parameters(spec: ModelSpec) -> int:
     )
     attention = 2 * h * q + 2 * h * kv
     if spec.attention_bias:
-        attention += q + 2 * kv + (0 if spec.model_type == "qwen2" else h)
+        attention += q + 2 * kv + (0 if spec.model_type in ("qwen2", "glm4_moe", "seed_oss") else h)
+    attention += spec.attention_out_bias * h
     if spec.model_type in LINEAR:
         attention += h * q  # gates
     if spec.model_type in ("qwen3", "qwen3_moe", "gemma3_text", *LINEAR):
         attention += 2 * spec.head_dim  # q and k norms
     if spec.model_type in ("olmo2", "olmo3"):
         attention += q + kv
+    if spec.model_type == "glm4_moe":
+        attention += 2 * spec.head_dim * spec.use_qk_norm
     norms = (4 if spec.model_type in ("gemma2", "gemma3_text") else 2) * h
     dense = 3 * h * spec.intermediate_size + spec.mlp_bias * (2 * spec.intermediate_size + h)
     sparse = spec.num_experts * (h + 3 * h * spec.moe_intermediate_size)
+    sparse += 3 * h * spec.shared_expert_intermediate_size
     if spec.model_type == "gpt_oss":
         attention += spec.num_attention_heads  # sinks
         sparse += spec.num_experts * (1 + 2 * spec.moe_intermediate_size + h)  # biases
-    if spec.shared_intermediate_size:
-        sparse += 3 * h * spec.shared_intermediate_size + h
+    if spec.model_type in LINEAR:
+        sparse += h * bool(spec.shared_expert_intermediate_size)  # its gate
     linear = spec.layer_types.count("linear_attention")
     experts = sum(spec.sparse_layers)
     return (
@@ -127,6 +134,8 @@ def test_shapes_add_up_to_the_published_parameter_count(entry: dict[str, Any]) -
     assert (spec.name, spec.hub_id) == (entry["alias"], entry["hub_id"])
 
 
+_NO_WINDOW = ("llama", "olmo2", "gemma", "granite", "glm4_moe", "seed_oss")
+
 # -- against transformers --------------------------------------------------------------------------------
 
 
@@ -140,12 +149,12 @@ def transformers_facts(config: dict[str, Any]) -> dict[str, Any]:
     theirs = transformers.AutoConfig.for_model(config["model_type"], **json.loads(json.dumps(fields)))
     model_type, layers = theirs.model_type, theirs.num_hidden_layers
     window = getattr(theirs, "sliding_window", None)
-    if model_type == "smollm3" and not theirs.use_sliding_window:
+    if model_type in LINEAR or (model_type == "smollm3" and not theirs.use_sliding_window):
         window = None
     if model_type in ("qwen2", "qwen3", "gemma2", "gemma3_text", "gpt_oss", "olmo3", "smollm3", *LINEAR):
         kinds = theirs.layer_types
     else:  # one mask for all layers; llama and olmo2 have no windows at all
-        window = None if model_type in ("llama", "olmo2", "gemma") else window
+        window = None if model_type in _NO_WINDOW else window
         kinds = ["full_attention" if window is None else "sliding_attention"] * layers
     derived = theirs.hidden_size // theirs.num_attention_heads
 
@@ -176,8 +185,13 @@ def transformers_facts(config: dict[str, Any]) -> dict[str, Any]:
             model_type, getattr(theirs, "attention_bias", None)
         ),
     }
-    if model_type in ("llama", "smollm3"):
+    if model_type in ("llama", "smollm3", "granite", "seed_oss"):
         facts["mlp_bias"] = theirs.mlp_bias
+    if model_type == "seed_oss":
+        facts["residual_dropout"] = theirs.residual_dropout
+        facts["attention_out_bias"] = theirs.attention_out_bias
+    if model_type == "granite":
+        facts["logits_scaling"] = theirs.logits_scaling
     if model_type == "smollm3":
         facts["rotated_layers"] = tuple(map(bool, theirs.no_rope_layers[:layers]))
     if model_type in LINEAR:
@@ -188,9 +202,19 @@ def transformers_facts(config: dict[str, Any]) -> dict[str, Any]:
         facts["linear_value_dim"] = theirs.linear_value_head_dim
         facts["linear_conv_kernel"] = theirs.linear_conv_kernel_dim
     if model_type == "qwen3_5_moe_text":
-        facts["shared_intermediate_size"] = theirs.shared_expert_intermediate_size
+        facts["shared_expert_intermediate_size"] = theirs.shared_expert_intermediate_size
         facts["router_aux_loss_coef"] = theirs.router_aux_loss_coef
         facts["sparse_layers"] = (True,) * layers
+    if model_type == "glm4_moe":
+        facts["partial_rotary_factor"] = rope["partial_rotary_factor"]
+        facts["use_qk_norm"] = theirs.use_qk_norm
+        facts["num_experts"] = theirs.n_routed_experts
+        facts["num_experts_per_tok"] = theirs.num_experts_per_tok
+        facts["moe_intermediate_size"] = theirs.moe_intermediate_size
+        facts["shared_expert_intermediate_size"] = theirs.moe_intermediate_size * theirs.n_shared_experts
+        facts["norm_topk_prob"] = theirs.norm_topk_prob
+        facts["n_group"], facts["topk_group"] = theirs.n_group, theirs.topk_group
+        facts["sparse_layers"] = tuple(layer >= theirs.first_k_dense_replace for layer in range(layers))
     if model_type == "phi3":
         facts["resid_dropout"] = theirs.resid_pdrop
         facts["partial_rotary_factor"] = rope["partial_rotary_factor"]
@@ -272,6 +296,15 @@ OPTIONS: dict[str, list[Any]] = {
     "num_local_experts": [2, 4],
     "num_experts_per_tok": [1, 2],
     "moe_intermediate_size": [64],
+    "logits_scaling": [1, 8.0],
+    "residual_dropout": [0.0, 0.2],
+    "attention_out_bias": [True, False],
+    "n_routed_experts": [4, 16],
+    "n_shared_experts": [1, 2],
+    "n_group": [1, 2],
+    "topk_group": [1, 2],
+    "first_k_dense_replace": [0, 1, 3],
+    "use_qk_norm": [True, False],
     "norm_topk_prob": [True, False],
     "decoder_sparse_step": [1, 2, 3],
     "mlp_only_layers": [None, [], [0, 5]],

@@ -36,16 +36,18 @@ def test_one_sentence_in_python_too(model: str, options: dict[str, Any], words: 
         plan(model, Recipe(trainer="peft", mode="lora", **options))
 
 
-def test_dense_layers_among_experts_take_adapters_on_attention_alone() -> None:
+def test_dense_layers_among_experts_take_no_adapters_by_name() -> None:
     from memplan.importers.resolve import resolve
 
     spec = resolve("qwen3-30b-a3b").spec
     mixed = spec.model_copy(update={"sparse_layers": (False, *spec.sparse_layers[1:])})
     with pytest.raises(MemplanError, match="mix dense layers"):
-        plan(mixed, Recipe(trainer="peft", mode="lora"))
-    assert (
-        plan(mixed, Recipe(trainer="peft", mode="lora", target_modules="attention")).peak.allocated_bytes > 0
-    )
+        plan(mixed, Recipe(trainer="peft", mode="lora", target_modules=("mlp.up_proj",)))
+    with pytest.raises(MemplanError, match="takes a pattern"):
+        plan(mixed, Recipe(trainer="peft", mode="lora", target_modules=r".*\.up_proj"))
+    for wanted in ("attention", "all-linear"):
+        recipe = Recipe(trainer="peft", mode="lora", target_modules=wanted)
+        assert plan(mixed, recipe).peak.allocated_bytes > 0
 
 
 def test_a_spec_of_an_unknown_family() -> None:

@@ -175,15 +175,16 @@ def test_spelling_does_not_matter(name: str, alias: str) -> None:
         ("mixtral-8x22b-instruct", "mixtral-8x22b-instruct"),
         ("meta-llama/Llama-2-7b-chat-hf", "llama-2-7b"),
         ("mistralai/Mistral-Nemo-Base-2407", "mistral-nemo-12b"),
-        ("Qwen/Qwen2.5-Coder-14B-Instruct", "qwen2.5-14b"),
+        ("Qwen/Qwen2.5-Coder-14B-Instruct", "qwen2.5-coder-14b"),
         ("unsloth/llama-3-8b", "llama-3-8b"),
         ("unsloth/Meta-Llama-3.1-8B-Instruct", "llama-3.1-8b"),
         ("unsloth/mistral-7b", "mistral-7b-v0.1"),
-        ("unsloth/Qwen2.5-Coder-32B-Instruct", "qwen2.5-32b"),
+        ("unsloth/Qwen2.5-Coder-32B-Instruct", "qwen2.5-coder-32b"),
+        ("NousResearch/Hermes-3-Llama-3.1-8B", "llama-3.1-8b"),
         ("unsloth/tinyllama-chat", "tinyllama-1.1b"),
         ("NousResearch/Llama-2-7b-chat-hf", "llama-2-7b"),
         ("NousResearch/Meta-Llama-3-8B-Instruct", "llama-3-8b"),
-        ("01-ai/Yi-34B-Chat", "yi-1.5-34b"),
+        ("01-ai/Yi-34B-Chat", "yi-34b"),
         ("https://huggingface.co/unsloth/gemma-2-9b-it", "gemma-2-9b"),
     ],
 )
@@ -204,7 +205,7 @@ def test_a_copy_of_known_shapes_needs_no_network_and_says_what_it_is_taken_for(n
         "unsloth/phi-4",  # as Llama
         "NousResearch/Hermes-2-Pro-Llama-3-8B",  # 128,288 words
         "codellama/CodeLlama-7b-Python-hf",  # 32,000, where CodeLlama-7b has 32,016
-        "Qwen/Qwen2.5-7B-Instruct-1M",
+        "Qwen/Qwen2.5-VL-7B-Instruct",
         "google/gemma-3n-E4B-it",
         "somebody/llama-3-8b",
         "Qwen/Qwen-27B",
@@ -235,7 +236,7 @@ def test_neighbours_are_near_in_family_and_size(name: str, near: str, far: str) 
     assert len(caught.value.close) <= 3
 
 
-@pytest.mark.parametrize("name", ["glm-5", "kimi-k2", "bert-large", "llama-4000b", "x"])
+@pytest.mark.parametrize("name", ["grok-2", "kimi-k2", "bert-large", "llama-4000b", "x"])
 def test_what_has_no_neighbour_is_said_to_go_by_other_ways(name: str) -> None:
     with pytest.raises(UnknownName) as caught:
         resolve(name)

@@ -78,7 +78,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "gpt_neox": BASE | {"rotary_pct": 0.25},
     "gptj": GPT2 | {"rotary_dim": 16},
-    "granite": BASE,
     "granitemoe": BASE | EXPERTS,
     "jamba": BASE | {
         "num_experts": 4, "num_experts_per_tok": 2, "attn_layer_period": 2, "attn_layer_offset": 1,

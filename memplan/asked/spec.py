@@ -44,12 +44,15 @@ class ModelSpec(BaseModel):
     max_position_embeddings: int | None = None
     tie_word_embeddings: bool = False
     attention_bias: bool = False
+    attention_out_bias: bool = False  # of the output projection, where a family has that apart
     mlp_bias: bool = False
     hidden_act: str = "silu"
     partial_rotary_factor: float = 1.0
     longrope: bool = False  # keeps a second table of frequencies, for long sequences
+    use_qk_norm: bool = False  # norms over each head of queries and keys, where a family leaves the choice
     attention_dropout: float = 0.0
-    resid_dropout: float = 0.0
+    resid_dropout: float = 0.0  # between a module and the residual
+    residual_dropout: float = 0.0  # inside attention and MLP, at their end
 
     sliding_window: int | None = None
     layer_types: tuple[LayerKind, ...] = ()
@@ -61,12 +64,15 @@ class ModelSpec(BaseModel):
     linear_conv_kernel: int = 0  # tokens
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
+    logits_scaling: float | None = None  # which logits are divided by
 
     num_experts: int = 0
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
-    shared_intermediate_size: int = 0  # of the expert that every token is sent to
     norm_topk_prob: bool = False
+    shared_expert_intermediate_size: int = 0  # of what every token goes through beside its experts
+    n_group: int = 1  # experts are chosen from some groups of them
+    topk_group: int = 1
     router_aux_loss_coef: float = 0.0  # the weight of the load-balancing loss, where a trainer asks for it
     sparse_layers: tuple[bool, ...] = ()
 

@@ -22,7 +22,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
     if q.dtype is float32:
         q, k, v = (ops.to(x, state.autocast or context.dtype) for x in (q, k, v))
     _is_packed_sequence(context.position_ids, q.shape[0])
-    return flash_attention(q, k, v, package=True)
+    return flash_attention(q, k, v, dropout=context.spec.attention_dropout, package=True)
 
 
 def _is_packed_sequence(position_ids: Tensor, batch: int) -> None:

@@ -40,12 +40,13 @@ class Family:
     cos_sin: Callable[[ModelSpec, int, Tensor], tuple[Tensor, Tensor]] = cos_sin
     attention: Callable[[str | None], str | None] = _as_asked
     scaled_embedding: bool = False  # embeddings are multiplied by a buffer
+    multiplied_embedding: bool = False  # or by a number, after what hooks the embedding
     rotates_by_layer: bool = False  # each kind of layer has its rotary embedding
     makes_both_masks: bool = False  # for full and for sliding attention, whichever its layers have
     # PEFT's all-linear means the experts, too (peft/utils/transformers_weight_conversion.py)
     adapts_experts: bool = False
     several: bool = True  # its step was compared on several GPUs
-    liger: bool = True  # Liger-Kernel 0.8 has a loss for it that runs with transformers 5.23
+    liger: bool = True  # Liger-Kernel 0.8.5 has a loss for it that runs with transformers 5.23
     float16: bool = True  # it is loaded so as a whole (not in _keep_in_fp32_modules)
 
 

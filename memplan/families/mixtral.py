@@ -8,7 +8,7 @@ from memplan.asked.fields import Fields
 from memplan.asked.spec import ModelSpec
 from memplan.families import Family
 from memplan.parts.config import COMMON, Config, all_or_none, either, router_loss
-from memplan.parts.experts import chosen, router_logits
+from memplan.parts.experts import Weight, chosen, router_logits
 from memplan.parts.layer import llama_like
 from memplan.parts.module import plain
 from memplan.shadow import ops
@@ -27,7 +27,7 @@ def _experts(fields: Fields, layers: int) -> dict[str, Any]:
     }
 
 
-def _route(weight: Tensor, hidden_states: Tensor, spec: ModelSpec) -> tuple[Tensor, Tensor, Tensor]:
+def _route(weight: Weight, hidden_states: Tensor, spec: ModelSpec) -> tuple[Tensor, Tensor, Tensor]:
     """``MixtralTopKRouter.forward``."""
     logits = router_logits(weight, hidden_states)
     router_probs = ops.softmax(ops.to(logits, float32), float32)

@@ -24,7 +24,7 @@ def _more(fields: Fields, layers: int) -> dict[str, Any]:
         "num_experts": fields.size("num_experts"),
         "num_experts_per_tok": fields.size("num_experts_per_tok"),
         "moe_intermediate_size": fields.size("moe_intermediate_size"),
-        "shared_intermediate_size": fields.size("shared_expert_intermediate_size"),
+        "shared_expert_intermediate_size": fields.size("shared_expert_intermediate_size"),
         "norm_topk_prob": True,
         "router_aux_loss_coef": router_loss(fields),
         "sparse_layers": (True,) * layers,
@@ -32,7 +32,7 @@ def _more(fields: Fields, layers: int) -> dict[str, Any]:
 
 
 def _experts(spec: ModelSpec) -> Modules:
-    hidden, width = spec.hidden_size, spec.shared_intermediate_size
+    hidden, width = spec.hidden_size, spec.shared_expert_intermediate_size
     return {
         **experts(spec),
         "mlp.shared_expert.gate_proj": linear(hidden, width),

@@ -147,6 +147,7 @@ def neighbours(text: str, known: dict[str, tuple[str, float | None]], most: int 
     of several names of one model the nearest."""
     asked = words(text.rpartition("/")[2])
     family, size = _family(asked), size_of(asked)
+    asked = _without_size(asked)
     best: dict[str, tuple[float, str]] = {}
     for name, (model, billions) in known.items():
         theirs = words(name)
@@ -155,11 +156,16 @@ def neighbours(text: str, known: dict[str, tuple[str, float | None]], most: int 
         apart = abs(log(billions / size)) if size and billions else 0.0
         if apart > log(2.2):
             continue
-        shared = 2 * len({*asked} & {*theirs}) / (len(asked) + len(theirs))
+        theirs = _without_size(theirs)  # which is weighed by how far apart they are
+        shared = 2 * len({*asked} & {*theirs}) / (len(asked) + len(theirs) or 1)
         likeness = shared + SequenceMatcher(None, text.lower(), name).ratio() / 10 - apart / 2
         if likeness > best.get(model, (-1.0, ""))[0]:
             best[model] = likeness, name
     return [name for _, name in sorted(best.values(), key=lambda one: -one[0])[:most]]
+
+
+def _without_size(found: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(word for word in found if not _SIZE.fullmatch(word))
 
 
 def _family(found: tuple[str, ...]) -> str:

@@ -30,9 +30,10 @@ from memplan.shadow.tensor import (
 )
 from memplan.tape import Phase
 
-# The router's logits, and weights and numbers of each token's experts, by its weight and hidden states [N,
-# E].
-Route = Callable[[Tensor, Tensor, ModelSpec], tuple[Tensor, Tensor, Tensor]]
+# The router's logits, and weights and numbers of each token's experts, by its weight, which an adapter makes
+# when it is read, and hidden states [N, E].
+Weight = Callable[[], Tensor]
+Route = Callable[[Weight, Tensor, ModelSpec], tuple[Tensor, Tensor, Tensor]]
 
 
 def sparse_mlp(
@@ -62,9 +63,9 @@ def gate_forward(
     """The router, through its adapter if it has one."""
     if isinstance(weight, Tensor):
         state.tape.module = "mlp.gate"
-        return route(weight, hidden_states, spec)
+        return route(lambda: weight, hidden_states, spec)
     update = weight.activate()
-    return route(weight.fold(update), hidden_states, spec)
+    return route(lambda: weight.fold(update), hidden_states, spec)
 
 
 def experts_forward(
@@ -102,11 +103,11 @@ def chosen(router_probs: Tensor, spec: ModelSpec) -> tuple[Tensor, Tensor]:
     """Weights and numbers of each token's experts."""
     values, indices = top_k(router_probs, spec.num_experts_per_tok)
     if spec.norm_topk_prob:
-        values = _normalize_(values)
+        values = normalize_(values, ops.sum_last(values))
     return values, indices
 
 
-def by_softmax(weight: Tensor, hidden_states: Tensor, spec: ModelSpec) -> tuple[Tensor, Tensor, Tensor]:
+def by_softmax(weight: Weight, hidden_states: Tensor, spec: ModelSpec) -> tuple[Tensor, Tensor, Tensor]:
     """``Qwen3MoeTopKRouter.forward``: a softmax over all experts."""
     logits = router_logits(weight, hidden_states)
     router_probs = ops.softmax(logits, float32)
@@ -115,9 +116,9 @@ def by_softmax(weight: Tensor, hidden_states: Tensor, spec: ModelSpec) -> tuple[
     return logits, values, indices
 
 
-def router_logits(weight: Tensor, hidden_states: Tensor) -> Tensor:
+def router_logits(weight: Weight, hidden_states: Tensor) -> Tensor:
     hidden_states = ops.view(hidden_states, hidden_states.shape)  # reshape(-1, hidden_dim), a node of its own
-    return linear(hidden_states, weight)
+    return linear(hidden_states, weight())
 
 
 def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -139,9 +140,8 @@ def _top_k_backward(node: Node, grad: Tensor) -> Any:
     return (out,)
 
 
-def _normalize_(values: Tensor) -> Tensor:
-    """``values /= values.sum(-1, keepdim=True)``: in place, so the original is cloned for backward."""
-    total = ops.sum_last(values)
+def normalize_(values: Tensor, total: Tensor) -> Tensor:
+    """``values /= total``: in place, so the original is cloned for backward."""
     if not ops.tracked(values, total):
         return values
     node = Node(_normalize_backward, values, total)

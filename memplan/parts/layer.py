@@ -70,7 +70,16 @@ def _attention(
     out, weights = context.attend(q, k, v, context)
     out = ops.view(out, (*out.shape[:2], out.shape[2] * out.shape[3]))
     out = m["self_attn.o_proj"](out)
+    out = _finished(out, context.spec, "self_attn")
     return out, weights
+
+
+def _finished(x: Tensor, spec: ModelSpec, name: str) -> Tensor:
+    """What a module ends with: ``nn.functional.dropout``, where a family has it."""
+    if spec.residual_dropout:
+        state.tape.module = name
+        x = ops.dropout(x, spec.residual_dropout)
+    return x
 
 
 def cached(k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, Tensor]:
@@ -99,18 +108,27 @@ def _mlp(x: Tensor, m: Leaves, context: Context, route: Route | None) -> Tensor:
     if "mlp.experts" in m:
         assert route is not None, "a layer with experts and no router"
         return sparse_mlp(m, x, context.spec, route, context.router_logits)
-    return m["mlp.down_proj"](_gated(act(context.spec, m["mlp.gate_proj"](x)), m["mlp.up_proj"](x)))  # type: ignore[no-any-return]
+    return gated_mlp(m, x, context.spec)
 
 
-def _gated(gate: Tensor, up: Tensor) -> Tensor:
-    state.tape.module = "mlp"
+def gated_mlp(m: Leaves, x: Tensor, spec: ModelSpec, name: str = "mlp") -> Tensor:
+    """``down_proj(act_fn(gate_proj(x)) * up_proj(x))`` of the MLP of that name."""
+    down = m[f"{name}.down_proj"](
+        _gated(act(spec, m[f"{name}.gate_proj"](x), name), m[f"{name}.up_proj"](x), name)
+    )
+    down = _finished(down, spec, name)
+    return down
+
+
+def _gated(gate: Tensor, up: Tensor, name: str) -> Tensor:
+    state.tape.module = name
     return ops.mul(gate, up)
 
 
-def act(spec: ModelSpec, x: Tensor) -> Tensor:
-    state.tape.module = "mlp"
+def act(spec: ModelSpec, x: Tensor, name: str = "mlp") -> Tensor:
+    state.tape.module = name
     if state.spread is not None:
-        return state.spread.module("mlp.act_fn", _act, x, spec)  # type: ignore[no-any-return]
+        return state.spread.module(f"{name}.act_fn", _act, x, spec)  # type: ignore[no-any-return]
     return _act(x, spec)
 
 

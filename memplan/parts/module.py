@@ -5,7 +5,7 @@ Names are relative to ``model.layers.N``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 from memplan.asked.spec import ModelSpec
@@ -15,10 +15,11 @@ from memplan.shadow.tensor import Shape
 @dataclass(frozen=True, slots=True)
 class Module:
     """A leaf module. ``kind`` is linear, norm, embedding or raw (parameters that no class owns);
-    ``parameters`` maps attribute names to shapes."""
+    ``parameters`` maps attribute names to shapes, ``buffers`` those of what is kept in fp32 beside them."""
 
     kind: str
     parameters: dict[str, Shape]
+    buffers: dict[str, Shape] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
@@ -61,12 +62,13 @@ def head_norms(query: int, key: int) -> Modules:
     return {"self_attn.q_norm": norm(query), "self_attn.k_norm": norm(key)}
 
 
-def mlp(spec: ModelSpec) -> Modules:
-    hidden, inner = spec.hidden_size, spec.intermediate_size
+def mlp(spec: ModelSpec, name: str = "mlp", inner: int | None = None) -> Modules:
+    """A gated one, as wide as the specification says unless ``inner`` does."""
+    hidden, inner = spec.hidden_size, inner or spec.intermediate_size
     return {
-        "mlp.gate_proj": linear(hidden, inner, spec.mlp_bias),
-        "mlp.up_proj": linear(hidden, inner, spec.mlp_bias),
-        "mlp.down_proj": linear(inner, hidden, spec.mlp_bias),
+        f"{name}.gate_proj": linear(hidden, inner, spec.mlp_bias),
+        f"{name}.up_proj": linear(hidden, inner, spec.mlp_bias),
+        f"{name}.down_proj": linear(inner, hidden, spec.mlp_bias),
     }
 
 

@@ -49,6 +49,19 @@ def rotate(q: Tensor, k: Tensor, context: Context) -> tuple[Tensor, Tensor]:
     return q_embed, k_embed
 
 
+def rotate_part(q: Tensor, k: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+    """``apply_rotary_pos_emb`` of the first columns of heads, and the rest put behind."""
+    cos, sin = tables(context)
+    width = cos.shape[-1]
+    q_rot, q_pass = ops.narrow_last(q, 0, width), ops.narrow_last(q, width, q.shape[-1])
+    k_rot, k_pass = ops.narrow_last(k, 0, width), ops.narrow_last(k, width, k.shape[-1])
+    q_embed = rope(q_rot, cos, sin)
+    k_embed = rope(k_rot, cos, sin)
+    q_embed = ops.cat_last(q_embed, q_pass)
+    k_embed = ops.cat_last(k_embed, k_pass)
+    return q_embed, k_embed
+
+
 def tables(context: Context) -> tuple[Tensor, Tensor]:
     """Cosines and sines [B, 1, S, D]."""
     batch, length, width = context.cos_BSD.shape

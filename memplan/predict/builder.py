@@ -14,8 +14,8 @@ from memplan.parts.module import Module
 from memplan.parts.norms import RMSNorm
 from memplan.predict import blueprint
 from memplan.predict.fold import Played
-from memplan.predict.parameters import adapts_experts
-from memplan.predict.targets import is_saved, is_target
+from memplan.predict.parameters import adapts_experts, is_adapted
+from memplan.predict.targets import is_saved
 from memplan.predict.unlike import Standing
 from memplan.shadow.tensor import DTYPES, DType, Tensor, bfloat16, float32, state
 from memplan.tape import Category, Part, Phase
@@ -80,18 +80,19 @@ class Builder:
         if definition.kind == "norm":
             return self.leaf(name, self.family.norm(name, self.weight(shapes["weight"], name, full_name)))
         if definition.kind == "raw":
-            return self.raw(name, shapes)
+            return self.raw(name, definition)
         return self.linear(name, shapes, full_name)
 
     def leaf(self, name: str, module: Any) -> Any:
         """A module as a strategy has it called."""
         return module if state.spread is None else state.spread.leaf(name, module)
 
-    def raw(self, name: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    def raw(self, name: str, definition: Module) -> dict[str, Any]:
         """A router's or the experts' parameters, adapted by ``all-linear``. PEFT doubles the rank where two
         projections are fused in one parameter (peft/utils/transformers_weight_conversion.py)."""
         made: dict[str, Any] = {
-            attribute: self.weight(shape, f"{name}.{attribute}") for attribute, shape in shapes.items()
+            attribute: self.weight(shape, f"{name}.{attribute}")
+            for attribute, shape in definition.parameters.items()
         }
         recipe = self.recipe
         if adapts_experts(self.spec, recipe):
@@ -101,6 +102,8 @@ class Builder:
                 adapter = self.adapter.parameter(weight, name, rank, self.adapter_dtype(weight.dtype))
                 made[attribute] = adapter
                 self.trainable += [adapter.down, adapter.up]
+        for attribute, shape in definition.buffers.items():
+            made[attribute] = buffer(shape, float32, f"{name}.{attribute}", Category.WEIGHTS)
         return made
 
     def linear(self, name: str, shapes: dict[str, tuple[int, ...]], full_name: str) -> Any:
@@ -124,7 +127,7 @@ class Builder:
         """A linear module with its adapter, if it is a target."""
         recipe = self.recipe
         base = self.leaf(base.name, base)
-        if recipe.mode is Mode.FULL or not is_target(recipe.target_modules, full_name):
+        if recipe.mode is Mode.FULL or not is_adapted(self.spec, recipe.target_modules, full_name):
             return base
         adapter = self.adapter.around(base, recipe, self.adapter_dtype(base.compute))
         self.trainable += adapter.trainable()

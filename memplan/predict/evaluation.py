@@ -21,6 +21,8 @@ from memplan.predict.unlike import Standing
 from memplan.shadow.tensor import no_grad, state
 from memplan.tape import Phase, Tape
 
+_DROPOUTS = ("attention_dropout", "resid_dropout", "residual_dropout")
+
 
 def write_evaluation(
     spec: ModelSpec, recipe: Recipe, batch_size: int, *, card: Card | None = None, folded: bool = True
@@ -28,7 +30,7 @@ def write_evaluation(
     """The tape of an evaluation of ``batch_size`` sequences, each as long as those that ``recipe`` (resolved)
     trains on, between two steps of it; ``folded`` as :func:`memplan.predict.step.write_tape` has it, else as
     ``write_long_tape``."""
-    spec = spec.model_copy(update={"use_cache": False})
+    spec = spec.model_copy(update=dict.fromkeys(_DROPOUTS, 0.0))
     evaluated = recipe.model_copy(
         update={"gradient_checkpointing": False, "lora_dropout": 0.0, "batch_size": batch_size}
     )

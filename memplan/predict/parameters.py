@@ -27,6 +27,8 @@ def resolve_recipe(spec: ModelSpec, recipe: Recipe) -> Recipe:
             f"{spec.architecture} in float16 is not planned, for transformers keeps its norms in float32 "
             "then: give --dtype bfloat16"
         )
+    if resolved.loss == "liger" and not families.find(spec.model_type).liger:
+        raise RecipeError(f"Liger-Kernel has no fused loss for {spec.architecture}: use the standard loss")
     if resolved.parallel == "zero3" and spec.model_type == "mixtral":
         # its router comes before its experts, which is the order in which their gradients are summed
         raise RecipeError("Mixtral under ZeRO-3 is not planned: use --parallel zero2 or fsdp2")
@@ -128,11 +130,18 @@ def _check_experts(spec: ModelSpec, recipe: Recipe) -> None:
                 f"target_modules {sorted(fused)} name projections that transformers 5 fuses into experts; "
                 f"{other}"
             )
-    mixed = spec.sparse_layers and not all(spec.sparse_layers)
-    if mixed and any(".self_attn." not in name and name != "lm_head" for name in _adapted(spec, recipe)):
+    targets = recipe.target_modules
+    if targets == "all-linear" or all(".self_attn." in n or n == "lm_head" for n in _adapted(spec, recipe)):
+        return
+    if isinstance(targets, str):  # _resolve_string_target_modules
         raise RecipeError(
-            "adapters outside attention are not modelled for models that mix dense layers with layers of "
-            "experts; use --target-modules attention"
+            "PEFT takes a pattern that matches outside attention for the names of all experts, which is not "
+            "planned: use --target-modules all-linear or attention"
+        )
+    if not all(spec.sparse_layers):
+        raise RecipeError(
+            "adapters outside attention by name are not modelled for models that mix dense layers with "
+            "layers of experts; use --target-modules all-linear or attention"
         )
 
 
@@ -142,10 +151,22 @@ def adapts_experts(spec: ModelSpec, recipe: Recipe) -> bool:
     return wanted and families.find(spec.model_type).adapts_experts
 
 
+def is_adapted(spec: ModelSpec, wanted: str | tuple[str, ...], full_name: str) -> bool:
+    """Whether a linear module gets an adapter. Of a mixture of experts PEFT takes ``all-linear`` apart into
+    names, and hands those that experts have to their stacked parameters: a dense MLP and a shared expert,
+    whose names are the same, are passed over (peft/utils/transformers_weight_conversion.py, 0.21)."""
+    if wanted == "all-linear" and families.find(spec.model_type).adapts_experts:
+        return full_name.rpartition(".")[2] not in (*_OF_EXPERTS, "lm_head")
+    return targets.is_target(wanted, full_name)
+
+
+_OF_EXPERTS = ("gate_proj", "up_proj", "down_proj")
+
+
 @lru_cache(maxsize=64)
 def _adapted_by(spec: ModelSpec, target_modules: str | tuple[str, ...]) -> dict[str, tuple[int, ...]]:
     return {
-        name: shape for name, shape in _linear_shapes(spec).items() if targets.is_target(target_modules, name)
+        name: shape for name, shape in _linear_shapes(spec).items() if is_adapted(spec, target_modules, name)
     }
 
 

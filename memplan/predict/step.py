@@ -396,9 +396,11 @@ def _decoder(
 ) -> tuple[Tensor, Any]:
     spec, recipe, tape = model.spec, model.recipe, state.tape
     rows = fed.rows.recipe
-    spread = state.spread
+    spread, family = state.spread, families.find(spec.model_type)
     embeds = model.embedding(fed.ids) if spread is None else spread.embed(model.embedding, fed.ids)
     tape.module = "model"
+    if family.multiplied_embedding:
+        embeds = ops.scale(embeds)
     cache: list[Tensor] | None = [] if uses_cache(recipe) else None
     with category(Category.ACTIVATIONS if recipe.gradient_checkpointing else Category.TEMPORARIES):
         # recomputation needs them
@@ -412,7 +414,7 @@ def _decoder(
             if spread is None
             else spread.module("model.rotary_emb", _rotary_tables, hidden, spec, rows.seq_len)
         )
-    layer = families.find(spec.model_type).layer
+    layer = family.layer
     attend = attention.of(recipe).attend
     copied = Copied(2 if recipe.mode is Mode.FULL else 3, model.trained) if copies else ()
     for number, (modules, index) in enumerate(zip(model.layers, played, strict=True)):

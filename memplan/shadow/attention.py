@@ -50,20 +50,23 @@ def scaled_dot_product_attention(
         gqa=gqa,
     )
     if chosen == "flash":
-        return flash_attention(query, key, value)
+        return flash_attention(query, key, value, dropout=dropout)
     if chosen == "efficient":
         return _efficient(query, key, value, mask)
     if chosen == "cudnn":
         return _cudnn(query, key, value, mask)
-    return _math(query, key, value, mask, causal=causal, gqa=gqa)
+    return _math(query, key, value, mask, causal=causal, gqa=gqa, dropout=dropout)
 
 
 # -- flash -------------------------------------------------------------------------------------------
 
 
-def flash_attention(query: Tensor, key: Tensor, value: Tensor, *, package: bool = False) -> Tensor:
+def flash_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, dropout: float = 0.0, package: bool = False
+) -> Tensor:
     """FlashAttention-2 on 16-bit inputs: PyTorch's copy of it, or the flash-attn ``package``, which does
-    without a second tensor of random state."""
+    without a second tensor of random state. With ``dropout`` keys are not split, and PyTorch's makes its
+    random state anew."""
     batch, heads, length, head_dim = query.shape
     operation = "_flash_attn_forward" if package else "_scaled_dot_product_flash_attention"
     node = Node(_flash_backward, query, key, value) if ops.tracked(query, key, value) else None
@@ -76,10 +79,14 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, *, package: bool 
     saved = None if node is None else [save(query), save(key), save(value)]
     out = ops.pointwise(operation, query)
     logsumexp = empty((batch, heads, length), float32, operation)
-    needed = cuda.split_accumulators(state.card, batch, heads, length, key.shape[2], head_dim)
+    needed = (
+        () if dropout else cuda.split_accumulators(state.card, batch, heads, length, key.shape[2], head_dim)
+    )
     accumulators = [empty((nbytes,), uint8, operation) for nbytes in needed]
     seed = empty((2,), int64, operation)
     random = [seed] if package else [seed, empty((), int64, operation)]
+    if dropout and not package:
+        random[0] = empty((2,), int64, operation)
     del accumulators, seed
     if padded:
         out = Tensor((batch, heads, length, head_dim), out.dtype, out.storage, strides_of(out))
@@ -205,7 +212,14 @@ def _cudnn_backward(node: Node, grad: Tensor) -> Any:
 
 
 def _math(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, causal: bool, gqa: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    causal: bool,
+    gqa: bool,
+    dropout: float,
 ) -> Tensor:
     """_scaled_dot_product_attention_math. Names live to the end of the function, as its C++ locals do."""
     dtype = query.dtype
@@ -224,7 +238,7 @@ def _math(
     scores = matmul(scaled, ops.scale(ops.transpose(key_expanded, -2, -1)))
     if bias is not None:
         scores = ops.add_(scores)
-    scores = _safe_softmax(scores)
+    scores = ops.dropout(_safe_softmax(scores), dropout)
     # The second result, the weights, is made first: arguments are evaluated from the last.
     weights = ops.to(scores, dtype)
     out = ops.to(matmul(scores, value_expanded), dtype)

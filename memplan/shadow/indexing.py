@@ -92,3 +92,20 @@ def _masked_scatter_backward(node: Node, grad: Tensor) -> Any:
     operation = "masked_scatter_backward"
     _indices = _nonzero(unpack(node.saved), operation, node.context[0])
     return (empty(node.context, grad.dtype, operation),)
+
+
+def gather_last(x: Tensor, index: Tensor) -> Tensor:
+    """``x.gather(-1, index)``, which saves both."""
+    node = Node(_gather_backward, x) if ops.tracked(x) else None
+    saved = None if node is None else (save(x), save(index))
+    out = empty(index.shape, x.dtype, "gather")
+    if node is not None:
+        node.saved = saved
+        attach(node, out)
+    return out
+
+
+def _gather_backward(node: Node, grad: Tensor) -> Any:
+    """Added to zeros in place (TensorAdvancedIndexing.cpp, ``gather_backward``)."""
+    x, _index = (unpack(saved) for saved in node.saved)
+    return (empty(x.shape, grad.dtype, "new_zeros"),)

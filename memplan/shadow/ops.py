@@ -306,6 +306,21 @@ def _clamp_backward(node: Node, grad: Tensor) -> Any:
     return (out,)
 
 
+def masked_fill(x: Tensor, mask: Tensor) -> Tensor:
+    """``x.masked_fill(mask, number)``."""
+    if tracked(x):
+        node = Node(_masked_fill_backward, x)
+        node.saved = save(mask)
+        out = pointwise("masked_fill", x)
+        attach(node, out)
+        return out
+    return pointwise("masked_fill", x)
+
+
+def _masked_fill_backward(node: Node, grad: Tensor) -> Any:
+    return (pointwise("masked_fill", grad, unpack(node.saved), dtype=grad.dtype),)
+
+
 def dropout(x: Tensor, p: float) -> Tensor:
     """``nn.functional.dropout`` in training on CUDA: native_dropout, which makes a mask of bools, then its
     result, and saves the mask (aten/src/ATen/native/cuda/Dropout.cu ``dropout_cuda``)."""
@@ -334,8 +349,9 @@ def mean_last(x: Tensor) -> Tensor:
 
 
 def sum_last(x: Tensor) -> Tensor:
-    """``x.sum(dim=-1, keepdim=True)``."""
-    return _reduce_last(x, "sum", _expand_backward)
+    """``x.sum(dim=-1, keepdim=True)``, which autocast makes in fp32 (ATen/autocast_mode.h,
+    AT_FORALL_FP32_SET_OPT_DTYPE)."""
+    return _reduce_last(x, "sum", _expand_backward, x.dtype if state.autocast is None else float32)
 
 
 def max_last(x: Tensor) -> Tensor:
@@ -358,9 +374,9 @@ def _max_backward(node: Node, grad: Tensor) -> Any:
     return (out,)
 
 
-def _reduce_last(x: Tensor, operation: str, backward: Backward) -> Tensor:
+def _reduce_last(x: Tensor, operation: str, backward: Backward, dtype: DType | None = None) -> Tensor:
     node = Node(backward, x) if tracked(x) else None
-    out = empty((*x.shape[:-1], 1), x.dtype, operation)
+    out = empty((*x.shape[:-1], 1), dtype or x.dtype, operation)
     if node is not None:
         attach(node, out)
     return out

@@ -210,20 +210,25 @@ def flash_backward(
 
 # flash-attn's operators, under our name so that the package itself may be installed beside
 _LIBRARY = torch.library.Library("memplan", "FRAGMENT")
-_LIBRARY.define("_flash_attn_forward(Tensor query, Tensor key, Tensor value) -> (Tensor, Tensor, Tensor)")
+_LIBRARY.define(
+    "_flash_attn_forward(Tensor query, Tensor key, Tensor value, float dropout) -> (Tensor, Tensor, Tensor)"
+)
 _LIBRARY.define(
     "_flash_attn_backward(Tensor grad, Tensor query, Tensor key, Tensor value) -> (Tensor, Tensor, Tensor)"
 )
 
 
 @operator(torch.ops.memplan._flash_attn_forward.default)
-def flash_package_forward(recorder: Any, query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:
+def flash_package_forward(
+    recorder: Any, query: Any, key: Any, value: Any, dropout: float
+) -> tuple[Any, Any, Any]:
     """``mha_fwd`` of flash-attn 2.8 (csrc/flash_attn/flash_api.cpp), which splits keys as PyTorch's copy does
     (``set_params_splitkv``) but has one tensor of random state."""
     batch, length, heads, head_dim = query.shape
     out = torch.empty_like(query)
     lse = torch.empty((batch, heads, length), dtype=torch.float32)
-    _accumulators = split_accumulators(recorder, batch, heads, length, key.shape[1], head_dim)
+    if dropout == 0.0:
+        _accumulators = split_accumulators(recorder, batch, heads, length, key.shape[1], head_dim)
     rng_state = torch.empty(2, dtype=torch.int64)
     return out, lse, rng_state
 
@@ -248,34 +253,37 @@ class FlashAttention(torch.autograd.Function):
     """flash-attn 2's ``FlashAttnFunc`` (flash_attn/flash_attn_interface.py 2.8): [B, S, H, D] throughout."""
 
     @staticmethod
-    def forward(ctx: Any, query: Any, key: Any, value: Any) -> Any:
+    def forward(ctx: Any, query: Any, key: Any, value: Any, dropout: float) -> Any:
         head_dim = query.shape[-1]
         if head_dim % 8:
             padding = (0, 8 - head_dim % 8)
             query, key, value = (torch.nn.functional.pad(t, padding) for t in (query, key, value))
-        out, lse, rng_state = torch.ops.memplan._flash_attn_forward.default(query, key, value)
+        out, lse, rng_state = torch.ops.memplan._flash_attn_forward.default(query, key, value, dropout)
         ctx.save_for_backward(query, key, value, out, lse, rng_state)
         return out[..., :head_dim]
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Any) -> tuple[Any, Any, Any]:
+    def backward(ctx: Any, grad_out: Any) -> tuple[Any, Any, Any, None]:
         query, key, value, out, lse, _ = ctx.saved_tensors
         head_dim = grad_out.shape[-1]
         if head_dim % 8:
             grad_out = torch.nn.functional.pad(grad_out, (0, 8 - head_dim % 8))
         dq, dk, dv = torch.ops.memplan._flash_attn_backward.default(grad_out, query, key, value)
-        return dq[..., :head_dim], dk[..., :head_dim], dv[..., :head_dim]
+        return dq[..., :head_dim], dk[..., :head_dim], dv[..., :head_dim], None
 
 
-def flash_attn_func(query: Any, key: Any, value: Any, **_: Any) -> Any:
+def flash_attn_func(query: Any, key: Any, value: Any, dropout_p: float = 0.0, **_: Any) -> Any:
     """``flash_attn.flash_attn_func``."""
-    return FlashAttention.apply(query, key, value)
+    return FlashAttention.apply(query, key, value, dropout_p)
 
 
 def flash_attn_package(*_: Any, **__: Any) -> tuple[Any, Any]:
     """transformers' ``lazy_import_flash_attention``: the package's functions, and what selects the arguments
-    that they know. None of the arguments makes a difference here."""
-    return (flash_attn_func, None, None, None, None), (lambda **_: {}, None)
+    that they know. Of the arguments dropout alone makes a difference here."""
+    return (flash_attn_func, None, None, None, None), (
+        lambda dropout=0.0, **_: {"dropout_p": dropout},
+        None,
+    )
 
 
 # -- memory-efficient ----------------------------------------------------------------------------------

@@ -1,0 +1,74 @@
+"""Every family's plan is the trace of the library's own code, allocation by allocation: small models, a few
+recipes each. All models of the registry and all options: benchmarks/reconcile.py."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+from small_specs import CONFIGS, config
+
+from memplan import libraries
+from memplan.asked.recipe import Recipe
+from memplan.errors import RecipeError
+from memplan.families import find
+from memplan.importers.hf import spec_from_config
+from memplan.predict.parameters import resolve_recipe
+from memplan.predict.step import write_tape
+from memplan.tape.diff import diff
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    for package in libraries.TESTED:
+        pytest.importorskip(package)
+    from memplan.trace import trace_model
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' warnings are theirs
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "full": {"trainer": "peft", "mode": "full", "gradient_checkpointing": False},
+    "lora": {"trainer": "trl", "mode": "lora"},
+    "qlora": {"trainer": "peft", "mode": "qlora", "attn": "eager", "batch_size": 2},
+    "autocast": {
+        "trainer": "peft", "mode": "lora", "dtype": "float32", "autocast": True, "batches": "padded",
+        "batch_size": 2, "gradient_checkpointing": False, "target_modules": "attention",
+    },
+}  # fmt: skip
+DROPOUTS = ("attention_dropout", "resid_pdrop", "residual_dropout", "resid_dropout")
+
+
+def equal(config: dict[str, Any], options: dict[str, Any]) -> bool:
+    spec = spec_from_config(config, "it")
+    if find(spec.model_type).attention is not find("llama").attention:  # which leave no choice
+        options = {**options, "attn": "eager"}
+    recipe = resolve_recipe(spec, Recipe(seq_len=133, **options))
+    traced = trace_model(config, recipe).tape
+    return diff(write_tape(spec, recipe, folded=False), traced).equal
+
+
+@pytest.mark.parametrize("options", RECIPES.values(), ids=RECIPES)
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_plan_is_its_trace(family: str, options: dict[str, Any]) -> None:
+    assert equal(config(family, 2), options)
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager", "flash_attention_2"])
+@pytest.mark.parametrize("options", [RECIPES["full"], RECIPES["autocast"]], ids=["full", "autocast"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "seed_oss"])
+def test_so_it_is_with_dropout(family: str, options: dict[str, Any], attn: str) -> None:
+    if attn == "flash_attention_2":
+        options = {**options, "batches": "full"}
+    dropouts = {
+        name: 0.1 for name in DROPOUTS if name in find(config(family, 2)["model_type"]).config.defaults
+    }
+    assert dropouts
+    assert equal({**config(family, 2), **dropouts}, {**options, "attn": attn})
+
+
+@pytest.mark.parametrize(
+    "family", [name for name, one in CONFIGS.items() if not find(one["model_type"]).liger]
+)
+def test_without_a_fused_loss_of_ligers(family: str) -> None:
+    with pytest.raises(RecipeError, match="Liger-Kernel has no fused loss for"):
+        resolve_recipe(spec_from_config(config(family, 2), "it"), Recipe(loss="liger"))
