@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -41,6 +42,9 @@ class ModelSpec(BaseModel):
     num_attention_heads: int = Field(gt=0)
     num_key_value_heads: int = Field(gt=0)
     head_dim: int = Field(gt=0)
+    global_head_dim: int | None = None  # of layers with full attention, where theirs is another
+    num_global_key_value_heads: int | None = None  # of these
+    attention_k_eq_v: bool = False  # and their keys are their values
     max_position_embeddings: int | None = None
     tie_word_embeddings: bool = False
     attention_bias: bool = False
@@ -79,12 +83,34 @@ class ModelSpec(BaseModel):
     quantization: Quantization | None = None
     mxfp4: bool = False  # its experts are published so, and loading unpacks them
 
+    def of(self, kind: str) -> ModelSpec:
+        """The same, as its layers of a kind of attention have it."""
+        if self.global_head_dim is None:
+            return self
+        return self._globally if kind == "full_attention" else self._locally
+
+    @cached_property
+    def _globally(self) -> ModelSpec:
+        heads = self.num_global_key_value_heads or self.num_key_value_heads
+        changes = {"head_dim": self.global_head_dim, "num_key_value_heads": heads, "global_head_dim": None}
+        return self.model_copy(update=changes)
+
+    @cached_property
+    def _locally(self) -> ModelSpec:
+        return self.model_copy(update={"attention_k_eq_v": False, "global_head_dim": None})
+
     @model_validator(mode="after")
     def _consistent(self) -> ModelSpec:
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) is no multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+        shared = self.num_global_key_value_heads
+        if shared and self.num_attention_heads % shared:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) is no multiple of "
+                f"num_global_key_value_heads ({shared})"
             )
         if self.linear_key_heads and self.linear_value_heads % self.linear_key_heads:
             raise ValueError(

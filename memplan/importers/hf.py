@@ -194,7 +194,7 @@ def _refuse_variants(fields: Fields) -> None:
         ("router_jitter_noise", "a model with router noise"),
         ("per_layer_config", "a model whose layers differ in size"),
     ):
-        if fields.config.get(key):
+        if fields.config.get(key) not in (None, False, 0, "vision"):  # of images alone
             raise UnsupportedArchitecture(
                 f"{shown(fields.name)} is {what} ({key} is {shown(fields.config[key])}), which memplan "
                 f"doesn't predict; it supports decoder-only models without {key}"

@@ -14,7 +14,7 @@ from memplan.shadow.tensor import Shape
 
 @dataclass(frozen=True, slots=True)
 class Module:
-    """A leaf module. ``kind`` is linear, norm, embedding or raw (parameters that no class owns);
+    """A leaf module. ``kind`` is linear, norm, embedding, raw (parameters that no class owns) or buffer;
     ``parameters`` maps attribute names to shapes, ``buffers`` those of what is kept in fp32 beside them."""
 
     kind: str
@@ -35,6 +35,11 @@ def linear(inputs: int, outputs: int, bias: bool = False) -> Module:
     if bias:
         shapes["bias"] = (outputs,)
     return Module("linear", shapes)
+
+
+def buffer(*shape: int) -> Module:
+    """One that a layer itself has, in the model's dtype."""
+    return Module("buffer", {}, {"": shape})
 
 
 def norm(size: int) -> Module:

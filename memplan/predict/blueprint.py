@@ -19,18 +19,21 @@ def layer(spec: ModelSpec, index: int) -> dict[str, Module]:
     return _layer(spec, *_kind(spec, index))
 
 
-def _layer(spec: ModelSpec, sparse: bool, linear: bool) -> dict[str, Module]:
+def _layer(spec: ModelSpec, sparse: bool, kind: str) -> dict[str, Module]:
     family = families.find(spec.model_type)
     modules = family.modules
-    if linear:
+    if kind == "linear_attention":
         assert family.linear_modules is not None, "a layer of linear attention in a family without any"
         modules = family.linear_modules
-    return modules(spec, sparse)
+    return modules(spec.of(kind), sparse)
 
 
-def _kind(spec: ModelSpec, index: int) -> tuple[bool, bool]:
-    """What layers' modules differ by: whether there are experts, whether attention is linear."""
-    return is_sparse(spec, index), is_linear(spec, index)
+def _kind(spec: ModelSpec, index: int) -> tuple[bool, str]:
+    """What layers' modules differ by: whether there are experts, and the kind of attention where that tells
+    them apart."""
+    kind = spec.layer_types[index] if spec.layer_types else "full_attention"
+    alike = kind != "linear_attention" and spec.global_head_dim is None
+    return is_sparse(spec, index), "full_attention" if alike else kind
 
 
 def outside(spec: ModelSpec) -> dict[str, Module]:

@@ -57,12 +57,13 @@ class Builder:
 
     def rotary(self) -> None:
         """``inv_freq`` and ``original_inv_freq``, a pair for each rotary embedding."""
-        spec = self.spec
-        width = int(spec.head_dim * spec.partial_rotary_factor) // 2
-        pairs = len(set(spec.layer_types)) if self.family.rotates_by_layer else 1
-        # longrope makes its second table in the first step and keeps it
-        for _ in range(2 * pairs + spec.longrope):
-            self.buffers.append(buffer((width,), float32, "model.rotary_emb", Category.WEIGHTS))
+        kinds = sorted(set(self.spec.layer_types)) if self.family.rotates_by_layer else ["full_attention"]
+        for kind in kinds:
+            spec = self.spec.of(kind)
+            width = int(spec.head_dim * spec.partial_rotary_factor) // 2
+            # longrope makes its second table in the first step and keeps it
+            for _ in range(2 + spec.longrope):
+                self.buffers.append(buffer((width,), float32, "model.rotary_emb", Category.WEIGHTS))
 
     def weight(self, shape: tuple[int, ...], name: str, full_name: str | None = None) -> Tensor:
         """A weight that is not quantised. A module to save keeps the frozen original beside its copy
@@ -81,6 +82,8 @@ class Builder:
             return self.leaf(name, self.family.norm(name, self.weight(shapes["weight"], name, full_name)))
         if definition.kind == "raw":
             return self.raw(name, definition)
+        if definition.kind == "buffer":
+            return buffer(definition.buffers[""], self.dtype, name, Category.WEIGHTS)
         return self.linear(name, shapes, full_name)
 
     def leaf(self, name: str, module: Any) -> Any:

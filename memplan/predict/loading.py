@@ -260,9 +260,8 @@ def _onto_card(
             form.packed(prod(shape)) if form is not None and name in quantised else prod(shape) * itemsize
             for name, shape in shapes.items()
         )
-        if (
-            recipe.device_map == "auto"
-        ):  # accelerate asks for a number on the card, whose segment counts as room
+        if recipe.device_map == "auto":
+            # accelerate asks for a number on the card, whose segment counts as room
             take, probe = temporary(1)
             yield take
             yield "drop", probe

@@ -429,7 +429,7 @@ def _decoder(
         kind = masks.layer_type(spec, index)
         cos, sin = rotary[kind if len(rotary) > 1 else next(iter(rotary))]
         context = Context(
-            spec,
+            spec.of(kind),
             attend,
             DTYPES[recipe.dtype.value],
             cos,
@@ -462,4 +462,4 @@ def _positions(length: int) -> Tensor:
 def _rotary_tables(hidden: Tensor, spec: ModelSpec, length: int) -> dict[str, tuple[Tensor, Tensor]]:
     family = families.find(spec.model_type)
     kinds = sorted(set(spec.layer_types)) if family.rotates_by_layer else ["full_attention"]
-    return {kind: family.cos_sin(spec, length, hidden) for kind in kinds}
+    return {kind: family.cos_sin(spec.of(kind), length, hidden) for kind in kinds}

@@ -156,6 +156,17 @@ def _mul_backward(node: Node, grad: Tensor) -> Any:
     return for_x, for_y
 
 
+def mul_(x: Tensor, y: Tensor) -> Tensor:
+    """``x *= y`` by a ``y`` that wants no gradient: the same storage with one more step of history."""
+    if not tracked(x):
+        return x
+    node = Node(_mul_backward, x, None)
+    node.saved = (save(y), None)
+    out = x.detach()
+    attach(node, out)
+    return out
+
+
 def divide(x: Tensor, y: Tensor) -> Tensor:
     """``x / y`` by a ``y`` that wants no gradient."""
     if tracked(x):
@@ -249,6 +260,24 @@ def _rsqrt_backward(node: Node, grad: Tensor) -> Any:
     cubed = pointwise("pow", result)
     scaled = pointwise("mul", grad)
     return (pointwise("mul", scaled, cubed),)
+
+
+def power(x: Tensor) -> Tensor:
+    """``torch.pow(x, number)``; saves what it is given."""
+    if tracked(x):
+        node = Node(_power_backward, x)
+        node.saved = save(x)
+        out = pointwise("pow", x)
+        attach(node, out)
+        return out
+    return pointwise("pow", x)
+
+
+def _power_backward(node: Node, grad: Tensor) -> Any:
+    x = unpack(node.saved)
+    risen = pointwise("pow", x)
+    scaled = pointwise("mul", risen)
+    return (pointwise("mul", grad, scaled),)
 
 
 def activation(name: str, x: Tensor) -> Tensor:

@@ -208,6 +208,7 @@ def prepare(model: nn.Module, recipe: Recipe, *, data: bool = False) -> nn.Modul
     """Freezing, upcasts, checkpointing and adapters, in the order of a training script. With ``data`` the
     adapters are initialised, and what a first step does is left to it."""
     checkpointing = {"use_reentrant": bool(recipe.use_reentrant)}
+    _in_order(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # gradient_checkpointing_enable, which PEFT calls
         if recipe.kbit_prep:
@@ -230,6 +231,15 @@ def prepare(model: nn.Module, recipe: Recipe, *, data: bool = False) -> nn.Modul
     if not data:
         after_first_step(model, weights.of(recipe))
     return model
+
+
+def _in_order(model: nn.Module) -> None:
+    """Kinds of layers that a model walks over as a set have another order in each process: that of their
+    names is one of them (transformers 5.23, models/gemma4, ``Gemma4TextModel.forward``)."""
+    for module in model.modules():
+        kinds = getattr(module, "unique_layer_types", None)
+        if isinstance(kinds, set):
+            vars(module)["unique_layer_types"] = sorted(kinds)
 
 
 def after_first_step(model: nn.Module, form: Quantised | None) -> None:
