@@ -54,6 +54,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "head_dim": 64,
         "sliding_window": 100, "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 64,
     },
+    "gemma4": {
+        "architectures": ["Gemma4ForCausalLM"], "model_type": "gemma4_text", "head_dim": 32,
+        "global_head_dim": 64, "num_key_value_heads": 4, "num_global_key_value_heads": 2,
+        "attention_k_eq_v": True, "hidden_size_per_layer_input": 0, "sliding_window": 100,
+        "hidden_activation": "gelu_pytorch_tanh", "final_logit_softcapping": 30.0,
+    },
+    "gemma4_moe": {
+        "architectures": ["Gemma4ForCausalLM"], "model_type": "gemma4_text", "head_dim": 32,
+        "global_head_dim": 64, "hidden_size_per_layer_input": 0, "sliding_window": 100,
+        "hidden_activation": "gelu_pytorch_tanh", "enable_moe_block": True, "num_experts": 8,
+        "top_k_experts": 3, "moe_intermediate_size": 136,
+    },
     "phi3": {
         "architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "sliding_window": 100, "pad_token_id": 0,
     },

@@ -54,7 +54,9 @@ MODEL_TYPES = {
     "GraniteForCausalLM": "granite",
     "Glm4MoeForCausalLM": "glm4_moe",
     "SeedOssForCausalLM": "seed_oss",
+    "Gemma4ForCausalLM": "gemma4_text",
 }
+NEEDS = {"Gemma4ForCausalLM": {"hidden_size_per_layer_input": 0}}  # whose default is not predicted
 LINEAR = ("qwen3_5_text", "qwen3_5_moe_text")
 SIZES = {
     "vocab_size": 1000,
@@ -67,7 +69,10 @@ SIZES = {
 
 def family(architecture: str, **fields: object) -> dict[str, Any]:
     """The smallest configuration of a family: sizes only, everything else left to the defaults."""
-    return {"architectures": [architecture], "model_type": MODEL_TYPES[architecture], **SIZES, **fields}
+    needs = NEEDS.get(architecture, {})
+    return {
+        "architectures": [architecture], "model_type": MODEL_TYPES[architecture], **SIZES, **needs, **fields
+    }  # fmt: skip
 
 
 def read(config: object) -> ModelSpec:
@@ -79,6 +84,8 @@ def read(config: object) -> ModelSpec:
 
 def parameters(spec: ModelSpec) -> int:
     """Parameters by the shapes of transformers' modules, tied weights counted once."""
+    if spec.model_type == "gemma4_text":
+        return gemma4(spec)
     h, q, kv = (
         spec.hidden_size,
         spec.num_attention_heads * spec.head_dim,
@@ -118,6 +125,22 @@ def parameters(spec: ModelSpec) -> int:
     )
 
 
+def gemma4(spec: ModelSpec) -> int:
+    """Of ``Gemma4ForCausalLM``."""
+    h, heads, count = spec.hidden_size, spec.num_attention_heads, spec.num_experts
+    found = spec.vocab_size * h + h
+    for kind in spec.layer_types:
+        wide = kind == "full_attention"
+        head = (spec.global_head_dim or 0) if wide else spec.head_dim
+        shared = (spec.num_global_key_value_heads if wide else None) or spec.num_key_value_heads
+        projections = 1 if wide and spec.attention_k_eq_v else 2  # beside queries
+        found += 2 * h * heads * head + projections * h * shared * head + 2 * head
+        found += 3 * h * spec.intermediate_size + 4 * h
+        if count:
+            found += count * 3 * h * spec.moe_intermediate_size + 3 * h + h + count + h * count
+    return found
+
+
 def linear_attention(spec: ModelSpec) -> int:
     """Of ``Qwen3_5GatedDeltaNet``."""
     heads = spec.linear_value_heads
@@ -151,15 +174,18 @@ def transformers_facts(config: dict[str, Any]) -> dict[str, Any]:
     window = getattr(theirs, "sliding_window", None)
     if model_type in LINEAR or (model_type == "smollm3" and not theirs.use_sliding_window):
         window = None
-    if model_type in ("qwen2", "qwen3", "gemma2", "gemma3_text", "gpt_oss", "olmo3", "smollm3", *LINEAR):
+    gemmas = ("gemma2", "gemma3_text", "gemma4_text")
+    if model_type in ("qwen2", "qwen3", *gemmas, "gpt_oss", "olmo3", "smollm3", *LINEAR):
         kinds = theirs.layer_types
     else:  # one mask for all layers; llama and olmo2 have no windows at all
         window = None if model_type in _NO_WINDOW else window
         kinds = ["full_attention" if window is None else "sliding_attention"] * layers
     derived = theirs.hidden_size // theirs.num_attention_heads
+    if model_type == "gemma4_text":  # of those that slide
+        theirs.allow_global_per_layer_attribute_access = True
 
     rope = theirs.rope_parameters
-    per_kind = [kind for kind in sorted(set(kinds)) if model_type in ("gemma3_text", "olmo3")] or [None]
+    per_kind = [kind for kind in sorted(set(kinds)) if model_type in (*gemmas[1:], "olmo3")] or [None]
     longrope = any((rope if kind is None else rope[kind])["rope_type"] == "longrope" for kind in per_kind)
 
     facts = {
@@ -174,9 +200,7 @@ def transformers_facts(config: dict[str, Any]) -> dict[str, Any]:
         "head_dim": getattr(theirs, "head_dim", None) or derived,
         "max_position_embeddings": theirs.max_position_embeddings,
         "tie_word_embeddings": theirs.tie_word_embeddings,
-        "hidden_act": (
-            theirs.hidden_activation if model_type in ("gemma2", "gemma3_text") else theirs.hidden_act
-        ),
+        "hidden_act": (theirs.hidden_activation if model_type in gemmas else theirs.hidden_act),
         "attention_dropout": theirs.attention_dropout,
         "sliding_window": window,
         "layer_types": tuple(kinds),
@@ -218,9 +242,16 @@ def transformers_facts(config: dict[str, Any]) -> dict[str, Any]:
     if model_type == "phi3":
         facts["resid_dropout"] = theirs.resid_pdrop
         facts["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    if model_type in gemmas:
+        facts["final_logit_softcapping"] = theirs.final_logit_softcapping
     if model_type in ("gemma2", "gemma3_text"):
         facts["attn_logit_softcapping"] = theirs.attn_logit_softcapping
-        facts["final_logit_softcapping"] = theirs.final_logit_softcapping
+    if model_type == "gemma4_text":
+        wide = theirs.per_layer_config[layers - 1]
+        facts["global_head_dim"] = wide.head_dim
+        facts["attention_k_eq_v"] = theirs.attention_k_eq_v
+        facts["num_experts"] = theirs.num_experts if theirs.enable_moe_block else 0
+        facts["num_experts_per_tok"] = theirs.top_k_experts if theirs.enable_moe_block else 0
     if model_type in ("mixtral", "qwen3_moe", "gpt_oss", "qwen3_5_moe_text"):
         facts["num_experts"] = theirs.num_experts
         facts["num_experts_per_tok"] = theirs.num_experts_per_tok

@@ -1,6 +1,6 @@
 """Gemma 4, of a checkpoint with images its language model: five layers slide, the sixth does not and has
 wider heads, whose keys may be its values; norms over queries, keys and values; each layer's output is
-multiplied by a number that is loaded (transformers 5.23, models/gemma4)."""
+multiplied by a number that is loaded; experts may stand beside MLPs (transformers 5.23, models/gemma4)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from memplan.errors import UnsupportedArchitecture, shown
 from memplan.families import Family, _gemma, _rope_by_kind
 from memplan.parts.config import FULL, ROPE_TYPES, Config, Layers, as_listed, window
 from memplan.parts.context import Context, Leaves
+from memplan.parts.experts import grouped, normalize_, top_k
 from memplan.parts.layer import cached, mlp, residual
-from memplan.parts.module import Modules, attention, buffer, head_norms
+from memplan.parts.module import Module, Modules, attention, buffer, experts, head_norms, linear, norms
 from memplan.parts.module import mlp as mlp_modules
 from memplan.parts.norms import RMSNorm
 from memplan.parts.rotary import rope
 from memplan.shadow import ops
+from memplan.shadow.indexing import by_rows
 from memplan.shadow.tensor import Tensor, float32, state
 
 
@@ -32,7 +34,6 @@ def _more(fields: Fields, layers: int) -> dict[str, Any]:
     for key, what in (
         ("hidden_size_per_layer_input", "embeddings for each layer"),
         ("num_kv_shared_layers", "layers that share keys and values"),
-        ("enable_moe_block", "experts beside its MLPs"),
     ):
         if fields.get(key):
             raise UnsupportedArchitecture(
@@ -44,6 +45,17 @@ def _more(fields: Fields, layers: int) -> dict[str, Any]:
         "global_head_dim": fields.size("global_head_dim"),
         "num_global_key_value_heads": fields.size_or_none("num_global_key_value_heads") if shared else None,
         "attention_k_eq_v": shared,
+        **(_experts(fields, layers) if fields.flag("enable_moe_block") else {}),
+    }
+
+
+def _experts(fields: Fields, layers: int) -> dict[str, Any]:
+    return {
+        "num_experts": fields.size("num_experts"),
+        "num_experts_per_tok": fields.size("top_k_experts"),
+        "moe_intermediate_size": fields.size("moe_intermediate_size"),
+        "norm_topk_prob": True,
+        "sparse_layers": (True,) * layers,
     }
 
 
@@ -51,9 +63,21 @@ def _modules(spec: ModelSpec, sparse: bool) -> Modules:
     made = attention(spec)
     if spec.attention_k_eq_v:
         del made["self_attn.v_proj"]
-    norms = head_norms(spec.head_dim, spec.head_dim)
+    over_heads = head_norms(spec.head_dim, spec.head_dim)
     scalar = {"layer_scalar": buffer(1)}
-    return {**made, **norms, **mlp_modules(spec), **_gemma.four_norms(spec), **scalar}
+    beside = _expert_modules(spec) if sparse else {}
+    return {**made, **over_heads, **mlp_modules(spec), **_gemma.four_norms(spec), **scalar, **beside}
+
+
+def _expert_modules(spec: ModelSpec) -> Modules:
+    hidden, count = spec.hidden_size, spec.num_experts
+    names = ("post_feedforward_layernorm_1", "post_feedforward_layernorm_2", "pre_feedforward_layernorm_2")
+    return {
+        "router": Module("raw", {"scale": (hidden,), "per_expert_scale": (count,)}),
+        "router.proj": linear(hidden, count),
+        "experts": experts(spec)["mlp.experts"],
+        **norms(spec, *names),
+    }
 
 
 class _Norm(RMSNorm):
@@ -113,6 +137,34 @@ def _attention(m: Leaves, x: Tensor, context: Context) -> tuple[Tensor, Tensor |
     return out, weights
 
 
+def _router(m: Leaves, hidden_states: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+    """``Gemma4TextRouter.forward``."""
+    hidden_states = _Norm.bare("router.norm", hidden_states)
+    own = m["router"]
+    state.tape.module = "router"
+    hidden_states = ops.scale(ops.mul(hidden_states, own["scale"]))
+    expert_scores = m["router.proj"](hidden_states)
+    state.tape.module = "router"
+    router_probabilities = ops.softmax(expert_scores, float32)
+    top_k_weights, top_k_index = top_k(router_probabilities, context.spec.num_experts_per_tok)
+    top_k_weights = normalize_(top_k_weights, ops.sum_last(top_k_weights))
+    top_k_weights = ops.mul(top_k_weights, by_rows(own["per_expert_scale"], top_k_index))
+    return router_probabilities, top_k_weights, top_k_index
+
+
+def _gate(gate_up: Tensor) -> Tensor:
+    gate, up = ops.chunk_last(gate_up)
+    return ops.mul(ops.activation("gelu", gate), up)
+
+
+def _experts_forward(
+    weights: dict[str, Tensor], x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, spec: ModelSpec
+) -> Tensor:
+    state.tape.module = "experts"
+    up, down = weights["gate_up_proj"], weights["down_proj"]
+    return grouped(lambda: up, lambda: down, x, top_k_index, top_k_weights, spec, gate=_gate)
+
+
 def _layer(m: Leaves, hidden: Tensor, context: Context) -> Tensor:
     before = hidden
     hidden = m["input_layernorm"](hidden)
@@ -122,6 +174,15 @@ def _layer(m: Leaves, hidden: Tensor, context: Context) -> Tensor:
     before = hidden
     hidden = m["pre_feedforward_layernorm"](hidden)
     hidden = mlp(m, hidden, context)
+    if "experts" in m:  # names that stand until the layer's end
+        hidden_1 = m["post_feedforward_layernorm_1"](hidden)
+        flat = ops.view(before, (before.shape[0] * before.shape[1], before.shape[2]))
+        _, top_k_weights, top_k_index = _router(m, flat, context)
+        hidden_2 = m["pre_feedforward_layernorm_2"](flat)
+        hidden_2 = _experts_forward(m["experts"], hidden_2, top_k_index, top_k_weights, context.spec)
+        hidden_2 = ops.view(hidden_2, before.shape)
+        hidden_2 = m["post_feedforward_layernorm_2"](hidden_2)
+        hidden = residual(hidden_1, hidden_2)
     hidden = m["post_feedforward_layernorm"](hidden)
     hidden = residual(before, hidden)
     hidden = ops.mul_(hidden, m["layer_scalar"])
@@ -144,6 +205,9 @@ FAMILY = Family(
             "hidden_size_per_layer_input": 256,
             "num_kv_shared_layers": 0,
             "enable_moe_block": False,
+            "num_experts": None,
+            "top_k_experts": None,
+            "moe_intermediate_size": None,
         },
         layers=_layers,
         nullable=("layer_types", "final_logit_softcapping", "num_global_key_value_heads"),

@@ -29,10 +29,13 @@ def by_decay(groups: list[Group]) -> Iterator[tuple[str, list[tuple[int | None, 
         yield name, [(layer, parameters) for layer, parameters in chosen if parameters]
 
 
+_DECAYED_VECTORS = ("lora_magnitude_vector", "self_attn.sinks", "router.scale", "_expert_scale", "A_log")
+
+
 def _decays(parameter: Tensor) -> bool:
-    """Told by names (transformers/trainer.py, get_decay_parameter_names, 5.23): of the vectors only DoRA's
-    magnitudes and sinks have none that exempts them, of what else there is only experts' biases have one."""
+    """Told by names (transformers/trainer.py, get_decay_parameter_names, 5.23): of the vectors these
+    alone have none that exempts them, of what else there is only experts' biases have one."""
     name = "" if parameter.storage is None else state.tape.modules[parameter.storage.index]
     if len(parameter.shape) > 1 or parameter.storage is None:
         return not name.endswith("_bias")
-    return name.endswith(("lora_magnitude_vector", "self_attn.sinks"))
+    return name.endswith(_DECAYED_VECTORS)

@@ -15,7 +15,7 @@ from memplan.shadow.tensor import Shape, Tensor, bool_, empty, int64, uint8
 
 def by_rows(x: Tensor, rows: Tensor) -> Tensor:
     """``x[rows]`` along the first axis."""
-    return _index(x, rows, (rows.shape[0], *x.shape[1:]))
+    return _index(x, rows, (*rows.shape, *x.shape[1:]))
 
 
 def by_mask(x: Tensor, mask: Tensor, count: int) -> Tensor:
@@ -41,7 +41,7 @@ def _index_backward(node: Node, grad: Tensor) -> Any:
     """Rows added to zeros in place (cuda/Indexing.cu, index_put_with_sort_kernel)."""
     by = unpack(node.saved)
     out = empty(node.context, grad.dtype, "new_zeros")
-    linear = _linear_index(by, grad.shape[0])
+    linear = _linear_index(by, grad.shape[0] if by.dtype is bool_ else prod(by.shape))
     _values = ops.contiguous(grad)
     _sorting = [empty((nbytes,), uint8, "index_put_") for nbytes in cuda.sorting(prod(linear.shape))]
     return (out,)
