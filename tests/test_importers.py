@@ -140,7 +140,7 @@ def transformers_facts(config: dict[str, Any]) -> dict[str, Any]:
     theirs = transformers.AutoConfig.for_model(config["model_type"], **json.loads(json.dumps(fields)))
     model_type, layers = theirs.model_type, theirs.num_hidden_layers
     window = getattr(theirs, "sliding_window", None)
-    if model_type == "smollm3" and not theirs.use_sliding_window:
+    if model_type in LINEAR or (model_type == "smollm3" and not theirs.use_sliding_window):
         window = None
     if model_type in ("qwen2", "qwen3", "gemma2", "gemma3_text", "gpt_oss", "olmo3", "smollm3", *LINEAR):
         kinds = theirs.layer_types
