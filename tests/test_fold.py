@@ -13,11 +13,14 @@ from small_specs import SPECS, suits
 from memplan.asked.recipe import Recipe
 from memplan.asked.spec import ModelSpec
 from memplan.predict import step, unlike
+from memplan.predict.evaluation import write_evaluation
 from memplan.predict.fed import whole
 from memplan.predict.fold import Played, layers_to_play
 from memplan.predict.parameters import resolve_recipe
 from memplan.predict.step import write_long_tape, write_tape
 from memplan.predict.unlike import standing
+from memplan.shadow import turns
+from memplan.shadow.autograd import Node
 from memplan.shadow.tensor import playing
 from memplan.tape import Tape, replay, static_bytes
 
@@ -116,6 +119,56 @@ def told(tape: Tape) -> list[object]:
             )
         story.append(dead)
     return story
+
+
+def columns(tape: Tape) -> list[object]:
+    """All of a tape, numbering included."""
+    return [
+        tape.events, tape.deltas, tape.sizes, tape.categories, tape.operations, tape.modules, tape.products,
+        tape.segments,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mode": "full"},
+        {"mode": "full", "trainer": "trl", "dtype": "float32", "gradient_accumulation_steps": 2},
+        {"mode": "full", "use_cache": True},
+        {"mode": "lora", "trainer": "trl", "batch_size": 2, "batches": "padded"},
+        {"mode": "qlora", "use_reentrant": True},
+    ],
+)
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe"])
+def test_turns_of_a_loop_written_out_are_the_turns_played(
+    family: str, options: dict[str, Any], alike: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not alike:  # as if no two turns were: all are played then
+        monkeypatch.setattr(turns, "_kinds", lambda born: object())
+    spec = SPECS[family](4)
+    rank = {} if options["mode"] == "full" else {"r": 4}
+    recipe = resolve_recipe(spec, Recipe(seq_len=12 * 64 + 5, **{"trainer": "peft", **rank, **options}))
+    in_part = [write_tape(spec, recipe, folded=False), write_evaluation(spec, recipe, 2, folded=False)]
+    with turns.every_turn():
+        whole = [write_tape(spec, recipe, folded=False), write_evaluation(spec, recipe, 2, folded=False)]
+    assert list(map(columns, in_part)) == list(map(columns, whole))
+
+
+def test_a_long_loop_takes_no_longer_to_play(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    init = Node.__init__
+
+    def counted(node: Node, *inputs: Any) -> None:
+        made[-1] += 1
+        init(node, *inputs)
+
+    monkeypatch.setattr(Node, "__init__", counted)
+    spec = SPECS["qwen3_5"](4)
+    for length in (64 * 8, 64 * 800):
+        made.append(0)
+        write_tape(spec, resolve_recipe(spec, Recipe(mode="qlora", r=4, seq_len=length)))
+    assert made[0] == made[1]
 
 
 def test_most_tapes_need_not_be_played() -> None:

@@ -30,6 +30,7 @@ from memplan.shadow.recurrent import (
     write,
 )
 from memplan.shadow.tensor import Tensor, empty, float32, state
+from memplan.shadow.turns import Turns
 
 _CHUNK = 64  # tokens
 
@@ -195,7 +196,7 @@ def chunk_gated_delta_rule(
     query = ops.mul(query, _last(exp(cum_decay)))
     key = ops.mul(key, _last(exp(ops.sub(ops.narrow_last(cum_decay, _CHUNK - 1, _CHUNK), cum_decay))))
     chunk_decay = _last(_last(exp(select(cum_decay, 3))))
-    for _ in range(chunks):
+    for _ in Turns(chunks):
         v_new = ops.sub(select(new_values, 2), matmul(select(k_cumdecay, 2), last_state))
         inter_chunk_attn = matmul(select(query, 2), last_state)
         read = ops.add(inter_chunk_attn, matmul(select(intra_chunk_attn, 2), v_new))

@@ -19,6 +19,7 @@ from memplan.predict.fold import Played
 from memplan.predict.step import at_rest, forward, written
 from memplan.predict.unlike import Standing
 from memplan.shadow.tensor import no_grad, state
+from memplan.shadow.turns import in_part
 from memplan.tape import Phase, Tape
 
 _DROPOUTS = ("attention_dropout", "resid_dropout", "residual_dropout")
@@ -44,6 +45,7 @@ def write_evaluation(
     )
 
 
+@in_part
 def _play(
     spec: ModelSpec, recipe: Recipe, rows: tuple[Rows, Rows], card: Card | None, played: Played | Standing
 ) -> Tape:

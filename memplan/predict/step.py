@@ -40,6 +40,7 @@ from memplan.shadow.tensor import (
     playing,
     state,
 )
+from memplan.shadow.turns import in_part
 from memplan.tape import Category, Part, Phase, Tape
 
 
@@ -270,6 +271,7 @@ def at_rest(
     return model, states, workspaces, loop
 
 
+@in_part
 def _play(
     spec: ModelSpec,
     recipe: Recipe,

@@ -11,11 +11,14 @@ from contextlib import contextmanager
 from heapq import heappop, heappush
 from math import prod
 from sys import getrefcount
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memplan.cuda.reduction import scratch
 from memplan.shadow.tensor import DType, Shape, Tensor, empty, iterator_strides, state, stream, uint8
 from memplan.tape import Category, Phase
+
+if TYPE_CHECKING:
+    from memplan.shadow.turns import Turn
 
 Grads = Sequence["Tensor | None"]
 Backward = Callable[["Node", Any], Grads]
@@ -28,7 +31,7 @@ class Node:
 
     ``edges`` lead to the nodes that made the inputs (None where no gradient is wanted), ``meta`` has
     shape and dtype of each output, ``saved`` what backward needs, ``context`` numbers that are not memory.
-    ``stream``: of its forward, where its gradients are added up, too.
+    ``stream``: of its forward, where its gradients are added up, too; ``turn``: of the loop that made it.
     ``before``: what its outputs' hooks do when their gradients are complete. ``python``: a
     ``torch.autograd.Function``, whose incoming gradients are gone when it returns; others hold
     them until what they return has been cast.
@@ -36,7 +39,7 @@ class Node:
 
     __slots__ = (
         "backward", "before", "category", "context", "edges", "grads", "meta", "module", "python", "saved",
-        "scope", "sequence", "stream",
+        "scope", "sequence", "stream", "turn",
     )  # fmt: skip
 
     def __init__(self, backward: Backward, *inputs: Tensor | None) -> None:
@@ -55,6 +58,7 @@ class Node:
         self.module = state.tape.module
         self.category = state.category
         self.stream = state.stream
+        self.turn = state.turn
         state.sequence = self.sequence = state.sequence + 1
 
 
@@ -225,8 +229,15 @@ def backward(root: Tensor, grad: Tensor) -> None:
     ticket = 0
     scope = state.scope
     outer = scope, tape.module, state.category
+    turn: Turn | None = None
     while ready:
         node = heappop(ready)[2]
+        if node.turn is not turn and node.sequence != _LAST:
+            if turn is not None:
+                turn.leave()
+            turn = node.turn
+            if turn is not None:
+                turn.enter()
         if node.scope != scope and node.sequence != _LAST:
             scope = state.scope = node.scope
             tape.begin(Phase.BACKWARD, "backward", scope)
@@ -236,6 +247,8 @@ def backward(root: Tensor, grad: Tensor) -> None:
             ticket += 1
             heappush(ready, (-consumer.sequence, ticket, consumer))
         del node, targets
+    if turn is not None:
+        turn.leave()
     state.scope, tape.module, state.category = outer
     state.grad = grad_mode
 

@@ -15,6 +15,7 @@ from memplan.tape import Category, Tape
 if TYPE_CHECKING:
     from memplan.shadow.autograd import Arrival, Frame, Node
     from memplan.shadow.spread import Spread
+    from memplan.shadow.turns import Turn, Turns
 
 Shape = tuple[int, ...]
 
@@ -55,11 +56,13 @@ class State:
         "category",
         "frame",
         "grad",
+        "loops",
         "scope",
         "sequence",
         "spread",
         "stream",
         "tape",
+        "turn",
     )
 
     def __init__(self, card: Card | None = None) -> None:
@@ -75,6 +78,8 @@ class State:
         self.autocast: DType | None = None
         self.autocast_cache: dict[int, Tensor] = {}
         self.arrivals: list[Arrival] | None = None  # of gradients, where somebody wants to know
+        self.turn: Turn | None = None  # of the loop that is running
+        self.loops: list[Turns] = []  # of which one turn stands for others
 
 
 state = State()
