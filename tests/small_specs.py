@@ -57,6 +57,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 4,
         "num_experts_per_tok": 2, "intermediate_size": 512,
     },
+    "cohere": {
+        "architectures": ["CohereForCausalLM"], "model_type": "cohere", "use_qk_norm": True,
+    },
+    "cohere2": {"architectures": ["Cohere2ForCausalLM"], "model_type": "cohere2", "sliding_window": 100},
     "glm4_moe": {
         "architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe", "head_dim": 64,
         "attention_bias": True, "use_qk_norm": True, "n_routed_experts": 8, "num_experts_per_tok": 3,

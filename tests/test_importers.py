@@ -52,6 +52,8 @@ MODEL_TYPES = {
     "GraniteForCausalLM": "granite",
     "Glm4MoeForCausalLM": "glm4_moe",
     "SeedOssForCausalLM": "seed_oss",
+    "CohereForCausalLM": "cohere",
+    "Cohere2ForCausalLM": "cohere2",
 }
 SIZES = {
     "vocab_size": 1000,
@@ -91,7 +93,9 @@ def parameters(spec: ModelSpec) -> int:
         attention += q + kv
     if spec.model_type == "glm4_moe":
         attention += 2 * spec.head_dim * spec.use_qk_norm
-    norms = (4 if spec.model_type in ("gemma2", "gemma3_text") else 2) * h
+    if spec.model_type == "cohere":
+        attention += spec.use_qk_norm * (q + kv)
+    norms = {"gemma2": 4, "gemma3_text": 4, "cohere": 1, "cohere2": 1}.get(spec.model_type, 2) * h
     dense = 3 * h * spec.intermediate_size + spec.mlp_bias * (2 * spec.intermediate_size + h)
     sparse = spec.num_experts * (h + 3 * h * spec.moe_intermediate_size)
     sparse += 3 * h * spec.shared_expert_intermediate_size
@@ -115,7 +119,7 @@ def test_shapes_add_up_to_the_published_parameter_count(entry: dict[str, Any]) -
     assert (spec.name, spec.hub_id) == (entry["alias"], entry["hub_id"])
 
 
-_NO_WINDOW = ("llama", "olmo2", "gemma", "granite", "glm4_moe", "seed_oss")
+_NO_WINDOW = ("llama", "olmo2", "gemma", "granite", "glm4_moe", "seed_oss", "cohere")
 
 # -- against transformers --------------------------------------------------------------------------------
 
@@ -132,7 +136,7 @@ def transformers_facts(config: dict[str, Any]) -> dict[str, Any]:
     window = getattr(theirs, "sliding_window", None)
     if model_type == "smollm3" and not theirs.use_sliding_window:
         window = None
-    if model_type in ("qwen2", "qwen3", "gemma2", "gemma3_text", "gpt_oss", "olmo3", "smollm3"):
+    if model_type in ("qwen2", "qwen3", "gemma2", "gemma3_text", "gpt_oss", "olmo3", "smollm3", "cohere2"):
         kinds = theirs.layer_types
     else:  # one mask for all layers; llama and olmo2 have no windows at all
         window = None if model_type in _NO_WINDOW else window
@@ -169,6 +173,12 @@ def transformers_facts(config: dict[str, Any]) -> dict[str, Any]:
     if model_type == "seed_oss":
         facts["residual_dropout"] = theirs.residual_dropout
         facts["attention_out_bias"] = theirs.attention_out_bias
+    if model_type in ("cohere", "cohere2"):
+        facts["logit_scale"] = theirs.logit_scale
+    if model_type == "cohere":
+        facts["use_qk_norm"] = theirs.use_qk_norm
+    if model_type == "cohere2":
+        facts["rotated_layers"] = tuple(kind == "sliding_attention" for kind in kinds)
     if model_type == "granite":
         facts["logits_scaling"] = theirs.logits_scaling
     if model_type == "smollm3":
@@ -261,6 +271,7 @@ OPTIONS: dict[str, list[Any]] = {
     "num_experts_per_tok": [1, 2],
     "moe_intermediate_size": [64],
     "logits_scaling": [1, 8.0],
+    "logit_scale": [0.0625, 0.25],
     "residual_dropout": [0.0, 0.2],
     "attention_out_bias": [True, False],
     "n_routed_experts": [4, 16],

@@ -55,8 +55,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "biogpt": BASE,
     "bloom": {"hidden_size": 256, "n_layer": 2, "n_head": 8, "vocab_size": 999},
     "codegen": GPT2 | {"rotary_dim": 16},
-    "cohere": BASE,
-    "cohere2": BASE | {"sliding_window": 16},
     "dbrx": {
         "d_model": 256, "n_heads": 8, "n_layers": 2, "max_seq_len": 512, "vocab_size": 999,
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 5e5},

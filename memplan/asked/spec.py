@@ -60,6 +60,7 @@ class ModelSpec(BaseModel):
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
     logits_scaling: float | None = None  # which logits are divided by
+    logit_scale: float | None = None  # or multiplied
 
     num_experts: int = 0
     num_experts_per_tok: int = 0

@@ -31,8 +31,9 @@ def by_decay(groups: list[Group]) -> Iterator[tuple[str, list[tuple[int | None, 
 
 def _decays(parameter: Tensor) -> bool:
     """Told by names (transformers/trainer.py, get_decay_parameter_names, 5.23): of the vectors only DoRA's
-    magnitudes and sinks have none that exempts them, of what else there is only experts' biases have one."""
+    magnitudes and sinks have none that exempts them, of what else there is only experts' biases and
+    Cohere's norms over heads have one."""
     name = "" if parameter.storage is None else state.tape.modules[parameter.storage.index]
     if len(parameter.shape) > 1 or parameter.storage is None:
-        return not name.endswith("_bias")
+        return not name.endswith(("_bias", "_norm"))
     return name.endswith(("lora_magnitude_vector", "self_attn.sinks"))

@@ -58,8 +58,8 @@ def all_but_every_fourth(fields: Fields, layers: int) -> Layers:
     return as_listed(fields, layers, window(fields), lambda layer: (layer + 1) % 4 != 0)
 
 
-def all_but_every_sixth(fields: Fields, layers: int) -> Layers:
-    """Five layers slide, the sixth does not, unless ``sliding_window_pattern`` says another number."""
+def by_pattern(fields: Fields, layers: int) -> Layers:
+    """Of each ``sliding_window_pattern`` layers all slide but the last."""
     pattern = 1 if fields.get("layer_types") else fields.size("sliding_window_pattern")
     return as_listed(fields, layers, window(fields), lambda layer: (layer + 1) % pattern > 0)
 

@@ -37,8 +37,8 @@ def linear(inputs: int, outputs: int, bias: bool = False) -> Module:
     return Module("linear", shapes)
 
 
-def norm(size: int) -> Module:
-    return Module("norm", {"weight": (size,)})
+def norm(*shape: int) -> Module:
+    return Module("norm", {"weight": shape})
 
 
 def widths(spec: ModelSpec) -> tuple[int, int]:

@@ -349,7 +349,8 @@ def _cast(grad: Tensor, dtype: DType) -> Tensor:
 
 
 def _sum_to(grad: Tensor, shape: Shape) -> Tensor:
-    """A gradient summed over the axes along which its tensor was broadcast (at::sum_to)."""
+    """A gradient summed over the axes along which its tensor was broadcast (at::sum_to): a view only
+    where it had fewer axes (aten/src/ATen/ExpandUtils.h)."""
     lead = len(grad.shape) - len(shape)
     kept = tuple(
         1 if axis < lead or (shape[axis - lead] == 1 and size != 1) else size
@@ -358,7 +359,7 @@ def _sum_to(grad: Tensor, shape: Shape) -> Tensor:
     summed = empty(kept, grad.dtype, "sum")
     if 1 < prod(kept) == kept[-1] == grad.shape[-1] and (grad.strides is None or grad.strides[-1] == 1):
         split_sum(grad.shape)
-    return summed.viewed(shape)
+    return summed.viewed(shape) if lead else summed
 
 
 def split_sum(shape: Shape) -> None:

@@ -580,6 +580,22 @@ def _cat_backward(node: Node, grad: Tensor) -> Any:
     return result
 
 
+def interleave(x: Tensor, y: Tensor) -> Tensor:
+    """``torch.stack([x, y], dim=-1).flatten(-2)``; its backward hands out every second column."""
+    shape = (*x.shape[:-1], 2 * x.shape[-1])
+    node = Node(_interleave_backward, x, y) if tracked(x, y) else None
+    out = empty(shape, x.dtype, "stack")
+    if node is not None:
+        attach(node, out)
+    return out
+
+
+def _interleave_backward(node: Node, grad: Tensor) -> Any:
+    strides, shape = strides_of(grad), (*grad.shape[:-1], grad.shape[-1] // 2)
+    halves = [grad.viewed(shape, (*strides[:-1], 2 * strides[-1])) for _ in node.edges]
+    return [half if edge else None for half, edge in zip(halves, node.edges, strict=True)]
+
+
 def copy_into_cache(x: Tensor, dtype: DType) -> Tensor:
     """``torch.cat([empty, x], dim=-2)``: what transformers' DynamicCache does with keys and values, in
     the keys' ``dtype`` (transformers/cache_utils.py, DynamicLayer.update, 5.23). Backward narrows: a view."""
