@@ -57,6 +57,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 4,
         "num_experts_per_tok": 2, "intermediate_size": 512,
     },
+    "stablelm": {
+        "architectures": ["StableLmForCausalLM"], "model_type": "stablelm", "use_qkv_bias": True,
+        "partial_rotary_factor": 0.5,
+    },
+    "stablelm-parallel": {
+        "architectures": ["StableLmForCausalLM"], "model_type": "stablelm", "use_parallel_residual": True,
+        "partial_rotary_factor": 0.5,
+    },
     "cohere": {
         "architectures": ["CohereForCausalLM"], "model_type": "cohere", "use_qk_norm": True,
     },

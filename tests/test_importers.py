@@ -54,6 +54,7 @@ MODEL_TYPES = {
     "SeedOssForCausalLM": "seed_oss",
     "CohereForCausalLM": "cohere",
     "Cohere2ForCausalLM": "cohere2",
+    "StableLmForCausalLM": "stablelm",
 }
 SIZES = {
     "vocab_size": 1000,
@@ -76,6 +77,9 @@ def read(config: object) -> ModelSpec:
 # -- published models ------------------------------------------------------------------------------------
 
 
+WITH_BIASES = ("stablelm",)  # their norms
+
+
 def parameters(spec: ModelSpec) -> int:
     """Parameters by the shapes of transformers' modules, tied weights counted once."""
     h, q, kv = (
@@ -85,7 +89,9 @@ def parameters(spec: ModelSpec) -> int:
     )
     attention = 2 * h * q + 2 * h * kv
     if spec.attention_bias:
-        attention += q + 2 * kv + (0 if spec.model_type in ("qwen2", "glm4_moe", "seed_oss") else h)
+        attention += (
+            q + 2 * kv + (0 if spec.model_type in ("qwen2", "glm4_moe", "seed_oss", "stablelm") else h)
+        )
     attention += spec.attention_out_bias * h
     if spec.model_type in ("qwen3", "qwen3_moe", "gemma3_text"):
         attention += 2 * spec.head_dim  # q and k norms
@@ -95,7 +101,9 @@ def parameters(spec: ModelSpec) -> int:
         attention += 2 * spec.head_dim * spec.use_qk_norm
     if spec.model_type == "cohere":
         attention += spec.use_qk_norm * (q + kv)
-    norms = {"gemma2": 4, "gemma3_text": 4, "cohere": 1, "cohere2": 1}.get(spec.model_type, 2) * h
+    norms = {"gemma2": 4, "gemma3_text": 4, "cohere": 1, "cohere2": 1}.get(spec.model_type, 2)
+    norms -= spec.use_parallel_residual
+    norm = 2 * h if spec.model_type in WITH_BIASES else h
     dense = 3 * h * spec.intermediate_size + spec.mlp_bias * (2 * spec.intermediate_size + h)
     sparse = spec.num_experts * (h + 3 * h * spec.moe_intermediate_size)
     sparse += 3 * h * spec.shared_expert_intermediate_size
@@ -105,10 +113,10 @@ def parameters(spec: ModelSpec) -> int:
     experts = sum(spec.sparse_layers)
     return (
         (1 if spec.tie_word_embeddings else 2) * spec.vocab_size * h
-        + spec.num_hidden_layers * (attention + norms)
+        + spec.num_hidden_layers * (attention + norms * norm)
         + experts * sparse
         + (spec.num_hidden_layers - experts) * dense
-        + h
+        + norm
     )
 
 
@@ -119,7 +127,7 @@ def test_shapes_add_up_to_the_published_parameter_count(entry: dict[str, Any]) -
     assert (spec.name, spec.hub_id) == (entry["alias"], entry["hub_id"])
 
 
-_NO_WINDOW = ("llama", "olmo2", "gemma", "granite", "glm4_moe", "seed_oss", "cohere")
+_NO_WINDOW = ("llama", "olmo2", "gemma", "granite", "glm4_moe", "seed_oss", "cohere", "stablelm")
 
 # -- against transformers --------------------------------------------------------------------------------
 
@@ -165,7 +173,8 @@ def transformers_facts(config: dict[str, Any]) -> dict[str, Any]:
         "layer_types": tuple(kinds),
         "longrope": longrope,
         "attention_bias": {"qwen2": True, "mistral": False, "mixtral": False, "phi3": False}.get(
-            model_type, getattr(theirs, "attention_bias", None)
+            model_type,
+            getattr(theirs, "use_qkv_bias" if model_type == "stablelm" else "attention_bias", None),
         ),
     }
     if model_type in ("llama", "smollm3", "granite", "seed_oss"):
@@ -183,6 +192,11 @@ def transformers_facts(config: dict[str, Any]) -> dict[str, Any]:
         facts["logits_scaling"] = theirs.logits_scaling
     if model_type == "smollm3":
         facts["rotated_layers"] = tuple(map(bool, theirs.no_rope_layers[:layers]))
+    if model_type == "stablelm":
+        facts["partial_rotary_factor"] = rope["partial_rotary_factor"]
+        facts["resid_dropout"] = theirs.hidden_dropout
+        facts["use_parallel_residual"] = theirs.use_parallel_residual
+        facts["head_dim"] = derived
     if model_type == "glm4_moe":
         facts["partial_rotary_factor"] = rope["partial_rotary_factor"]
         facts["use_qk_norm"] = theirs.use_qk_norm
@@ -271,6 +285,9 @@ OPTIONS: dict[str, list[Any]] = {
     "num_experts_per_tok": [1, 2],
     "moe_intermediate_size": [64],
     "logits_scaling": [1, 8.0],
+    "use_qkv_bias": [True, False],
+    "use_parallel_residual": [True, False],
+    "hidden_dropout": [0.0, 0.1],
     "logit_scale": [0.0625, 0.25],
     "residual_dropout": [0.0, 0.2],
     "attention_out_bias": [True, False],

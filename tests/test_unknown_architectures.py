@@ -105,7 +105,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "recurrent_gemma": BASE | {
         "lru_width": 256, "attention_window_size": 16, "head_dim": 32, "num_hidden_layers": 3,
     },
-    "stablelm": BASE | {"partial_rotary_factor": 0.25},
     "starcoder2": BASE | {"sliding_window": 16},
 }  # fmt: skip
 

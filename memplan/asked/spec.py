@@ -51,6 +51,9 @@ class ModelSpec(BaseModel):
     longrope: bool = False  # keeps a second table of frequencies, for long sequences
     use_qk_norm: bool = False  # norms over each head of queries and keys, where a family leaves the choice
     attention_dropout: float = 0.0
+    use_parallel_residual: bool = (
+        False  # attention and MLP are side by side, where a family leaves the choice
+    )
     resid_dropout: float = 0.0  # between a module and the residual
     residual_dropout: float = 0.0  # inside attention and MLP, at their end
 

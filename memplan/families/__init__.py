@@ -36,6 +36,7 @@ class Family:
     modules: Callable[[ModelSpec, bool], dict[str, Module]]
     layer: Layer
     norm: type[RMSNorm] = RMSNorm
+    norm_bias: bool = False  # the last norm has one
     cos_sin: Callable[[ModelSpec, int, Tensor], tuple[Tensor, Tensor]] = cos_sin
     attention: Callable[[str | None], str | None] = _as_asked
     scaled_embedding: bool = False  # embeddings are multiplied by a buffer

@@ -122,7 +122,8 @@ class Config:
     """What one configuration class does with a ``config.json``.
 
     ``layers``: the window and the kind of each layer; ``nullable``: fields declared ``... | None``;
-    ``attention_bias``: None where the configuration says; ``heads_divide_hidden``: ``validate_architecture``
+    ``attention_bias``: None where the configuration says, as ``bias``; ``dropout``:
+    its name for what comes before the residual; ``heads_divide_hidden``: ``validate_architecture``
     asks for it even where head_dim is given; ``experts``: what a spec says of them, or else of its layers;
     ``images``: architecture and model type of a checkpoint with images, of which this is the language model.
     ``rope``: the entries of
@@ -135,6 +136,8 @@ class Config:
     layers: Callable[[Fields, int], Layers]
     nullable: tuple[str, ...] = ()
     attention_bias: bool | None = None
+    bias: str = "attention_bias"
+    dropout: str = "resid_pdrop"
     activation: str = "hidden_act"
     activation_aliases: Mapping[str, str] = field(default_factory=dict)
     heads_divide_hidden: bool = False

@@ -1,4 +1,4 @@
-"""RMS norms, and what differs between the families' (transformers 5.23, ``modeling_*.py``)."""
+"""Norms, and what differs between the families' (transformers 5.23, ``modeling_*.py``)."""
 
 from __future__ import annotations
 
@@ -66,3 +66,17 @@ class GemmaNorm(RMSNorm):
 
     def _normalize(self, x: Tensor) -> Tensor:
         return ops.mul(x, ops.rsqrt(ops.shift(ops.mean_last(ops.square(x)))))
+
+
+class LayerNorm(RMSNorm):
+    """``nn.LayerNorm``, one kernel, which autocast runs in fp32."""
+
+    __slots__ = ("bias",)
+
+    def __init__(self, name: str, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__(name, weight)
+        self.bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        state.tape.module = self.name
+        return ops.layer_norm(x, self.weight, self.bias)

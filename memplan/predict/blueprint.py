@@ -21,7 +21,7 @@ def outside(spec: ModelSpec) -> dict[str, Module]:
     """The modules outside the layers. A tied ``lm_head`` owns no parameter."""
     modules = {
         "model.embed_tokens": Module("embedding", {"weight": (spec.vocab_size, spec.hidden_size)}),
-        "model.norm": norm(spec.hidden_size),
+        "model.norm": norm(spec.hidden_size, bias=families.find(spec.model_type).norm_bias),
     }
     if not spec.tie_word_embeddings:
         modules["lm_head"] = linear(spec.hidden_size, spec.vocab_size)
