@@ -78,6 +78,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "head_dim": 64,
         "sliding_window": 100, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 256,
     },
+    "qwen2_moe": {
+        "architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "num_experts": 8,
+        "num_experts_per_tok": 4, "moe_intermediate_size": 128, "shared_expert_intermediate_size": 192,
+    },
     "qwen3_moe": {
         "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "head_dim": 64, "num_experts": 8,
         "num_experts_per_tok": 4, "moe_intermediate_size": 128, "norm_topk_prob": True,

@@ -55,6 +55,7 @@ MODEL_TYPES = {
     "CohereForCausalLM": "cohere",
     "Cohere2ForCausalLM": "cohere2",
     "StableLmForCausalLM": "stablelm",
+    "Qwen2MoeForCausalLM": "qwen2_moe",
 }
 SIZES = {
     "vocab_size": 1000,
@@ -90,7 +91,9 @@ def parameters(spec: ModelSpec) -> int:
     attention = 2 * h * q + 2 * h * kv
     if spec.attention_bias:
         attention += (
-            q + 2 * kv + (0 if spec.model_type in ("qwen2", "glm4_moe", "seed_oss", "stablelm") else h)
+            q
+            + 2 * kv
+            + (0 if spec.model_type in ("qwen2", "qwen2_moe", "glm4_moe", "seed_oss", "stablelm") else h)
         )
     attention += spec.attention_out_bias * h
     if spec.model_type in ("qwen3", "qwen3_moe", "gemma3_text"):
@@ -106,7 +109,7 @@ def parameters(spec: ModelSpec) -> int:
     norm = 2 * h if spec.model_type in WITH_BIASES else h
     dense = 3 * h * spec.intermediate_size + spec.mlp_bias * (2 * spec.intermediate_size + h)
     sparse = spec.num_experts * (h + 3 * h * spec.moe_intermediate_size)
-    sparse += 3 * h * spec.shared_expert_intermediate_size
+    sparse += 3 * h * spec.shared_expert_intermediate_size + (spec.model_type == "qwen2_moe") * h
     if spec.model_type == "gpt_oss":
         attention += spec.num_attention_heads  # sinks
         sparse += spec.num_experts * (1 + 2 * spec.moe_intermediate_size + h)  # biases
@@ -127,6 +130,7 @@ def test_shapes_add_up_to_the_published_parameter_count(entry: dict[str, Any]) -
     assert (spec.name, spec.hub_id) == (entry["alias"], entry["hub_id"])
 
 
+BIAS = {"stablelm": "use_qkv_bias", "qwen2_moe": "qkv_bias"}
 _NO_WINDOW = ("llama", "olmo2", "gemma", "granite", "glm4_moe", "seed_oss", "cohere", "stablelm")
 
 # -- against transformers --------------------------------------------------------------------------------
@@ -144,7 +148,17 @@ def transformers_facts(config: dict[str, Any]) -> dict[str, Any]:
     window = getattr(theirs, "sliding_window", None)
     if model_type == "smollm3" and not theirs.use_sliding_window:
         window = None
-    if model_type in ("qwen2", "qwen3", "gemma2", "gemma3_text", "gpt_oss", "olmo3", "smollm3", "cohere2"):
+    if model_type in (
+        "qwen2",
+        "qwen3",
+        "gemma2",
+        "gemma3_text",
+        "gpt_oss",
+        "olmo3",
+        "smollm3",
+        "cohere2",
+        "qwen2_moe",
+    ):
         kinds = theirs.layer_types
     else:  # one mask for all layers; llama and olmo2 have no windows at all
         window = None if model_type in _NO_WINDOW else window
@@ -173,8 +187,7 @@ def transformers_facts(config: dict[str, Any]) -> dict[str, Any]:
         "layer_types": tuple(kinds),
         "longrope": longrope,
         "attention_bias": {"qwen2": True, "mistral": False, "mixtral": False, "phi3": False}.get(
-            model_type,
-            getattr(theirs, "use_qkv_bias" if model_type == "stablelm" else "attention_bias", None),
+            model_type, getattr(theirs, BIAS.get(model_type, "attention_bias"), None)
         ),
     }
     if model_type in ("llama", "smollm3", "granite", "seed_oss"):
@@ -213,10 +226,12 @@ def transformers_facts(config: dict[str, Any]) -> dict[str, Any]:
     if model_type in ("gemma2", "gemma3_text"):
         facts["attn_logit_softcapping"] = theirs.attn_logit_softcapping
         facts["final_logit_softcapping"] = theirs.final_logit_softcapping
-    if model_type in ("mixtral", "qwen3_moe", "gpt_oss"):
+    if model_type in ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"):
         facts["num_experts"] = theirs.num_experts
         facts["num_experts_per_tok"] = theirs.num_experts_per_tok
-    if model_type == "qwen3_moe":
+    if model_type == "qwen2_moe":
+        facts["shared_expert_intermediate_size"] = theirs.shared_expert_intermediate_size
+    if model_type in ("qwen2_moe", "qwen3_moe"):
         facts["moe_intermediate_size"] = theirs.moe_intermediate_size
         facts["norm_topk_prob"] = theirs.norm_topk_prob
         facts["sparse_layers"] = tuple(  # Qwen3MoeDecoderLayer.__init__
@@ -292,6 +307,8 @@ OPTIONS: dict[str, list[Any]] = {
     "residual_dropout": [0.0, 0.2],
     "attention_out_bias": [True, False],
     "n_routed_experts": [4, 16],
+    "shared_expert_intermediate_size": [32, 96],
+    "qkv_bias": [True, False],
     "n_shared_experts": [1, 2],
     "n_group": [1, 2],
     "topk_group": [1, 2],

@@ -92,10 +92,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "opt": BASE | {"ffn_dim": 640, "word_embed_proj_dim": 256},
     "phi": BASE | {"partial_rotary_factor": 0.5},
     "phimoe": BASE | EXPERTS,
-    "qwen2_moe": BASE | {
-        "moe_intermediate_size": 128, "shared_expert_intermediate_size": 128, "num_experts": 4,
-        "num_experts_per_tok": 2,
-    },
     "qwen3_next": BASE | {
         "head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128,
         "shared_expert_intermediate_size": 128, "linear_num_value_heads": 8, "linear_num_key_heads": 4,

@@ -118,7 +118,8 @@ def check(
             f"target_modules {printable(repr(recipe.target_modules))} matches no linear module of this "
             f"model; it has {', '.join(known)}"
         )
-    name, shape = min(adapted.items(), key=lambda item: min(item[1]))
+    # a matrix of one row, as a shared expert's gate is, says nothing of what is too large
+    name, shape = min(adapted.items(), key=lambda item: (min(item[1]) == 1, min(item[1])))
     if recipe.r > min(shape):
         raise RecipeError(
             f"r={recipe.r} is larger than the smallest matrix it adapts ({name}, {shape[0]}×{shape[1]}); "
