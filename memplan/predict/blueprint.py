@@ -59,3 +59,13 @@ def named_shapes(spec: ModelSpec) -> dict[str, Shape]:
         for attribute, shape in module.parameters.items():
             shapes[f"{name}.{attribute}"] = shape
     return shapes
+
+
+def named_buffers(spec: ModelSpec) -> dict[str, Shape]:
+    """Full names and shapes of the fp32 buffers that a checkpoint holds beside the parameters."""
+    return {
+        f"model.layers.{index}.{name}.{attribute}": shape
+        for index in range(spec.num_hidden_layers)
+        for name, module in layer(spec, is_sparse(spec, index)).items()
+        for attribute, shape in module.buffers.items()
+    }
