@@ -87,6 +87,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 4,
         "num_experts_per_tok": 2, "intermediate_size": 512,
     },
+    "stablelm": {
+        "architectures": ["StableLmForCausalLM"], "model_type": "stablelm", "use_qkv_bias": True,
+        "partial_rotary_factor": 0.5,
+    },
+    "stablelm-parallel": {
+        "architectures": ["StableLmForCausalLM"], "model_type": "stablelm", "use_parallel_residual": True,
+        "partial_rotary_factor": 0.5,
+    },
+    "cohere": {
+        "architectures": ["CohereForCausalLM"], "model_type": "cohere", "use_qk_norm": True,
+    },
+    "cohere2": {"architectures": ["Cohere2ForCausalLM"], "model_type": "cohere2", "sliding_window": 100},
     "glm4_moe": {
         "architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe", "head_dim": 64,
         "attention_bias": True, "use_qk_norm": True, "n_routed_experts": 8, "num_experts_per_tok": 3,
@@ -95,6 +107,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gpt_oss": {
         "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "head_dim": 64,
         "sliding_window": 100, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 256,
+    },
+    "qwen2_moe": {
+        "architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "num_experts": 8,
+        "num_experts_per_tok": 4, "moe_intermediate_size": 128, "shared_expert_intermediate_size": 192,
     },
     "qwen3_moe": {
         "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "head_dim": 64, "num_experts": 8,

@@ -35,7 +35,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "batch_size": 2, "gradient_checkpointing": False, "target_modules": "attention",
     },
 }  # fmt: skip
-DROPOUTS = ("attention_dropout", "resid_pdrop", "residual_dropout", "resid_dropout")
+DROPOUTS = ("attention_dropout", "resid_pdrop", "residual_dropout", "hidden_dropout")
 
 
 def equal(config: dict[str, Any], options: dict[str, Any]) -> bool:
@@ -55,7 +55,7 @@ def test_a_plan_is_its_trace(family: str, options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager", "flash_attention_2"])
 @pytest.mark.parametrize("options", [RECIPES["full"], RECIPES["autocast"]], ids=["full", "autocast"])
-@pytest.mark.parametrize("family", ["llama", "phi3", "seed_oss"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "seed_oss", "stablelm"])
 def test_so_it_is_with_dropout(family: str, options: dict[str, Any], attn: str) -> None:
     if attn == "flash_attention_2":
         options = {**options, "batches": "full"}

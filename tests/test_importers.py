@@ -55,6 +55,10 @@ MODEL_TYPES = {
     "Glm4MoeForCausalLM": "glm4_moe",
     "SeedOssForCausalLM": "seed_oss",
     "Gemma4ForCausalLM": "gemma4_text",
+    "CohereForCausalLM": "cohere",
+    "Cohere2ForCausalLM": "cohere2",
+    "StableLmForCausalLM": "stablelm",
+    "Qwen2MoeForCausalLM": "qwen2_moe",
 }
 NEEDS = {"Gemma4ForCausalLM": {"hidden_size_per_layer_input": 0}}  # whose default is not predicted
 LINEAR = ("qwen3_5_text", "qwen3_5_moe_text")
@@ -82,6 +86,9 @@ def read(config: object) -> ModelSpec:
 # -- published models ------------------------------------------------------------------------------------
 
 
+WITH_BIASES = ("stablelm",)  # their norms
+
+
 def parameters(spec: ModelSpec) -> int:
     """Parameters by the shapes of transformers' modules, tied weights counted once."""
     if spec.model_type == "gemma4_text":
@@ -93,7 +100,11 @@ def parameters(spec: ModelSpec) -> int:
     )
     attention = 2 * h * q + 2 * h * kv
     if spec.attention_bias:
-        attention += q + 2 * kv + (0 if spec.model_type in ("qwen2", "glm4_moe", "seed_oss") else h)
+        attention += (
+            q
+            + 2 * kv
+            + (0 if spec.model_type in ("qwen2", "qwen2_moe", "glm4_moe", "seed_oss", "stablelm") else h)
+        )
     attention += spec.attention_out_bias * h
     if spec.model_type in LINEAR:
         attention += h * q  # gates
@@ -103,10 +114,14 @@ def parameters(spec: ModelSpec) -> int:
         attention += q + kv
     if spec.model_type == "glm4_moe":
         attention += 2 * spec.head_dim * spec.use_qk_norm
-    norms = (4 if spec.model_type in ("gemma2", "gemma3_text") else 2) * h
+    if spec.model_type == "cohere":
+        attention += spec.use_qk_norm * (q + kv)
+    norms = {"gemma2": 4, "gemma3_text": 4, "cohere": 1, "cohere2": 1}.get(spec.model_type, 2)
+    norms -= spec.use_parallel_residual
+    norm = 2 * h if spec.model_type in WITH_BIASES else h
     dense = 3 * h * spec.intermediate_size + spec.mlp_bias * (2 * spec.intermediate_size + h)
     sparse = spec.num_experts * (h + 3 * h * spec.moe_intermediate_size)
-    sparse += 3 * h * spec.shared_expert_intermediate_size
+    sparse += 3 * h * spec.shared_expert_intermediate_size + (spec.model_type == "qwen2_moe") * h
     if spec.model_type == "gpt_oss":
         attention += spec.num_attention_heads  # sinks
         sparse += spec.num_experts * (1 + 2 * spec.moe_intermediate_size + h)  # biases
@@ -118,10 +133,10 @@ def parameters(spec: ModelSpec) -> int:
         (1 if spec.tie_word_embeddings else 2) * spec.vocab_size * h
         + (spec.num_hidden_layers - linear) * attention
         + linear * linear_attention(spec)
-        + spec.num_hidden_layers * norms
+        + spec.num_hidden_layers * norms * norm
         + experts * sparse
         + (spec.num_hidden_layers - experts) * dense
-        + h
+        + norm
     )
 
 
@@ -157,7 +172,8 @@ def test_shapes_add_up_to_the_published_parameter_count(entry: dict[str, Any]) -
     assert (spec.name, spec.hub_id) == (entry["alias"], entry["hub_id"])
 
 
-_NO_WINDOW = ("llama", "olmo2", "gemma", "granite", "glm4_moe", "seed_oss")
+BIAS = {"stablelm": "use_qkv_bias", "qwen2_moe": "qkv_bias"}
+_NO_WINDOW = ("llama", "olmo2", "gemma", "granite", "glm4_moe", "seed_oss", "cohere", "stablelm")
 
 # -- against transformers --------------------------------------------------------------------------------
 
@@ -175,7 +191,8 @@ def transformers_facts(config: dict[str, Any]) -> dict[str, Any]:
     if model_type in LINEAR or (model_type == "smollm3" and not theirs.use_sliding_window):
         window = None
     gemmas = ("gemma2", "gemma3_text", "gemma4_text")
-    if model_type in ("qwen2", "qwen3", *gemmas, "gpt_oss", "olmo3", "smollm3", *LINEAR):
+    lists = ("qwen2", "qwen3", "gpt_oss", "olmo3", "smollm3", "cohere2", "qwen2_moe", *gemmas, *LINEAR)
+    if model_type in lists:
         kinds = theirs.layer_types
     else:  # one mask for all layers; llama and olmo2 have no windows at all
         window = None if model_type in _NO_WINDOW else window
@@ -206,7 +223,7 @@ def transformers_facts(config: dict[str, Any]) -> dict[str, Any]:
         "layer_types": tuple(kinds),
         "longrope": longrope,
         "attention_bias": {"qwen2": True, "mistral": False, "mixtral": False, "phi3": False}.get(
-            model_type, getattr(theirs, "attention_bias", None)
+            model_type, getattr(theirs, BIAS.get(model_type, "attention_bias"), None)
         ),
     }
     if model_type in ("llama", "smollm3", "granite", "seed_oss"):
@@ -214,6 +231,12 @@ def transformers_facts(config: dict[str, Any]) -> dict[str, Any]:
     if model_type == "seed_oss":
         facts["residual_dropout"] = theirs.residual_dropout
         facts["attention_out_bias"] = theirs.attention_out_bias
+    if model_type in ("cohere", "cohere2"):
+        facts["logit_scale"] = theirs.logit_scale
+    if model_type == "cohere":
+        facts["use_qk_norm"] = theirs.use_qk_norm
+    if model_type == "cohere2":
+        facts["rotated_layers"] = tuple(kind == "sliding_attention" for kind in kinds)
     if model_type == "granite":
         facts["logits_scaling"] = theirs.logits_scaling
     if model_type == "smollm3":
@@ -229,6 +252,11 @@ def transformers_facts(config: dict[str, Any]) -> dict[str, Any]:
         facts["shared_expert_intermediate_size"] = theirs.shared_expert_intermediate_size
         facts["router_aux_loss_coef"] = theirs.router_aux_loss_coef
         facts["sparse_layers"] = (True,) * layers
+    if model_type == "stablelm":
+        facts["partial_rotary_factor"] = rope["partial_rotary_factor"]
+        facts["resid_dropout"] = theirs.hidden_dropout
+        facts["use_parallel_residual"] = theirs.use_parallel_residual
+        facts["head_dim"] = derived
     if model_type == "glm4_moe":
         facts["partial_rotary_factor"] = rope["partial_rotary_factor"]
         facts["use_qk_norm"] = theirs.use_qk_norm
@@ -252,10 +280,12 @@ def transformers_facts(config: dict[str, Any]) -> dict[str, Any]:
         facts["attention_k_eq_v"] = theirs.attention_k_eq_v
         facts["num_experts"] = theirs.num_experts if theirs.enable_moe_block else 0
         facts["num_experts_per_tok"] = theirs.top_k_experts if theirs.enable_moe_block else 0
-    if model_type in ("mixtral", "qwen3_moe", "gpt_oss", "qwen3_5_moe_text"):
+    if model_type in ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "qwen3_5_moe_text"):
         facts["num_experts"] = theirs.num_experts
         facts["num_experts_per_tok"] = theirs.num_experts_per_tok
-    if model_type == "qwen3_moe":
+    if model_type == "qwen2_moe":
+        facts["shared_expert_intermediate_size"] = theirs.shared_expert_intermediate_size
+    if model_type in ("qwen2_moe", "qwen3_moe"):
         facts["moe_intermediate_size"] = theirs.moe_intermediate_size
         facts["norm_topk_prob"] = theirs.norm_topk_prob
         facts["sparse_layers"] = tuple(  # Qwen3MoeDecoderLayer.__init__
@@ -328,9 +358,15 @@ OPTIONS: dict[str, list[Any]] = {
     "num_experts_per_tok": [1, 2],
     "moe_intermediate_size": [64],
     "logits_scaling": [1, 8.0],
+    "use_qkv_bias": [True, False],
+    "use_parallel_residual": [True, False],
+    "hidden_dropout": [0.0, 0.1],
+    "logit_scale": [0.0625, 0.25],
     "residual_dropout": [0.0, 0.2],
     "attention_out_bias": [True, False],
     "n_routed_experts": [4, 16],
+    "shared_expert_intermediate_size": [32, 96],
+    "qkv_bias": [True, False],
     "n_shared_experts": [1, 2],
     "n_group": [1, 2],
     "topk_group": [1, 2],

@@ -50,6 +50,17 @@ def test_dense_layers_among_experts_take_no_adapters_by_name() -> None:
         assert plan(mixed, recipe).peak.allocated_bytes > 0
 
 
+def test_a_shared_expert_is_adapted_by_name_where_peft_knows_no_experts() -> None:
+    from small_specs import SPECS
+
+    spec = SPECS["qwen2_moe"](2)
+    plain = Recipe(trainer="peft", mode="lora", target_modules=("q_proj",))
+    named = plain.model_copy(update={"target_modules": ("q_proj", "up_proj", "down_proj")})
+    assert plan(spec, named).parameters.trainable > plan(spec, plain).parameters.trainable
+    every = Recipe(trainer="peft", mode="lora", r=16)
+    assert plan(spec, every).parameters.trainable > 0  # its gate has one row
+
+
 def test_a_spec_of_an_unknown_family() -> None:
     from memplan.importers.resolve import resolve
 

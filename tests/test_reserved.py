@@ -16,7 +16,7 @@ from memplan.device.allocator import MIB
 from memplan.device.playback import simulate
 from memplan.importers.resolve import resolve
 from memplan.planning import predicted
-from memplan.predict.blueprint import named_shapes
+from memplan.predict.blueprint import named_buffers, named_shapes
 from memplan.predict.loading import _natural, loading
 from memplan.predict.parameters import resolve_recipe
 from memplan.predict.step import write_long_tape, write_tape
@@ -196,7 +196,7 @@ def test_the_warm_up_and_the_order_are_transformers_own(family: str) -> None:
     what, size = steps_of(loading(spec, recipe, tape), tape)[0]
     assert (what, size) == ("scratch", rounded(sum(counted.values())))
     loaded = [name for name in sorted(names, key=dot_natural_key) if name not in model.all_tied_weights_keys]
-    assert loaded == sorted(named_shapes(spec), key=_natural)
+    assert loaded == sorted([*named_shapes(spec), *named_buffers(spec)], key=_natural)
 
 
 def test_a_small_card_bounds_the_warm_up() -> None:

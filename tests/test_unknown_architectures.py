@@ -55,8 +55,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "biogpt": BASE,
     "bloom": {"hidden_size": 256, "n_layer": 2, "n_head": 8, "vocab_size": 999},
     "codegen": GPT2 | {"rotary_dim": 16},
-    "cohere": BASE,
-    "cohere2": BASE | {"sliding_window": 16},
     "dbrx": {
         "d_model": 256, "n_heads": 8, "n_layers": 2, "max_seq_len": 512, "vocab_size": 999,
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 5e5},
@@ -94,10 +92,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "opt": BASE | {"ffn_dim": 640, "word_embed_proj_dim": 256},
     "phi": BASE | {"partial_rotary_factor": 0.5},
     "phimoe": BASE | EXPERTS,
-    "qwen2_moe": BASE | {
-        "moe_intermediate_size": 128, "shared_expert_intermediate_size": 128, "num_experts": 4,
-        "num_experts_per_tok": 2,
-    },
     "qwen3_next": BASE | {
         "head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128,
         "shared_expert_intermediate_size": 128, "linear_num_value_heads": 8, "linear_num_key_heads": 4,
@@ -107,7 +101,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "recurrent_gemma": BASE | {
         "lru_width": 256, "attention_window_size": 16, "head_dim": 32, "num_hidden_layers": 3,
     },
-    "stablelm": BASE | {"partial_rotary_factor": 0.25},
     "starcoder2": BASE | {"sliding_window": 16},
 }  # fmt: skip
 

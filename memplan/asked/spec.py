@@ -55,6 +55,9 @@ class ModelSpec(BaseModel):
     longrope: bool = False  # keeps a second table of frequencies, for long sequences
     use_qk_norm: bool = False  # norms over each head of queries and keys, where a family leaves the choice
     attention_dropout: float = 0.0
+    use_parallel_residual: bool = (
+        False  # attention and MLP are side by side, where a family leaves the choice
+    )
     resid_dropout: float = 0.0  # between a module and the residual
     residual_dropout: float = 0.0  # inside attention and MLP, at their end
 
@@ -69,6 +72,7 @@ class ModelSpec(BaseModel):
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
     logits_scaling: float | None = None  # which logits are divided by
+    logit_scale: float | None = None  # or multiplied
 
     num_experts: int = 0
     num_experts_per_tok: int = 0

@@ -35,7 +35,8 @@ class Family:
     config: Config
     modules: Callable[[ModelSpec, bool], dict[str, Module]]
     layer: Layer
-    norm: Callable[[str, Tensor], RMSNorm] = RMSNorm
+    norm: Callable[..., RMSNorm] = RMSNorm
+    norm_bias: bool = False  # the last norm has one
     linear_modules: Callable[[ModelSpec, bool], dict[str, Module]] | None = None  # where attention is linear
     cos_sin: Callable[[ModelSpec, int, Tensor], tuple[Tensor, Tensor]] = cos_sin
     attention: Callable[[str | None], str | None] = _as_asked

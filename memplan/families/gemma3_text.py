@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from memplan.asked.spec import ModelSpec
 from memplan.families import Family, _gemma, _rope_by_kind
-from memplan.parts.config import Config, all_but_every_sixth
+from memplan.parts.config import Config, by_pattern
 from memplan.parts.context import Leaves
 from memplan.parts.layer import gemma_like, project
 from memplan.parts.module import Modules, attention, head_norms, mlp
@@ -39,7 +39,7 @@ FAMILY = Family(
             "attn_logit_softcapping": None,
             "sliding_window_pattern": 6,
         },
-        layers=all_but_every_sixth,
+        layers=by_pattern,
         nullable=_gemma.NULLABLE,
         activation="hidden_activation",
         heads_divide_hidden=True,

@@ -12,7 +12,7 @@ from memplan.families import Family
 from memplan.parts.config import COMMON, Config, either, full
 from memplan.parts.context import Context, Leaves
 from memplan.parts.experts import Weight, experts_forward, gate_forward, normalize_, top_k
-from memplan.parts.layer import attention, gated_mlp, residual
+from memplan.parts.layer import attention, gated_mlp, project_all_and_norm, residual
 from memplan.parts.module import Modules, experts, head_norms, mlp, norms
 from memplan.parts.module import attention as projections
 from memplan.parts.rotary import rotate_part
@@ -56,19 +56,6 @@ def _modules(spec: ModelSpec, sparse: bool) -> Modules:
     gate.buffers["e_score_correction_bias"] = (spec.num_experts,)
     shared = mlp(spec, "mlp.shared_experts", spec.shared_expert_intermediate_size)
     return {**made, **stack, "mlp.gate": gate, **shared, **norms(spec)}
-
-
-def _project(m: Leaves, x: Tensor, spec: ModelSpec) -> tuple[Tensor, Tensor, Tensor]:
-    def split(y: Tensor) -> Tensor:
-        return ops.view(y, (*y.shape[:-1], y.shape[-1] // spec.head_dim, spec.head_dim))
-
-    q = split(m["self_attn.q_proj"](x))
-    k = split(m["self_attn.k_proj"](x))
-    v = split(m["self_attn.v_proj"](x))
-    if spec.use_qk_norm:
-        q = m["self_attn.q_norm"](q)
-        k = m["self_attn.k_norm"](k)
-    return ops.transpose(q, 1, 2), ops.transpose(k, 1, 2), ops.transpose(v, 1, 2)
 
 
 def _route(
@@ -128,7 +115,7 @@ def _mlp(m: Leaves, hidden_states: Tensor, context: Context) -> Tensor:
 def _layer(m: Leaves, hidden: Tensor, context: Context) -> Tensor:
     before = hidden
     hidden = m["input_layernorm"](hidden)
-    hidden, _ = attention(m, hidden, context, _project, rotate_part)
+    hidden, _ = attention(m, hidden, context, project_all_and_norm, rotate_part)
     hidden = residual(before, hidden)
     before = hidden
     hidden = m["post_attention_layernorm"](hidden)

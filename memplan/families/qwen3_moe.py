@@ -20,7 +20,7 @@ def _modules(spec: ModelSpec, sparse: bool) -> Modules:
     return {**attention(spec), **head_norms(spec.head_dim, spec.head_dim), **inner, **norms(spec)}
 
 
-def _experts(fields: Fields, layers: int) -> dict[str, Any]:
+def sparse(fields: Fields, layers: int) -> dict[str, Any]:
     count = fields.size(either(fields, "num_local_experts", "num_experts"), least=0)
     step, listed = fields.size("decoder_sparse_step"), fields.get("mlp_only_layers")
     if listed is not None and not (isinstance(listed, list) and all(type(n) is int for n in listed)):
@@ -56,7 +56,7 @@ FAMILY = Family(
         },
         layers=all_if_switched_on,
         nullable=("sliding_window", "mlp_only_layers"),
-        experts=_experts,
+        experts=sparse,
     ),
     modules=_modules,
     layer=llama_like(project_and_norm_heads, by_softmax),

@@ -104,7 +104,7 @@ def spec_from_config(
             max_position_embeddings=fields.size("max_position_embeddings", most=MAX_POSITIONS),
             tie_word_embeddings=fields.flag("tie_word_embeddings"),
             attention_bias=(
-                fields.flag("attention_bias") if family.attention_bias is None else family.attention_bias
+                fields.flag(family.bias) if family.attention_bias is None else family.attention_bias
             ),
             mlp_bias="mlp_bias" in family.defaults and fields.flag("mlp_bias"),
             hidden_act=_ACTIVATIONS[activation],
@@ -113,7 +113,7 @@ def spec_from_config(
             quantization=None if mxfp4 else quantization_of(whole, name),
             mxfp4=mxfp4,
             attention_dropout=fields.probability("attention_dropout"),
-            resid_dropout=fields.probability("resid_pdrop") if "resid_pdrop" in family.defaults else 0.0,
+            resid_dropout=fields.probability(family.dropout) if family.dropout in family.defaults else 0.0,
             sliding_window=window,
             layer_types=layer_types,
             **_softcaps(fields, family),

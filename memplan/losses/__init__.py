@@ -22,17 +22,18 @@ Head = Callable[[Any, Tensor, "Labels", "list[Tensor] | None", ModelSpec], tuple
 
 class Labels(Tensor):
     """Labels [B, S], of which ``counted`` count. ``items``: how many do in all batches of a step, a number on
-    the card, by which a loss is divided in a Trainer's loop (``num_items_in_batch``)."""
+    the card, by which a loss is divided in a Trainer's loop (``num_items_in_batch``). ``masked``: a mask
+    comes with them."""
 
-    __slots__ = ("counted", "items")
+    __slots__ = ("counted", "items", "masked")
 
-    def __init__(self, of: Tensor, counted: int, items: Tensor | None) -> None:
+    def __init__(self, of: Tensor, counted: int, items: Tensor | None, *, masked: bool) -> None:
         super().__init__(of.shape, of.dtype, of.storage, of.strides)
-        self.counted, self.items = counted, items
+        self.counted, self.items, self.masked = counted, items, masked
 
     def divided_by(self, items: Tensor) -> Labels:
         """The same with another number."""
-        return Labels(self, self.counted, items)
+        return Labels(self, self.counted, items, masked=self.masked)
 
 
 Patch = tuple[Any, str, Any]  # an object, its attribute, and what stands there while a step is traced

@@ -20,7 +20,7 @@ from memplan.parts.experts import top_k
 from memplan.shadow import ops
 from memplan.shadow.autograd import Node, attach, save, save_output, split_sum, unpack
 from memplan.shadow.indexing import by_mask, masked_scatter
-from memplan.shadow.tensor import DType, Tensor, bool_, empty, float32, int64, state
+from memplan.shadow.tensor import DType, Tensor, bool_, empty, float32, int32, int64, state
 
 TOKEN_CHUNK = 4096  # TOKEN_CHUNK_SIZE
 VOCABULARY_CHUNK = 32_768  # _CHUNKED_LOGPROB_CHUNK_SIZE
@@ -60,7 +60,7 @@ def fused_head(
     loss = ops.divide(ops.neg(_total(log_probs)), _count(mask))
     aux_loss = None
     if router_logits is not None:
-        aux_loss = load_balancing_loss(router_logits, labels.shape, spec)
+        aux_loss = load_balancing_loss(router_logits, labels, spec)
         loss = ops.add(loss, ops.scale(aux_loss))
         router_logits.clear()
     return Output(loss, log_probs, entropy, is_top1, mask, aux_loss, labels.items)
@@ -95,39 +95,48 @@ def sft_loss(output: Output) -> Tensor:
     return loss
 
 
-def load_balancing_loss(router_logits: list[Tensor], shape: tuple[int, ...], spec: ModelSpec) -> Tensor:
-    """``load_balancing_loss_func`` with a mask (transformers/models/mixtral/modeling_mixtral.py, 5.23).
-    T tokens, X experts."""
-    experts, tokens = (spec.num_experts,), shape[0] * shape[1]
+def load_balancing_loss(router_logits: list[Tensor], labels: Labels, spec: ModelSpec) -> Tensor:
+    """``load_balancing_loss_func``, with a mask or without (transformers/models/mixtral/modeling_mixtral.py,
+    5.23). T tokens, X experts."""
+    experts, tokens = (spec.num_experts,), labels.shape[0] * labels.shape[1]
+    chosen = tokens * spec.num_experts_per_tok
     tokens_per_expert_sum = empty(experts, float32, "zeros")
     router_prob_sum = empty(experts, float32, "zeros")
     total_rows: Tensor | None = None
-    flat_mask = empty((tokens,), float32, "_to_copy")
+    flat_mask = empty((tokens,), float32, "_to_copy") if labels.masked else None
     for layer_gate in router_logits:
         dtype = layer_gate.dtype if state.autocast is None else float32
         routing_weights_TX = ops.softmax(layer_gate, dtype)
         _values, _selected_experts = top_k(routing_weights_TX, spec.num_experts_per_tok)
-        zeros = empty(experts, float32, "zeros")
-        repeated = empty((tokens * spec.num_experts_per_tok,), float32, "clone")
-        del repeated
-        tokens_per_expert_sum = ops.add(tokens_per_expert_sum, zeros)
-        del zeros
+        if flat_mask is None:
+            histc_input = empty((chosen,), int32, "_to_copy")
+            counts = empty(experts, int32, "histc")
+            del histc_input
+        else:
+            counts = empty(experts, float32, "zeros")
+            repeated = empty((chosen,), float32, "clone")
+            del repeated
+        tokens_per_expert_sum = ops.add(tokens_per_expert_sum, counts)
+        del counts
         router_prob_sum = ops.add(router_prob_sum, _sum_tokens(_masked(routing_weights_TX, flat_mask)))
-        rows = empty((), float32, "sum")
-        total_rows = ops.pointwise("add", rows, total_rows)
-        del rows
-    assert total_rows is not None
+        if flat_mask is not None:
+            rows = empty((), float32, "sum")
+            total_rows = ops.pointwise("add", rows, total_rows)
+            del rows
     tokens_per_expert = ops.pointwise("div", tokens_per_expert_sum)
-    router_prob_per_expert = ops.divide(router_prob_sum, total_rows)
+    router_prob_per_expert = (
+        ops.scale(router_prob_sum, "div") if total_rows is None else ops.divide(router_prob_sum, total_rows)
+    )
     weighted = ops.mul(tokens_per_expert, ops.view(router_prob_per_expert, (1, *experts)))
     overall_loss = _total(weighted)
     del weighted
     return ops.scale(overall_loss)
 
 
-def _masked(routing_weights_TX: Tensor, flat_mask: Tensor) -> Tensor:
+def _masked(routing_weights_TX: Tensor, flat_mask: Tensor | None) -> Tensor:
     """``routing_weights.float() * flat_mask.unsqueeze(-1)``."""
-    return ops.mul(ops.to(routing_weights_TX, float32), ops.view(flat_mask, (flat_mask.shape[0], 1)))
+    wide = ops.to(routing_weights_TX, float32)
+    return wide if flat_mask is None else ops.mul(wide, ops.view(flat_mask, (flat_mask.shape[0], 1)))
 
 
 def _sum_tokens(x: Tensor) -> Tensor:

@@ -13,15 +13,15 @@ from memplan.shadow.tensor import Tensor, empty, float32, int64, state
 
 
 def head_of(loss_function: Callable[[Tensor, Labels], Tensor]) -> Head:
-    """``lm_head``, a number to divide by, caps, ``loss_function`` of logits and labels."""
+    """``lm_head``, a number to scale by, caps, ``loss_function`` of logits and labels."""
 
     def whole(
         head: Any, hidden: Tensor, labels: Labels, router_logits: list[Tensor] | None, spec: ModelSpec
     ) -> tuple[Tensor, Tensor]:
         logits = head(hidden)
-        if spec.logits_scaling is not None:
+        if spec.logits_scaling is not None or spec.logit_scale is not None:
             state.tape.module = ""
-            logits = ops.scale(logits, "div")
+            logits = ops.scale(logits, "mul" if spec.logits_scaling is None else "div")
         if spec.final_logit_softcapping is not None:
             logits = ops.scale(logits, "div")
             logits = ops.result_activation("tanh", logits)

@@ -34,8 +34,9 @@ _DECAYED_VECTORS = ("lora_magnitude_vector", "self_attn.sinks", "router.scale", 
 
 def _decays(parameter: Tensor) -> bool:
     """Told by names (transformers/trainer.py, get_decay_parameter_names, 5.23): of the vectors these
-    alone have none that exempts them, of what else there is only experts' biases have one."""
+    alone have none that exempts them, of what else there is only experts' biases and Cohere's norms over
+    heads have one."""
     name = "" if parameter.storage is None else state.tape.modules[parameter.storage.index]
     if len(parameter.shape) > 1 or parameter.storage is None:
-        return not name.endswith("_bias")
+        return not name.endswith(("_bias", "_norm"))
     return name.endswith(_DECAYED_VECTORS)

@@ -59,8 +59,8 @@ def all_but_every_fourth(fields: Fields, layers: int) -> Layers:
     return as_listed(fields, layers, window(fields), lambda layer: (layer + 1) % 4 != 0)
 
 
-def all_but_every_sixth(fields: Fields, layers: int) -> Layers:
-    """Five layers slide, the sixth does not, unless ``sliding_window_pattern`` says another number."""
+def by_pattern(fields: Fields, layers: int) -> Layers:
+    """Of each ``sliding_window_pattern`` layers all slide but the last."""
     pattern = 1 if fields.get("layer_types") else fields.size("sliding_window_pattern")
     return as_listed(fields, layers, window(fields), lambda layer: (layer + 1) % pattern > 0)
 
@@ -123,8 +123,9 @@ class Config:
     """What one configuration class does with a ``config.json``.
 
     ``layers``: the window and the kind of each layer; ``nullable``: fields declared ``... | None``;
-    ``attention_bias``: None where the configuration says; ``activation``, ``inner``: the fields of the MLP's
-    and of its width; ``heads_divide_hidden``: ``validate_architecture``
+    ``attention_bias``: None where the configuration says, as ``bias``; ``dropout``: its name for what comes
+    before the residual; ``activation``, ``inner``: the fields of the MLP's and of its width;
+    ``heads_divide_hidden``: ``validate_architecture``
     asks for it even where head_dim is given; ``experts``: what a spec says of them, or else of its layers;
     ``images``: architecture and model type of a checkpoint with images, of which this is the language model.
     ``rope``: the entries of
@@ -137,6 +138,8 @@ class Config:
     layers: Callable[[Fields, int], Layers]
     nullable: tuple[str, ...] = ()
     attention_bias: bool | None = None
+    bias: str = "attention_bias"
+    dropout: str = "resid_pdrop"
     activation: str = "hidden_act"
     inner: str = "intermediate_size"
     activation_aliases: Mapping[str, str] = field(default_factory=dict)

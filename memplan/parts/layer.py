@@ -37,15 +37,27 @@ def project(m: Leaves, x: Tensor, spec: ModelSpec) -> tuple[Tensor, Tensor, Tens
 
 def project_and_norm_heads(m: Leaves, x: Tensor, spec: ModelSpec) -> tuple[Tensor, Tensor, Tensor]:
     """With norms over each head, before the heads are transposed."""
-
-    def split(y: Tensor) -> Tensor:
-        return ops.view(y, (*y.shape[:-1], y.shape[-1] // spec.head_dim, spec.head_dim))
-
     return (
-        ops.transpose(m["self_attn.q_norm"](split(m["self_attn.q_proj"](x))), 1, 2),
-        ops.transpose(m["self_attn.k_norm"](split(m["self_attn.k_proj"](x))), 1, 2),
+        ops.transpose(m["self_attn.q_norm"](_split(m["self_attn.q_proj"](x), spec)), 1, 2),
+        ops.transpose(m["self_attn.k_norm"](_split(m["self_attn.k_proj"](x), spec)), 1, 2),
         heads(m["self_attn.v_proj"](x), spec.head_dim),
     )
+
+
+def project_all_and_norm(m: Leaves, x: Tensor, spec: ModelSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """All three projections, then the norms over heads, if there are any (``use_qk_norm``)."""
+    q = _split(m["self_attn.q_proj"](x), spec)
+    k = _split(m["self_attn.k_proj"](x), spec)
+    v = _split(m["self_attn.v_proj"](x), spec)
+    if spec.use_qk_norm:
+        q = m["self_attn.q_norm"](q)
+        k = m["self_attn.k_norm"](k)
+    return ops.transpose(q, 1, 2), ops.transpose(k, 1, 2), ops.transpose(v, 1, 2)
+
+
+def _split(x: Tensor, spec: ModelSpec) -> Tensor:
+    """[B, S, H·D] to [B, S, H, D]."""
+    return ops.view(x, (*x.shape[:-1], x.shape[-1] // spec.head_dim, spec.head_dim))
 
 
 def attention(

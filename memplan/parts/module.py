@@ -42,8 +42,8 @@ def buffer(*shape: int) -> Module:
     return Module("buffer", {}, {"": shape})
 
 
-def norm(size: int) -> Module:
-    return Module("norm", {"weight": (size,)})
+def norm(*shape: int, bias: bool = False) -> Module:
+    return Module("norm", {"weight": shape, "bias": shape} if bias else {"weight": shape})
 
 
 def widths(spec: ModelSpec) -> tuple[int, int]:
@@ -88,8 +88,9 @@ def experts(spec: ModelSpec) -> Modules:
     }
 
 
-def norms(spec: ModelSpec, *names: str) -> Modules:
-    return {name: norm(spec.hidden_size) for name in names or ("input_layernorm", "post_attention_layernorm")}
+def norms(spec: ModelSpec, *names: str, bias: bool = False) -> Modules:
+    names = names or ("input_layernorm", "post_attention_layernorm")
+    return {name: norm(spec.hidden_size, bias=bias) for name in names}
 
 
 def plain(spec: ModelSpec, sparse: bool) -> Modules:

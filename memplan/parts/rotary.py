@@ -62,6 +62,21 @@ def rotate_part(q: Tensor, k: Tensor, context: Context) -> tuple[Tensor, Tensor]
     return q_embed, k_embed
 
 
+def rotate_pairs(q: Tensor, k: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+    """``apply_rotary_pos_emb`` of neighbouring columns, in fp32."""
+    dtype = q.dtype
+    q, k = ops.to(q, float32), ops.to(k, float32)
+    cos, sin = tables(context)
+    q_embed = ops.add(ops.mul(q, cos), ops.mul(_rotate_neighbours(q), sin))
+    k_embed = ops.add(ops.mul(k, cos), ops.mul(_rotate_neighbours(k), sin))
+    return ops.to(q_embed, dtype), ops.to(k_embed, dtype)
+
+
+def _rotate_neighbours(x: Tensor) -> Tensor:
+    x1, x2 = ops.every_second(x, 0), ops.every_second(x, 1)
+    return ops.interleave(ops.neg(x2), x1)
+
+
 def tables(context: Context) -> tuple[Tensor, Tensor]:
     """Cosines and sines [B, 1, S, D]."""
     batch, length, width = context.cos_BSD.shape

@@ -40,7 +40,7 @@ def outside(spec: ModelSpec) -> dict[str, Module]:
     """The modules outside the layers. A tied ``lm_head`` owns no parameter."""
     modules = {
         "model.embed_tokens": Module("embedding", {"weight": (spec.vocab_size, spec.hidden_size)}),
-        "model.norm": norm(spec.hidden_size),
+        "model.norm": norm(spec.hidden_size, bias=families.find(spec.model_type).norm_bias),
     }
     if not spec.tie_word_embeddings:
         modules["lm_head"] = linear(spec.hidden_size, spec.vocab_size)
@@ -80,3 +80,13 @@ def named_shapes(spec: ModelSpec) -> dict[str, Shape]:
         for attribute, shape in module.parameters.items():
             shapes[f"{name}.{attribute}"] = shape
     return shapes
+
+
+def named_buffers(spec: ModelSpec) -> dict[str, Shape]:
+    """Full names and shapes of the fp32 buffers that a checkpoint holds beside the parameters."""
+    return {
+        f"model.layers.{index}.{name}.{attribute}": shape
+        for index in range(spec.num_hidden_layers)
+        for name, module in layer(spec, is_sparse(spec, index)).items()
+        for attribute, shape in module.buffers.items()
+    }

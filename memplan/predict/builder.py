@@ -79,7 +79,8 @@ class Builder:
     def module(self, name: str, definition: Module, full_name: str) -> Any:
         shapes = definition.parameters
         if definition.kind == "norm":
-            return self.leaf(name, self.family.norm(name, self.weight(shapes["weight"], name, full_name)))
+            parameters = [self.weight(shape, name, full_name) for shape in shapes.values()]
+            return self.leaf(name, self.family.norm(name, *parameters))
         if definition.kind == "raw":
             return self.raw(name, definition)
         if definition.kind == "buffer":

@@ -78,8 +78,9 @@ def batch(rows: Rows, items: Tensor | None = None) -> Batch:
             # up to 127 sequences begin in the block that two do
             others.append(empty(shape if name == "seq_idx" else (2,), int32, "batch"))
     if packed:
-        return Batch(rows, ids, Labels(second, rows.counted, items), third, None, others)
-    return Batch(rows, ids, Labels(third, rows.counted, items), None, second, others)
+        labels = Labels(second, rows.counted, items, masked=False)
+        return Batch(rows, ids, labels, third, None, others)
+    return Batch(rows, ids, Labels(third, rows.counted, items, masked=True), None, second, others)
 
 
 def waiting(fed: Batch, count: int) -> list[Storage]:

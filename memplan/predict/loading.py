@@ -33,6 +33,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import count
 from math import prod
+from types import MappingProxyType
 
 from memplan import strategies, weights
 from memplan.asked.recipe import DTypeName, Recipe
@@ -67,7 +68,10 @@ def loading(spec: ModelSpec, recipe: Recipe, step: Tape, capacity: int | None = 
         wrapped = strategy.wrap(recipe, step, _temporary(sum(what == "scratch" for what, _ in steps)))
         return _written(iter([*steps, ("empty_cache", 0), *wrapped]), step, emptied=False)
     stored = spec.quantization is not None
-    return loading_of(shapes, _brought(step), recipe, step, capacity, stored=stored, mxfp4=spec.mxfp4)
+    buffers = blueprint.named_buffers(spec)
+    return loading_of(
+        shapes, _brought(step), recipe, step, capacity, stored=stored, mxfp4=spec.mxfp4, buffers=buffers
+    )
 
 
 def loading_of(
@@ -79,11 +83,14 @@ def loading_of(
     *,
     stored: bool = False,
     mxfp4: bool = False,
+    buffers: Mapping[str, Shape] | None = None,
 ) -> Tape:
     """The same of a step that somebody else wrote: ``shapes`` of all parameters of the base model by their
     full names, and what it ``brought``, in the order of modules. ``stored``: the checkpoint has the weights
-    quantised already; ``mxfp4``: its experts are packed, and unpacked as they come."""
-    steps = _steps(shapes, list(brought), recipe, step, capacity, stock=True, stored=stored, mxfp4=mxfp4)
+    quantised already; ``mxfp4``: its experts are packed, and unpacked as they come; ``buffers`` that
+    it holds in fp32."""
+    kinds = {"stored": stored, "mxfp4": mxfp4}
+    steps = _steps(shapes, list(brought), recipe, step, capacity, stock=True, buffers=buffers or {}, **kinds)
     return _written(steps, step)
 
 
@@ -208,9 +215,11 @@ def _steps(
     stock: bool,
     stored: bool = False,
     mxfp4: bool = False,
+    buffers: Mapping[str, Shape] = MappingProxyType({}),
 ) -> Iterator[LoadStep]:
     if weights.of(recipe) is not None or (stock and recipe.device_map):
-        return _onto_card(shapes, brought, recipe, tape, capacity, stock=stock, stored=stored, mxfp4=mxfp4)
+        kinds = {"stock": stock, "stored": stored, "mxfp4": mxfp4}
+        return _onto_card(shapes, buffers, brought, recipe, tape, capacity, **kinds)
     return iter([("alloc", one.storage) for one in brought])
 
 
@@ -231,6 +240,7 @@ def _brought(tape: Tape) -> list[Brought]:
 
 def _onto_card(
     shapes: Mapping[str, Shape],
+    buffers: Mapping[str, Shape],
     brought: list[Brought],
     recipe: Recipe,
     tape: Tape,
@@ -260,6 +270,7 @@ def _onto_card(
             form.packed(prod(shape)) if form is not None and name in quantised else prod(shape) * itemsize
             for name, shape in shapes.items()
         )
+        size += sum(4 * prod(shape) for shape in buffers.values())
         if recipe.device_map == "auto":
             # accelerate asks for a number on the card, whose segment counts as room
             take, probe = temporary(1)
@@ -277,7 +288,10 @@ def _onto_card(
     narrow: list[tuple[int, int]] = []  # what the preparation casts: scratch, storage
     packed = [*filter(is_packed, shapes)] if mxfp4 and stock else []
     order = (lambda name: _natural(published(name) if packed else name)) if stock else _tree
-    for name in sorted(shapes, key=order):
+    for name in sorted([*shapes, *buffers], key=order):
+        if name in buffers:
+            yield from (("alloc", index) for index in _take(storages, name))
+            continue
         if name in packed:
             (storage,) = _take(storages, name)
             yield from unpacked(shapes[name], itemsize, storage, temporary)

@@ -121,11 +121,13 @@ def _check_experts(spec: ModelSpec, recipe: Recipe) -> None:
         fused = {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3"} & set(
             recipe.target_modules
         )
-        other = "use all-linear, which adapts them, or attention"
-        if not families.find(spec.model_type).adapts_experts:
-            other = "adapters on these are not planned: use attention"
-            fused -= {name.rpartition(".")[2] for name in _linear_shapes(spec)}  # an expert that all share
+        known = families.find(spec.model_type).adapts_experts
+        if not known:  # a shared expert's and a dense layer's are adapted by name
+            fused = {name for name in fused if not _adapted_by(spec, (name,))}
         if fused:
+            other = "use all-linear, which adapts them, or attention"
+            if not known:
+                other = "adapters on these are not planned: use attention"
             raise RecipeError(
                 f"target_modules {sorted(fused)} name projections that transformers 5 fuses into experts; "
                 f"{other}"
@@ -133,7 +135,9 @@ def _check_experts(spec: ModelSpec, recipe: Recipe) -> None:
     targets = recipe.target_modules
     if targets == "all-linear" or all(".self_attn." in n or n == "lm_head" for n in _adapted(spec, recipe)):
         return
-    if isinstance(targets, str):  # _resolve_string_target_modules
+    if (
+        isinstance(targets, str) and families.find(spec.model_type).adapts_experts
+    ):  # _resolve_string_target_modules
         raise RecipeError(
             "PEFT takes a pattern that matches outside attention for the names of all experts, which is not "
             "planned: use --target-modules all-linear or attention"

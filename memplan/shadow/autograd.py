@@ -362,7 +362,8 @@ def _cast(grad: Tensor, dtype: DType) -> Tensor:
 
 
 def _sum_to(grad: Tensor, shape: Shape) -> Tensor:
-    """A gradient summed over the axes along which its tensor was broadcast (at::sum_to)."""
+    """A gradient summed over the axes along which its tensor was broadcast (at::sum_to): a view only
+    where it had fewer axes (aten/src/ATen/ExpandUtils.h)."""
     lead = len(grad.shape) - len(shape)
     kept = tuple(
         1 if axis < lead or (shape[axis - lead] == 1 and size != 1) else size

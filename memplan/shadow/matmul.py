@@ -59,22 +59,22 @@ def _linear_backward(node: Node, grad: Tensor) -> Any:
         and view_strides(grad.shape, grad.strides, (prod(grad.shape[:-1]), grad.shape[-1])) is None
     ):
         grad = clone(grad)
+    folded = _viewed if len(x_shape) > 2 else _same  # a matrix goes into the product as it is
     for_weight = for_x = for_bias = None
     # mm's arguments sort as (mat2, self), addmm's as (mat1, mat2, self).
     if weight is not None and node.context[2]:
-        for_x = _unfolded(product(x_shape, grad.dtype, "mm"))
+        for_x = folded(product(x_shape, grad.dtype, "mm"))
     if x is not None:
         for_weight = _viewed(product(weight_shape, grad.dtype, "mm"))
     if weight is not None and not node.context[2]:
-        for_x = _unfolded(product(x_shape, grad.dtype, "mm"))
+        for_x = folded(product(x_shape, grad.dtype, "mm"))
     if node.edges[2]:
         for_bias = grad  # summed by the engine, when addmm's backward has let go of what it saved
     return for_x, for_weight, for_bias
 
 
-def _unfolded(x: Tensor) -> Tensor:
-    """The gradient of what was folded to two axes, if it had more."""
-    return _viewed(x) if len(x.shape) > 2 else x
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 def _viewed(x: Tensor) -> Tensor:

@@ -460,6 +460,40 @@ def _softmax_backward(node: Node, grad: Tensor) -> Any:
     return (out,)
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.layer_norm`` over the last axis: one kernel, which saves all its arguments, and fp32 means and
+    deviations (aten/src/ATen/native/cuda/layer_norm_kernel.cu). Autocast makes it fp32, and casts its
+    arguments from the last."""
+    if state.autocast is not None:
+        bias = None if bias is None else to(bias, float32)
+        weight = to(weight, float32)
+        x = to(x, float32)
+    node = Node(_layer_norm_backward, x, weight, bias) if tracked(x, weight, bias) else None
+    saved = [] if node is None else [save(one) for one in (x, weight, bias) if one is not None]
+    _contiguous = contiguous(x.detach())
+    out = empty(x.shape, x.dtype, "native_layer_norm")
+    stats = [empty((*x.shape[:-1], 1), float32, "native_layer_norm") for _ in range(2)]
+    if node is not None:
+        node.saved = [*saved, *map(save_output, stats)]
+        attach(node, out)
+    return out
+
+
+def _layer_norm_backward(node: Node, grad: Tensor) -> Any:
+    operation = "native_layer_norm_backward"
+    x, weight, *_rest = (unpack(saved) for saved in node.saved)
+    for_x, for_weight, for_bias = node.edges
+    _contiguous = contiguous(x.detach())
+    shapes = (
+        x.shape if for_x else None,
+        weight.shape if for_weight else None,
+        weight.shape if for_bias else None,
+    )
+    gradients = tuple(None if shape is None else empty(shape, x.dtype, operation) for shape in shapes)
+    _grad = contiguous(grad)
+    return gradients
+
+
 # -- views -------------------------------------------------------------------------------------------
 
 
@@ -607,6 +641,22 @@ def _cat_backward(node: Node, grad: Tensor) -> Any:
         result.append(part)
         start += size
     return result
+
+
+def interleave(x: Tensor, y: Tensor) -> Tensor:
+    """``torch.stack([x, y], dim=-1).flatten(-2)``; its backward hands out every second column."""
+    shape = (*x.shape[:-1], 2 * x.shape[-1])
+    node = Node(_interleave_backward, x, y) if tracked(x, y) else None
+    out = empty(shape, x.dtype, "stack")
+    if node is not None:
+        attach(node, out)
+    return out
+
+
+def _interleave_backward(node: Node, grad: Tensor) -> Any:
+    strides, shape = strides_of(grad), (*grad.shape[:-1], grad.shape[-1] // 2)
+    halves = [grad.viewed(shape, (*strides[:-1], 2 * strides[-1])) for _ in node.edges]
+    return [half if edge else None for half, edge in zip(halves, node.edges, strict=True)]
 
 
 def copy_into_cache(x: Tensor, dtype: DType) -> Tensor:

@@ -55,7 +55,8 @@ def _casting(name: str) -> Callable[..., Any]:
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(BELOW_AUTOCAST):
-            return overload(*_to_fp32(args), **kwargs)
+            # in the order in which the compiler evaluates the wrapper's arguments: from the last
+            return overload(*[_to_fp32(argument) for argument in reversed(args)][::-1], **kwargs)
 
     return kernel
 

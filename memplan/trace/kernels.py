@@ -232,6 +232,36 @@ def sum_over(
     return out
 
 
+# -- norms ----------------------------------------------------------------------------------------------
+
+
+@operator(aten.native_layer_norm.default)
+def layer_norm(
+    recorder: Any, x: Any, normalized: Any, weight: Any, bias: Any, eps: float
+) -> tuple[Any, Any, Any]:
+    """aten/src/ATen/native/cuda/layer_norm_kernel.cu ``layer_norm_cuda``: means and deviations are fp32."""
+    axis = x.dim() - len(normalized)
+    _x = x.contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype)
+    stats = (*x.shape[:axis], *(1,) * len(normalized))
+    mean = torch.empty(stats, dtype=torch.float32)
+    rstd = torch.empty(stats, dtype=torch.float32)
+    return out, mean, rstd
+
+
+@operator(aten.native_layer_norm_backward.default)
+def layer_norm_backward(
+    recorder: Any, grad: Any, x: Any, normalized: Any, mean: Any, rstd: Any, weight: Any, bias: Any, mask: Any
+) -> tuple[Any, Any, Any]:
+    """``layer_norm_backward_cuda``. Left out: the partial sums of more than 65,536 rows of a narrow model."""
+    _x = x.contiguous()
+    for_x = torch.empty(x.shape, dtype=x.dtype) if mask[0] else None
+    for_weight = torch.empty_like(weight) if mask[1] else None
+    for_bias = torch.empty_like(bias) if mask[2] else None
+    _grad = grad.contiguous()
+    return for_x, for_weight, for_bias
+
+
 # -- dropout --------------------------------------------------------------------------------------------
 
 
