@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from memplan.asked.spec import ModelSpec
+from memplan.families import find
 from memplan.importers.hf import spec_from_config
 
 _BASE = {
@@ -99,3 +100,9 @@ def _maker(family: str) -> Callable[[int], ModelSpec]:
 
 
 SPECS = {family: _maker(family) for family in CONFIGS}
+
+
+def without_ligers_loss(spec: ModelSpec, options: dict[str, object]) -> None:
+    """Which some families have not."""
+    if options["loss"] == "liger" and not find(spec.model_type).liger:
+        options["loss"] = "standard"

@@ -9,7 +9,7 @@ import pytest
 from conftest import Outcome
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_specs import SPECS
+from small_specs import SPECS, without_ligers_loss
 
 from memplan import Recipe, plan
 from memplan.asked.alloc_conf import AllocatorSettings
@@ -154,6 +154,7 @@ def test_what_a_glance_tells_the_simulation_confirms(
     family: str, layers: int, options: dict[str, object]
 ) -> None:
     spec = SPECS[family](layers)
+    without_ligers_loss(spec, options)
     recipe = resolve_recipe(spec, Recipe(trainer="peft", **options))
     run = predicted.run(spec, recipe)
     peak = replay(run.tape).allocated_bytes

@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_specs import SPECS
+from small_specs import SPECS, without_ligers_loss
 
 from memplan.asked.recipe import Recipe
 from memplan.asked.spec import ModelSpec
-from memplan.families import find
 from memplan.predict import step, unlike
 from memplan.predict.fed import whole
 from memplan.predict.fold import Played, layers_to_play
@@ -37,12 +36,6 @@ OPTIONS = {
 }
 
 
-def _without_ligers_loss(spec: ModelSpec, options: dict[str, object]) -> None:
-    """Which some families have not."""
-    if options["loss"] == "liger" and not find(spec.model_type).liger:
-        options["loss"] = "standard"
-
-
 @settings(max_examples=120, deadline=None)
 @given(
     st.sampled_from(sorted(SPECS)),
@@ -54,7 +47,7 @@ def test_folded_and_unfolded_agree_to_the_byte(
     family: str, layers: int, options: dict[str, object], reentrant: bool
 ) -> None:
     spec = SPECS[family](layers)
-    _without_ligers_loss(spec, options)
+    without_ligers_loss(spec, options)
     if options["gradient_checkpointing"]:
         options["use_reentrant"] = reentrant
     recipe = resolve_recipe(spec, Recipe(trainer="peft", **options))
@@ -71,7 +64,7 @@ def test_folded_and_unfolded_agree_to_the_byte(
 )
 def test_a_tape_written_out_is_the_tape_played(family: str, layers: int, options: dict[str, object]) -> None:
     spec = SPECS[family](layers)
-    _without_ligers_loss(spec, options)
+    without_ligers_loss(spec, options)
     recipe = resolve_recipe(spec, Recipe(trainer="peft", **options))
     assert told(write_long_tape(spec, recipe)) == told(write_tape(spec, recipe, folded=False))
 
