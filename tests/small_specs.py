@@ -7,6 +7,7 @@ from typing import Any
 
 from memplan import families
 from memplan.asked.spec import ModelSpec
+from memplan.families import find
 from memplan.importers.hf import spec_from_config
 
 _BASE = {
@@ -134,3 +135,12 @@ def suits(spec: ModelSpec, options: Mapping[str, object]) -> bool:
 
 
 SPECS = {family: _maker(family) for family in CONFIGS}
+
+
+SPECS = {family: _maker(family) for family in CONFIGS}
+
+
+def without_ligers_loss(spec: ModelSpec, options: dict[str, object]) -> None:
+    """Which some families have not."""
+    if options["loss"] == "liger" and not find(spec.model_type).liger:
+        options["loss"] = "standard"

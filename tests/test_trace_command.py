@@ -96,7 +96,11 @@ WIDE = {"hidden_size": 2048, "intermediate_size": 4096, "head_dim": 128, "vocab_
     [
         ("llama", {"trainer": "trl", "mode": "qlora"}),  # whose adapters are cast back to bf16
         ("llama", {"trainer": "peft", "mode": "qlora", "modules_to_save": ("lm_head",)}),
-        ("llama", {"trainer": "axolotl", "mode": "lora"}),  # loaded onto the card
+        ("llama", {"trainer": "llama_factory", "mode": "lora"}),  # loaded onto the card
+        (
+            "qwen3_moe",
+            {"trainer": "trl", "mode": "lora", "target_modules": "attention"},
+        ),  # experts are merged
         ("mixtral", {"trainer": "peft", "mode": "qlora", "target_modules": "attention"}),  # experts are cast
         ("gemma2", {"trainer": "peft", "mode": "qlora", "double_quant": False}),
         ("stored", {"trainer": "peft", "mode": "qlora"}),  # in 4 bits already

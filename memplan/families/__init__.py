@@ -37,6 +37,7 @@ class Family:
     layer: Layer
     norm: Callable[..., RMSNorm] = RMSNorm
     norm_bias: bool = False  # the last norm has one
+    apart: Callable[[str], str] | None = None  # see memplan.predict.published
     linear_modules: Callable[[ModelSpec, bool], dict[str, Module]] | None = None  # where attention is linear
     cos_sin: Callable[[ModelSpec, int, Tensor], tuple[Tensor, Tensor]] = cos_sin
     attention: Callable[[str | None], str | None] = _as_asked

@@ -11,7 +11,7 @@ from memplan.asked.spec import ModelSpec
 from memplan.families import Family
 from memplan.parts.config import COMMON, Config, either, full
 from memplan.parts.context import Context, Leaves
-from memplan.parts.experts import Weight, experts_forward, gate_forward, normalize_, top_k
+from memplan.parts.experts import Weight, experts_forward, gate_forward, normalize_, one_by_one, top_k
 from memplan.parts.layer import attention, gated_mlp, project_all_and_norm, residual
 from memplan.parts.module import Modules, experts, head_norms, mlp, norms
 from memplan.parts.module import attention as projections
@@ -151,4 +151,5 @@ FAMILY = Family(
     adapts_experts=True,
     several=False,
     liger=False,
+    apart=one_by_one,
 )

@@ -35,6 +35,12 @@ def _route(weight: Weight, hidden_states: Tensor, spec: ModelSpec) -> tuple[Tens
     return logits, values, indices
 
 
+def _one_by_one(name: str) -> str:
+    name = name.replace(".mlp.", ".block_sparse_moe.")
+    name = name.replace(".experts.gate_up_proj", ".experts.0.w1.weight")
+    return name.replace(".experts.down_proj", ".experts.0.w2.weight")
+
+
 FAMILY = Family(
     config=Config(
         architecture="MixtralForCausalLM",
@@ -55,4 +61,5 @@ FAMILY = Family(
     modules=plain,
     layer=llama_like(route=_route),
     adapts_experts=True,
+    apart=_one_by_one,
 )

@@ -12,7 +12,7 @@ from memplan.families import Family
 from memplan.families.qwen3_moe import sparse
 from memplan.parts.config import COMMON, Config, Layers, as_listed, window
 from memplan.parts.context import Context, Leaves
-from memplan.parts.experts import by_softmax, capture, experts_forward, gate_forward
+from memplan.parts.experts import by_softmax, capture, experts_forward, gate_forward, one_by_one
 from memplan.parts.layer import attention, gated_mlp, residual
 from memplan.parts.module import Modules, experts, linear, mlp, norms
 from memplan.parts.module import attention as projections
@@ -104,4 +104,5 @@ FAMILY = Family(
     makes_both_masks=True,
     several=False,
     liger=False,
+    apart=one_by_one,
 )

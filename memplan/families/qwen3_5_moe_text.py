@@ -11,7 +11,7 @@ from memplan.families import Family, _qwen3_5
 from memplan.parts import delta_rule
 from memplan.parts.config import Config, router_loss
 from memplan.parts.context import Context, Leaves
-from memplan.parts.experts import by_softmax, capture, experts_forward, gate_forward
+from memplan.parts.experts import by_softmax, capture, experts_forward, gate_forward, one_by_one
 from memplan.parts.layer import act
 from memplan.parts.module import Modules, experts, linear, norms
 from memplan.shadow import ops
@@ -101,4 +101,5 @@ FAMILY = Family(
     cos_sin=_qwen3_5.cos_sin,
     several=False,
     liger=False,  # it imports Qwen3_5MoeCausalLMOutputWithPast
+    apart=one_by_one,
 )

@@ -9,7 +9,7 @@ from memplan.asked.spec import ModelSpec
 from memplan.errors import shown
 from memplan.families import Family
 from memplan.parts.config import COMMON, Config, all_if_switched_on, either, router_loss
-from memplan.parts.experts import by_softmax
+from memplan.parts.experts import by_softmax, one_by_one
 from memplan.parts.layer import llama_like, project_and_norm_heads
 from memplan.parts.module import Modules, attention, experts, head_norms, mlp, norms
 
@@ -61,4 +61,5 @@ FAMILY = Family(
     modules=_modules,
     layer=llama_like(project_and_norm_heads, by_softmax),
     adapts_experts=True,
+    apart=one_by_one,
 )

@@ -36,6 +36,12 @@ Weight = Callable[[], Tensor]
 Route = Callable[[Weight, Tensor, ModelSpec], tuple[Tensor, Tensor, Tensor]]
 
 
+def one_by_one(name: str) -> str:
+    """The first name that a checkpoint has of a parameter: experts lie one by one in it."""
+    name = name.replace(".experts.gate_up_proj", ".experts.0.gate_proj.weight")
+    return name.replace(".experts.down_proj", ".experts.0.down_proj.weight")
+
+
 def sparse_mlp(
     m: Leaves, hidden_states: Tensor, spec: ModelSpec, route: Route, captured: list[Tensor] | None = None
 ) -> Tensor:

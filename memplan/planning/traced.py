@@ -20,6 +20,7 @@ from memplan.planning.cards import able
 from memplan.planning.plan import Plan, plan_from_tape
 from memplan.planning.records import ModelInfo, ParameterCounts
 from memplan.planning.study import of_cards
+from memplan.predict import published
 from memplan.predict.loading import loading_of
 from memplan.tape import Phase, Tape
 
@@ -65,8 +66,7 @@ def trace_plan(
             traced.brought,
             traced.recipe,
             traced.tape,
-            stored=stored,
-            mxfp4=method == MXFP4,
+            checkpoint=published.like(found.config, stored=stored, packed=method == MXFP4),
         ),
     )
     return answer, traced.tape

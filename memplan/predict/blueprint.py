@@ -7,6 +7,7 @@ decoder's forward is played on. Names are relative to ``model.layers.N`` inside 
 from __future__ import annotations
 
 from collections import Counter
+from math import prod
 
 from memplan import families
 from memplan.asked.spec import ModelSpec
@@ -82,11 +83,14 @@ def named_shapes(spec: ModelSpec) -> dict[str, Shape]:
     return shapes
 
 
-def named_buffers(spec: ModelSpec) -> dict[str, Shape]:
-    """Full names and shapes of the fp32 buffers that a checkpoint holds beside the parameters."""
-    return {
-        f"model.layers.{index}.{name}.{attribute}": shape
-        for index in range(spec.num_hidden_layers)
-        for name, module in layer(spec, is_sparse(spec, index)).items()
-        for attribute, shape in module.buffers.items()
-    }
+def named_buffers(spec: ModelSpec, itemsize: int) -> dict[str, int]:
+    """Full names and bytes of the buffers that a checkpoint holds beside the parameters: in fp32, or as wide
+    as a number of the model's dtype is."""
+    found = {}
+    for index in range(spec.num_hidden_layers):
+        for name, module in layer(spec, index).items():
+            width = itemsize if module.kind == "buffer" else 4
+            for attribute, shape in module.buffers.items():
+                full_name = f"model.layers.{index}.{name}.{attribute}".removesuffix(".")
+                found[full_name] = width * prod(shape)
+    return found

@@ -33,14 +33,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import count
 from math import prod
-from types import MappingProxyType
 
 from memplan import strategies, weights
 from memplan.asked.recipe import DTypeName, Recipe
 from memplan.asked.spec import ModelSpec
 from memplan.device.allocator import SMALL_SEGMENT
-from memplan.predict import blueprint
-from memplan.predict.mxfp4 import is_packed, published, unpacked
+from memplan.predict import blueprint, published
+from memplan.predict.published import PLAIN, Published
 from memplan.shadow.tensor import Shape
 from memplan.tape import Category, Part, Phase, Tape
 from memplan.weights import Brought, LoadStep, Temporary
@@ -64,14 +63,11 @@ def loading(spec: ModelSpec, recipe: Recipe, step: Tape, capacity: int | None = 
         if strategy.shards:
             return _sharded(strategy, spec, shapes, recipe, step, capacity)
     if strategy is not None and strategy.wrap is not None:
-        steps = list(_steps(shapes, _brought(step), recipe, step, capacity, stock=True))
+        checkpoint = published.of(spec, recipe.dtype)
+        steps = list(_steps(shapes, _brought(step), recipe, step, capacity, checkpoint))
         wrapped = strategy.wrap(recipe, step, _temporary(sum(what == "scratch" for what, _ in steps)))
         return _written(iter([*steps, ("empty_cache", 0), *wrapped]), step, emptied=False)
-    stored = spec.quantization is not None
-    buffers = blueprint.named_buffers(spec)
-    return loading_of(
-        shapes, _brought(step), recipe, step, capacity, stored=stored, mxfp4=spec.mxfp4, buffers=buffers
-    )
+    return loading_of(shapes, _brought(step), recipe, step, capacity, published.of(spec, recipe.dtype))
 
 
 def loading_of(
@@ -80,23 +76,16 @@ def loading_of(
     recipe: Recipe,
     step: Tape,
     capacity: int | None = None,
-    *,
-    stored: bool = False,
-    mxfp4: bool = False,
-    buffers: Mapping[str, Shape] | None = None,
+    checkpoint: Published = PLAIN,
 ) -> Tape:
     """The same of a step that somebody else wrote: ``shapes`` of all parameters of the base model by their
-    full names, and what it ``brought``, in the order of modules. ``stored``: the checkpoint has the weights
-    quantised already; ``mxfp4``: its experts are packed, and unpacked as they come; ``buffers`` that
-    it holds in fp32."""
-    kinds = {"stored": stored, "mxfp4": mxfp4}
-    steps = _steps(shapes, list(brought), recipe, step, capacity, stock=True, buffers=buffers or {}, **kinds)
-    return _written(steps, step)
+    full names, and what it ``brought``, in the order of modules."""
+    return _written(_steps(shapes, list(brought), recipe, step, capacity, checkpoint), step)
 
 
 def making(spec: ModelSpec, recipe: Recipe, step: Tape) -> Tape:
     """The same of a model that memplan's verifier makes."""
-    steps = _steps(blueprint.named_shapes(spec), _brought(step), recipe, step, None, stock=False)
+    steps = _steps(blueprint.named_shapes(spec), _brought(step), recipe, step, None, None)
     return _written(steps, step)
 
 
@@ -153,7 +142,8 @@ def _sharded(
     lies: dict[str, list[int]] = defaultdict(list)
     sizes: dict[int, int] = {}
     numbers: list[int] = []  # of what is only there for a while, as numbered on one GPU
-    for what, value in _steps(shapes, list(whole.values()), alone, lone, capacity, stock=True):
+    checkpoint = published.of(spec, recipe.dtype)
+    for what, value in _steps(shapes, list(whole.values()), alone, lone, capacity, checkpoint):
         if what == "scratch":
             take, number = temporary(value)
             numbers.append(number)
@@ -211,15 +201,11 @@ def _steps(
     recipe: Recipe,
     tape: Tape,
     capacity: int | None,
-    *,
-    stock: bool,
-    stored: bool = False,
-    mxfp4: bool = False,
-    buffers: Mapping[str, Shape] = MappingProxyType({}),
+    checkpoint: Published | None,
 ) -> Iterator[LoadStep]:
-    if weights.of(recipe) is not None or (stock and recipe.device_map):
-        kinds = {"stock": stock, "stored": stored, "mxfp4": mxfp4}
-        return _onto_card(shapes, buffers, brought, recipe, tape, capacity, **kinds)
+    """``checkpoint``: None where memplan makes the model."""
+    if weights.of(recipe) is not None or (checkpoint is not None and recipe.device_map):
+        return _onto_card(shapes, brought, recipe, tape, capacity, checkpoint)
     return iter([("alloc", one.storage) for one in brought])
 
 
@@ -240,17 +226,15 @@ def _brought(tape: Tape) -> list[Brought]:
 
 def _onto_card(
     shapes: Mapping[str, Shape],
-    buffers: Mapping[str, Shape],
     brought: list[Brought],
     recipe: Recipe,
     tape: Tape,
     capacity: int | None,
-    *,
-    stock: bool,
-    stored: bool,
-    mxfp4: bool,
+    checkpoint: Published | None,
 ) -> Iterator[LoadStep]:
-    """As transformers loads (``stock``), else as memplan makes a model."""
+    """As transformers loads a checkpoint, else as memplan makes a model."""
+    stock = checkpoint is not None
+    held = checkpoint or PLAIN
     storages: dict[str, list[int]] = {}
     adapters: list[tuple[int, str]] = []
     made = []
@@ -270,7 +254,7 @@ def _onto_card(
             form.packed(prod(shape)) if form is not None and name in quantised else prod(shape) * itemsize
             for name, shape in shapes.items()
         )
-        size += sum(4 * prod(shape) for shape in buffers.values())
+        size += sum(held.buffers.values())
         if recipe.device_map == "auto":
             # accelerate asks for a number on the card, whose segment counts as room
             take, probe = temporary(1)
@@ -286,17 +270,12 @@ def _onto_card(
     for index in made:
         yield "alloc", index
     narrow: list[tuple[int, int]] = []  # what the preparation casts: scratch, storage
-    packed = [*filter(is_packed, shapes)] if mxfp4 and stock else []
-    order = (lambda name: _natural(published(name) if packed else name)) if stock else _tree
-    for name in sorted([*shapes, *buffers], key=order):
-        if name in buffers:
+    order = (lambda name: _natural(held.first(name))) if stock else _tree
+    for name in sorted([*shapes, *held.buffers], key=order):
+        if name in held.buffers:
             yield from (("alloc", index) for index in _take(storages, name))
             continue
-        if name in packed:
-            (storage,) = _take(storages, name)
-            yield from unpacked(shapes[name], itemsize, storage, temporary)
-            continue
-        if form is not None and name in quantised and stored:
+        if form is not None and name in quantised and held.stored:
             yield from form.stored(storages, name.removesuffix(".weight"), temporary)
             continue
         if form is not None and name in quantised:
@@ -307,12 +286,11 @@ def _onto_card(
         indices = _take(storages, name)
         for index in indices:
             nbytes = prod(shapes[name]) * itemsize
+            arrives: LoadStep = ("alloc", index)
             if recipe.kbit_prep and itemsize == 2 and tape.sizes[index] > nbytes:
-                step, number = temporary(nbytes)
-                yield step
+                arrives, number = temporary(nbytes)
                 narrow.append((number, index))
-            else:
-                yield "alloc", index
+            yield from held.arriving(name, shapes[name], itemsize, arrives, temporary)
     for indices in storages.values():  # what is no parameter
         for index in indices:
             yield "alloc", index
@@ -321,7 +299,7 @@ def _onto_card(
             yield "alloc", index
             yield "drop", number
         yield "empty_cache", 0
-    if packed:  # quantizer_mxfp4.py, _process_model_after_weight_loading
+    if held.packed:  # quantizer_mxfp4.py, _process_model_after_weight_loading
         yield "empty_cache", 0
     yield from _adapters(recipe, adapters, tape, quantised if stock else set(), temporary)
 

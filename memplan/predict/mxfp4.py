@@ -26,7 +26,7 @@ def published(name: str) -> str:
     return f"{name}_blocks" if is_packed(name) else name
 
 
-def unpacked(shape: Shape, itemsize: int, storage: int, temporary: Temporary) -> Iterator[LoadStep]:
+def unpacked(shape: Shape, itemsize: int, arrives: LoadStep, temporary: Temporary) -> Iterator[LoadStep]:
     """How a parameter is loaded: it comes packed, and what it is looked up by is several times as large."""
     count = prod(shape)
     rows = count // _OF_A_SCALE
@@ -50,5 +50,5 @@ def unpacked(shape: Shape, itemsize: int, storage: int, temporary: Temporary) ->
             long_index, no_long_index = there(8 * numbers)  # indexing makes int64 of int32
             found, no_found = there(itemsize * numbers)
             yield from (half, index, no_half, long_index, found, no_long_index, no_found, no_index)
-    yield "alloc", storage  # transposed
+    yield arrives  # transposed
     yield from (no_exponents, no_table, no_out, no_blocks, no_scales)
