@@ -30,12 +30,10 @@ A plan has what the Trainer's loop keeps beside the step, number by number, and 
 accumulated ([trainers.md](trainers.md#what-a-trainers-loop-keeps)). What is left: where a third step differs
 from the second, blocks that lie elsewhere (`steps` in `data/plain.json`). DoRA in QLoRA: its tensors at the
 peak are equal (`memplan dry-run --tape`, `memplan diff`); 1 MiB is of a block that is not split, in the
-plan's simulated allocator only. Mixtral's reserved bytes: the plan loads a checkpoint that transformers
-wrote, with merged experts; published ones have them one by one and are merged while they are loaded, as
-the script does here, and leave the allocator other segments. That is not modelled yet. gpt-oss: its
-experts are unpacked on the card while others arrive, by threads of transformers' whose order is the
-machine's, and what is reserved differs from run to run with them, so these runs are without
-(`HF_DEACTIVATE_ASYNC_LOAD=1`).
+plan's simulated allocator only. Experts that a checkpoint holds one by one (Mixtral, Qwen, GLM) are merged
+while they are loaded, and gpt-oss's are unpacked: in 16 bits while others arrive, by threads of transformers'
+whose order is the machine's, and what is reserved differs from run to run with them, so these runs are
+without (`HF_DEACTIVATE_ASYNC_LOAD=1`).
 """
 
 
