@@ -815,6 +815,8 @@ class Recipe(BaseModel):
                 f"what FlashAttention takes of {kind} batches hangs on how long each sequence is, and is not "
                 "planned: use --attn sdpa, or `memplan dry-run`"
             )
+        if self.batches is Batches.PADDED and self.seq_len == 1:
+            raise ValueError("in a padded batch some rows are shorter than others, and none is below 1 token")
         if self.batches is Batches.PACKED and self.use_cache:
             raise ValueError("packed sequences are told apart only without a cache: leave out use_cache")
         if self.batches is Batches.PACKED and stacks.find(self.trainer).packed is None:

@@ -27,7 +27,9 @@ def needed(spec: ModelSpec, recipe: Recipe) -> dict[str, bool]:
 def _bites(spec: ModelSpec, recipe: Recipe) -> dict[str, bool]:
     """For each type of layer, whether it has a window that is shorter than the sequence."""
     used = ["full_attention", "sliding_attention"]
-    if not families.find(spec.model_type).makes_both_masks:
+    if "linear_attention" in spec.layer_types:
+        used = ["full_attention"]  # even if no layer has it
+    elif not families.find(spec.model_type).makes_both_masks:
         used = [kind for kind in used if kind in (spec.layer_types or ("full_attention",))]
     window = spec.sliding_window
     bites = window is not None and recipe.seq_len >= window

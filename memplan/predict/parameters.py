@@ -28,15 +28,13 @@ def resolve_recipe(spec: ModelSpec, recipe: Recipe) -> Recipe:
             "then: give --dtype bfloat16"
         )
     if resolved.loss == "liger" and not families.find(spec.model_type).liger:
-        raise RecipeError(f"Liger-Kernel has no fused loss for {spec.architecture}: use the standard loss")
+        raise RecipeError(
+            f"Liger-Kernel has no fused loss for {spec.architecture} that runs with transformers 5.23: use "
+            "the standard loss"
+        )
     if resolved.parallel == "zero3" and spec.model_type == "mixtral":
         # its router comes before its experts, which is the order in which their gradients are summed
         raise RecipeError("Mixtral under ZeRO-3 is not planned: use --parallel zero2 or fsdp2")
-    if resolved.loss == "liger" and not families.find(spec.model_type).liger:
-        raise RecipeError(
-            f"Liger-Kernel's loss for {spec.architecture} does not run with transformers 5.23: give another "
-            "--loss"
-        )
     told_apart = stacks.find(resolved.trainer).packed
     if resolved.batches is Batches.PACKED and told_apart and "linear_attention" in spec.layer_types:
         raise RecipeError(
