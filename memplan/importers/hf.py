@@ -33,6 +33,16 @@ def supported_architectures() -> tuple[str, ...]:
     return tuple(name for one in configs for name in (one.architecture, *(one.images or ())[:1]))
 
 
+def _few(names: tuple[str, ...]) -> str:
+    """A sentence's worth of names."""
+    return (
+        f"{', '.join(names[:_NAMED])} and {len(names) - _NAMED} more (`memplan models` lists models of them)"
+    )
+
+
+_NAMED = 5
+
+
 def has_vision_tower(config: Mapping[str, Any]) -> bool:
     """Whether a configuration that :func:`spec_from_config` reads is of a checkpoint with images."""
     model_type, named = config.get("model_type"), config.get("architectures") or []
@@ -161,7 +171,7 @@ def _family(config: dict[str, Any], name: str) -> tuple[str, Config, dict[str, A
         kind = f"architecture {shown(architecture)}" if architecture else f"model type {shown(model_type)}"
         raise UnsupportedArchitecture(
             f"memplan has no predicted plan for {shown(name)}, which is of the {kind}: "
-            f"{_instead(config, architecture)}; predicted are {', '.join(supported_architectures())}"
+            f"{_instead(config, architecture)}; predicted are {_few(supported_architectures())}"
         )
     expected = own.images[1] if images and own.images is not None else found
     if model_type and model_type != expected:

@@ -25,8 +25,8 @@ else:
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj")
 _QUERY_VALUE = ("q_proj", "v_proj", "qkv_proj")
 
-# To one number, or to one a head: usual ranks are above that, and PEFT takes them.
-_NARROW = ("linear_attn.in_proj_a", "linear_attn.in_proj_b", "mlp.shared_expert_gate")
+# To one number, or to one a head or an expert: usual ranks are above that, and PEFT takes them.
+_NARROW = ("linear_attn.in_proj_a", "linear_attn.in_proj_b", "mlp.shared_expert_gate", "router.proj")
 
 
 def is_target(wanted: str | tuple[str, ...], full_name: str) -> bool:
