@@ -52,6 +52,7 @@ Case = dict[str, Any]  # model, layers (None: all), and a recipe's options
 # Aliases of the registry, some with a change of the config: a window that bites.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral-7b-v0.1, window 500": ("mistral-7b-v0.1", {"sliding_window": 500}),
+    "gpt-oss-20b, in 16 bits": ("gpt-oss-20b", {"quantization_config": None}),
 }
 LAYERS = {
     "llama-3.2-1b": 2,  # tied
@@ -72,6 +73,19 @@ LAYERS = {
     "olmo-2-1b": 2,
     "mixtral-8x7b": 2,
     "qwen3-30b-a3b": 2,
+    "gemma-2b": 2,
+    "olmo-3-7b": 4,  # three local layers, a global one
+    "smollm3-3b": 4,  # every fourth does not rotate
+    "qwen3.5-27b": 4,  # three linear ones, a full one
+    "qwen3.5-35b-a3b": 4,
+    "gemma-4-31b": 6,  # five local ones, a global one
+    "gemma-4-26b-a4b": 6,
+    "gpt-oss-20b, in 16 bits": 2,
+    "granite-3.3-8b": 2,
+    "seed-oss-36b": 2,
+    "glm-4.5-air": 2,  # a dense one, a mixture
+    "stablelm-2-1.6b": 2,
+    "qwen1.5-moe-a2.7b": 2,
 }
 
 # Values of each factor. A value of several options is a dict; None stands for "does not apply".
@@ -167,8 +181,13 @@ def allowed(chosen: dict[str, Any]) -> bool:
                 return False
     if chosen.get("dtype") == "float32" and chosen.get("adapter_dtype") == "as base":
         return False  # the same as float32
-    if chosen.get("model") == "gemma-2-2b" and chosen.get("attn") == "sdpa":
-        return False  # it caps attention's logits, which transformers does in eager attention only
+    of_family = {name: chosen[name] for name in ("attn", "loss", "dtype", "batches") if name in chosen}
+    if not _goes_with(chosen.get("model"), tuple(of_family.items())):
+        return False
+    if mode == "full" and chosen.get("dtype") == "float16" and chosen.get("autocast"):
+        return False  # its scaler refuses gradients in fp16
+    if chosen.get("batches") == "padded" and chosen.get("shape", (1, 2))[1] == 1:
+        return False  # no row is shorter
     if chosen.get("kernels") == "memplan" and (chosen.get("quant_type") == "fp4" or chosen.get("use_dora")):
         return False  # they decode NF4, and compute plain LoRA
     if len(chosen) < len(FACTORS):
@@ -176,6 +195,19 @@ def allowed(chosen: dict[str, Any]) -> bool:
     case = case_of(chosen)
     try:
         resolved(case)
+    except RecipeError:
+        return False
+    return True
+
+
+@cache
+def _goes_with(model: str | None, options: tuple[tuple[str, Any], ...]) -> bool:
+    """Whether the model's family takes these options, whatever the others are."""
+    if model is None:
+        return True
+    case = {"model": model, "layers": LAYERS[model], "mode": "lora", "target_modules": "attention"}
+    try:
+        resolved({**case, "attn": "eager", **dict(options)})
     except RecipeError:
         return False
     return True
