@@ -57,6 +57,9 @@ def loading(spec: ModelSpec, recipe: Recipe, step: Tape, capacity: int | None = 
     """
     shapes = blueprint.named_shapes(spec)
     strategy = strategies.of(recipe)
+    if strategy is not None and strategy.part is not None:
+        shapes = {name: strategy.part(name, shape, recipe.gpus) for name, shape in shapes.items()}
+        recipe = recipe.model_copy(update={"device_map": "cuda"})  # a device, as transformers gives itself
     if strategy is not None and strategy.load is not None:
         if weights.of(recipe) is None:
             return _spread(strategy, shapes, recipe, step, capacity)

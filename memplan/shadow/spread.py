@@ -141,5 +141,9 @@ class Spread:
         """The stacked norms of what this rank has of the gradients, as norms of all of them."""
         return stacked
 
+    def stepping(self) -> list[Tensor]:
+        """Write what the optimizer's step takes beside what it does on one GPU, for as long as it runs."""
+        return []
+
     def played(self, tape: Tape) -> None:
         """The step has been played: write anew what rests and follows from it."""

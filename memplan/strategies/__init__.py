@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from memplan import rooms, weights
 from memplan.asked.recipe import Recipe
 from memplan.shadow.spread import Spread
-from memplan.shadow.tensor import Tensor
+from memplan.shadow.tensor import Shape, Tensor
 from memplan.tape import Tape
 from memplan.weights import LoadStep, Temporary
 
@@ -50,7 +50,8 @@ class Strategy:
 
     ``load``: the steps by which what rests comes onto the card once the model is made, None if as on one GPU;
     ``itemsize``: of what comes, where it is cast before. ``wrap``: what follows, of the tape of a step; what
-    it does not drop goes after the first step. ``rehearses``: whether a run's first step is another one than
+    it does not drop goes after the first step. ``part``: of a model that is loaded straight onto the card in
+    parts, the shape that this rank has of a parameter, by its full name, its shape and the world. ``rehearses``: whether a run's first step is another one than
     those behind it, of a recipe.
     """
 
@@ -59,6 +60,7 @@ class Strategy:
     flat: bool = False
     load: Callable[[Recipe, Coming], Iterator[LoadStep]] | None = None
     wrap: Callable[[Recipe, Tape, Temporary], Iterator[LoadStep]] | None = None
+    part: Callable[[str, Shape, int], Shape] | None = None
     folds: bool = True
     copies: bool = False
     units: int = 3
