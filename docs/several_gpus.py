@@ -13,8 +13,9 @@ SECTION = """\
 ## Several GPUs
 
 The real engines on cards that are not there: `python benchmarks/ranks/run.py` launched the scripts of
-benchmarks/plain with accelerate {rows} times ({versions}; {engines}), on the first layers of real models, and
-the first rank ran against a NCCL that sends nothing. Tensors at the peak of a step, read off the dry run's
+benchmarks/plain with accelerate, for tensor parallel with torchrun, {rows} times ({versions}; {engines}), on
+the first layers of real models, and the first rank ran against a NCCL that sends nothing. Tensors at the peak
+of a step, read off the dry run's
 tape, are the plan's **to the byte in {tensors} of {rows}**; reserved bytes in {reserved}, within 1 % in
 {within}. The scripts are transformers' own or TRL's; worlds of {worlds}; with and without checkpointing, one
 and two passes a step. *Own defaults*: a stage as accelerate leaves it to DeepSpeed, without the settings of

@@ -11,6 +11,7 @@ asked = options(dtype=None)
 peaks = Peaks(asked)
 data = Dataset.from_list([{"input_ids": row["input_ids"]} for row in rows(asked)])
 steps = STEPS if asked.lengths is None or asked.packing else len(data) // (asked.batch * asked.accumulate)
+typed = {} if asked.dtype is None else {"dtype": asked.dtype}
 trainer = SFTTrainer(
     model=asked.model,
     args=SFTConfig(
@@ -21,7 +22,7 @@ trainer = SFTTrainer(
         max_length=asked.length,
         per_device_train_batch_size=asked.batch,
         gradient_accumulation_steps=asked.accumulate,
-        model_init_kwargs={**({} if asked.dtype is None else {"dtype": asked.dtype}), **divided(asked)} or None,
+        model_init_kwargs={**typed, **divided(asked)} or None,
         report_to="none",
         save_strategy="steps" if asked.save else "no",
         save_steps=2,

@@ -6,9 +6,10 @@
     python benchmarks/ranks/run.py --predictions       the plan's side of each row anew
 
 Needs the environment of benchmarks/dry_gpu/README.md, with DeepSpeed for the cases of ZeRO. The scripts are
-benchmarks/plain's, which import nothing of memplan's, launched by accelerate. Models are real ones with fewer
-layers. Tensors at the peak are read off the dry run's tape of a step, reserved bytes off its report. Exit
-status 1 if a case's tensors are not the plan's, or its reserved bytes more than 1 % from it.
+benchmarks/plain's, which import nothing of memplan's, launched by accelerate or by torchrun.
+Models are real ones with fewer layers. Tensors at the peak are read off the dry run's tape of a step, what is
+reserved off its report. Exit status 1 if a case's tensors are not the plan's, or its reserved bytes more than
+1 % from it.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ FLAT = [
     "--fsdp_sharding_strategy", "FULL_SHARD", "--fsdp_cpu_ram_efficient_loading", "false",
 ]  # fmt: skip
 ZERO = ("zero2", "zero3")
+COLWISE = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # which PEFT can adapt under tensor parallel
 
 
 def _by_file(name: str) -> list[str]:
@@ -118,6 +120,14 @@ FAMILIES = {
     "qwen3-4b": 2,  # norms of queries and keys
     "qwen3-30b-a3b": 2,  # experts
 }
+# whose heads tensor parallel divides, among so many
+DIVIDED = {
+    "llama-3.2-1b": (3, (4, 8, 2)),
+    "llama-3.1-8b": (2, (8, 4, 2)),
+    "qwen2.5-1.5b": (3, (2,)),
+    "qwen3-4b": (2, (4, 2, 8)),
+    "mistral-7b": (2, (2, 8, 4)),
+}
 # whose modules ZeRO-3 gathers for otherwise
 ALSO = {"olmo-2-1b": 3, "mistral-7b": 2, "phi-3-mini-4k": 3, "gemma-3-1b": 7}
 
@@ -135,9 +145,11 @@ class Case(NamedTuple):
 
     @property
     def launched(self) -> list[str]:
-        """By accelerate, on as many cards as its recipe has."""
-        engine = LAUNCHED[self.engine]
+        """By accelerate, or by torchrun, on as many cards as its recipe has."""
         count = str(self.recipe["gpus"])
+        if self.engine == "tp":  # which no launcher has to know of
+            return ["torchrun", "--nproc-per-node", count, "--"]
+        engine = LAUNCHED[self.engine]
         return ["accelerate", "launch", "--num_processes", count, *engine, "--mixed_precision", "bf16"]
 
 
@@ -205,6 +217,14 @@ def cases() -> Iterator[Case]:
             world = (8, 64, 3)[turn % 3]
             yield _case(model, FAMILIES[model], mode, engine, trainer, turn // 3 % 2, turn, world)
             turn += 1
+    turn = 0
+    for model, (layers, counts) in DIVIDED.items():
+        for mode in ("full", "lora"):
+            for trainer in SCRIPT:
+                for variant in range(2):
+                    world = counts[turn % len(counts)]
+                    yield _case(model, layers, mode, "tp", trainer, variant, turn, world)
+                    turn += 1
 
 
 def _case(
@@ -229,10 +249,15 @@ def _case(
         if model == "qwen3-30b-a3b":
             recipe["target_modules"] = "attention"
             given += ["--targets", "q_proj", "k_proj", "v_proj", "o_proj"]
+        if parallel == "tp":
+            recipe["target_modules"] = list(COLWISE)
+            given += ["--targets", *COLWISE]
         if parallel == "zero3" and trainer == "peft":
             # the script makes the model before TrainingArguments, so that zero.Init has not made it and the
             # engine casts adapters, too
             recipe["adapter_dtype"] = "bfloat16"
+    if parallel == "tp":
+        given.append("--tp")
     if mode == "qlora":
         given += ["--storage", "bfloat16"]
         if parallel == "fsdp" and trainer == "peft":  # which lays no float32 norms beside 16-bit weights

@@ -535,7 +535,8 @@ class Recipe(BaseModel):
                 "`--use_deepspeed` are DDP's. `fsdp2`: `--use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy "
                 "TRANSFORMER_BASED_WRAP --fsdp_reshard_after_forward true`. `zero1`, `zero2`, `zero3`: "
                 "DeepSpeed's, with `overlap_comm` and with sizes of buckets as transformers' own examples "
-                "have them (500,000,000 elements; those of ZeRO-3 `auto`)."
+                "have them (500,000,000 elements; those of ZeRO-3 `auto`). `tp`: transformers' own tensor "
+                'parallel, `from_pretrained(..., tp_plan="auto")` under `torchrun`.'
             ),
         ),
     ] = None
@@ -744,6 +745,8 @@ class Recipe(BaseModel):
                 raise ValueError(f"{name} is FSDP1's: use --parallel fsdp, or leave it out")
         if parallel == "fsdp":
             self._check_flat()
+        if parallel == "tp":
+            self._check_divided()
         if by_fsdp and self.offload is Offload.OPTIMIZER:
             raise ValueError("FSDP offloads parameters and the optimizer together: use --offload both")
         if not sharded:
@@ -775,6 +778,20 @@ class Recipe(BaseModel):
     def _check_flat(self) -> None:
         """What FSDP1 was compared with PyTorch's in."""
         self._check_compared("FSDP1", _FLAT_AS_COMPARED)
+
+    def _check_divided(self) -> None:
+        """What tensor parallel was compared with transformers' in."""
+        if self.mode is Mode.QLORA:
+            raise ValueError(
+                "PEFT (0.21) can't adapt 4-bit weights that tensor parallel divides, which qlora has, the "
+                "mode unless another is said: use --mode full or lora, or --parallel fsdp2"
+            )
+        if self.optimizer not in _DIVIDED_OPTIMIZERS:
+            raise ValueError(
+                f"{self.optimizer} can't update parameters that tensor parallel divides (DTensors): use "
+                f"{', '.join(_DIVIDED_OPTIMIZERS)}"
+            )
+        self._check_compared("tensor parallel", _DIVIDED_AS_COMPARED)
 
     def _check_zero(self) -> None:
         """What ZeRO was compared with DeepSpeed in."""
@@ -972,6 +989,8 @@ _FLAT_AS_COMPARED: _Compared = (
     ("loss", ("standard", "shifted", "chunked")),
     ("use_reentrant", (None, False)),
 )
+_DIVIDED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
+_DIVIDED_AS_COMPARED: _Compared = tuple(of for of in _AS_COMPARED if of[0] != "optimizer")
 _SHARDED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 _NOT_SHARDED = (
     ("kernels", (Kernels.STOCK,), "memplan's kernels multiply by whole 4-bit weights, which FSDP2 shards"),

@@ -135,8 +135,9 @@ VALUES: dict[str, dict[str, str]] = {
 }  # fmt: skip
 
 _OTHERWISE = (
-    "of several GPUs memplan plans DDP, FSDP and ZeRO (--gpus N --parallel ddp, fsdp, fsdp2, zero1, "
-    "zero2 or zero3; --offload optimizer or both; --config FILE for DeepSpeed's file or accelerate's); "
+    "of several GPUs memplan plans DDP, FSDP, ZeRO and tensor parallel (--gpus N --parallel ddp, fsdp, "
+    "fsdp2, zero1, zero2, zero3 or tp; --offload optimizer or both; --config FILE for DeepSpeed's file or "
+    "accelerate's); "
     "`memplan dry-run --gpu 8xa100 -- COMMAND` runs any such program on cards that are not there"
 )
 _NOT_PLANNED = {

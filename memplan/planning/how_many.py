@@ -41,7 +41,28 @@ def _of(asked: Asked, gpu: Gpu, parallel: str) -> HowMany:
         return HowMany(parallel=parallel, note=str(error))
 
 
+def _among(asked: Asked, gpu: Gpu, parallel: str, counts: Sequence[int]) -> HowMany:
+    """The same of a strategy that has these numbers alone."""
+    _on(asked, parallel, counts[0] if counts else 2)  # refuses what the strategy can't have
+    tight = None
+    for count in counts:
+        on = _on(asked, parallel, count)
+        if max(_beyond(on, gpu)) <= 0:
+            needed = judge(gpu, _run(on, gpu)).needed_bytes
+            return HowMany(parallel=parallel, gpus=count, needed_bytes=needed, tight_gpus=tight)
+        if tight is None and _through(on, gpu):
+            tight = count
+    return HowMany(
+        parallel=parallel,
+        needed_bytes=judge(gpu, _run(on, gpu), explain=False).needed_bytes,
+        note="no number that divides its heads is enough",
+    )
+
+
 def _fewest(asked: Asked, gpu: Gpu, parallel: str) -> HowMany:
+    strategy: strategies.Strategy = strategies.find(parallel)
+    if strategy.worlds is not None:
+        return _among(asked, gpu, parallel, strategy.worlds(asked.spec))
     _on(asked, parallel, 2)  # refuses what the strategy can't have, on however few it would fit
     low, high = 0, 1
     before: tuple[int, int] | None = None
@@ -67,8 +88,7 @@ def _tight(asked: Asked, gpu: Gpu, parallel: str, enough: int) -> int | None:
     """The fewest that a run gets through on, where that is fewer than are ``enough`` to call it *fits*."""
 
     def through(count: int) -> bool:
-        on = _on(asked, parallel, count)
-        return _tensors_beyond(on, gpu) <= 0 and judge(gpu, _run(on, gpu)).verdict != "does not fit"
+        return _through(_on(asked, parallel, count), gpu)
 
     low, high = 1, enough  # of one there is nothing to share, and it was looked at first
     step = 1
@@ -79,6 +99,11 @@ def _tight(asked: Asked, gpu: Gpu, parallel: str, enough: int) -> int | None:
         else:
             low, step = tried, max((high - tried) // 2, 1)
     return high if high < enough else None
+
+
+def _through(asked: Asked, gpu: Gpu) -> bool:
+    """Whether a run gets through."""
+    return _tensors_beyond(asked, gpu) <= 0 and judge(gpu, _run(asked, gpu)).verdict != "does not fit"
 
 
 def _none(asked: Asked, parallel: str) -> str:

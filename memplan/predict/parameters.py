@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from memplan import adapters, families, optimizers, stacks
+from memplan import adapters, families, optimizers, stacks, strategies
 from memplan.asked.options import TARGET_PRESETS
 from memplan.asked.recipe import ZERO, Batches, DTypeName, Mode, QuantType, Recipe
 from memplan.asked.spec import ModelSpec
@@ -44,6 +44,9 @@ def resolve_recipe(spec: ModelSpec, recipe: Recipe) -> Recipe:
     if resolved.mode is not Mode.FULL:
         _check_experts(spec, resolved)
         targets.check(resolved, _adapted(spec, resolved), _linear_shapes(spec), _names(spec))
+    strategy = strategies.of(resolved)
+    if strategy is not None and strategy.check is not None:
+        strategy.check(spec, resolved, () if resolved.mode is Mode.FULL else _adapted(spec, resolved))
     return resolved
 
 

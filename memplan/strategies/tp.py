@@ -1,25 +1,28 @@
 """Tensor parallel as transformers sets it up when a model is loaded with ``tp_plan="auto"``
 (transformers 5.23 distributed/tensor_parallel.py, distributed/mixin.py; torch/distributed/tensor, 2.13).
 
-Each rank keeps a part of every matrix, as a DTensor: rows of queries, keys, values, gate and up, whose outputs
-are its heads and its part of the MLP (``colwise``); columns of the projections behind them, whose outputs are
-sums over the ranks (``rowwise``); rows of the embedding, that is a part of the vocabulary, whose sums are
-the hidden states (``embedding_rowwise``); and rows of the output layer, whose logits are gathered on every rank
-(``colwise_gather_output``). Norms are whole on each, and so are hidden states, logits and the batch.
+Each rank keeps a part of every matrix, as a DTensor: rows of queries, keys, values, gate and up, whose
+outputs are its heads and its part of the MLP (``colwise``); columns of the projections behind them, whose
+outputs are summed over the ranks (``rowwise``); rows of the embedding, a part of the vocabulary, whose
+outputs are summed, too (``embedding_rowwise``); and rows of the output layer, whose logits are gathered on
+all (``colwise_gather_output``). Norms are whole on each, and so are hidden states, logits and the batch.
 
 Sums are made into new tensors (``_functional_collectives.all_reduce``), forward behind what is rowwise,
 backward in front of what is colwise. The gradient of the embedding is that of the whole vocabulary on each
-rank; the optimizer takes this rank's part of it, in a tensor that is there while it runs.
+rank; the optimizer takes this rank's part of it, in a tensor that is there while it runs. Where the output
+layer has the embedding's weight, that part is added to its gradient before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from math import prod
+from collections.abc import Callable, Iterable, Iterator
+from math import gcd, prod
 from typing import Any
 
 from memplan.asked.recipe import Recipe
+from memplan.asked.spec import ModelSpec
 from memplan.cuda.foreach import partial_norms
+from memplan.errors import RecipeError
 from memplan.optimizers import Group
 from memplan.optimizers._lists import gradient, release
 from memplan.parts.leaves import Base, Embedding, embedding_backward
@@ -57,7 +60,7 @@ class Tp(Spread):
         self.table: Tensor | None = None  # what is computed with
         self.tied = False
         self.groups: list[Group] = []
-        self.clips = bool(recipe.max_grad_norm)
+        self.clips, self.optimizer = bool(recipe.max_grad_norm), recipe.optimizer
 
     # -- what rests --------------------------------------------------------------------------------------
 
@@ -179,8 +182,7 @@ class Tp(Spread):
         """``get_total_norm`` of the gradients of what is divided, or of what is not."""
         tape = state.tape
         chosen = [
-            (group, [one for one in group.parameters if _is_divided(one) is divided])
-            for group in self.groups
+            (group, [one for one in group.parameters if _is_divided(one) is divided]) for group in self.groups
         ]
         chosen = [(group, parameters) for group, parameters in chosen if parameters]
         first = chosen[0][1][0]
@@ -225,11 +227,18 @@ class Tp(Spread):
         return whole.shape
 
     def stepping(self) -> list[Tensor]:
-        """This rank's part of the embedding's gradient."""
+        """This rank's part of the embedding's gradient: for as long as its one kernel runs, or for each
+        operation on lists that reads it, once or twice, before AdamW's roots are taken."""
         part = self.vocabulary
         if part is None or not self._whole():
             return []
-        return [empty(part.shape, part.dtype, "clone")]
+        state.tape.module = _EMBEDDING
+        if self.optimizer != "adamw_torch":
+            return [empty(part.shape, part.dtype, "clone")]
+        for reads in (1, 2):  # _foreach_lerp_, _foreach_addcmul_
+            copies = [empty(part.shape, part.dtype, "clone") for _ in range(reads)]
+            del copies
+        return []
 
 
 def _parameters(groups: list[Group]) -> Iterator[Tensor]:
@@ -264,7 +273,7 @@ class _Hooked(Base):
 
     def __init__(self, base: Base) -> None:
         self.base = base
-        self.name, self.shape, self.bias, self.quantised = base.name, base.shape, base.bias, base.quantised
+        self.name, self.shape, self.bias = base.name, base.shape, base.bias
 
     @property
     def compute(self) -> DType:
@@ -294,6 +303,18 @@ class _Head:
 
     def __init__(self, head: Any, world: int) -> None:
         self._head, self._world = head, world
+
+    @property
+    def weight(self) -> Tensor:
+        """All of it (TRL 1.16 trainer/utils.py, ``add_fused_lm_head``: ``full_tensor``)."""
+        own: Tensor = self._head.weight
+        node = Node(_sliced, own) if ops.tracked(own) else None
+        with category(Category.COMMUNICATION):
+            whole = empty((own.shape[0] * self._world, own.shape[1]), own.dtype, "full_tensor")
+        if node is not None:
+            node.context = own.shape
+            attach(node, whole)
+        return whole
 
     def __call__(self, hidden: Tensor) -> Tensor:
         state.tape.module = "lm_head"
@@ -335,7 +356,9 @@ def _summed(node: Node, grad: Tensor) -> Any:
 
 
 def _reduced(x: Tensor) -> Tensor:
-    """``redistribute`` of a sum that is not made yet."""
+    """``redistribute`` of a sum that is not made yet, which without gradients is made in place."""
+    if not state.grad:
+        return x
     node = Node(_passed_on, x) if ops.tracked(x) else None
     out = empty(x.shape, x.dtype, "all_reduce")
     if node is not None:
@@ -349,8 +372,44 @@ def _passed_on(node: Node, grad: Tensor) -> Any:
 
 
 def _sliced(node: Node, grad: Tensor) -> Any:
-    """``Shard._replicate_to_shard``: this rank's part of the gradient, as a copy."""
-    return (empty(node.context, grad.dtype, "clone"),)
+    """``Shard._replicate_to_shard``: this rank's part of the gradient, as a copy. The engine does not add
+    into a DTensor, nor into what is viewed."""
+    return (empty(node.context, grad.dtype, "clone").viewed(node.context),)
 
 
-STRATEGY = Strategy(Tp, part=part_of)
+_FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # compared
+_RUN = "`memplan dry-run --gpu 4xh100 -- torchrun --nproc-per-node 4 SCRIPT` runs a rank of your own program"
+
+
+def worlds(spec: ModelSpec) -> list[int]:
+    """Numbers of ranks that divide heads, the MLP's width and the vocabulary alike."""
+    most = gcd(spec.num_attention_heads, spec.num_key_value_heads, spec.intermediate_size, spec.vocab_size)
+    return [world for world in range(2, most + 1) if most % world == 0]
+
+
+def _check(spec: ModelSpec, recipe: Recipe, adapted: Iterable[str]) -> None:
+    """Raise RecipeError for what was not compared, and for what the libraries can't do."""
+    behind = spec.attention_bias and spec.model_type != "qwen2"  # where o_proj has one, too
+    if spec.model_type not in _FAMILIES or spec.mlp_bias or behind:
+        names = ", ".join(_FAMILIES.values())
+        raise RecipeError(
+            f"tensor parallel of {spec.name} is not planned, that of {names} without biases behind attention "
+            f"and MLP is: {_RUN}"
+        )
+    fit = worlds(spec)
+    if recipe.gpus not in fit:
+        divide = f"{' or '.join(map(str, fit))} do" if fit else "no number does"
+        raise RecipeError(
+            f"{recipe.gpus} GPUs do not divide {spec.name}'s {spec.num_attention_heads} heads, "
+            f"{spec.num_key_value_heads} of keys and values, {spec.intermediate_size} of the MLP and "
+            f"{spec.vocab_size} of the vocabulary alike, which tensor parallel is planned for: {divide}"
+        )
+    summed = sorted({name.rpartition(".")[2] for name in adapted} - {*COLWISE})
+    if summed:
+        raise RecipeError(
+            f"PEFT's adapters on {' and '.join(summed)} fail under transformers' tensor parallel (0.21 and "
+            f"5.23): give --target-modules {','.join(COLWISE)} or fewer of them, or --parallel fsdp2"
+        )
+
+
+STRATEGY = Strategy(Tp, part=part_of, worlds=worlds, check=_check)
