@@ -35,7 +35,7 @@ def _spec(family: str, layers: int) -> ModelSpec:
 
 
 @pytest.mark.parametrize("how", HOW.values(), ids=HOW)
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("family", ["gemma2", "llama", "qwen2", "qwen3", "mistral"])
 def test_layers_may_be_folded(family: str, how: dict[str, Any]) -> None:
     spec = _spec(family, 7)
     recipe = resolve_recipe(spec, Recipe(**how, parallel="tp", gpus=2, seq_len=64))

@@ -388,7 +388,7 @@ class Prediction(Study):
         """Sequences in a batch of an evaluation; 0 where none is made, or where nobody has compared one:
         under ZeRO-3, which gathers ahead by what training has recorded, and FSDP1, which lets go of gradients
         then."""
-        if self.recipe.parallel in ("zero3", "fsdp", "tp"):
+        if self.recipe.parallel in ("zero3", "fsdp"):
             return 0
         read = self.asked.read
         return DEFAULT_BATCH if read is None or read.evaluates is None else read.evaluates

@@ -133,12 +133,15 @@ class Tp(Spread):
         del masked
         del mask
         out = empty(shape, weight.dtype, "all_reduce")
-        del partial
         if node is not None:
             node.saved = ids
             node.context = (weight.shape[0] * self.world, weight.shape[1]) if self.tied else weight.shape
             attach(node, out)
-        elif embedding.requires_grad_hook:
+        if embedding.scale is not None:  # Gemma's multiplies what it has looked up
+            scale = ops.to(embedding.scale, weight.dtype)
+            out = ops.mul(out, scale) if node is not None else ops.pointwise("mul", out)
+        del partial
+        if node is None and embedding.requires_grad_hook:
             require_grad(out, parameter=False)
         return out
 
@@ -377,7 +380,8 @@ def _sliced(node: Node, grad: Tensor) -> Any:
     return (empty(node.context, grad.dtype, "clone").viewed(node.context),)
 
 
-_FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # compared
+# those that were compared
+_FAMILIES = {"gemma2": "Gemma 2", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 _RUN = "`memplan dry-run --gpu 4xh100 -- torchrun --nproc-per-node 4 SCRIPT` runs a rank of your own program"
 
 
