@@ -85,6 +85,10 @@ class Spread:
         that it is given by position, if any."""
         return run(x, *rest)
 
+    def stacked(self, weights: Tensor) -> Tensor:
+        """A parameter that all experts of a layer share, as they compute with it."""
+        return weights
+
     def before(self) -> None:
         """The model's forward begins."""
 

@@ -5,7 +5,9 @@ Each rank keeps a part of every matrix, as a DTensor: rows of queries, keys, val
 outputs are its heads and its part of the MLP (``colwise``); columns of the projections behind them, whose
 outputs are summed over the ranks (``rowwise``); rows of the embedding, a part of the vocabulary, whose
 outputs are summed, too (``embedding_rowwise``); and rows of the output layer, whose logits are gathered on
-all (``colwise_gather_output``). Norms are whole on each, and so are hidden states, logits and the batch.
+all (``colwise_gather_output``). Of experts, which share parameters, gate and up are divided by rows and the
+projections behind them by columns, and sums are made in place (``moe_tp_experts``). Norms and routers are
+whole on each, and so are hidden states, logits and the batch.
 
 Sums are made into new tensors (``_functional_collectives.all_reduce``), forward behind what is rowwise,
 backward in front of what is colwise. The gradient of the embedding is that of the whole vocabulary on each
@@ -72,7 +74,7 @@ class Tp(Spread):
         """This rank's part. Of an embedding whose gradient stays whole, what is computed with says the whole
         shape and has the part's memory."""
         name = state.tape.module
-        if _axis(name) is None:
+        if _divided_by(name) is None:
             return None
         # PEFT makes adapters as the layer's own part is
         local = shape if kind is Category.ADAPTERS else part_of(name, shape, self.world)
@@ -114,6 +116,17 @@ class Tp(Spread):
             assert x is not None
             x = _replicated(x)
         return run(x, *rest)
+
+    def stacked(self, weights: Tensor) -> Tensor:
+        """``_use_local_dtensor_params``: ``to_local`` before anything else, behind which gradients wait until
+        all of the experts' are there."""
+        if not ops.tracked(weights):
+            return weights
+        node = Node(_passed_on, weights)
+        node.python = True
+        out = weights.detach()
+        attach(node, out)
+        return out
 
     def embed(self, run: Any, ids: Tensor) -> Tensor:
         """``EmbeddingParallel``: ids outside of this rank's part are masked (``_MaskPartial``)."""
@@ -250,23 +263,24 @@ def _parameters(groups: list[Group]) -> Iterator[Tensor]:
 
 def _is_divided(parameter: Tensor) -> bool:
     assert parameter.storage is not None
-    return _axis(state.tape.modules[parameter.storage.index]) is not None
+    return _divided_by(state.tape.modules[parameter.storage.index]) is not None
 
 
 def part_of(name: str, shape: Shape, world: int) -> Shape:
     """The shape of a rank's part of a parameter, by the name of that or of its module."""
-    axis = _axis(name.removesuffix(".weight").removesuffix(".bias"))
+    by = _divided_by(name.removesuffix(".weight").removesuffix(".bias"))
+    axis = {"rows": max(len(shape) - 2, 0), "columns": len(shape) - 1}.get(by or "")
     return tuple(size // world if at == axis else size for at, size in enumerate(shape))
 
 
-def _axis(name: str) -> int | None:
-    """The axis along which a module's parameters are divided."""
+def _divided_by(name: str) -> str | None:
+    """Whether a module's matrices are divided by rows or columns; of experts all of them are alike."""
     if name in (_EMBEDDING, "lm_head"):
-        return 0
+        return "rows"
     *_, module, last = ("", *name.split("."))
-    if last in COLWISE or (last == "lora_B" and module in COLWISE):
-        return 0
-    return 1 if last in ROWWISE else None
+    if last in (*COLWISE, "gate_up_proj") or (last == "lora_B" and module in COLWISE):
+        return "rows"
+    return "columns" if last in ROWWISE else None
 
 
 class _Hooked(Base):
@@ -381,13 +395,23 @@ def _sliced(node: Node, grad: Tensor) -> Any:
 
 
 # those that were compared
-_FAMILIES = {"gemma2": "Gemma 2", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+_FAMILIES = {
+    "gemma2": "Gemma 2",
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "mixtral": "Mixtral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "qwen3_moe": "Qwen3 MoE",
+}
 _RUN = "`memplan dry-run --gpu 4xh100 -- torchrun --nproc-per-node 4 SCRIPT` runs a rank of your own program"
 
 
 def worlds(spec: ModelSpec) -> list[int]:
     """Numbers of ranks that divide heads, the MLP's width and the vocabulary alike."""
-    most = gcd(spec.num_attention_heads, spec.num_key_value_heads, spec.intermediate_size, spec.vocab_size)
+    layers = spec.sparse_layers or (False,)
+    inner = {spec.moe_intermediate_size if sparse else spec.intermediate_size for sparse in layers}
+    most = gcd(spec.num_attention_heads, spec.num_key_value_heads, spec.vocab_size, *inner)
     return [world for world in range(2, most + 1) if most % world == 0]
 
 
@@ -410,9 +434,10 @@ def _check(spec: ModelSpec, recipe: Recipe, adapted: Iterable[str]) -> None:
         )
     summed = sorted({name.rpartition(".")[2] for name in adapted} - {*COLWISE})
     if summed:
+        fine = COLWISE[:3] if spec.num_experts else COLWISE  # PEFT adapts experts in one, or not at all
         raise RecipeError(
             f"PEFT's adapters on {' and '.join(summed)} fail under transformers' tensor parallel (0.21 and "
-            f"5.23): give --target-modules {','.join(COLWISE)} or fewer of them, or --parallel fsdp2"
+            f"5.23): give --target-modules {','.join(fine)} or fewer of them, or --parallel fsdp2"
         )
 
 
