@@ -283,7 +283,6 @@ REFUSED = [
         "FSDP1 with dtype float16 is not planned",
     ),
     (("--gpus", "8", "--parallel", "fsdp", "--trainer", "peft"), "use --no-kbit-prep, or --parallel fsdp2"),
-    (("--gpus", "8", "--parallel", "fsdp2", "--offload", "both"), "4-bit weights on the host is not planned"),
     (("--gpus", "8", "--parallel", "fsdp", "--offload", "optimizer"), "together: use --offload both"),
     (("--gpus", "8", "--parallel", "fsdp2", "--forward-prefetch"), "forward_prefetch is FSDP1's"),
     (("--gpus", "8", "--parallel", "fsdp2", "--mode", "lora", "--no-autocast"), "use --autocast"),
@@ -314,6 +313,16 @@ def test_what_cannot_be_is_refused_in_a_sentence(options: tuple[str, ...], told:
     assert outcome.status == 2
     assert told in outcome.err
     assert outcome.err.count("\n") == 1
+
+
+def test_adapters_on_the_host_need_an_embedding_that_puts_out(memplan: Run) -> None:
+    for mode in ("lora", "qlora"):
+        asked = ("--mode", mode, "--parallel", "fsdp2", "--gpus", "8", "--offload", "both")
+        refused = memplan("llama-3.1-8b", *asked)
+        assert refused.status == 2
+        assert "gathers what NCCL can't send; use --trainer peft" in refused.err
+        assert memplan("llama-3.2-1b", *asked).status == 0
+        assert memplan("llama-3.1-8b", *asked, "--trainer", "peft", "--autocast").status == 0
 
 
 def test_a_trace_is_of_one_gpu_and_a_verification_of_several_needs_a_trainer(memplan: Run) -> None:
@@ -463,7 +472,7 @@ def test_fsdp2_is_advised_where_ddp_is_too_large(memplan: Run) -> None:
 
 def test_several_are_told_as_several(memplan: Run) -> None:
     told = memplan("llama-3.2-1b", "--mode", "lora", "--gpus", "4").out
-    assert " GiB at the peak on each of 4 GPUs: fits all of 9 cards" in told
+    assert " reserved on each of 4 GPUs: fits all of 9 cards" in told
     assert "--gpu 4xNAME" in " ".join(told.split())
     told = memplan("compare", "llama-3.2-1b", "--gpu", "4xh100").out
     assert told.startswith("full  fits on each of 4 H100 80GB HBM3 (")
@@ -602,6 +611,34 @@ def test_nodes_that_can_not_be(options: str, told: str, memplan: Run) -> None:
     outcome = memplan("llama-3.2-1b", *options.split())
     assert outcome.status == 2
     assert told in outcome.err
+
+
+@pytest.mark.parametrize(("fixed", "swept"), [("--nodes=2", "gpus=4,8"), ("--gpus=4", "nodes=2,4")])
+def test_a_sweep_goes_through_nodes_and_their_gpus(fixed: str, swept: str, memplan: Run) -> None:
+    asked = (
+        "compare",
+        "llama-3.2-1b",
+        "--mode",
+        "full",
+        "--parallel",
+        "fsdp2",
+        fixed,
+        "--sweep",
+        swept,
+        "--json",
+    )
+    outcome = memplan(*asked)
+    assert outcome.status == 0, outcome.err
+    plans = json.loads(outcome.out)["plans"]
+    assert [one["recipe"]["gpus"] for one in plans] == [8, 16]
+
+
+def test_a_host_s_memory_that_nothing_is_held_against_is_said(memplan: Run) -> None:
+    asked = ("llama-3.1-8b", "--mode", "full", "--parallel", "zero3", "--host-memory", "60GB")
+    assert "nothing of this run is offloaded" in memplan(*asked, "--gpus", "8").err
+    counted = memplan("fit", *asked, "--offload", "both", "--gpu", "4090", "--how-many")
+    assert counted.status == 2
+    assert "of the fewest GPUs that are enough, 2 processes keep" in counted.err
 
 
 def test_the_hosts_memory_is_of_each_node(memplan: Run) -> None:

@@ -922,6 +922,25 @@ def test_accelerate_says_what_stays_and_how_often_the_model_is_there(
     assert {name: found[name] for name in named if name in found} == options
 
 
+def test_one_process_of_fsdp_is_not_a_plain_one(write: Write) -> None:
+    with pytest.raises(MemplanError, match="num_processes: 1 is one: FSDP on one card is not planned"):
+        read(write(_fsdp(2) | {"num_machines": 1, "num_processes": 1}))
+
+
+def test_a_file_that_gives_way_is_named(write: Write) -> None:
+    path = write(_fsdp(2))
+    for given, gpus, told in (
+        (Recipe(mode="full"), ["16xh100"], ("gpus",)),
+        (Recipe(mode="full", gpus=16), [], ("gpus",)),
+        (Recipe(mode="full", parallel="zero3"), ["8xh100"], ("parallel",)),
+        (Recipe(mode="full"), ["8xh100"], ()),
+        (Recipe(mode="full"), [], ()),
+    ):
+        found = plan("llama-3.2-1b", given, config=path, gpus=gpus).read
+        assert found is not None
+        assert [sentence.partition(":")[0] for sentence in found.left_out] == [*told], found.left_out
+
+
 def test_what_accelerate_passes_over_is_said(write: Write) -> None:
     told = read(write(_fsdp(1, fsdp_reshard_after_forward="SHARD_GRAD_OP"))).left_out
     assert any("whose fsdp_sharding_strategy is FULL_SHARD" in sentence for sentence in told)

@@ -202,7 +202,7 @@ def cases() -> Iterator[Case]:
     for engine, (_, recipe) in OTHERWISE.items():
         for mode in ("full", "lora", "full", "qlora"):
             if mode == "qlora" and recipe["parallel"] in ("zero3", "fsdp2"):
-                continue  # 4-bit weights, which are not divided or not offloaded
+                continue  # 4-bit weights, which are not divided; of FSDP2 further down
             model = ("llama-3.2-1b", "qwen3-4b", "qwen2.5-1.5b", "llama-3.1-8b")[(turn + turn // 4) % 4]
             trainer = ("peft", "trl")[(turn + turn // 2) % 2]
             if engine == "fsdp2 offload" and mode == "lora":
@@ -243,6 +243,11 @@ def cases() -> Iterator[Case]:
                 world = worlds[(turn + turn // 2) % 2]
                 yield _case(model, FAMILIES[model], mode, engine, trainer, variant, turn, world)
                 turn += 1
+    for mode in ("lora", "qlora"):  # tied embeddings, without which TRL gathers what NCCL can't send
+        yield _case("llama-3.2-1b", 3, mode, "fsdp2 offload", "trl", 0, 2, 4)
+    for turn, model in enumerate(("qwen3-4b", "llama-3.1-8b", "qwen2.5-1.5b")):
+        world = (8, 3, 2)[turn]
+        yield _case(model, FAMILIES[model], "qlora", "fsdp2 offload", "peft", turn % 2, turn + 2, world)
 
 
 def _case(

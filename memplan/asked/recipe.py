@@ -778,13 +778,6 @@ class Recipe(BaseModel):
             raise ValueError("FSDP offloads parameters and the optimizer together: use --offload both")
         if not sharded:
             return
-        if self.offload is not None and self.mode is Mode.LORA and self.trainer == "trl":
-            raise ValueError(
-                "TRL's SFTTrainer (1.16) fails with adapters whose base FSDP2 keeps on the host: it gathers "
-                "what NCCL can't send; use --trainer peft, or leave out --offload"
-            )
-        if self.offload is not None and self.mode is Mode.QLORA:
-            raise ValueError("FSDP2 with 4-bit weights on the host is not planned: leave out --offload")
         for name, rest, why in _NOT_SHARDED:
             if getattr(self, name) not in rest:
                 raise ValueError(f"{why}: leave {name} out, or use --parallel ddp")

@@ -93,6 +93,8 @@ def _sharded(keys: Keys) -> None:
             keys.refuse("fsdp_config", f"wraps {shown(name)}, and memplan plans decoder layers as units")
     _of_several(keys, "fsdp" if version == 1 else "fsdp2")
     several = "parallel" in keys.options
+    if not several:
+        keys.refuse("num_processes", "is one: FSDP on one card is not planned")
     ahead, behind = told.flag("fsdp_forward_prefetch"), _prefetch(told)
     _resharded(keys, told, version)
     if version == 1 and several:

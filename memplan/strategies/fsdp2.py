@@ -493,28 +493,32 @@ def _load(recipe: Recipe, coming: Coming) -> Iterator[LoadStep]:
     units: dict[str, list[tuple[int | str, str]]] = {}
     for number, name, _ in coming.resting:
         units.setdefault(_unit(name), []).append((number, name))
-    for one in whole if recipe.offload is not None else ():
-        if isinstance(one, str):
-            units.setdefault(_unit(one), []).append((one, one))
+    away = [one for one in whole if isinstance(one, str)] if recipe.offload is not None else []
+    there = {name: sum(coming.sizes[one] for one in of) for name, of in coming.lying.items()}
+    if recipe.offload is not None:  # 4-bit weights, and what lies beside them
+        away += there
+    for name in away:
+        units.setdefault(_unit(name), []).append((name, name))
     # what is trained is upcast before, which shards that rest here tell
     wide = recipe.offload is not None and recipe.mode is Mode.FULL and recipe.autocast
     wider = 4 // DTYPES[recipe.dtype.value].itemsize if wide and recipe.shard_dtype is None else 1
     held: list[int] = []
     for unit in sorted(units, key=lambda unit: (not unit.startswith("model.layers."), "norm" not in unit)):
         came: list[int] = []
-        there = held if unit in ("model.embed_tokens", "lm_head") else came
+        kept = held if unit in ("model.embed_tokens", "lm_head") else came
         for name in dict.fromkeys(name for _, name in units[unit]):  # several may be called alike
             held += coming.lying.get(name, ())
         for one, _ in units[unit]:
             if one in whole:
                 take, temporarily = temporary(whole[one] * wider)
                 yield take
-                there.append(temporarily)
+                kept.append(temporarily)
         for one, _ in units[unit]:
             if isinstance(one, int):
                 yield "alloc", one
                 continue
-            take, shard = temporary(-(-whole[one] * wider // recipe.shards))  # on its way to the host
+            nbytes = whole[one] * wider if one in whole else there[one]
+            take, shard = temporary(-(-nbytes // recipe.shards))  # on its way to the host
             yield take
             yield "drop", shard
         for number in came:
