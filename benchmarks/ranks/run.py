@@ -34,7 +34,8 @@ from memplan.tape import replay
 from memplan.tape.file import load
 from memplan.verify.job import cut
 
-ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 SCRIPTS = ROOT / "benchmarks" / "plain"
 RESULTS = ROOT / "data" / "ranks.json"
 GPU = "a100"
@@ -79,6 +80,10 @@ FLAT_WAYS: dict[str, tuple[list[str], dict[str, Any]]] = {
         [*FLAT, "--fsdp_backward_prefetch", "BACKWARD_PRE", "--fsdp_offload_params", "true"],
         {"parallel": "fsdp", "backward_prefetch": "backward_pre", "offload": "both"},
     ),
+    "fsdp kept": (
+        [*FLAT, "--fsdp_sharding_strategy", "SHARD_GRAD_OP", "--fsdp_backward_prefetch", "BACKWARD_PRE"],
+        {"parallel": "fsdp", "backward_prefetch": "backward_pre", "reshard_after_forward": False},
+    ),
 }
 # other ways of DeepSpeed: how they are launched, and the same as a recipe
 OTHERWISE: dict[str, tuple[list[str], dict[str, Any]]] = {
@@ -105,11 +110,26 @@ OTHERWISE: dict[str, tuple[list[str], dict[str, Any]]] = {
         [*ENGINES["fsdp2"], "--fsdp_offload_params", "true"], {"parallel": "fsdp2", "offload": "both"}
     ),
 }  # fmt: skip
+# FSDP2's layers stay gathered up to their backward, or the model is there several times
+WAYS: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "fsdp2 kept": (
+        [*ENGINES["fsdp2"], "--fsdp_reshard_after_forward", "false"],
+        {"parallel": "fsdp2", "reshard_after_forward": False},
+    ),
+    "fsdp hybrid": (
+        [*FLAT, "--fsdp_sharding_strategy", "HYBRID_SHARD", "--fsdp_backward_prefetch", "BACKWARD_PRE"],
+        {"parallel": "fsdp", "backward_prefetch": "backward_pre", "dp_replicate": 2},
+    ),
+    **{
+        f"hsdp {replicas}": (ENGINES["fsdp2"], {"parallel": "fsdp2", "dp_replicate": replicas})
+        for replicas in (2, 4)
+    },
+}
 LAUNCHED = {
     **ENGINES,
     **{name: _by_file(name) for name in ZERO},
     **{name: engine for name, (engine, _) in OTHERWISE.items()},
-    **{name: engine for name, (engine, _) in FLAT_WAYS.items()},
+    **{name: engine for name, (engine, _) in (*FLAT_WAYS.items(), *WAYS.items())},
 }
 _FIGURES = ("tensors", "reserved", "host")
 SCRIPT = {"peft": "hf_trainer.py", "trl": "trl_guide.py"}
@@ -150,11 +170,15 @@ class Case(NamedTuple):
     @property
     def launched(self) -> list[str]:
         """By accelerate, or by torchrun, on as many cards as its recipe has."""
-        count = str(self.recipe["gpus"])
+        count = self.recipe["gpus"]
         if self.engine == "tp":  # which no launcher has to know of
-            return ["torchrun", "--nproc-per-node", count, "--"]
-        engine = LAUNCHED[self.engine]
-        return ["accelerate", "launch", "--num_processes", count, *engine, "--mixed_precision", "bf16"]
+            return ["torchrun", "--nproc-per-node", str(count), "--"]
+        engine = [*LAUNCHED[self.engine]]
+        if self.engine.startswith("hsdp"):
+            replicas = self.recipe["dp_replicate"]
+            engine += ["--use_parallelism_config", "--parallelism_config_dp_replicate_size", str(replicas)]
+            engine += ["--parallelism_config_dp_shard_size", str(count // replicas)]
+        return ["accelerate", "launch", "--num_processes", str(count), *engine, "--mixed_precision", "bf16"]
 
 
 def _environment(case: Case) -> dict[str, str]:
@@ -200,7 +224,7 @@ def cases() -> Iterator[Case]:
     for engine, (_, recipe) in OTHERWISE.items():
         for mode in ("full", "lora", "full", "qlora"):
             if mode == "qlora" and recipe["parallel"] in ("zero3", "fsdp2"):
-                continue  # 4-bit weights, which are not divided or not offloaded
+                continue  # 4-bit weights, which are not divided; of FSDP2 further down
             model = ("llama-3.2-1b", "qwen3-4b", "qwen2.5-1.5b", "llama-3.1-8b")[(turn + turn // 4) % 4]
             trainer = ("peft", "trl")[(turn + turn // 2) % 2]
             if engine == "fsdp2 offload" and mode == "lora":
@@ -235,12 +259,31 @@ def cases() -> Iterator[Case]:
                     world = counts[turn % len(counts)]
                     yield _case(model, layers, mode, "tp", trainer, variant, turn, world)
                     turn += 1
+    turn = 0
+    for engine, worlds in (
+        ("hsdp 2", (4, 8)), ("hsdp 4", (16, 12)), ("fsdp2 kept", (8, 3)), ("fsdp kept", (4, 3)),
+        ("fsdp hybrid", (4, 16)),
+    ):  # fmt: skip
+        for mode in ("full", "lora", "qlora"):
+            if mode == "qlora" and engine == "fsdp kept":
+                continue  # PyTorch stops
+            for variant in range(2):
+                model = ("llama-3.2-1b", "qwen3-4b", "qwen2.5-1.5b", "llama-3.1-8b")[(turn + turn // 4) % 4]
+                trainer = ("peft", "trl")[(turn + turn // 4) % 2]
+                world = worlds[(turn + turn // 2) % 2]
+                yield _case(model, FAMILIES[model], mode, engine, trainer, variant, turn, world)
+                turn += 1
+    for mode in ("lora", "qlora"):  # tied embeddings, without which TRL gathers what NCCL can't send
+        yield _case("llama-3.2-1b", 3, mode, "fsdp2 offload", "trl", 0, 2, 4)
+    for turn, model in enumerate(("qwen3-4b", "llama-3.1-8b", "qwen2.5-1.5b")):
+        world = (8, 3, 2)[turn]
+        yield _case(model, FAMILIES[model], "qlora", "fsdp2 offload", "peft", turn % 2, turn + 2, world)
 
 
 def _case(
     model: str, layers: int, mode: str, engine: str, trainer: str, variant: int, turn: int, world: int
 ) -> Case:
-    _, spread = {**OTHERWISE, **FLAT_WAYS}.get(engine, ([], {"parallel": engine}))
+    _, spread = {**OTHERWISE, **FLAT_WAYS, **WAYS}.get(engine, ([], {"parallel": engine}))
     parallel = spread["parallel"]
     length = (1024, 777, 2048)[turn % 3]
     batch = 1 + (turn % 4 == 3)
@@ -304,6 +347,8 @@ def emulated(case: Case, folder: Path) -> dict[str, Any]:
         _memplan("stub", case.model, str(checkpoint), "--layers", str(case.layers))
     tape = folder / "step.json.gz"
     script = [str(SCRIPTS / case.script), str(checkpoint), "--out", str(out / "peaks.json"), *case.arguments]
+    if case.engine == "fsdp hybrid":
+        script = [str(HERE / "machines.py"), str(case.recipe["gpus"] // 2), *script]
     out.mkdir(exist_ok=True)
     told = json.loads(
         _memplan(

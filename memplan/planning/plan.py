@@ -243,7 +243,7 @@ def plan_of(study: Prediction) -> Plan:
         ),
         ParameterCounts(total=base + adapters, trainable=trainable),
     )
-    return answer.model_copy(update={"read": read_from(asked.read)})
+    return answer.model_copy(update={"read": read_from(asked.read, asked.given)})
 
 
 def _unpacked(spec: ModelSpec, recipe: Recipe) -> str | None:

@@ -110,7 +110,7 @@ def _spread(
     itemsize = strategy.itemsize or _ITEMSIZE[recipe.dtype]
     whole: dict[int | str, int] = {n: count * itemsize for n, count in known.items() if n not in there}
     for number, name, nbytes in resting:
-        share = nbytes * recipe.gpus
+        share = nbytes * recipe.shards
         count = known.get(name, 0)
         exact = next((count * size for size in (4, 2) if 0 <= share - count * size < share // 8), share)
         whole[number] = exact if ".lora_" not in name else share

@@ -32,6 +32,13 @@ def resolve_recipe(spec: ModelSpec, recipe: Recipe) -> Recipe:
             f"Liger-Kernel has no fused loss for {spec.architecture} that runs with transformers 5.23: use "
             "the standard loss"
         )
+    away = resolved.parallel == "fsdp2" and resolved.offload is not None and resolved.mode is not Mode.FULL
+    if away and resolved.loss == "chunked" and not spec.tie_word_embeddings:
+        raise RecipeError(
+            "TRL's fused loss (1.16) fails with adapters whose base FSDP2 keeps on the host, but where the "
+            "output layer is the embedding: it gathers what NCCL can't send; use --trainer peft, or leave "
+            "out --offload"
+        )
     if resolved.parallel == "zero3" and spec.model_type == "mixtral":
         # its router comes before its experts, which is the order in which their gradients are summed
         raise RecipeError("Mixtral under ZeRO-3 is not planned: use --parallel zero2 or fsdp2")
