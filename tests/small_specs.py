@@ -67,6 +67,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "hidden_activation": "gelu_pytorch_tanh", "enable_moe_block": True, "num_experts": 8,
         "top_k_experts": 3, "moe_intermediate_size": 136,
     },
+    "gemma4_e4b": {  # the last third of layers reuses keys and values
+        "architectures": ["Gemma4ForCausalLM"], "model_type": "gemma4_text", "head_dim": 32,
+        "global_head_dim": 64, "sliding_window": 100, "hidden_activation": "gelu_pytorch_tanh",
+        "final_logit_softcapping": 30.0, "hidden_size_per_layer_input": 24,
+        "vocab_size_per_layer_input": 777, "use_double_wide_mlp": True,
+    },
     "phi3": {
         "architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "sliding_window": 100, "pad_token_id": 0,
     },
@@ -122,7 +128,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 def config(family: str, layers: int) -> dict[str, Any]:
     """A config.json of the family."""
-    return {**_BASE, **CONFIGS[family], "num_hidden_layers": layers}
+    sized: dict[str, Any] = {"num_hidden_layers": layers}
+    if family == "gemma4_e4b":
+        kinds = ["full_attention" if (layers - index) % 2 else "sliding_attention" for index in range(layers)]
+        sized |= {"layer_types": kinds, "num_kv_shared_layers": layers // 3}
+    return {**_BASE, **CONFIGS[family], **sized}
 
 
 def _maker(family: str) -> Callable[[int], ModelSpec]:

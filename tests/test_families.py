@@ -35,7 +35,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "batch_size": 2, "gradient_checkpointing": False, "target_modules": "attention",
     },
 }  # fmt: skip
-LAYERS = {"qwen3_5": 4, "qwen3_5_moe": 4, "gemma4": 6, "gemma4_moe": 6}  # up to one with full attention
+# up to one with full attention, or to those that reuse keys and values
+LAYERS = {"qwen3_5": 4, "qwen3_5_moe": 4, "gemma4": 6, "gemma4_moe": 6, "gemma4_e4b": 6}
 DROPOUTS = ("attention_dropout", "resid_pdrop", "residual_dropout", "hidden_dropout")
 
 

@@ -60,7 +60,6 @@ MODEL_TYPES = {
     "StableLmForCausalLM": "stablelm",
     "Qwen2MoeForCausalLM": "qwen2_moe",
 }
-NEEDS = {"Gemma4ForCausalLM": {"hidden_size_per_layer_input": 0}}  # whose default is not predicted
 LINEAR = ("qwen3_5_text", "qwen3_5_moe_text")
 SIZES = {
     "vocab_size": 1000,
@@ -73,10 +72,7 @@ SIZES = {
 
 def family(architecture: str, **fields: object) -> dict[str, Any]:
     """The smallest configuration of a family: sizes only, everything else left to the defaults."""
-    needs = NEEDS.get(architecture, {})
-    return {
-        "architectures": [architecture], "model_type": MODEL_TYPES[architecture], **SIZES, **needs, **fields
-    }  # fmt: skip
+    return {"architectures": [architecture], "model_type": MODEL_TYPES[architecture], **SIZES, **fields}
 
 
 def read(config: object) -> ModelSpec:
@@ -143,14 +139,20 @@ def parameters(spec: ModelSpec) -> int:
 def gemma4(spec: ModelSpec) -> int:
     """Of ``Gemma4ForCausalLM``."""
     h, heads, count = spec.hidden_size, spec.num_attention_heads, spec.num_experts
+    own, shared_from = spec.hidden_size_per_layer_input, spec.num_hidden_layers - spec.num_kv_shared_layers
     found = spec.vocab_size * h + h
-    for kind in spec.layer_types:
+    if own:
+        found += (spec.vocab_size_per_layer_input + h) * spec.num_hidden_layers * own + own
+    for index, kind in enumerate(spec.layer_types):
+        reuses = index >= shared_from
         wide = kind == "full_attention"
         head = (spec.global_head_dim or 0) if wide else spec.head_dim
         shared = (spec.num_global_key_value_heads if wide else None) or spec.num_key_value_heads
         projections = 1 if wide and spec.attention_k_eq_v else 2  # beside queries
-        found += 2 * h * heads * head + projections * h * shared * head + 2 * head
-        found += 3 * h * spec.intermediate_size + 4 * h
+        found += 2 * h * heads * head + head
+        found += 0 if reuses else projections * h * shared * head + head
+        found += 3 * h * spec.intermediate_size * (1 + (reuses and spec.use_double_wide_mlp)) + 4 * h
+        found += 2 * h * own + h if own else 0
         if count:
             found += count * 3 * h * spec.moe_intermediate_size + 3 * h + h + count + h * count
     return found
@@ -278,6 +280,9 @@ def transformers_facts(config: dict[str, Any]) -> dict[str, Any]:
         wide = theirs.per_layer_config[layers - 1]
         facts["global_head_dim"] = wide.head_dim
         facts["attention_k_eq_v"] = theirs.attention_k_eq_v
+        facts["kv_sharing"] = tuple(theirs.kv_sharing_modes)
+        facts["use_double_wide_mlp"] = theirs.use_double_wide_mlp
+        facts["hidden_size_per_layer_input"] = theirs.hidden_size_per_layer_input
         facts["num_experts"] = theirs.num_experts if theirs.enable_moe_block else 0
         facts["num_experts_per_tok"] = theirs.top_k_experts if theirs.enable_moe_block else 0
     if model_type in ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "qwen3_5_moe_text"):

@@ -26,6 +26,7 @@ from memplan.planning.plan import plan
 SEES = (  # published with a vision tower
     "gemma-3-4b", "gemma-3-12b", "gemma-3-27b", "qwen3.5-27b", "qwen3.5-35b-a3b", "qwen3.5-122b-a10b",
     "qwen3.5-397b-a17b", "qwen3.6-27b", "qwen3.6-35b-a3b", "gemma-4-31b", "gemma-4-26b-a4b",
+    "gemma-4-e4b", "gemma-4-e2b",
 )  # fmt: skip
 
 TINY = {

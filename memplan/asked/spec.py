@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 LayerKind = Literal["full_attention", "sliding_attention", "linear_attention"]
+KVSharing = Literal["store", "reuse"] | None
 
 
 class Quantization(BaseModel):
@@ -64,6 +65,11 @@ class ModelSpec(BaseModel):
     sliding_window: int | None = None
     layer_types: tuple[LayerKind, ...] = ()
     rotated_layers: tuple[bool, ...] = ()  # which turn queries and keys; empty: all of them
+    num_kv_shared_layers: int = 0  # the last ones, which take keys and values from one before them
+    use_double_wide_mlp: bool = False  # and have MLPs of twice the width
+    reuses_kv: bool = False  # of such a layer, as `of` gives it
+    hidden_size_per_layer_input: int = 0  # of embeddings that each layer has of its own
+    vocab_size_per_layer_input: int = 0
     linear_key_heads: int = 0  # of layers with linear attention
     linear_value_heads: int = 0
     linear_key_dim: int = 0  # of each head
@@ -87,11 +93,25 @@ class ModelSpec(BaseModel):
     quantization: Quantization | None = None
     mxfp4: bool = False  # its experts are published so, and loading unpacks them
 
-    def of(self, kind: str) -> ModelSpec:
-        """The same, as its layers of a kind of attention have it."""
-        if self.global_head_dim is None:
-            return self
-        return self._globally if kind == "full_attention" else self._locally
+    def of(self, kind: str, *, reuses_kv: bool = False) -> ModelSpec:
+        """The same, as its layers of a kind of attention have it; ``reuses_kv``: those of them that take keys
+        and values from another."""
+        found = self
+        if self.global_head_dim is not None:
+            found = self._globally if kind == "full_attention" else self._locally
+        return found._reusing if reuses_kv else found
+
+    @cached_property
+    def kv_sharing(self) -> tuple[KVSharing, ...]:
+        """Of each layer, what it does with keys and values: the last of each kind before those that reuse
+        some stores its own (transformers 5.23, ``kv_sharing_modes``)."""
+        if not self.num_kv_shared_layers:
+            return (None,) * self.num_hidden_layers
+        own = self.layer_types[: -self.num_kv_shared_layers]
+        last = {kind: index for index, kind in enumerate(own)}
+        modes: list[KVSharing] = ["store" if last[kind] == index else None for index, kind in enumerate(own)]
+        modes += ["reuse"] * self.num_kv_shared_layers
+        return tuple(modes)
 
     @cached_property
     def _globally(self) -> ModelSpec:
@@ -102,6 +122,11 @@ class ModelSpec(BaseModel):
     @cached_property
     def _locally(self) -> ModelSpec:
         return self.model_copy(update={"attention_k_eq_v": False, "global_head_dim": None})
+
+    @cached_property
+    def _reusing(self) -> ModelSpec:
+        wide = 2 if self.use_double_wide_mlp else 1
+        return self.model_copy(update={"intermediate_size": wide * self.intermediate_size, "reuses_kv": True})
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelSpec:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from memplan import rooms
 from memplan.asked.spec import ModelSpec
 from memplan.parts.config import Config
-from memplan.parts.context import Layer
+from memplan.parts.context import Layer, Leaves
 from memplan.parts.module import Module
 from memplan.parts.norms import RMSNorm
 from memplan.parts.rotary import cos_sin
@@ -22,6 +22,14 @@ def _as_asked(attn: str | None) -> str | None:
     return attn
 
 
+def _nothing(spec: ModelSpec) -> dict[str, Module]:
+    return {}
+
+
+def _no_inputs(m: Leaves, ids: Tensor, embeds: Tensor, spec: ModelSpec) -> Tensor | None:
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
     """A family.
@@ -29,7 +37,9 @@ class Family:
     ``modules``: the modules of a layer by name, in the library's order, of one with experts or without;
     ``layer``: its forward; ``cos_sin``: the rotary embedding's forward, for tables of a length and hidden
     states; ``attention``: which implementation is used of what was asked for, where transformers does not
-    leave the choice. Raises RecipeError for one that it refuses.
+    leave the choice. Raises RecipeError for one that it refuses. ``outside``: modules outside of the layers
+    that others have not, by full name; ``per_layer_inputs``: what layers are given of them, [B, S, L, P], of
+    the ids and the embeddings, or None.
     """
 
     config: Config
@@ -48,6 +58,9 @@ class Family:
     masks_of_positions: bool = True  # its masks see positions, which keep packed sequences apart
     # PEFT's all-linear means the experts, too (peft/utils/transformers_weight_conversion.py)
     adapts_experts: bool = False
+    outside: Callable[[ModelSpec], dict[str, Module]] = _nothing
+    per_layer_inputs: Callable[[Leaves, Tensor, Tensor, ModelSpec], Tensor | None] = _no_inputs
+    slices_for_shared_kv: bool = False  # see memplan.predict.step
     several: bool = True  # its step was compared on several GPUs
     liger: bool = True  # Liger-Kernel 0.8.5 has a loss for it that runs with transformers 5.23
     float16: bool = True  # it is loaded so as a whole (not in _keep_in_fp32_modules)

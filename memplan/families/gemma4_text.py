@@ -1,6 +1,7 @@
 """Gemma 4, of a checkpoint with images its language model: five layers slide, the sixth does not and has
 wider heads, whose keys may be its values; norms over queries, keys and values; each layer's output is
-multiplied by a number that is loaded; experts may stand beside MLPs (transformers 5.23, models/gemma4)."""
+multiplied by a number that is loaded; experts may stand beside MLPs; in E2B and E4B each layer has embeddings
+of its own, and the last layers reuse keys and values (transformers 5.23, models/gemma4)."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import Any
 from memplan.asked.fields import Fields
 from memplan.asked.spec import ModelSpec
 from memplan.errors import UnsupportedArchitecture, shown
-from memplan.families import Family, _gemma, _rope_by_kind
+from memplan.families import Family, _gemma, _per_layer, _rope_by_kind
 from memplan.parts.config import FULL, ROPE_TYPES, Config, Layers, as_listed, window
 from memplan.parts.context import Context, Leaves
 from memplan.parts.experts import grouped, normalize_, top_k
@@ -30,19 +31,14 @@ def _layers(fields: Fields, layers: int) -> Layers:
 
 
 def _more(fields: Fields, layers: int) -> dict[str, Any]:
-    """What its layers with full attention have. Raises UnsupportedArchitecture for what is not played."""
-    for key, what in (
-        ("hidden_size_per_layer_input", "embeddings for each layer"),
-        ("num_kv_shared_layers", "layers that share keys and values"),
-    ):
-        if fields.get(key):
-            raise UnsupportedArchitecture(
-                f"{shown(fields.name)} is a Gemma 4 with {what} ({key} is {shown(fields.get(key))}), which "
-                "memplan doesn't predict; add --trace to have its own code traced"
-            )
+    """What its layers with full attention have, those with experts, those that reuse keys and values."""
+    _, kinds = _layers(fields, layers)
     return {
         **_wide(fields, layers),
         "attention_k_eq_v": fields.flag("attention_k_eq_v"),
+        "use_double_wide_mlp": fields.flag("use_double_wide_mlp"),
+        **_per_layer.sizes(fields),
+        **_per_layer.shared_kv(fields, kinds),
         **(_experts(fields, layers) if fields.flag("enable_moe_block") else {}),
     }
 
@@ -91,13 +87,15 @@ def _experts(fields: Fields, layers: int) -> dict[str, Any]:
 
 
 def _modules(spec: ModelSpec, sparse: bool) -> Modules:
-    made = attention(spec)
+    made = {**attention(spec), **head_norms(spec.head_dim, spec.head_dim)}
     if spec.attention_k_eq_v:
         del made["self_attn.v_proj"]
-    over_heads = head_norms(spec.head_dim, spec.head_dim)
+    if spec.reuses_kv:
+        made = _per_layer.without_kv(made)
     scalar = {"layer_scalar": buffer(1)}
+    own = _per_layer.modules(spec)
     beside = _expert_modules(spec) if sparse else {}
-    return {**made, **over_heads, **mlp_modules(spec), **_gemma.four_norms(spec), **scalar, **beside}
+    return {**made, **mlp_modules(spec), **_gemma.four_norms(spec), **scalar, **own, **beside}
 
 
 def _expert_modules(spec: ModelSpec) -> Modules:
@@ -133,6 +131,19 @@ class _Norm(RMSNorm):
         return ops.to(norm._normalize(ops.to(x, float32)), x.dtype)
 
 
+def _per_layer_inputs(m: Leaves, ids: Tensor, embeds: Tensor, spec: ModelSpec) -> Tensor | None:
+    """``get_per_layer_inputs`` and ``project_per_layer_inputs``."""
+    if not spec.hidden_size_per_layer_input:
+        return None
+    own = _per_layer.apart(m["model.embed_tokens_per_layer"](ids), spec)
+    projected = m["model.per_layer_model_projection"](embeds)
+    state.tape.module = "model"
+    projected = _per_layer.apart(ops.scale(projected), spec)
+    projected = m["model.per_layer_projection_norm"](projected)
+    state.tape.module = "model"
+    return ops.scale(ops.add(projected, own))
+
+
 def _heads(x: Tensor, spec: ModelSpec) -> Tensor:
     """[B, S, H·D] to [B, S, H, D]."""
     return ops.view(x, (*x.shape[:-1], x.shape[-1] // spec.head_dim, spec.head_dim))
@@ -153,15 +164,23 @@ def _attention(m: Leaves, x: Tensor, context: Context) -> tuple[Tensor, Tensor |
     q = m["self_attn.q_norm"](q)
     q = _turned(q, context)
     q = ops.transpose(q, 1, 2)
-    k = _heads(m["self_attn.k_proj"](x), spec)
-    v = k if spec.attention_k_eq_v else _heads(m["self_attn.v_proj"](x), spec)
-    k = m["self_attn.k_norm"](k)
-    k = _turned(k, context)
-    k = ops.transpose(k, 1, 2)
-    v = _Norm.bare("self_attn.v_norm", v)
-    v = ops.transpose(v, 1, 2)
+    sharing = spec.kv_sharing[context.layer]
+    kind = spec.layer_types[context.layer]
+    if sharing == "reuse":
+        k, v = context.shared_kv[kind]
+    else:
+        k = _heads(m["self_attn.k_proj"](x), spec)
+        v = k if spec.attention_k_eq_v else _heads(m["self_attn.v_proj"](x), spec)
+        k = m["self_attn.k_norm"](k)
+        k = _turned(k, context)
+        k = ops.transpose(k, 1, 2)
+        v = _Norm.bare("self_attn.v_norm", v)
+        v = ops.transpose(v, 1, 2)
+        state.tape.module = "self_attn"
+        k, v = cached(k, v, context)
+    if sharing == "store":
+        context.shared_kv[kind] = k, v
     state.tape.module = "self_attn"
-    k, v = cached(k, v, context)
     out, weights = context.attend(q, k, v, context)
     out = ops.view(out, (*out.shape[:2], out.shape[2] * out.shape[3]))
     out = m["self_attn.o_proj"](out)
@@ -216,6 +235,10 @@ def _layer(m: Leaves, hidden: Tensor, context: Context) -> Tensor:
         hidden = residual(hidden_1, hidden_2)
     hidden = m["post_feedforward_layernorm"](hidden)
     hidden = residual(before, hidden)
+    if context.per_layer_input is not None:
+        before = hidden
+        hidden = _per_layer.gated(m, hidden, context)
+        hidden = residual(before, hidden)
     hidden = ops.mul_(hidden, m["layer_scalar"])
     return hidden
 
@@ -235,7 +258,9 @@ FAMILY = Family(
             "attention_k_eq_v": False,
             "per_layer_config": None,
             "hidden_size_per_layer_input": 256,
+            "vocab_size_per_layer_input": 262_144,
             "num_kv_shared_layers": 0,
+            "use_double_wide_mlp": False,
             "enable_moe_block": False,
             "num_experts": None,
             "top_k_experts": None,
@@ -255,6 +280,9 @@ FAMILY = Family(
     scaled_embedding=True,
     rotates_by_layer=True,
     makes_both_masks=True,
+    outside=_per_layer.outside,
+    per_layer_inputs=_per_layer_inputs,
+    slices_for_shared_kv=True,
     several=False,
     liger=False,
 )

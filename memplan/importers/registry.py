@@ -232,4 +232,5 @@ def _seen(note: str | None, number: int, name: str = "") -> str | None:
     if without is None or "text" in names.words(name):
         return note
     first = note or f"{entry['alias']} is planned as its language model"
-    return f"{first}; its {without} is not counted"
+    verb = "are" if without.endswith("s") else "is"
+    return f"{first}; its {without} {verb} not counted"

@@ -12,6 +12,7 @@ from memplan.asked.spec import ModelSpec
 from memplan.shadow.tensor import DType, Tensor
 
 Leaves = dict[str, Any]  # a layer's leaf modules by name, ``m["self_attn.q_proj"]``
+SharedKV = dict[str, tuple[Tensor, Tensor]]  # keys and values that layers have stored, by kind of attention
 
 
 class Context(NamedTuple):
@@ -30,6 +31,9 @@ class Context(NamedTuple):
     cache: list[Tensor] | None  # keys and values that a DynamicCache keeps, or None without a cache
     router_logits: list[Tensor] | None  # what each layer's router said, where the loss asks for it
     items: Tensor | None  # neither read: a Trainer's num_items_in_batch, which every layer is handed
+    layer: int  # its number
+    per_layer_input: Tensor | None  # its own embeddings [B, S, P], where layers have some
+    shared_kv: SharedKV
 
 
 Attend = Callable[[Tensor, Tensor, Tensor, Context], tuple[Tensor, "Tensor | None"]]

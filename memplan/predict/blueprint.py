@@ -20,28 +20,30 @@ def layer(spec: ModelSpec, index: int) -> dict[str, Module]:
     return _layer(spec, *_kind(spec, index))
 
 
-def _layer(spec: ModelSpec, sparse: bool, kind: str) -> dict[str, Module]:
+def _layer(spec: ModelSpec, sparse: bool, kind: str, reuses_kv: bool) -> dict[str, Module]:
     family = families.find(spec.model_type)
     modules = family.modules
     if kind == "linear_attention":
         assert family.linear_modules is not None, "a layer of linear attention in a family without any"
         modules = family.linear_modules
-    return modules(spec.of(kind), sparse)
+    return modules(spec.of(kind, reuses_kv=reuses_kv), sparse)
 
 
-def _kind(spec: ModelSpec, index: int) -> tuple[bool, str]:
-    """What layers' modules differ by: whether there are experts, and the kind of attention where that tells
-    them apart."""
+def _kind(spec: ModelSpec, index: int) -> tuple[bool, str, bool]:
+    """What layers' modules differ by: whether there are experts, the kind of attention where that tells
+    them apart, and whether keys and values are another layer's."""
     kind = spec.layer_types[index] if spec.layer_types else "full_attention"
     alike = kind != "linear_attention" and spec.global_head_dim is None
-    return is_sparse(spec, index), "full_attention" if alike else kind
+    return is_sparse(spec, index), "full_attention" if alike else kind, spec.kv_sharing[index] == "reuse"
 
 
 def outside(spec: ModelSpec) -> dict[str, Module]:
     """The modules outside the layers. A tied ``lm_head`` owns no parameter."""
+    family = families.find(spec.model_type)
     modules = {
         "model.embed_tokens": Module("embedding", {"weight": (spec.vocab_size, spec.hidden_size)}),
-        "model.norm": norm(spec.hidden_size, bias=families.find(spec.model_type).norm_bias),
+        "model.norm": norm(spec.hidden_size, bias=family.norm_bias),
+        **family.outside(spec),
     }
     if not spec.tie_word_embeddings:
         modules["lm_head"] = linear(spec.hidden_size, spec.vocab_size)

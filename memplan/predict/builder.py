@@ -23,14 +23,17 @@ from memplan.tape import Category, Part, Phase
 
 @dataclass(slots=True)
 class Model:
-    """A played model: the modules of the played layers, and its trainable parameters in the order of
-    ``model.parameters()``, grouped by where they are; ``trained``: those of each layer, as it
-    computes with them."""
+    """A played model: the modules of the played layers, ``outside`` those of its family outside of them, by
+    full name, and its trainable parameters in the order of ``model.parameters()``, grouped by where they are;
+    ``tables``: the embeddings' weights; ``trained``: what is trained of each layer, as it computes with it.
+    """
 
     spec: ModelSpec
     recipe: Recipe
     layers: list[dict[str, Any]]
+    outside: dict[str, Any]
     embedding: Embedding
+    tables: list[Tensor]
     norm: RMSNorm
     head: Any
     buffers: list[Tensor]
@@ -53,6 +56,7 @@ class Builder:
         self.quantised = weights.of(recipe)
         self.adapter = adapters.of(recipe)
         self.trainable: list[Tensor] = []
+        self.tables: list[Tensor] = []
         self.buffers: list[Tensor] = []
 
     def rotary(self) -> None:
@@ -83,9 +87,23 @@ class Builder:
             return self.leaf(name, self.family.norm(name, *parameters))
         if definition.kind == "raw":
             return self.raw(name, definition)
+        if definition.kind == "embedding":
+            return self.embedding(name, shapes["weight"])
         if definition.kind == "buffer":
             return buffer(definition.buffers[""], self.dtype, name, Category.WEIGHTS)
         return self.linear(name, shapes, full_name)
+
+    def embedding(self, name: str, shape: tuple[int, ...], hook: bool = False) -> Embedding:
+        """``hook``: its output is made to require a gradient."""
+        table = self.weight(shape, name)
+        self.tables.append(table)
+        scale = None
+        if self.family.scaled_embedding:
+            # a buffer, which the copy of a module to save has as well
+            for _ in range(1 + is_saved(self.recipe.modules_to_save, name)):
+                scale = buffer((), self.dtype, f"{name}.embed_scale", Category.WEIGHTS)
+                self.buffers.append(scale)
+        return Embedding(table, scale, hook, name)
 
     def leaf(self, name: str, module: Any) -> Any:
         """A module as a strategy has it called."""
@@ -157,16 +175,11 @@ class Builder:
 
         tape.begin(Phase.SETUP, "weights", part=Part.LOADED)
         begin(strategies.HEAD if spec.tie_word_embeddings else strategies.EMBEDDING)
-        table = self.weight(outside["model.embed_tokens"].parameters["weight"], "model.embed_tokens")
-        original = self.buffers[-1] if self.buffers else table  # of a module to save
-        scale = None
-        if self.family.scaled_embedding:
-            # a buffer, which the copy of a module to save has as well
-            for _ in range(1 + is_saved(recipe.modules_to_save, "model.embed_tokens")):
-                scale = buffer((), self.dtype, "model.embed_tokens.embed_scale", Category.WEIGHTS)
-                self.buffers.append(scale)
         hook = recipe.mode is not Mode.FULL and bool(recipe.gradient_checkpointing)
-        embedding = Embedding(table, scale, hook)
+        name = "model.embed_tokens"
+        embedding = self.embedding(name, outside[name].parameters["weight"], hook)
+        # of a module to save, which came first
+        original = self.buffers[0] if is_saved(recipe.modules_to_save, name) else embedding.weight
         close(None)
         layers, trained = [], []
         for index, repeat in played.repeats:
@@ -185,12 +198,13 @@ class Builder:
         if self.quantised is not None and spec.quantization is None:  # which quantising leaves
             self.buffers += self.quantised.shared(recipe)
         norm = self.module("model.norm", outside["model.norm"], "model.norm")
+        others = {name: self.module(name, module, name) for name, module in self.family.outside(spec).items()}
         begin(strategies.HEAD)
         head: Any
         if spec.tie_word_embeddings:
             # one tensor under two names; as a module to save each gets a copy of its own
             if is_saved(recipe.modules_to_save, "lm_head"):
-                copy = parameter(table.shape, self.saved_dtype, "lm_head", Category.ADAPTERS, True)
+                copy = parameter(original.shape, self.saved_dtype, "lm_head", Category.ADAPTERS, True)
                 self.trainable.append(copy)
                 head = Linear("lm_head", copy, None)
             else:
@@ -198,4 +212,6 @@ class Builder:
         else:
             head = self.module("lm_head", outside["lm_head"], "lm_head")
         close(None)
-        return Model(spec, recipe, layers, embedding, norm, head, self.buffers, groups, trained)
+        return Model(
+            spec, recipe, layers, others, embedding, self.tables, norm, head, self.buffers, groups, trained
+        )

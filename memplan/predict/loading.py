@@ -366,7 +366,7 @@ def _take(storages: dict[str, list[int]], name: str) -> list[int]:
 
 def _tree(name: str) -> bool:
     """The order of modules: the embedding comes before the layers that ``named_shapes`` begins with."""
-    return not name.startswith("model.embed_tokens")
+    return name != "model.embed_tokens.weight"
 
 
 def _natural(name: str) -> list[tuple[int, int, str, int]]:

@@ -196,15 +196,19 @@ def _adapted(spec: ModelSpec, recipe: Recipe) -> dict[str, tuple[int, ...]]:
 
 
 def _linear_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Full names and shapes of the linear modules of every layer, and of the head."""
-    shapes = {
+    """Full names and shapes of the linear modules of every layer, and of those outside."""
+    inside = {
         f"model.layers.{index}.{name}": module.parameters["weight"]
         for index in range(spec.num_hidden_layers)
         for name, module in blueprint.layer(spec, index).items()
         if module.kind == "linear"
     }
-    shapes["lm_head"] = (spec.vocab_size, spec.hidden_size)
-    return shapes
+    outside = {
+        name: module.parameters["weight"]
+        for name, module in blueprint.outside(spec).items()
+        if module.kind == "linear"
+    }
+    return {**inside, **outside, "lm_head": (spec.vocab_size, spec.hidden_size)}
 
 
 def _names(spec: ModelSpec) -> dict[str, str]:

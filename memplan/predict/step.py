@@ -16,7 +16,7 @@ from memplan.asked.recipe import DTypeName, Mode, Recipe
 from memplan.asked.spec import ModelSpec
 from memplan.cuda.card import Card
 from memplan.optimizers import State
-from memplan.parts.context import Context
+from memplan.parts.context import Context, SharedKV
 from memplan.parts.loop import MODULE, Loop
 from memplan.predict import blueprint, fold, masks, parameters, unlike, update
 from memplan.predict.builder import Builder, Model
@@ -186,12 +186,13 @@ def _rehearsed(spec: ModelSpec, recipe: Recipe) -> int:
     """How many layers tell in which order all of them are called: the first, a middle one and the last, if
     like modules are in all of them."""
     count = spec.num_hidden_layers
-    alike = len({(sparse, adapted) for sparse, _, adapted in kinds(spec, recipe)}) == 1
+    alike = len({(sparse, sharing, adapted) for sparse, _, sharing, adapted in kinds(spec, recipe)}) == 1
     return min(count, 3) if alike and not router_loss(spec, recipe) else count
 
 
 def kinds(spec: ModelSpec, recipe: Recipe) -> list[Any]:
-    """What tells layers apart: experts or not, which mask and rotation they are given, what is adapted."""
+    """What tells layers apart: experts or not, which mask and rotation they are given, whose keys and values
+    they have, what is adapted."""
     wanted = masks.needed(spec, recipe)
     caches = uses_cache(recipe) and "sliding_attention" in spec.layer_types
     by_type = any(wanted.values()) or caches or families.find(spec.model_type).rotates_by_layer
@@ -201,6 +202,7 @@ def kinds(spec: ModelSpec, recipe: Recipe) -> list[Any]:
         (
             blueprint.is_sparse(spec, index),
             (masks.layer_type(spec, index) if by_type else None, masks.is_rotated(spec, index)),
+            spec.kv_sharing[index],
             adapted[index] if adapted else None,
         )
         for index in range(spec.num_hidden_layers)
@@ -248,10 +250,8 @@ def at_rest(
     model = Builder(spec, recipe).build(played)
     if state.spread is not None:
         model.trainable = state.spread.optimized(model.trainable)
-    embedding = model.embedding.weight
-    states = update.states(
-        model.trainable, recipe, state.spread.updated(embedding) if state.spread else embedding
-    )
+    tables = [table if state.spread is None else state.spread.updated(table) for table in model.tables]
+    states = update.states(model.trainable, recipe, tables)
     if state.spread is not None:
         state.spread.rest(model.trainable)
     tape.begin(Phase.SETUP, "workspaces", part=Part.RESTING)
@@ -402,6 +402,7 @@ def _decoder(
     rows = fed.rows.recipe
     spread, family = state.spread, families.find(spec.model_type)
     embeds = model.embedding(fed.ids) if spread is None else spread.embed(model.embedding, fed.ids)
+    inputs = family.per_layer_inputs(model.outside, fed.ids, embeds, spec)
     tape.module = "model"
     if family.multiplied_embedding:
         embeds = ops.scale(embeds)
@@ -420,6 +421,9 @@ def _decoder(
         )
     layer = family.layer
     attend = attention.of(recipe).attend
+    first_sliced = _first_sliced(spec, rows)
+    shared_kv: SharedKV = {}
+    per_layer_input = None
     copied = Copied(2 if recipe.mode is Mode.FULL else 3, model.trained) if copies else ()
     for number, (modules, index) in enumerate(zip(model.layers, played, strict=True)):
         if number in copied:
@@ -431,9 +435,14 @@ def _decoder(
         tape.begin(Phase.FORWARD, "layer", index)
         state.scope = index
         kind = masks.layer_type(spec, index)
+        if index == first_sliced:
+            hidden = ops.alias(hidden)
+            inputs = None if inputs is None else ops.alias(inputs)
+        if inputs is not None:
+            per_layer_input = ops.select(inputs, 2)
         cos, sin = rotary[kind if len(rotary) > 1 else next(iter(rotary))]
         context = Context(
-            spec.of(kind),
+            spec.of(kind, reuses_kv=spec.kv_sharing[index] == "reuse"),
             attend,
             DTYPES[recipe.dtype.value],
             cos,
@@ -445,6 +454,9 @@ def _decoder(
             cache,
             router_logits,
             None if losses.find(recipe.loss).sft else fed.labels.items,
+            index,
+            per_layer_input,
+            shared_kv,
         )
         if recipe.gradient_checkpointing:
             hidden = checkpoint(run, modules, hidden, context, reentrant=bool(recipe.use_reentrant))
@@ -456,6 +468,15 @@ def _decoder(
     hidden = model.norm(hidden) if spread is None else spread.normed(model.norm, hidden)
     del positions
     return hidden, cache
+
+
+def _first_sliced(spec: ModelSpec, recipe: Recipe) -> int | None:
+    """The first layer that reuses keys and values, where what comes in is cut down to the positions whose
+    logits are wanted: to all of them (``_maybe_slice_kv_shared_inputs``)."""
+    slices = families.find(spec.model_type).slices_for_shared_kv and spec.num_kv_shared_layers
+    if not slices or recipe.seq_len == 1 or recipe.attn == "flash_attention_2":
+        return None
+    return spec.num_hidden_layers - spec.num_kv_shared_layers
 
 
 def _positions(length: int) -> Tensor:

@@ -18,8 +18,8 @@ from memplan.shadow.tensor import DType, Storage, Tensor, category, empty, float
 from memplan.tape import Category, Part, Phase
 
 
-def states(groups: list[Group], recipe: Recipe, embedding: Tensor) -> State:
-    """Write the states of every trainable parameter. ``embedding`` is the embedding's weight."""
+def states(groups: list[Group], recipe: Recipe, tables: list[Tensor]) -> State:
+    """Write the states of every trainable parameter. ``tables`` are embeddings' weights."""
     optimizer = optimizers.find(recipe.optimizer)
     kept: State = {}
     tape = state.tape
@@ -28,12 +28,13 @@ def states(groups: list[Group], recipe: Recipe, embedding: Tensor) -> State:
         for group in groups:
             tape.begin(Phase.SETUP, "optimizer states", group.layer, Part.RESTING)
             for parameter in group.parameters:
-                shapes = optimizer.states(parameter.shape, parameter.dtype, recipe, parameter is embedding)
+                embedding = any(parameter is table for table in tables)
+                shapes = optimizer.states(parameter.shape, parameter.dtype, recipe, embedding)
                 kept[parameter] = [empty(shape, dtype, "state") for shape, dtype in shapes]
         if optimizer.maps:
             tape.begin(Phase.SETUP, "optimizer maps", part=Part.RESTING)
             maps = [empty((256,), float32, "qmap") for _ in range(optimizer.maps)]
-            kept[embedding] = kept.get(embedding, []) + maps
+            kept[tables[0]] = kept.get(tables[0], []) + maps
     return kept
 
 

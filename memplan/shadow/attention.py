@@ -115,7 +115,10 @@ def _flash_backward(node: Node, grad: Tensor) -> Any:
         expanded = [empty((batch, length, heads, head_dim), key.dtype, operation) for _ in range(2)]
         del expanded
     del softmax_d, accumulator
-    return for_query, for_key, for_value
+    gradients = for_query, for_key, for_value
+    if node.context:  # transformers hands it transposed tensors, whose gradients are views
+        return tuple(x.viewed(x.shape, x.strides) for x in gradients)
+    return gradients
 
 
 # -- memory-efficient ------------------------------------------------------------------------------

@@ -608,6 +608,23 @@ def _narrow_backward(node: Node, grad: Tensor) -> Any:
     return (empty(node.context, grad.dtype, "slice_backward"),)
 
 
+def select(x: Tensor, axis: int) -> Tensor:
+    """``x`` at one place of an axis."""
+    strides = strides_of(x)
+    shape = x.shape[:axis] + x.shape[axis + 1 :]
+    kept = normalized(shape, strides[:axis] + strides[axis + 1 :])
+    return view_of(x, shape, kept, _select_backward, x.shape)
+
+
+def _select_backward(node: Node, grad: Tensor) -> Any:
+    return (empty(node.context, grad.dtype, "select_backward"),)
+
+
+def alias(x: Tensor) -> Tensor:
+    """``x[:]`` in all axes: another tensor, the same elements."""
+    return view_of(x, x.shape, x.strides, pass_backward)
+
+
 def every_second(x: Tensor, first: int) -> Tensor:
     """``x[..., first::2]``."""
     strides = strides_of(x)
