@@ -29,6 +29,12 @@ _LINEAR = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]},
 }
 
+# sizes that tell keys from values
+_LATENT = {
+    "num_key_value_heads": 8, "kv_lora_rank": 72, "qk_nope_head_dim": 48, "qk_rope_head_dim": 16,
+    "v_head_dim": 40, "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 136,
+}  # fmt: skip
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
     "llama-tied": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": True},
@@ -110,6 +116,23 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe", "head_dim": 64,
         "attention_bias": True, "use_qk_norm": True, "n_routed_experts": 8, "num_experts_per_tok": 3,
         "moe_intermediate_size": 136, "n_shared_experts": 2, "first_k_dense_replace": 1, "n_group": 2,
+    },
+    "glm4_moe_lite": {
+        "architectures": ["Glm4MoeLiteForCausalLM"], "model_type": "glm4_moe_lite", **_LATENT,
+        "q_lora_rank": 96, "v_head_dim": 64, "n_shared_experts": 1,
+    },
+    "deepseek_v3": {
+        "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", **_LATENT,
+        "q_lora_rank": 96, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1,
+    },
+    "deepseek_v2": {
+        "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", **_LATENT,
+        "q_lora_rank": None, "n_shared_experts": 2, "first_k_dense_replace": 1,
+    },
+    "deepseek_v2-grouped": {
+        "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", **_LATENT,
+        "q_lora_rank": 96, "n_shared_experts": 2, "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2,
+        "topk_method": "group_limited_greedy",
     },
     "gpt_oss": {
         "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "head_dim": 64,

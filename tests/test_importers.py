@@ -53,6 +53,9 @@ MODEL_TYPES = {
     "Qwen3_5MoeForCausalLM": "qwen3_5_moe_text",
     "GraniteForCausalLM": "granite",
     "Glm4MoeForCausalLM": "glm4_moe",
+    "Glm4MoeLiteForCausalLM": "glm4_moe_lite",
+    "DeepseekV3ForCausalLM": "deepseek_v3",
+    "DeepseekV2ForCausalLM": "deepseek_v2",
     "SeedOssForCausalLM": "seed_oss",
     "Gemma4ForCausalLM": "gemma4_text",
     "CohereForCausalLM": "cohere",
@@ -60,6 +63,12 @@ MODEL_TYPES = {
     "StableLmForCausalLM": "stablelm",
     "Qwen2MoeForCausalLM": "qwen2_moe",
 }
+NEEDS = {
+    "Glm4MoeLiteForCausalLM": {"num_key_value_heads": 32},  # as many as SIZES' heads
+    "DeepseekV3ForCausalLM": {"num_key_value_heads": 32},
+    "DeepseekV2ForCausalLM": {"num_experts_per_tok": 6},  # has no default
+}
+LATENT = ("glm4_moe_lite", "deepseek_v3", "deepseek_v2")
 LINEAR = ("qwen3_5_text", "qwen3_5_moe_text")
 SIZES = {
     "vocab_size": 1000,
@@ -72,7 +81,10 @@ SIZES = {
 
 def family(architecture: str, **fields: object) -> dict[str, Any]:
     """The smallest configuration of a family: sizes only, everything else left to the defaults."""
-    return {"architectures": [architecture], "model_type": MODEL_TYPES[architecture], **SIZES, **fields}
+    needs = NEEDS.get(architecture, {})
+    return {
+        "architectures": [architecture], "model_type": MODEL_TYPES[architecture], **SIZES, **needs, **fields
+    }  # fmt: skip
 
 
 def read(config: object) -> ModelSpec:
@@ -94,8 +106,8 @@ def parameters(spec: ModelSpec) -> int:
         spec.num_attention_heads * spec.head_dim,
         spec.num_key_value_heads * spec.head_dim,
     )
-    attention = 2 * h * q + 2 * h * kv
-    if spec.attention_bias:
+    attention = latent(spec) if spec.model_type in LATENT else 2 * h * q + 2 * h * kv
+    if spec.attention_bias and spec.model_type not in LATENT:
         attention += (
             q
             + 2 * kv
@@ -134,6 +146,17 @@ def parameters(spec: ModelSpec) -> int:
         + (spec.num_hidden_layers - experts) * dense
         + norm
     )
+
+
+def latent(spec: ModelSpec) -> int:
+    """Of ``DeepseekV3Attention``, with its norms."""
+    h, heads = spec.hidden_size, spec.num_attention_heads
+    query, key_value = spec.q_lora_rank, spec.kv_lora_rank
+    queries = heads * (spec.qk_nope_head_dim + spec.head_dim)
+    found = h * query + query + query * queries if query else h * queries
+    found += h * (key_value + spec.head_dim) + key_value
+    found += key_value * heads * (spec.qk_nope_head_dim + spec.v_head_dim) + heads * spec.v_head_dim * h
+    return found + spec.attention_bias * ((query or 0) + key_value + spec.head_dim + h)
 
 
 def gemma4(spec: ModelSpec) -> int:
@@ -175,7 +198,7 @@ def test_shapes_add_up_to_the_published_parameter_count(entry: dict[str, Any]) -
 
 
 BIAS = {"stablelm": "use_qkv_bias", "qwen2_moe": "qkv_bias"}
-_NO_WINDOW = ("llama", "olmo2", "gemma", "granite", "glm4_moe", "seed_oss", "cohere", "stablelm")
+_NO_WINDOW = ("llama", "olmo2", "gemma", "granite", "glm4_moe", "seed_oss", "cohere", "stablelm", *LATENT)
 
 # -- against transformers --------------------------------------------------------------------------------
 
@@ -269,6 +292,21 @@ def transformers_facts(config: dict[str, Any]) -> dict[str, Any]:
         facts["norm_topk_prob"] = theirs.norm_topk_prob
         facts["n_group"], facts["topk_group"] = theirs.n_group, theirs.topk_group
         facts["sparse_layers"] = tuple(layer >= theirs.first_k_dense_replace for layer in range(layers))
+    if model_type in LATENT:
+        facts["q_lora_rank"] = theirs.q_lora_rank or 0
+        for name in ("kv_lora_rank", "qk_nope_head_dim", "v_head_dim", "qk_head_dim", "num_experts_per_tok"):
+            facts[name] = getattr(theirs, name)
+        facts["num_experts"] = theirs.n_routed_experts
+        facts["moe_intermediate_size"] = theirs.moe_intermediate_size
+        facts["shared_expert_intermediate_size"] = theirs.moe_intermediate_size * theirs.n_shared_experts
+        if model_type == "glm4_moe_lite":
+            facts["sparse_layers"] = tuple(kind == "sparse" for kind in theirs.mlp_layer_types)
+        else:
+            facts["sparse_layers"] = tuple(layer >= theirs.first_k_dense_replace for layer in range(layers))
+        if model_type != "deepseek_v2":
+            facts["norm_topk_prob"] = theirs.norm_topk_prob
+            facts["n_group"], facts["topk_group"] = theirs.n_group, theirs.topk_group
+            facts["rope_interleave"] = theirs.rope_interleave
     if model_type == "phi3":
         facts["resid_dropout"] = theirs.resid_pdrop
         facts["partial_rotary_factor"] = rope["partial_rotary_factor"]
@@ -325,13 +363,17 @@ def test_attention_bias_is_what_the_q_projection_has(architecture: str) -> None:
     torch = pytest.importorskip("torch")
     for asked in (False, True):
         layers = 4 if MODEL_TYPES[architecture] in LINEAR else 1  # of which the last is no linear one
-        sizes = {"num_key_value_heads": 4, "num_hidden_layers": layers, "pad_token_id": None}
+        heads = 32 if MODEL_TYPES[architecture] in LATENT else 4
+        sizes = {"num_key_value_heads": heads, "num_hidden_layers": layers, "pad_token_id": None}
         config = family(architecture, attention_bias=asked, **sizes)
         theirs = transformers.AutoConfig.for_model(**config)
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(theirs)
         attention = model.model.layers[-1].self_attn
-        projection = attention.qkv_proj if architecture == "Phi3ForCausalLM" else attention.q_proj
+        if MODEL_TYPES[architecture] in LATENT:
+            projection = attention.q_a_proj
+        else:
+            projection = attention.qkv_proj if architecture == "Phi3ForCausalLM" else attention.q_proj
         assert read(config).attention_bias == (projection.bias is not None)
 
 

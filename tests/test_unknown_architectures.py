@@ -39,11 +39,6 @@ BASE = {
 }
 GPT2 = {"n_embd": 256, "n_layer": 2, "n_head": 8, "vocab_size": 999, "n_positions": 512}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
-DEEPSEEK = {
-    **BASE, "num_key_value_heads": 8, "kv_lora_rank": 64, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32,
-    "v_head_dim": 32, "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2,
-    "moe_intermediate_size": 128, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1,
-}  # fmt: skip
 MAMBA = {"hidden_size": 256, "num_hidden_layers": 2, "vocab_size": 999, "state_size": 16}
 MAMBA2 = {
     "mamba_n_heads": 16, "mamba_d_head": 32, "mamba_d_state": 32, "mamba_n_groups": 1,
@@ -60,8 +55,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 5e5},
         "ffn_config": {"ffn_hidden_size": 256, "moe_num_experts": 4, "moe_top_k": 2},
     },
-    "deepseek_v2": DEEPSEEK | {"q_lora_rank": None, "n_group": 1},  # as DeepSeek-V2-Lite
-    "deepseek_v3": DEEPSEEK | {"q_lora_rank": 96},
     "exaone4": BASE | {"head_dim": 32},
     "falcon": {
         "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 8, "num_kv_heads": 2,

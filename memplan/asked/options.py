@@ -11,6 +11,11 @@ from typing import Any
 SHORT_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 TARGET_PRESETS = ("all-linear", "attention", "q,v")
+# what "attention" means: the projections of all families, fused or latent ones, too
+ATTENTION = (
+    "q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj",
+    "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj",
+)  # fmt: skip
 
 _NAME = re.compile(r"[\w.-]+")
 _ADAPTERS, _FOUR_BITS = ("lora", "qlora"), ("qlora",)

@@ -75,6 +75,11 @@ class ModelSpec(BaseModel):
     linear_key_dim: int = 0  # of each head
     linear_value_dim: int = 0
     linear_conv_kernel: int = 0  # tokens
+    q_lora_rank: int = 0  # of latent attention (memplan.parts.latent): between queries' projections, if two
+    kv_lora_rank: int = 0  # the latent itself
+    qk_nope_head_dim: int = 0  # of each head beside head_dim, which is rotated
+    v_head_dim: int = 0
+    rope_interleave: bool = True  # neighbouring columns turn together
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
     logits_scaling: float | None = None  # which logits are divided by
@@ -92,6 +97,11 @@ class ModelSpec(BaseModel):
 
     quantization: Quantization | None = None
     mxfp4: bool = False  # its experts are published so, and loading unpacks them
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Of each head of queries and keys."""
+        return self.qk_nope_head_dim + self.head_dim
 
     def of(self, kind: str, *, reuses_kv: bool = False) -> ModelSpec:
         """The same, as its layers of a kind of attention have it; ``reuses_kv``: those of them that take keys

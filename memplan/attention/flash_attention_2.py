@@ -11,18 +11,24 @@ from memplan.attention import Attention
 from memplan.parts.context import Context
 from memplan.shadow import ops
 from memplan.shadow.attention import flash_attention
+from memplan.shadow.recurrent import pad
 from memplan.shadow.tensor import DType, Tensor, bool_, empty, float32, int64, state
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, None]:
-    return ops.contiguous(ops.transpose(_flash(q, k, v, context), 1, 2)), None
+    return ops.contiguous(_flash(q, k, v, context)), None
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+    """[B, S, H, D]. Values are padded to the width of queries, and what comes of them is cropped."""
+    wide, width = q.shape[-1], v.shape[-1]
+    if width != wide:
+        v = ops.transpose(pad(ops.transpose(v, 1, 2), 3, wide - width), 1, 2)
     if q.dtype is float32:
         q, k, v = (ops.to(x, state.autocast or context.dtype) for x in (q, k, v))
     _is_packed_sequence(context.position_ids, q.shape[0])
-    return flash_attention(q, k, v, dropout=context.spec.attention_dropout, package=True)
+    out = flash_attention(q, k, v, dropout=context.spec.attention_dropout, package=True)
+    return ops.narrow_last(ops.transpose(out, 1, 2), 0, width)
 
 
 def _is_packed_sequence(position_ids: Tensor, batch: int) -> None:

@@ -108,13 +108,15 @@ def flash_backward(batch: int, heads: int, length: int, head_dim: int) -> tuple[
 # -- memory-efficient ------------------------------------------------------------------------------------
 
 
-def efficient_accumulates(dtype: str, value_dim: int) -> bool:
+def efficient_accumulates(dtype: str, head_dim: int, value_dim: int) -> bool:
     """Whether 16-bit outputs are accumulated in fp32 in global memory (kernel_forward.h
-    ``kNeedsOutputAccumulatorBuffer``)."""
-    return value_dim > 128 and dtype != "float32"
+    ``kNeedsOutputAccumulatorBuffer``), of the kernel for the wider of both."""
+    return max(head_dim, value_dim) > 128 and dtype != "float32"
 
 
-def efficient_workspace(card: Card, rows: int, length: int, keys: int, head_dim: int, half: bool) -> int:
+def efficient_workspace(
+    card: Card, rows: int, length: int, keys: int, head_dim: int, value_dim: int, half: bool
+) -> int:
     """kernel_backward.h ``workspace_size``, of the kernel that cutlassB.h's list gives from sm80 on. ``rows``
     are batch times heads.
 
@@ -123,26 +125,27 @@ def efficient_workspace(card: Card, rows: int, length: int, keys: int, head_dim:
     """
     tile_rows = tile_columns = 64
     registers = False
+    widest = max(head_dim, value_dim)
     # Whether the 128-row kernels' shared memory fits: taken to on sm80 and sm90, not on sm86 and sm89, whose
     # blocks have 99 KiB (the kernels' own sizes are known to the CUDA compiler only).
     large = card.shared_memory > 102_400
     if half:
-        if head_dim <= 64:
+        if widest <= 64:
             registers = True
-        elif head_dim <= 96 and card.capability in ((8, 6), (8, 9)):
+        elif widest <= 96 and card.capability in ((8, 6), (8, 9)):
             tile_rows, registers = 128, True
-        elif head_dim <= 128 and large:
+        elif widest <= 128 and large:
             tile_rows = tile_columns = 128
             registers = True
-        elif head_dim > 128 and large:
+        elif widest > 128 and large:
             tile_rows = 128
-    elif head_dim > 64 and large:
+    elif widest > 64 and large:
         tile_rows = 128
     tile = tile_rows * tile_columns + 4
     elements = -(-length // tile_rows) * -(-head_dim // tile_columns) * tile
     if half and not registers:
         splits = max(1, min(-(-keys // tile_columns), 200 // rows))
-        elements += 2 * splits * tile_columns * up(head_dim, tile_rows)
+        elements += splits * tile_columns * (up(head_dim, tile_rows) + up(value_dim, tile_rows))
     return rows * up(elements, 4) * 4
 
 

@@ -64,6 +64,7 @@ def _layer(m: Leaves, hidden: Tensor, context: Context) -> Tensor:
 FAMILY = Family(
     config=Config(
         architecture="StableLmForCausalLM",
+        head=None,
         defaults={
             **COMMON,
             "num_key_value_heads": 32,

@@ -77,7 +77,7 @@ def spec_from_config(
 
     layers = fields.size("num_hidden_layers", most=MAX_LAYERS)
     hidden, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
-    head_dim = fields.size_or_none("head_dim")
+    head_dim = None if family.head is None else fields.size_or_none(family.head)
     if hidden % heads and (head_dim is None or family.heads_divide_hidden):
         fields.fail(f"hidden_size ({hidden}) must be a multiple of num_attention_heads ({heads})")
     if head_dim is None:

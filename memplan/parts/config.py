@@ -124,9 +124,9 @@ class Config:
 
     ``layers``: the window and the kind of each layer; ``nullable``: fields declared ``... | None``;
     ``attention_bias``: None where the configuration says, as ``bias``; ``dropout``: its name for what comes
-    before the residual; ``activation``, ``inner``: the fields of the MLP's and of its width;
-    ``heads_divide_hidden``: ``validate_architecture``
-    asks for it even where head_dim is given; ``experts``: what a spec says of them, or else of its layers;
+    before the residual; ``activation``, ``inner``: the fields of the MLP's and of its width; ``head``: that
+    of ``head_dim``, None where it is not read; ``heads_divide_hidden``: ``validate_architecture`` asks for it
+    even where head_dim is given; ``experts``: what a spec says of them, or else of its layers;
     ``images``: architecture and model type of a checkpoint with images, of which this is the language model.
     ``rope``: the entries of
     rotary parameters, from those that transformers 4 and 5 write; ``rotates_part``: of a head. ``mxfp4``: its
@@ -142,6 +142,7 @@ class Config:
     dropout: str = "resid_pdrop"
     activation: str = "hidden_act"
     inner: str = "intermediate_size"
+    head: str | None = "head_dim"
     activation_aliases: Mapping[str, str] = field(default_factory=dict)
     heads_divide_hidden: bool = False
     experts: Callable[[Fields, int], dict[str, Any]] = no_experts

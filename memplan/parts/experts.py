@@ -71,7 +71,13 @@ def gate_forward(
         state.tape.module = "mlp.gate"
         return route(lambda: weight, hidden_states, spec)
     update = weight.activate()
-    return route(lambda: weight.fold(update), hidden_states, spec)
+    folded: list[Tensor] = []  # parametrize.cached(), as of experts
+
+    def fold() -> Tensor:
+        folded.append(weight.fold(update))
+        return folded[-1]
+
+    return route(fold, hidden_states, spec)
 
 
 def experts_forward(

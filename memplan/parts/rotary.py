@@ -72,6 +72,25 @@ def rotate_pairs(q: Tensor, k: Tensor, context: Context) -> tuple[Tensor, Tensor
     return ops.to(q_embed, dtype), ops.to(k_embed, dtype)
 
 
+def rotate_interleaved(q: Tensor, k: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+    """``apply_rotary_pos_emb_interleave``: neighbouring columns are turned, and laid apart."""
+    cos_BSD, sin_BSD = context.cos_BSD, context.sin_BSD
+    batch, length, width = cos_BSD.shape
+    shape = (batch, 1, length, width // 2)
+    cos = ops.view(ops.narrow_last(cos_BSD, 0, width // 2), shape)
+    sin = ops.view(ops.narrow_last(sin_BSD, 0, width // 2), shape)
+    q1, q2 = ops.every_second(q, 0), ops.every_second(q, 1)
+    k1, k2 = ops.every_second(k, 0), ops.every_second(k, 1)
+    q_embed = _turn(q1, q2, cos, sin)
+    k_embed = _turn(k1, k2, cos, sin)
+    return q_embed, k_embed
+
+
+def _turn(x1: Tensor, x2: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first = ops.sub(ops.mul(x1, cos), ops.mul(x2, sin))
+    return ops.cat_last(first, ops.add(ops.mul(x2, cos), ops.mul(x1, sin)))
+
+
 def _rotate_neighbours(x: Tensor) -> Tensor:
     x1, x2 = ops.every_second(x, 0), ops.every_second(x, 1)
     return ops.interleave(ops.neg(x2), x1)

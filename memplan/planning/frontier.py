@@ -337,7 +337,7 @@ class Peaks:
         if recipe.kernels is not Kernels.STOCK:
             return None
         rows = batch * spec.num_attention_heads
-        if key_splits(self.card or Card(), rows, length, length, spec.head_dim) > 1:
+        if key_splits(self.card or Card(), rows, length, length, spec.qk_head_dim) > 1:
             return None
         embedding_is_trained = recipe.mode is Mode.FULL or bool(recipe.modules_to_save)
         return tokens > SORTED_FROM or not embedding_is_trained

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from memplan import losses
-from memplan.asked.options import TARGET_PRESETS
+from memplan.asked.options import ATTENTION, TARGET_PRESETS
 from memplan.asked.recipe import Recipe
 from memplan.errors import RecipeError, printable
 
@@ -20,9 +20,8 @@ else:
     import sre_constants
     import sre_parse
 
-# Attention and the q,v default by family: PEFT's TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-# names the fused projection where a family has one.
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj")
+# The q,v default by family: PEFT's TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING names the fused
+# projection where a family has one.
 _QUERY_VALUE = ("q_proj", "v_proj", "qkv_proj")
 
 # To one number, or to one a head or an expert: usual ranks are above that, and PEFT takes them.
@@ -35,7 +34,7 @@ def is_target(wanted: str | tuple[str, ...], full_name: str) -> bool:
         # every linear layer but the output embedding
         return not full_name.endswith("lm_head")
     if wanted == "attention":
-        wanted = _ATTENTION
+        wanted = ATTENTION
     elif wanted in ("q,v", "qv"):
         wanted = _QUERY_VALUE
     if isinstance(wanted, str):

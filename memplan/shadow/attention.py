@@ -136,11 +136,12 @@ def _efficient(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -
     saved = None
     if node is not None:
         saved = [save(query), save(key), save(value)] + ([save(bias)] if bias is not None else [])
-    out = empty((batch, length, heads, head_dim), query.dtype, operation)
+    value_dim = value.shape[-1]
+    out = empty((batch, length, heads, value_dim), query.dtype, operation)
     out = ops.transpose(out, 1, 2)
     logsumexp = empty((batch, heads, cuda.up(length, 32) if node is not None else 0), float32, operation)
-    if cuda.efficient_accumulates(query.dtype.name, head_dim):
-        accumulator = empty((batch, length, heads, head_dim), float32, operation)
+    if cuda.efficient_accumulates(query.dtype.name, head_dim, value_dim):
+        accumulator = empty((batch, length, heads, value_dim), float32, operation)
         del accumulator
     if node is not None and saved is not None:
         saved += [save_output(out), save_output(logsumexp)]
@@ -169,7 +170,9 @@ def _efficient_backward(node: Node, grad: Tensor) -> Any:
         if min(length, heads) > 1:  # else the sum is contiguous as it is, transposed
             delta = empty((batch, heads, length), float32, operation)
         del total, product
-    nbytes = cuda.efficient_workspace(state.card, batch * heads, length, key.shape[2], head_dim, half)
+    nbytes = cuda.efficient_workspace(
+        state.card, batch * heads, length, key.shape[2], head_dim, value.shape[-1], half
+    )
     workspace = empty((nbytes,), uint8, operation)
     del workspace, delta
     return gradients

@@ -27,7 +27,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return state.spread.linear(x, weight, bias)
     if state.autocast is not None:
         # casts run in the order in which the compiler evaluates the arguments: from the last
-        _held = x  # nn.Linear.forward's own argument
+        _held = x, weight  # the caller's own arguments
         bias = None if bias is None else autocast(bias)
         weight = autocast(weight)
         x = autocast(x)

@@ -36,6 +36,7 @@ float64 = DType("float64", 8, True)
 float32 = DType("float32", 4, True)
 bfloat16 = DType("bfloat16", 2, True)
 float16 = DType("float16", 2, True)
+complex64 = DType("complex64", 8, False)  # no dtype of reals to autocast
 int64 = DType("int64", 8, False)
 int32 = DType("int32", 4, False)
 uint8 = DType("uint8", 1, False)

@@ -296,11 +296,11 @@ def efficient_forward(
     """attention.cu ``_efficient_attention_forward``: the output and a fp32 log-sum-exp padded to 32 rows;
     past 128 dimensions 16-bit outputs are accumulated in fp32 in global memory
     (kernel_forward.h ``kNeedsOutputAccumulatorBuffer``). The seeds are on the host."""
-    batch, heads, length, _head_dim = query.shape
+    batch, heads, length, head_dim = query.shape
     value_dim = value.shape[-1]
     out = torch.empty((batch, length, heads, value_dim), dtype=query.dtype)
     lse = torch.empty((batch, heads, up(length, 32) if compute_lse else 0), dtype=torch.float32)
-    if cuda.efficient_accumulates(str(query.dtype).removeprefix("torch."), value_dim):
+    if cuda.efficient_accumulates(str(query.dtype).removeprefix("torch."), head_dim, value_dim):
         _accumulator = torch.empty((batch, length, heads, value_dim), dtype=torch.float32)
     with recorder.pause():
         seed, offset = torch.empty((), dtype=torch.int64), torch.empty((), dtype=torch.int64)
@@ -328,7 +328,9 @@ def efficient_backward(
         _delta = summed.contiguous()
         del summed, product
     _workspace = workspace(
-        cuda.efficient_workspace(recorder.card, batch * heads, length, key.shape[2], head_dim, half)
+        cuda.efficient_workspace(
+            recorder.card, batch * heads, length, key.shape[2], head_dim, value.shape[-1], half
+        )
     )
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), None
 

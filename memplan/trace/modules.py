@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from memplan import weights
 from memplan.asked.fields import MAX_LAYERS, MAX_POSITIONS, MAX_SIZE
+from memplan.asked.options import ATTENTION
 from memplan.asked.recipe import DTypeName, Kernels, Mode, Recipe
 from memplan.errors import TraceError, shown
 from memplan.weights import Quantised
@@ -138,7 +140,16 @@ def base_model(config: dict[str, Any], recipe: Recipe) -> nn.Module:
             hf, dtype=DTYPES[recipe.dtype], attn_implementation=attention(kind, recipe)
         )
     model.tie_weights()
+    _keep_wide(model, DTYPES[recipe.dtype])
     return model
+
+
+def _keep_wide(model: Any, dtype: torch.dtype) -> None:
+    """What ``from_pretrained`` keeps in fp32 whatever dtype it is asked for (``_get_dtype_plan``)."""
+    for pattern, wide in model._get_dtype_plan(dtype).items():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if re.search(pattern.replace("*", ".*"), name) and tensor.dtype is not wide:
+                tensor.data = tensor.data.to(wide)
 
 
 def attention(kind: Any, recipe: Recipe) -> str:
@@ -283,7 +294,7 @@ def target_modules(model: nn.Module, recipe: Recipe) -> str | list[str]:
     if recipe.target_modules == "all-linear":
         return "all-linear"
     if recipe.target_modules == "attention":
-        return sorted(names & {"q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"})
+        return sorted(names & set(ATTENTION))
     if recipe.target_modules == "q,v":
         return sorted(names & {"q_proj", "v_proj"}) or sorted(names & {"qkv_proj"})
     if isinstance(recipe.target_modules, str):
