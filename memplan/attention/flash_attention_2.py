@@ -21,6 +21,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, 
 def _flash(q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
     if q.dtype is float32:
         q, k, v = (ops.to(x, state.autocast or context.dtype) for x in (q, k, v))
+    assert context.position_ids is not None, "images, with which it is refused"
     _is_packed_sequence(context.position_ids, q.shape[0])
     return flash_attention(q, k, v, dropout=context.spec.attention_dropout, package=True)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from memplan import rooms
 from memplan.asked.spec import ModelSpec
@@ -15,7 +16,28 @@ from memplan.parts.context import Layer
 from memplan.parts.module import Module
 from memplan.parts.norms import RMSNorm
 from memplan.parts.rotary import cos_sin
-from memplan.shadow.tensor import Tensor
+from memplan.shadow.tensor import Shape, Tensor
+from memplan.towers import Features, Pictures
+
+
+class Seen(NamedTuple):
+    """What a decoder is given of images beside hidden states: positions, and what comes between layers
+    (``after`` the one of a number). ``stays``: what the model keeps from step to step, by name; ``kept``:
+    what lives as long as the decoder runs."""
+
+    positions: Tensor
+    after: Callable[[int, Tensor], Tensor]
+    stays: dict[str, Tensor]
+    kept: Any
+
+
+# Features, the embeddings in a list, in whose place come those with images, token ids, what the batch has of
+# images, the images
+Sees = Callable[[Features, "list[Tensor]", Tensor, dict[str, Tensor], Pictures], Seen]
+
+
+def _nothing(sequences: int) -> dict[str, Shape]:
+    return {}
 
 
 def _as_asked(attn: str | None) -> str | None:
@@ -29,8 +51,9 @@ class Family:
     ``modules``: the modules of a layer by name, in the library's order, of one with experts or without;
     ``layer``: its forward; ``cos_sin``: the rotary embedding's forward, for tables of a length and hidden
     states; ``attention``: which implementation is used of what was asked for, where transformers does not
-    leave the choice. Raises RecipeError for one that it refuses.
-    """
+    leave the choice. Raises RecipeError for one that it refuses. Of a model that sees, ``root``: the
+    decoder's name in it; ``sees``: what it makes of a tower's features, and ``stays`` of what it keeps from
+    step to step the shapes, by sequences."""
 
     config: Config
     modules: Callable[[ModelSpec, bool], dict[str, Module]]
@@ -47,6 +70,10 @@ class Family:
     makes_both_masks: bool = False  # for full and for sliding attention, whichever its layers have
     # PEFT's all-linear means the experts, too (peft/utils/transformers_weight_conversion.py)
     adapts_experts: bool = False
+    root: str = "model"
+    sees: Sees | None = None
+    stays: Callable[[int], dict[str, Shape]] = _nothing
+    counts_items: bool = True  # losses are divided by num_items_in_batch (accepts_loss_kwargs)
     several: bool = True  # its step was compared on several GPUs
     liger: bool = True  # Liger-Kernel 0.8.5 has a loss for it that runs with transformers 5.23
     float16: bool = True  # it is loaded so as a whole (not in _keep_in_fp32_modules)

@@ -24,12 +24,13 @@ class Context(NamedTuple):
     cos_BSD: Tensor
     sin_BSD: Tensor
     mask: Tensor | None
-    position_ids: Tensor  # not read, but kept alive: a checkpoint's closure holds all arguments
+    position_ids: Tensor | None  # not read, but kept alive: a checkpoint's closure holds all arguments
     sliding: bool
     rotated: bool  # queries and keys are turned
     cache: list[Tensor] | None  # keys and values that a DynamicCache keeps, or None without a cache
     router_logits: list[Tensor] | None  # what each layer's router said, where the loss asks for it
     items: Tensor | None  # neither read: a Trainer's num_items_in_batch, which every layer is handed
+    causal: bool = True
 
 
 Attend = Callable[[Tensor, Tensor, Tensor, Context], tuple[Tensor, "Tensor | None"]]

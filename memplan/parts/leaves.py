@@ -87,8 +87,10 @@ class Embedding:
 
     __slots__ = ("name", "requires_grad_hook", "scale", "weight")
 
-    def __init__(self, weight: Tensor, scale: Tensor | None, requires_grad_hook: bool) -> None:
-        self.name = "model.embed_tokens"
+    def __init__(
+        self, name: str, weight: Tensor, scale: Tensor | None = None, requires_grad_hook: bool = False
+    ) -> None:
+        self.name = name
         self.weight, self.scale, self.requires_grad_hook = weight, scale, requires_grad_hook
 
     def __call__(self, ids: Tensor) -> Tensor:

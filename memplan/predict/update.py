@@ -5,6 +5,7 @@ Sources: torch/nn/utils/clip_grad.py (2.13), transformers/trainer.py (5.23).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 
 from memplan import optimizers
@@ -18,8 +19,9 @@ from memplan.shadow.tensor import DType, Storage, Tensor, category, empty, float
 from memplan.tape import Category, Part, Phase
 
 
-def states(groups: list[Group], recipe: Recipe, embedding: Tensor) -> State:
-    """Write the states of every trainable parameter. ``embedding`` is the embedding's weight."""
+def states(groups: list[Group], recipe: Recipe, embeddings: Sequence[Tensor]) -> State:
+    """Write the states of every trainable parameter. ``embeddings``: weights of embeddings, the decoder's
+    first."""
     optimizer = optimizers.find(recipe.optimizer)
     kept: State = {}
     tape = state.tape
@@ -28,12 +30,14 @@ def states(groups: list[Group], recipe: Recipe, embedding: Tensor) -> State:
         for group in groups:
             tape.begin(Phase.SETUP, "optimizer states", group.layer, Part.RESTING)
             for parameter in group.parameters:
-                shapes = optimizer.states(parameter.shape, parameter.dtype, recipe, parameter is embedding)
+                shapes = optimizer.states(
+                    parameter.shape, parameter.dtype, recipe, any(parameter is one for one in embeddings)
+                )
                 kept[parameter] = [empty(shape, dtype, "state") for shape, dtype in shapes]
         if optimizer.maps:
             tape.begin(Phase.SETUP, "optimizer maps", part=Part.RESTING)
             maps = [empty((256,), float32, "qmap") for _ in range(optimizer.maps)]
-            kept[embedding] = kept.get(embedding, []) + maps
+            kept[embeddings[0]] = kept.get(embeddings[0], []) + maps
     return kept
 
 
