@@ -113,12 +113,14 @@ def _memplan(settings: dict[str, str], *arguments: str) -> str:
 def row(case: dict[str, Any], checkpoint: Path, found: dict[str, Any]) -> dict[str, Any]:
     """Both sides of a case, in bytes: what the plan of the checkpoint's ``config.json`` says, and what the
     script took. Allocated is the second step's, which the plan plays; a third may place blocks otherwise. Of
-    lengths that differ, it is the most of any step."""
+    lengths that differ, and of images, whose batches lie elsewhere in each step, it is the most of any
+    step."""
     recipe = {"trainer": TRAINERS[case["script"]], **case["recipe"]}
     lengths = case.get("lengths") if recipe.get("batches") != "packed" else None
     predicted = plan(checkpoint, Recipe(**recipe), gpus=[], lengths=lengths).allocator
     steps = found["steps"]
-    allocated = steps[1]["allocated"] if lengths is None else max(step["allocated"] for step in steps)
+    any_step = lengths is not None or case["script"] == "trl_vision"
+    allocated = max(step["allocated"] for step in steps) if any_step else steps[1]["allocated"]
     return {
         **{name: case[name] for name in _TOLD if name in case},
         "recipe": recipe,
