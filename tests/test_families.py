@@ -3,7 +3,9 @@ recipes each. All models of the registry and all options: benchmarks/reconcile.p
 
 from __future__ import annotations
 
+import json
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -129,3 +131,13 @@ def test_so_it_is_with_dropout(family: str, options: dict[str, Any], attn: str) 
 def test_without_a_fused_loss_of_ligers(family: str) -> None:
     with pytest.raises(RecipeError, match="Liger-Kernel has no fused loss for"):
         resolve_recipe(spec_from_config(config(family, 2), "it"), Recipe(loss="liger"))
+
+
+def test_an_evaluation_with_images_is_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the model keeps from step to step goes in it, too."""
+    from memplan.cli import main
+
+    (tmp_path / "config.json").write_text(json.dumps(config("qwen3_vl", 3)))
+    asked = ["--mode", "lora", "--images", "1", "--image-size", "320x210", "--seq-len", "900"]
+    assert main(["fit", str(tmp_path), "--gpu", "4090", *asked]) == 0
+    assert "Evaluating with the Trainer's default batch of 8 takes" in capsys.readouterr().out

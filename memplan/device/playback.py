@@ -268,12 +268,16 @@ class Playback:
             self.allocator.free(block)
 
     def evaluate(self, tape: Tape) -> None:
-        """What an evaluation makes and drops; what rests on its tape is there already."""
+        """What an evaluation makes and drops; what rests on its tape is there already, and stays until the
+        next step even where another takes its place."""
         self.stage = EVALUATION
         training, resting = self.tape, self.live
         self.tape, self.live = tape, {}
         begin = next(segment.start for segment in tape.segments if segment.phase is Phase.FORWARD)
-        self.play(begin, len(tape.events))
+        made = {event for event in tape.events[begin:] if event >= 0}
+        own = [event for event in tape.events[begin:] if event >= 0 or ~event in made]
+        self.start = begin
+        self.allocator.play(own, tape.sizes, self.live, tape.streams)
         for block in self.live.values():
             self.allocator.free(block)
         self.tape, self.live = training, resting
