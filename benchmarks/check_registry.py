@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 SPECS = Path(__file__).resolve().parent.parent / "data" / "model_specs.json"
 
@@ -25,8 +25,9 @@ def count_parameters(config: dict[str, Any]) -> tuple[str, int]:
     """The class transformers picks for this config, and its number of distinct parameters."""
     fields = dict(config)
     hf_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    sees = type(hf_config) not in AutoModelForCausalLM._model_mapping
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config)
+        model = (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_config(hf_config)
     # parameters() yields a tied parameter once
     return type(model).__name__, sum(p.numel() for p in model.parameters())
 

@@ -41,7 +41,7 @@ RESULTS = ROOT / "data" / "reconciliation.json"
 DEVIATIONS = ROOT / "benchmarks" / "deviations.json"
 SOURCES = (
     "asked", "stacks", "cuda", "tape", "shadow", "parts", "weights", "adapters", "attention", "losses",
-    "optimizers", "families", "predict", "trace", "strategies",
+    "optimizers", "families", "towers", "predict", "trace", "strategies",
 )  # fmt: skip
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl", "liger-kernel")
 

@@ -1,9 +1,8 @@
 """Rooms: folders in which every file is one thing of a kind, found by the file's name.
 
 Nothing is listed anywhere: a new file is a new thing, and is imported when it is chosen. The rooms are
-``families``, ``attention``, ``weights``, ``adapters``, ``optimizers``, ``losses``, ``stacks`` and
-``runfiles``; the ``__init__.py`` of
-each says what its files define.
+``families``, ``attention``, ``towers``, ``weights``, ``adapters``, ``optimizers``, ``losses``, ``stacks`` and
+``runfiles``; the ``__init__.py`` of each says what its files define.
 """
 
 from __future__ import annotations

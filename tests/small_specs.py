@@ -49,6 +49,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **_LINEAR, "num_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 128,
         "shared_expert_intermediate_size": 96,
     },
+    "qwen3_vl": {
+        "architectures": ["Qwen3VLForConditionalGeneration"], "model_type": "qwen3_vl",
+        "text_config": {"head_dim": 64, "model_type": "qwen3_vl_text"},
+        "vision_config": {
+            "depth": 3, "hidden_size": 144, "intermediate_size": 536, "num_heads": 2, "out_hidden_size": 256,
+            "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64, "model_type": "qwen3_vl",
+        },
+    },
     "gemma": {
         "architectures": ["GemmaForCausalLM"], "model_type": "gemma", "head_dim": 64, "hidden_act": "gelu",
     },
@@ -151,11 +159,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 def config(family: str, layers: int) -> dict[str, Any]:
     """A config.json of the family."""
-    sized: dict[str, Any] = {"num_hidden_layers": layers}
+    own, sized = CONFIGS[family], {"num_hidden_layers": layers}
     if family == "gemma4_e4b":
         kinds = ["full_attention" if (layers - index) % 2 else "sliding_attention" for index in range(layers)]
         sized |= {"layer_types": kinds, "num_kv_shared_layers": layers // 3}
-    return {**_BASE, **CONFIGS[family], **sized}
+    if "text_config" in own:
+        return {**own, "text_config": {**_BASE, **own["text_config"], **sized}}
+    return {**_BASE, **own, **sized}
 
 
 def _maker(family: str) -> Callable[[int], ModelSpec]:

@@ -15,6 +15,7 @@ PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 THINGS = {
     "families": "FAMILY",
     "attention": "ATTENTION",
+    "towers": "TOWER",
     "weights": "WEIGHTS",
     "adapters": "ADAPTER",
     "optimizers": "OPTIMIZER",

@@ -23,7 +23,7 @@ def real_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     try:
         real = transformers.AutoConfig.for_model(options.pop("model_type"), **options)
         with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(real)
+            model = getattr(transformers, config["architectures"][0])(real)
     finally:
         logging.disable(logging.NOTSET)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

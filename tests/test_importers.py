@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from small_specs import SPECS, config
 
 from memplan import Recipe, plan
-from memplan.asked.spec import ModelSpec, Quantization
+from memplan.asked.spec import ModelSpec, Quantization, Vision
 from memplan.errors import MemplanError, RecipeError, SpecError, UnsupportedArchitecture
 from memplan.importers.hf import spec_from_config, supported_architectures
 from memplan.importers.resolve import resolve, resolve_config
@@ -116,7 +116,7 @@ def parameters(spec: ModelSpec) -> int:
     attention += spec.attention_out_bias * h
     if spec.model_type in LINEAR:
         attention += h * q  # gates
-    if spec.model_type in ("qwen3", "qwen3_moe", "gemma3_text", *LINEAR):
+    if spec.model_type in ("qwen3", "qwen3_moe", "qwen3_vl", "gemma3_text", *LINEAR):
         attention += 2 * spec.head_dim  # q and k norms
     if spec.model_type in ("olmo2", "olmo3"):
         attention += q + kv
@@ -145,6 +145,7 @@ def parameters(spec: ModelSpec) -> int:
         + experts * sparse
         + (spec.num_hidden_layers - experts) * dense
         + norm
+        + (0 if spec.vision is None else tower(spec.vision))
     )
 
 
@@ -157,6 +158,16 @@ def latent(spec: ModelSpec) -> int:
     found += h * (key_value + spec.head_dim) + key_value
     found += key_value * heads * (spec.qk_nope_head_dim + spec.v_head_dim) + heads * spec.v_head_dim * h
     return found + spec.attention_bias * ((query or 0) + key_value + spec.head_dim + h)
+
+
+def tower(sees: Vision) -> int:
+    """Of ``Qwen3VLVisionModel``."""
+    width, inner, wide = sees.hidden_size, sees.intermediate_size, sees.hidden_size * sees.merge_size**2
+    patch = sees.channels * sees.temporal_patch_size * sees.patch_size**2
+    block = 4 * width * (width + 1) + inner * (width + 1) + width * (inner + 1) + 4 * width
+    merger = wide * (wide + 1) + sees.out_hidden_size * (wide + 1)
+    found = width * (patch + 1) + sees.num_positions * width + sees.depth * block + merger + 2 * width
+    return found + len(sees.deepstack) * (merger + 2 * wide)
 
 
 def gemma4(spec: ModelSpec) -> int:
@@ -198,7 +209,10 @@ def test_shapes_add_up_to_the_published_parameter_count(entry: dict[str, Any]) -
 
 
 BIAS = {"stablelm": "use_qkv_bias", "qwen2_moe": "qkv_bias"}
-_NO_WINDOW = ("llama", "olmo2", "gemma", "granite", "glm4_moe", "seed_oss", "cohere", "stablelm", *LATENT)
+_NO_WINDOW = (
+    "llama", "olmo2", "gemma", "granite", "glm4_moe", "seed_oss", "cohere", "stablelm", "qwen3_vl_text",
+    *LATENT,
+)  # fmt: skip
 
 # -- against transformers --------------------------------------------------------------------------------
 
@@ -211,6 +225,7 @@ def transformers_facts(config: dict[str, Any]) -> dict[str, Any]:
         key: value for key, value in config.items() if key not in ("torch_dtype", "dtype", "model_type")
     }
     theirs = transformers.AutoConfig.for_model(config["model_type"], **json.loads(json.dumps(fields)))
+    whole, theirs = theirs, theirs.get_text_config()
     model_type, layers = theirs.model_type, theirs.num_hidden_layers
     window = getattr(theirs, "sliding_window", None)
     if model_type in LINEAR or (model_type == "smollm3" and not theirs.use_sliding_window):
@@ -241,7 +256,7 @@ def transformers_facts(config: dict[str, Any]) -> dict[str, Any]:
         "num_key_value_heads": theirs.num_key_value_heads,
         "head_dim": getattr(theirs, "head_dim", None) or derived,
         "max_position_embeddings": theirs.max_position_embeddings,
-        "tie_word_embeddings": theirs.tie_word_embeddings,
+        "tie_word_embeddings": whole.tie_word_embeddings,
         "hidden_act": (theirs.hidden_activation if model_type in gemmas else theirs.hidden_act),
         "attention_dropout": theirs.attention_dropout,
         "sliding_window": window,
@@ -839,3 +854,56 @@ def test_a_mixture_without_a_layer_of_experts_is_dense() -> None:
 def test_a_factor_that_rotates_nothing() -> None:
     with pytest.raises(SpecError, match=r"partial_rotary_factor is 0\.001, which rotates nothing"):
         spec_from_config({**config("phi3", 2), "partial_rotary_factor": 0.001}, "x")
+
+
+def test_a_tower_is_as_its_configuration_says() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = next(entry["config"] for entry in ENTRIES if entry["alias"] == "qwen3-vl-2b")
+    bare = {**config, "vision_config": {"out_hidden_size": 2048}}
+    for one in (config, bare):
+        sees = read(one).vision
+        theirs = transformers.AutoConfig.for_model(**json.loads(json.dumps(one))).vision_config
+        assert sees is not None
+        facts = {
+            "depth": "depth", "hidden_size": "hidden_size", "intermediate_size": "intermediate_size",
+            "num_heads": "num_heads", "hidden_act": "hidden_act", "channels": "in_channels",
+            "patch_size": "patch_size", "temporal_patch_size": "temporal_patch_size",
+            "merge_size": "spatial_merge_size", "out_hidden_size": "out_hidden_size",
+            "num_positions": "num_position_embeddings",
+        }  # fmt: skip
+        assert {our: getattr(sees, our) for our in facts} == {
+            our: getattr(theirs, their) for our, their in facts.items()
+        }
+        assert sees.deepstack == tuple(theirs.deepstack_visual_indexes)
+
+
+@pytest.mark.parametrize(
+    ("sees", "told"),
+    [
+        (None, "vision_config is missing"),
+        ({"out_hidden_size": 1024}, "out_hidden_size is 1024, but the decoder's hidden_size is 2048"),
+        ({"out_hidden_size": 2048, "hidden_size": 1000}, "must be a multiple of four times num_heads"),
+        ({"out_hidden_size": 2048, "deepstack_visual_indexes": [99]}, "must list blocks from 0 to 26"),
+        ({"out_hidden_size": 2048, "hidden_act": "relu"}, "hidden_act is 'relu'"),
+    ],
+)
+def test_a_tower_that_is_none(sees: dict[str, Any] | None, told: str) -> None:
+    config = next(entry["config"] for entry in ENTRIES if entry["alias"] == "qwen3-vl-2b")
+    with pytest.raises(SpecError, match=told):
+        read({**config, "vision_config": sees})
+
+
+@pytest.mark.parametrize("size", [(1024, 1024), (640, 480), (33, 31), (5000, 100), (20_000, 9000), (1, 200)])
+def test_patches_are_the_processors(size: tuple[int, int]) -> None:
+    """Qwen's ``smart_resize``, whose module needs torchvision: its bounds and what it keeps."""
+    from memplan import towers
+
+    sees = read(next(entry["config"] for entry in ENTRIES if entry["alias"] == "qwen3-vl-8b")).vision
+    assert sees is not None
+    grid = towers.find("qwen3_vl").grid(sees, *size)
+    pixels = grid.patches * sees.patch_size**2
+    assert 256 * 256 <= pixels <= 4096 * 4096
+    assert grid.tokens * sees.merge_size**2 == grid.patches
+    if 256 * 256 <= size[0] * size[1] <= 4096 * 4096:
+        assert abs(grid.columns * sees.patch_size - size[0]) <= sees.patch_size
+        assert abs(grid.rows * sees.patch_size - size[1]) <= sees.patch_size

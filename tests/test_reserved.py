@@ -178,7 +178,8 @@ def test_a_70b_loads_as_from_pretrained_does() -> None:
 @pytest.mark.parametrize("family", sorted(SPECS))
 def test_the_warm_up_and_the_order_are_transformers_own(family: str) -> None:
     torch = pytest.importorskip("torch")
-    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+    import transformers
+    from transformers import AutoConfig, BitsAndBytesConfig
     from transformers.core_model_loading import dot_natural_key
     from transformers.modeling_utils import get_total_byte_count, local_torch_dtype
     from transformers.quantizers import AutoHfQuantizer
@@ -187,7 +188,8 @@ def test_the_warm_up_and_the_order_are_transformers_own(family: str) -> None:
     settings_ = AutoConfig.for_model(**{**config(family, 11), "pad_token_id": 0})
     quantizer = AutoHfQuantizer.from_config(BitsAndBytesConfig(load_in_4bit=True), pre_quantized=False)
     with local_torch_dtype(torch.bfloat16), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(settings_, dtype=torch.bfloat16)
+        kind = getattr(transformers, config(family, 11)["architectures"][0])
+        model = kind._from_config(settings_, dtype=torch.bfloat16)
         quantizer.preprocess_model(model, dtype=torch.bfloat16, device_map={"": 0}, checkpoint_files=None)
     names = list(model.state_dict())
     counted = get_total_byte_count(model, dict.fromkeys(names, torch.device("cuda", 0)), quantizer)

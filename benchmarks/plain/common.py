@@ -35,6 +35,9 @@ def options(dtype: str | None = "bfloat16") -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--lengths", type=int, nargs="+", help="of the rows, one after the other")
     parser.add_argument("--packing", action="store_true", help="rows of --lengths, packed to --length")
+    parser.add_argument("--images", type=int, default=1, help="pictures in each example")
+    parser.add_argument("--width", type=int, default=1024, help="of each, in pixels")
+    parser.add_argument("--height", type=int, default=1024)
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--device-map")
     parser.add_argument("--history", type=Path, help="where the allocator's history goes, as a pickle")
@@ -46,13 +49,13 @@ def options(dtype: str | None = "bfloat16") -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load(asked: argparse.Namespace) -> Any:
-    """The model as a script loads it: 4-bit ones onto the card, others onto the host; with ``--tp`` a part of
-    it onto each card."""
+def load(asked: argparse.Namespace, kind: Any = AutoModelForCausalLM) -> Any:
+    """The model of a ``kind`` as a script loads it: 4-bit ones onto the card, others onto the host; with
+    ``--tp`` a part of it onto each card."""
     if asked.history:
         torch.cuda.memory._record_memory_history(max_entries=10_000_000, stacks="python")
     quantised = {"quantization_config": quantisation(asked)} if asked.mode == "qlora" else {}
-    return AutoModelForCausalLM.from_pretrained(
+    return kind.from_pretrained(
         asked.model,
         dtype=getattr(torch, asked.dtype),
         attn_implementation=asked.attention,

@@ -34,6 +34,7 @@ TRAINERS = {
     "hf_trainer": "peft",
     "trl_sft": "trl",
     "trl_guide": "trl",
+    "trl_vision": "trl",
 }  # whose defaults a script's recipe has
 QUIET = {
     "HF_HUB_OFFLINE": "1",
@@ -75,18 +76,9 @@ def emulated(case: dict[str, Any], folder: Path, gpu: str) -> dict[str, Any]:
     }
     asked = [str(checkpoint), "--out", str(out), *case["run"].split()]
     script = [sys.executable, str(HERE / f"{case['script']}.py"), *asked]
-    if "lengths" in case:  # shapes depend on values, which are worked out where the run is watched
-        watched = [
-            "--steps",
-            "99",
-            "--json",
-            "--gpu",
-            gpu,
-            "--",
-            *script,
-            "--lengths",
-            *map(str, case["lengths"]),
-        ]
+    if _watched(case):  # shapes depend on values, which are worked out where the run is watched
+        lengths = ["--lengths", *map(str, case["lengths"])] if "lengths" in case else []
+        watched = ["--steps", "99", "--json", "--gpu", gpu, "--", *script, *lengths]
         told = json.loads(_memplan(settings, "dry-run", *watched))
         steps = [
             {kind: step[f"{kind}_bytes"] for kind in ("allocated", "reserved")} for step in told["steps"]
@@ -94,9 +86,14 @@ def emulated(case: dict[str, Any], folder: Path, gpu: str) -> dict[str, Any]:
     else:
         _memplan(settings, "dry-run", "--no-watch", "--gpu", gpu, "--", *script)
     found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
-    if "lengths" in case:  # in which memplan, and not the script, takes what each step has at most
+    if _watched(case):  # in which memplan, and not the script, takes what each step has at most
         found |= {"steps": steps, "reserved": max(step["reserved"] for step in steps)}
     return found
+
+
+def _watched(case: dict[str, Any]) -> bool:
+    """Whether its tensors are as long as values say: of rows that differ, of images."""
+    return "lengths" in case or case["script"] == "trl_vision"
 
 
 def _memplan(settings: dict[str, str], *arguments: str) -> str:
@@ -116,12 +113,14 @@ def _memplan(settings: dict[str, str], *arguments: str) -> str:
 def row(case: dict[str, Any], checkpoint: Path, found: dict[str, Any]) -> dict[str, Any]:
     """Both sides of a case, in bytes: what the plan of the checkpoint's ``config.json`` says, and what the
     script took. Allocated is the second step's, which the plan plays; a third may place blocks otherwise. Of
-    lengths that differ, it is the most of any step."""
+    lengths that differ, and of images, whose batches lie elsewhere in each step, it is the most of any
+    step."""
     recipe = {"trainer": TRAINERS[case["script"]], **case["recipe"]}
     lengths = case.get("lengths") if recipe.get("batches") != "packed" else None
     predicted = plan(checkpoint, Recipe(**recipe), gpus=[], lengths=lengths).allocator
     steps = found["steps"]
-    allocated = steps[1]["allocated"] if lengths is None else max(step["allocated"] for step in steps)
+    any_step = lengths is not None or case["script"] == "trl_vision"
+    allocated = max(step["allocated"] for step in steps) if any_step else steps[1]["allocated"]
     return {
         **{name: case[name] for name in _TOLD if name in case},
         "recipe": recipe,

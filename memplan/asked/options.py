@@ -57,6 +57,14 @@ def loads_onto(text: str) -> str | None:
     return None if text == "none" else text.removesuffix(":0")
 
 
+def pixels(text: str) -> tuple[int, int]:
+    """A width and a height as they are typed, with an x or × between them. Raises ValueError."""
+    parts = re.split("[x×]", text.strip().lower())
+    if len(parts) != 2 or not all(part.isascii() and part.isdigit() and int(part) for part in parts):
+        raise ValueError(f"it takes a width and a height in pixels, such as 1024x768, not {text[:40]!r}")
+    return int(parts[0]), int(parts[1])
+
+
 def of_step(**told: Any) -> Option:
     """An option of what is run."""
     return Option(group="step", **told)

@@ -29,6 +29,7 @@ from memplan.asked.options import (
     of_optimizer,
     of_precision,
     of_step,
+    pixels,
     targets,
 )
 from memplan.errors import MemplanError, RecipeError, UnknownName, printable
@@ -154,6 +155,13 @@ _EXAMPLES = "transformers' examples of DeepSpeed's files"
 
 
 _AWAY = {Offload.OPTIMIZER: "optimizer", Offload.BOTH: "optimizer and parameters"}
+
+
+def _seen(recipe: Recipe) -> str | None:
+    if not recipe.images:
+        return None
+    width, height = recipe.image_size
+    return f"{recipe.images} image{'s' if recipe.images > 1 else ''} of {width}x{height}"
 
 
 def _elements(name: str, value: int | str | None) -> str | None:
@@ -506,6 +514,29 @@ class Recipe(BaseModel):
             ),
         ),
     ] = Batches.FULL
+    images: Annotated[
+        int,
+        of_step(
+            help="images in each sequence, of a model that sees",
+            metavar="N",
+            phrase=_seen,
+            source=(
+                "None: a batch of text, beside which the vision tower lies on the card. Images' tokens are "
+                "part of --seq-len."
+            ),
+        ),
+    ] = Field(default=0, ge=0, le=1 << 10)
+    image_size: Annotated[
+        tuple[Annotated[int, Field(ge=1, le=1 << 16)], Annotated[int, Field(ge=1, le=1 << 16)]],
+        of_step(
+            help="width and height of each image in pixels, before its processor resizes it",
+            default="1024x1024",
+            metavar="WxH",
+            read=pixels,
+            told_with="images",
+            source="memplan's own: a photograph as people train on it.",
+        ),
+    ] = (1024, 1024)
     device_map: Annotated[
         Literal["auto", "cuda"] | None,
         of_step(
@@ -739,6 +770,8 @@ class Recipe(BaseModel):
             )
         if self.use_reentrant is not None and self.gradient_checkpointing is False:
             raise ValueError("use_reentrant says how to checkpoint, but gradient checkpointing is off")
+        if self.images:
+            self._check_images()
         if self.batches is not Batches.FULL:
             self._check_batches()
         if self.gpus % (self.nodes or 1):
@@ -888,6 +921,20 @@ class Recipe(BaseModel):
                 f"{stacks.find(self.trainer).title} packs with masks of its own, which are not planned: use "
                 "`memplan dry-run`"
             )
+
+    def _check_images(self) -> None:
+        """What images were compared with."""
+        for name, rest, what in (
+            ("batches", (Batches.FULL,), f"{self.batches.value} batches"),
+            ("attn", (None, "sdpa", "eager"), f"--attn {self.attn}"),
+            ("loss", ("standard", "chunked"), f"the loss {self.loss}"),
+            ("kernels", (Kernels.STOCK,), "memplan's kernels"),
+        ):
+            if getattr(self, name) not in rest:
+                raise ValueError(
+                    f"images with {what} are not planned: leave {name} out, or let `memplan dry-run -- "
+                    "COMMAND` run your own program"
+                )
 
     def as_fed(self) -> Recipe:
         """The same with rows as the model is given them: of packed batches, one with all tokens."""

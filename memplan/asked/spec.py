@@ -21,8 +21,28 @@ class Quantization(BaseModel):
     compute_dtype: Literal["bfloat16", "float16", "float32"]
 
 
+class Vision(BaseModel):
+    """A vision tower, in the words of :mod:`memplan.towers`, where ``kind`` is its file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: str
+    depth: int = Field(gt=0, le=1 << 10)
+    hidden_size: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0)
+    num_heads: int = Field(gt=0)
+    hidden_act: str
+    channels: int = Field(gt=0)
+    patch_size: int = Field(gt=0)
+    temporal_patch_size: int = Field(default=1, gt=0)
+    merge_size: int = Field(gt=0)  # patches along each axis that become a token
+    out_hidden_size: int = Field(gt=0)
+    num_positions: int = Field(gt=0)
+    deepstack: tuple[int, ...] = ()  # blocks whose hidden states go into the first decoder layers, too
+
+
 class ModelSpec(BaseModel):
-    """A decoder-only language model. Names are those of transformers' configurations.
+    """A decoder-only language model, and what it sees with. Names are those of transformers' configurations.
 
     ``layer_types``, ``sparse_layers`` and ``rotated_layers`` have one entry a layer. Sizes are counts of
     elements.
@@ -94,6 +114,9 @@ class ModelSpec(BaseModel):
     topk_group: int = 1
     router_aux_loss_coef: float = 0.0  # the weight of the load-balancing loss, where a trainer asks for it
     sparse_layers: tuple[bool, ...] = ()
+
+    vision: Vision | None = None
+    text_cache: bool = False  # its language model has a use_cache of its own, which trainers leave on
 
     quantization: Quantization | None = None
     mxfp4: bool = False  # its experts are published so, and loading unpacks them

@@ -26,6 +26,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         v = ops.transpose(pad(ops.transpose(v, 1, 2), 3, wide - width), 1, 2)
     if q.dtype is float32:
         q, k, v = (ops.to(x, state.autocast or context.dtype) for x in (q, k, v))
+    assert context.position_ids is not None, "images, with which it is refused"
     _is_packed_sequence(context.position_ids, q.shape[0])
     out = flash_attention(q, k, v, dropout=context.spec.attention_dropout, package=True)
     return ops.narrow_last(ops.transpose(out, 1, 2), 0, width)

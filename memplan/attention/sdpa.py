@@ -24,7 +24,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, 
         gqa = context.mask is None and k.shape[-1] <= 256
         if not gqa:
             k, v = repeat_kv(k, groups), repeat_kv(v, groups)
-    causal = context.mask is None and q.shape[2] > 1
+    causal = context.causal and context.mask is None and q.shape[2] > 1
     dropout = context.spec.attention_dropout
     out = scaled_dot_product_attention(q, k, v, context.mask, causal=causal, gqa=gqa, dropout=dropout)
     return ops.contiguous(ops.transpose(out, 1, 2)), None

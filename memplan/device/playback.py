@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from memplan.asked.alloc_conf import AllocatorSettings
-from memplan.device.allocator import Allocator, Block, OutOfMemory
+from memplan.device.allocator import SMALL, Allocator, Block, OutOfMemory
 from memplan.tape import Category, Part, Phase, Tape
 
 LOADING, FIRST_STEP, LATER_STEP = "loading", "first step", "later step"
@@ -82,7 +82,8 @@ class Simulation:
     ``loading`` as :func:`memplan.predict.loading.loading` writes it; without it, what rests is allocated in
     the tape's order. ``capacity`` and ``limit`` as in :class:`memplan.device.allocator.Allocator`.
     ``first``: the tape of the first step, where that is another; ``several``: GPUs share the steps, whose
-    engines settle later: where the second step reserves more, a third is played.
+    engines settle later: where the second step reserves more, a third is played. So it is with images, whose
+    batches lie elsewhere in each step.
     ``begun``: what it took up to the end of its first step; ``trained``: what it took. Each is played when it
     is asked for.
     """
@@ -152,7 +153,7 @@ class Simulation:
         run.watch()
         before = allocator.peak_reserved
         run.step(LATER_STEP)
-        if self._several and allocator.peak_reserved > before:
+        if (self._several or run.fed) and allocator.peak_reserved > before:
             run.step(LATER_STEP)
 
     def _played(self, part: Callable[[], None]) -> OutOfMemory | None:
@@ -197,6 +198,8 @@ class Playback:
             if segment.part is Part.RENEWED
             for event in tape.events[segment.start : segment.stop]
         ]
+        # images: blocks of a batch that lie among weights and activations, where it matters that each is new
+        self.fed = [e for e in rest if tape.operations[e] == "batch" and tape.sizes[e] > SMALL]
         left = self._left(set(rest).difference(self.states, self.renewed))
         self.born = sorted([*zip(self._first_products(), workspaces, strict=False), *left])
         later = {*self.states, *self.renewed, *(storage for _, storage in self.born)}
@@ -234,8 +237,11 @@ class Playback:
         self._make(number for number in self.others if number not in self.live)
 
     def step(self, stage: str) -> None:
-        """One step; the first one makes what later ones find there."""
+        """One step; the first one makes what later ones find there. A batch is there before the names of the
+        one before it are given up (transformers, ``trainer.py``, ``_run_epoch``)."""
         self.stage = stage
+        if stage != FIRST_STEP:
+            self._feed()
         before = set(self.live)
         played = self.begin
         if stage == FIRST_STEP:
@@ -255,13 +261,23 @@ class Playback:
                 self.allocator.free(self.live.pop(number))
             self._make(self.renewed)
 
+    def _feed(self) -> None:
+        before = [self.live.pop(storage) for storage in self.fed]
+        self._make(self.fed)
+        for block in before:
+            self.allocator.free(block)
+
     def evaluate(self, tape: Tape) -> None:
-        """What an evaluation makes and drops; what rests on its tape is there already."""
+        """What an evaluation makes and drops; what rests on its tape is there already, and stays until the
+        next step even where another takes its place."""
         self.stage = EVALUATION
         training, resting = self.tape, self.live
         self.tape, self.live = tape, {}
         begin = next(segment.start for segment in tape.segments if segment.phase is Phase.FORWARD)
-        self.play(begin, len(tape.events))
+        made = {event for event in tape.events[begin:] if event >= 0}
+        own = [event for event in tape.events[begin:] if event >= 0 or ~event in made]
+        self.start = begin
+        self.allocator.play(own, tape.sizes, self.live, tape.streams)
         for block in self.live.values():
             self.allocator.free(block)
         self.tape, self.live = training, resting

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from memplan import rooms
 from memplan.asked.spec import ModelSpec
@@ -15,14 +16,35 @@ from memplan.parts.context import Layer, Leaves
 from memplan.parts.module import Module
 from memplan.parts.norms import RMSNorm
 from memplan.parts.rotary import cos_sin
-from memplan.shadow.tensor import Tensor
+from memplan.shadow.tensor import Shape, Tensor
+from memplan.towers import Features, Pictures
+
+
+class Seen(NamedTuple):
+    """What a decoder is given of images beside hidden states: positions, and what comes between layers
+    (``after`` the one of a number). ``stays``: what the model keeps from step to step, by name; ``kept``:
+    what lives as long as the decoder runs."""
+
+    positions: Tensor
+    after: Callable[[int, Tensor], Tensor]
+    stays: dict[str, Tensor]
+    kept: Any
+
+
+# Features, the embeddings in a list, in whose place come those with images, token ids, what the batch has of
+# images, the images
+Sees = Callable[[Features, "list[Tensor]", Tensor, dict[str, Tensor], Pictures], Seen]
+
+
+def _nothing(sequences: int) -> dict[str, Shape]:
+    return {}
 
 
 def _as_asked(attn: str | None) -> str | None:
     return attn
 
 
-def _nothing(spec: ModelSpec) -> dict[str, Module]:
+def _no_modules(spec: ModelSpec) -> dict[str, Module]:
     return {}
 
 
@@ -39,7 +61,9 @@ class Family:
     states; ``attention``: which implementation is used of what was asked for, where transformers does not
     leave the choice. Raises RecipeError for one that it refuses. ``outside``: modules outside of the layers
     that others have not, by full name; ``per_layer_inputs``: what layers are given of them, [B, S, L, P], of
-    the ids and the embeddings, or None.
+    the ids and the embeddings, or None. Of a model that sees, ``root``: the decoder's name in it; ``sees``:
+    what it makes of a tower's features, and ``stays`` of what it keeps from step to step the shapes, by
+    sequences.
     """
 
     config: Config
@@ -58,9 +82,13 @@ class Family:
     masks_of_positions: bool = True  # its masks see positions, which keep packed sequences apart
     # PEFT's all-linear means the experts, too (peft/utils/transformers_weight_conversion.py)
     adapts_experts: bool = False
-    outside: Callable[[ModelSpec], dict[str, Module]] = _nothing
+    outside: Callable[[ModelSpec], dict[str, Module]] = _no_modules
     per_layer_inputs: Callable[[Leaves, Tensor, Tensor, ModelSpec], Tensor | None] = _no_inputs
     slices_for_shared_kv: bool = False  # see memplan.predict.step
+    root: str = "model"
+    sees: Sees | None = None
+    stays: Callable[[int], dict[str, Shape]] = _nothing
+    counts_items: bool = True  # losses are divided by num_items_in_batch (accepts_loss_kwargs)
     several: bool = True  # its step was compared on several GPUs
     liger: bool = True  # Liger-Kernel 0.8.5 has a loss for it that runs with transformers 5.23
     float16: bool = True  # it is loaded so as a whole (not in _keep_in_fp32_modules)

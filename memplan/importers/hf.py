@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from memplan import families
+from memplan import families, towers
 from memplan.asked.fields import MAX_LAYERS, MAX_POSITIONS, Fields
 from memplan.asked.spec import ModelSpec
 from memplan.errors import SpecError, UnsupportedArchitecture, shown
@@ -72,6 +72,7 @@ def spec_from_config(
         )
     published = config
     model_type, family, config = _family(config, name)
+    vision = towers.read(model_type, published, name)
     fields = Fields(config, family.defaults, frozenset(family.nullable), name)
     _refuse_variants(fields)
 
@@ -122,6 +123,8 @@ def spec_from_config(
             longrope=longrope,
             quantization=None if mxfp4 else quantization_of(whole, name),
             mxfp4=mxfp4,
+            vision=vision,
+            text_cache=vision is not None and fields.flag("use_cache"),
             attention_dropout=fields.probability("attention_dropout"),
             resid_dropout=fields.probability(family.dropout) if family.dropout in family.defaults else 0.0,
             sliding_window=window,
@@ -179,12 +182,13 @@ def _family(config: dict[str, Any], name: str) -> tuple[str, Config, dict[str, A
             f"architectures says {shown(architecture)} but model_type says {shown(model_type)}; "
             f"the two agree when model_type is {expected!r}"
         )
-    if images:
+    if images or found in towers.names():
         text = config.get("text_config")
         if not isinstance(text, dict):
             fields.fail(f"text_config is {shown(text)}, but it must be the object of its language model")
         # The checkpoint ties its embeddings or not as a whole, where the language model does not say.
-        config = {key: config[key] for key in ("tie_word_embeddings",) if config.get(key) is not None} | text
+        tied = {key: config[key] for key in ("tie_word_embeddings",) if config.get(key) is not None}
+        config = tied | text if images else text | (tied or {"tie_word_embeddings": False})
     return found, own, config
 
 

@@ -29,7 +29,15 @@ def by_decay(groups: list[Group]) -> Iterator[tuple[str, list[tuple[int | None, 
         yield name, [(layer, parameters) for layer, parameters in chosen if parameters]
 
 
-_DECAYED_VECTORS = ("lora_magnitude_vector", "self_attn.sinks", "router.scale", "_expert_scale", "A_log")
+_DECAYED_VECTORS = (
+    "lora_magnitude_vector",
+    "self_attn.sinks",
+    "router.scale",
+    "_expert_scale",
+    "A_log",
+    ".norm1",  # of towers
+    ".norm2",
+)
 
 
 def _decays(parameter: Tensor) -> bool:

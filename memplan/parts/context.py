@@ -25,7 +25,7 @@ class Context(NamedTuple):
     cos_BSD: Tensor
     sin_BSD: Tensor
     mask: Tensor | None
-    position_ids: Tensor  # not read, but kept alive: a checkpoint's closure holds all arguments
+    position_ids: Tensor | None  # not read, but kept alive: a checkpoint's closure holds all arguments
     sliding: bool
     rotated: bool  # queries and keys are turned
     cache: list[Tensor] | None  # keys and values that a DynamicCache keeps, or None without a cache
@@ -34,6 +34,7 @@ class Context(NamedTuple):
     layer: int  # its number
     per_layer_input: Tensor | None  # its own embeddings [B, S, P], where layers have some
     shared_kv: SharedKV
+    causal: bool = True
 
 
 Attend = Callable[[Tensor, Tensor, Tensor, Context], tuple[Tensor, "Tensor | None"]]

@@ -88,7 +88,7 @@ class Embedding:
     __slots__ = ("name", "requires_grad_hook", "scale", "weight")
 
     def __init__(
-        self, weight: Tensor, scale: Tensor | None, requires_grad_hook: bool, name: str = "model.embed_tokens"
+        self, name: str, weight: Tensor, scale: Tensor | None = None, requires_grad_hook: bool = False
     ) -> None:
         self.name = name
         self.weight, self.scale, self.requires_grad_hook = weight, scale, requires_grad_hook

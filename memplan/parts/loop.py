@@ -46,16 +46,18 @@ _APART = 256  # batches that wait, each in blocks of its own; what is beyond the
 
 class Loop(Generic[One]):
     """The names of a Trainer's loop when a step of ``recipe`` begins; what they hold stays on the card.
-    ``one`` puts a number there, by its name."""
+    ``one`` puts a number there, by its name; ``counts``: the model takes the number that losses are divided
+    by (``accepts_loss_kwargs``), else each loss is divided by the passes of a step once more."""
 
-    def __init__(self, recipe: Recipe, one: Callable[[str], One]) -> None:
+    def __init__(self, recipe: Recipe, one: Callable[[str], One], *, counts: bool = True) -> None:
         self._one = one
-        self._held: dict[str, One | None] = {name: one(name) for name in kept(recipe)}
+        self.counts = counts
+        self._held: dict[str, One | None] = {name: one(name) for name in kept(recipe, counts=counts)}
 
     @property
     def items(self) -> One | None:
         """By what losses are divided."""
-        return self._held[ITEMS]
+        return self._held.get(ITEMS)
 
     @property
     def scale(self) -> One | None:
@@ -81,10 +83,11 @@ class Loop(Generic[One]):
         self._held.pop("found_inf", None)
 
 
-def kept(recipe: Recipe) -> list[str]:
+def kept(recipe: Recipe, *, counts: bool = True) -> list[str]:
     """The names of the numbers that are there when a step begins. The norm of gradients that the host has is
     a number of the host's."""
-    on_card = [name for name in KEPT if recipe.offload is None or name != "grad_norm"]
+    absent = {"grad_norm" if recipe.offload is not None else "", "" if counts else ITEMS}
+    on_card = [name for name in KEPT if name not in absent]
     fp16 = recipe.autocast and recipe.dtype is DTypeName.FLOAT16
     scaler = ("_scale", "_growth_tracker") if fp16 else ()
     return [*on_card, *stacks.find(recipe.trainer).keeps, *scaler]

@@ -230,6 +230,7 @@ def plan_of(study: Prediction) -> Plan:
         _experts(spec, recipe),
         _unpacked(spec, recipe),
         _linear_attention(spec),
+        _unseen(spec, recipe),
         _too_long(spec, recipe),
         _saved(spec, recipe, study.peak),
     )
@@ -272,6 +273,13 @@ def _linear_attention(spec: ModelSpec) -> str | None:
         "its linear attention is played without flash-linear-attention and causal-conv1d, which take less "
         "where they are installed"
     )
+
+
+def _unseen(spec: ModelSpec, recipe: Recipe) -> str | None:
+    """That a batch of text passes a tower by."""
+    if spec.vision is None or recipe.images:
+        return None
+    return "its vision tower lies on the card, but the batch is text alone: --images 1 plans one with images"
 
 
 def _unmatched(spec: ModelSpec, recipe: Recipe) -> str | None:

@@ -92,6 +92,8 @@ def of_cards(given: Recipe, gpus: Iterable[str] | None) -> Recipe:
 def _as_long(given: Recipe, lengths: Lengths) -> Recipe:
     """The recipe with the longest sequence for its ``seq_len``, which is where others are cut if somebody
     said so."""
+    if given.images:
+        raise RecipeError("images in sequences of different lengths are not planned: leave out --lengths")
     if given.attn == "flash_attention_2":
         raise RecipeError(
             "what FlashAttention takes of sequences of different lengths is not planned: use --attn sdpa, or "

@@ -1,7 +1,7 @@
 """What modules a model has, of all its layers and outside of them.
 
 The same blueprint counts parameters, decides what LoRA targets and NF4 replace, and is what the
-decoder's forward is played on. Names are relative to ``model.layers.N`` inside a layer.
+decoder's forward is played on. Names are relative to ``model.layers.N`` inside a layer (:func:`root`).
 """
 
 from __future__ import annotations
@@ -9,10 +9,20 @@ from __future__ import annotations
 from collections import Counter
 from math import prod
 
-from memplan import families
+from memplan import families, towers
 from memplan.asked.spec import ModelSpec
 from memplan.parts.module import Module, linear, norm
 from memplan.shadow.tensor import Shape
+
+
+def root(spec: ModelSpec) -> str:
+    """The decoder's name in the model."""
+    return families.find(spec.model_type).root
+
+
+def layers_of(spec: ModelSpec) -> str:
+    """What the names of all layers begin with."""
+    return f"{root(spec)}.layers."
 
 
 def layer(spec: ModelSpec, index: int) -> dict[str, Module]:
@@ -38,16 +48,25 @@ def _kind(spec: ModelSpec, index: int) -> tuple[bool, str, bool]:
 
 
 def outside(spec: ModelSpec) -> dict[str, Module]:
-    """The modules outside the layers. A tied ``lm_head`` owns no parameter."""
+    """The modules outside the layers, a tower's first. A tied ``lm_head`` owns no parameter."""
     family = families.find(spec.model_type)
-    modules = {
-        "model.embed_tokens": Module("embedding", {"weight": (spec.vocab_size, spec.hidden_size)}),
-        "model.norm": norm(spec.hidden_size, bias=family.norm_bias),
-        **family.outside(spec),
-    }
+    modules = tower(spec)
+    modules[f"{family.root}.embed_tokens"] = Module(
+        "embedding", {"weight": (spec.vocab_size, spec.hidden_size)}
+    )
+    modules[f"{family.root}.norm"] = norm(spec.hidden_size, bias=family.norm_bias)
+    modules.update(family.outside(spec))
     if not spec.tie_word_embeddings:
         modules["lm_head"] = linear(spec.hidden_size, spec.vocab_size)
     return modules
+
+
+def tower(spec: ModelSpec) -> dict[str, Module]:
+    """The modules of what the model sees with."""
+    if spec.vision is None:
+        return {}
+    found = towers.find(spec.vision.kind)
+    return {f"{found.root}.{name}": module for name, module in found.modules(spec.vision).items()}
 
 
 def is_sparse(spec: ModelSpec, index: int) -> bool:
@@ -78,7 +97,7 @@ def named_shapes(spec: ModelSpec) -> dict[str, Shape]:
     for index in range(spec.num_hidden_layers):
         for name, module in layer(spec, index).items():
             for attribute, shape in module.parameters.items():
-                shapes[f"model.layers.{index}.{name}.{attribute}"] = shape
+                shapes[f"{layers_of(spec)}{index}.{name}.{attribute}"] = shape
     for name, module in outside(spec).items():
         for attribute, shape in module.parameters.items():
             shapes[f"{name}.{attribute}"] = shape
@@ -93,6 +112,6 @@ def named_buffers(spec: ModelSpec, itemsize: int) -> dict[str, int]:
         for name, module in layer(spec, index).items():
             width = itemsize if module.kind == "buffer" else 4
             for attribute, shape in module.buffers.items():
-                full_name = f"model.layers.{index}.{name}.{attribute}".removesuffix(".")
+                full_name = f"{layers_of(spec)}{index}.{name}.{attribute}".removesuffix(".")
                 found[full_name] = width * prod(shape)
     return found

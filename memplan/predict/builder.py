@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
-from memplan import adapters, families, strategies, weights
+from memplan import adapters, families, strategies, towers, weights
 from memplan.asked.recipe import DTypeName, Mode, Recipe
 from memplan.asked.spec import ModelSpec
 from memplan.optimizers import Group
 from memplan.parts.leaves import Base, Embedding, Linear, buffer, parameter
 from memplan.parts.module import Module
-from memplan.parts.norms import RMSNorm
+from memplan.parts.norms import LayerNorm, RMSNorm
 from memplan.predict import blueprint
 from memplan.predict.fold import Played
 from memplan.predict.parameters import adapts_experts, is_adapted
 from memplan.predict.targets import is_saved
 from memplan.predict.unlike import Standing
+from memplan.shadow.images import Patches
 from memplan.shadow.tensor import DTYPES, DType, Tensor, bfloat16, float32, state
 from memplan.tape import Category, Part, Phase
 
@@ -25,8 +27,9 @@ from memplan.tape import Category, Part, Phase
 class Model:
     """A played model: the modules of the played layers, ``outside`` those of its family outside of them, by
     full name, and its trainable parameters in the order of ``model.parameters()``, grouped by where they are;
-    ``tables``: the embeddings' weights; ``trained``: what is trained of each layer, as it computes with it.
-    """
+    ``tables``: the embeddings' weights, the decoder's first; ``trained``: what is trained of each layer, as
+    it computes with it. ``tower``: what it sees with, by name within that; ``stays``: what it keeps from step
+    to step."""
 
     spec: ModelSpec
     recipe: Recipe
@@ -39,6 +42,8 @@ class Model:
     buffers: list[Tensor]
     trainable: list[Group]
     trained: list[list[Tensor]]
+    tower: dict[str, Any] = field(default_factory=dict)
+    stays: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Builder:
@@ -67,7 +72,29 @@ class Builder:
             width = int(spec.head_dim * spec.partial_rotary_factor) // 2
             # longrope makes its second table in the first step and keeps it
             for _ in range(2 + spec.longrope):
-                self.buffers.append(buffer((width,), float32, "model.rotary_emb", Category.WEIGHTS))
+                self.buffers.append(buffer((width,), float32, self.rotary_emb, Category.WEIGHTS))
+
+    @property
+    def rotary_emb(self) -> str:
+        """The module that has them."""
+        return f"{blueprint.root(self.spec)}.rotary_emb"
+
+    def tower(self) -> dict[str, Any]:
+        """What the model sees with. In a batch without images none of it is run, nothing of it is updated."""
+        spec = self.spec
+        if spec.vision is None:
+            return {}
+        root = towers.find(spec.vision.kind).root
+        made = {
+            name.removeprefix(f"{root}."): self.module(name, module, name, LayerNorm)
+            for name, module in blueprint.tower(spec).items()
+        }
+        width = spec.vision.hidden_size // spec.vision.num_heads // 4
+        for _ in range(2):
+            self.buffers.append(buffer((width,), float32, f"{root}.rotary_pos_emb", Category.WEIGHTS))
+        if not self.recipe.images:
+            self.trainable = []
+        return made
 
     def weight(self, shape: tuple[int, ...], name: str, full_name: str | None = None) -> Tensor:
         """A weight that is not quantised. A module to save keeps the frozen original beside its copy
@@ -80,11 +107,18 @@ class Builder:
             self.trainable.append(tensor)
         return tensor
 
-    def module(self, name: str, definition: Module, full_name: str) -> Any:
+    def module(
+        self, name: str, definition: Module, full_name: str, norm: Callable[..., RMSNorm] | None = None
+    ) -> Any:
+        """A leaf; ``norm``: the class of its norms, the family's unless given."""
         shapes = definition.parameters
-        if definition.kind == "norm":
-            parameters = [self.weight(shape, name, full_name) for shape in shapes.values()]
-            return self.leaf(name, self.family.norm(name, *parameters))
+        if definition.kind in ("norm", "conv"):
+            kinds: dict[str, Any] = {"norm": norm or self.family.norm, "conv": Patches}
+            parameters = [
+                self.weight(shape, name if attribute == "weight" else f"{name}.{attribute}", full_name)
+                for attribute, shape in shapes.items()
+            ]
+            return self.leaf(name, kinds[definition.kind](name, *parameters))
         if definition.kind == "raw":
             return self.raw(name, definition)
         if definition.kind == "embedding":
@@ -103,7 +137,7 @@ class Builder:
             for _ in range(1 + is_saved(self.recipe.modules_to_save, name)):
                 scale = buffer((), self.dtype, f"{name}.embed_scale", Category.WEIGHTS)
                 self.buffers.append(scale)
-        return Embedding(table, scale, hook, name)
+        return Embedding(name, table, scale, hook)
 
     def leaf(self, name: str, module: Any) -> Any:
         """A module as a strategy has it called."""
@@ -174,18 +208,23 @@ class Builder:
                 self.trainable = []
 
         tape.begin(Phase.SETUP, "weights", part=Part.LOADED)
+        tower = self.tower()
+        close(None)
+        root = blueprint.root(spec)
         begin(strategies.HEAD if spec.tie_word_embeddings else strategies.EMBEDDING)
+        name = f"{root}.embed_tokens"
+        before = len(self.buffers)
         hook = recipe.mode is not Mode.FULL and bool(recipe.gradient_checkpointing)
-        name = "model.embed_tokens"
         embedding = self.embedding(name, outside[name].parameters["weight"], hook)
         # of a module to save, which came first
-        original = self.buffers[0] if is_saved(recipe.modules_to_save, name) else embedding.weight
+        original = self.buffers[before] if is_saved(recipe.modules_to_save, name) else embedding.weight
+        tables = [embedding.weight, *(one for one in self.tables if one is not embedding.weight)]
         close(None)
         layers, trained = [], []
         for index, repeat in played.repeats:
             tape.begin(Phase.SETUP, "layer weights", index, Part.LOADED)
             begin(index, repeat)
-            prefix = f"model.layers.{index}."
+            prefix = f"{blueprint.layers_of(spec)}{index}."
             definition = blueprint.layer(spec, index)
             layers.append(
                 {name: self.module(name, module, prefix + name) for name, module in definition.items()}
@@ -197,7 +236,7 @@ class Builder:
         self.rotary()
         if self.quantised is not None and spec.quantization is None:  # which quantising leaves
             self.buffers += self.quantised.shared(recipe)
-        norm = self.module("model.norm", outside["model.norm"], "model.norm")
+        norm = self.module(f"{root}.norm", outside[f"{root}.norm"], f"{root}.norm")
         others = {name: self.module(name, module, name) for name, module in self.family.outside(spec).items()}
         begin(strategies.HEAD)
         head: Any
@@ -212,6 +251,7 @@ class Builder:
         else:
             head = self.module("lm_head", outside["lm_head"], "lm_head")
         close(None)
+        tables += [one for one in self.tables if not any(one is other for other in tables)]
         return Model(
-            spec, recipe, layers, others, embedding, self.tables, norm, head, self.buffers, groups, trained
+            spec, recipe, layers, others, embedding, tables, norm, head, self.buffers, groups, trained, tower
         )

@@ -52,11 +52,11 @@ def _play(
     model, _states, _workspaces, loop = at_rest(spec, recipe, card, played, looped=True)
     tape = state.tape
     trained, evaluated = rows
-    trained_on = batch(trained)  # the training loop's names for them go on
+    trained_on = batch(spec, trained)  # the training loop's names for them go on
     _others = waiting(trained_on, recipe.gradient_accumulation_steps - 1)
     tape.begin(Phase.FORWARD, "batch")
     assert loop is not None
-    fed = batch(evaluated, loop.items)
+    fed = batch(spec, evaluated, loop.items)
     with no_grad():
         loss = forward(model, fed, list(played.indices))
     tape.begin(Phase.FORWARD, "end")

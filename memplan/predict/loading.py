@@ -44,7 +44,7 @@ from memplan.shadow.tensor import Shape
 from memplan.tape import Category, Part, Phase, Tape
 from memplan.weights import Brought, LoadStep, Temporary
 
-_NOT_LOADED = ("model.rotary_emb", "bitsandbytes")  # buffers that are made, not read
+_NOT_LOADED = ("rotary_emb", "rotary_pos_emb", "embed_scale", "bitsandbytes")  # made, not read
 _WARMUP_RESERVE = int(1.2 * (1 << 30))  # what the warm-up leaves of a card that is smaller than the model
 _ITEMSIZE = {DTypeName.BFLOAT16: 2, DTypeName.FLOAT16: 2, DTypeName.FLOAT32: 4}
 
@@ -62,15 +62,15 @@ def loading(spec: ModelSpec, recipe: Recipe, step: Tape, capacity: int | None = 
         recipe = recipe.model_copy(update={"device_map": "cuda"})  # a device, as transformers gives itself
     if strategy is not None and strategy.load is not None:
         if weights.of(recipe) is None:
-            return _spread(strategy, shapes, recipe, step, capacity)
+            return _spread(strategy, spec, shapes, recipe, step, capacity)
         if strategy.shards:
             return _sharded(strategy, spec, shapes, recipe, step, capacity)
     if strategy is not None and strategy.wrap is not None:
         checkpoint = published.of(spec, recipe.dtype)
-        steps = list(_steps(shapes, _brought(step), recipe, step, capacity, checkpoint))
+        steps = list(_steps(shapes, _brought(step, spec), recipe, step, capacity, checkpoint))
         wrapped = strategy.wrap(recipe, step, _temporary(sum(what == "scratch" for what, _ in steps)))
         return _written(iter([*steps, ("empty_cache", 0), *wrapped]), step, emptied=False)
-    return loading_of(shapes, _brought(step), recipe, step, capacity, published.of(spec, recipe.dtype))
+    return loading_of(shapes, _brought(step, spec), recipe, step, capacity, published.of(spec, recipe.dtype))
 
 
 def loading_of(
@@ -88,12 +88,13 @@ def loading_of(
 
 def making(spec: ModelSpec, recipe: Recipe, step: Tape) -> Tape:
     """The same of a model that memplan's verifier makes."""
-    steps = _steps(blueprint.named_shapes(spec), _brought(step), recipe, step, None, None)
+    steps = _steps(blueprint.named_shapes(spec), _brought(step, spec), recipe, step, None, None)
     return _written(steps, step)
 
 
 def _spread(
     strategy: strategies.Strategy,
+    spec: ModelSpec,
     shapes: Mapping[str, Shape],
     recipe: Recipe,
     step: Tape,
@@ -102,7 +103,7 @@ def _spread(
     """The same of a model that is spread over ranks when it is there, with nothing emptied after."""
     assert strategy.load is not None
     temporary = _temporary()
-    brought = _brought(step)
+    brought = _brought(step, spec)
     resting = [(one.storage, one.name, step.sizes[one.storage]) for one in brought if not one.made]
     made = [one.storage for one in brought if one.made]
     known = {name.removesuffix(".weight"): prod(shape) for name, shape in shapes.items()}
@@ -133,9 +134,9 @@ def _sharded(
     assert strategy.load is not None
     alone = recipe.model_copy(update={"parallel": None, "gpus": 1})
     lone = write_long_tape(spec, alone)
-    whole = {one.storage: one for one in _brought(lone)}
+    whole = {one.storage: one for one in _brought(lone, spec)}
     resting, stays = [], defaultdict(list)  # of these, what is whole on each rank
-    for one in _brought(step):
+    for one in _brought(step, spec):
         if one.made or one.category is Category.QUANTIZATION_STATE:
             stays[one.name].append(one.storage)
         else:
@@ -212,17 +213,18 @@ def _steps(
     return iter([("alloc", one.storage) for one in brought])
 
 
-def _brought(tape: Tape) -> list[Brought]:
+def _brought(tape: Tape, spec: ModelSpec) -> list[Brought]:
     """Storages of weights, quantisation state and adapters in SETUP of a tape of the shadow."""
     found = []
+    layers = blueprint.layers_of(spec)
     for segment in tape.segments:
         if segment.part is not Part.LOADED:
             continue
-        prefix = "" if segment.layer is None else f"model.layers.{segment.layer}."
+        prefix = "" if segment.layer is None else f"{layers}{segment.layer}."
         for event in tape.events[segment.start : segment.stop]:
             if event >= 0:
                 name = prefix + tape.modules[event]
-                made = name in _NOT_LOADED or name.endswith("embed_scale")
+                made = name.endswith(_NOT_LOADED)
                 found.append(Brought(event, name, tape.categories[event], made))
     return found
 
@@ -366,7 +368,7 @@ def _take(storages: dict[str, list[int]], name: str) -> list[int]:
 
 def _tree(name: str) -> bool:
     """The order of modules: the embedding comes before the layers that ``named_shapes`` begins with."""
-    return name != "model.embed_tokens.weight"
+    return ".embed_tokens." not in name
 
 
 def _natural(name: str) -> list[tuple[int, int, str, int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from memplan import adapters, families, optimizers, stacks, strategies
+from memplan import adapters, families, optimizers, stacks, strategies, towers
 from memplan.asked.options import TARGET_PRESETS
 from memplan.asked.recipe import ZERO, Batches, DTypeName, Mode, QuantType, Recipe
 from memplan.asked.spec import ModelSpec
@@ -22,6 +22,8 @@ def resolve_recipe(spec: ModelSpec, recipe: Recipe) -> Recipe:
         raise RecipeError(f"{recipe.optimizer} has no momentum: leave it out, or use the optimizer sgd")
     if resolved.parallel is not None:
         check_several(spec)
+    if resolved.images:
+        _check_images(spec, resolved)
     if resolved.dtype is DTypeName.FLOAT16 and not families.find(spec.model_type).float16:
         raise RecipeError(
             f"{spec.architecture} in float16 is not planned, for transformers keeps its norms in float32 "
@@ -50,11 +52,41 @@ def resolve_recipe(spec: ModelSpec, recipe: Recipe) -> Recipe:
         )
     if resolved.mode is not Mode.FULL:
         _check_experts(spec, resolved)
+        _check_tower(spec, resolved)
         targets.check(resolved, _adapted(spec, resolved), _linear_shapes(spec), _names(spec))
     strategy = strategies.of(resolved)
     if strategy is not None and strategy.check is not None:
         strategy.check(spec, resolved, () if resolved.mode is Mode.FULL else _adapted(spec, resolved))
     return resolved
+
+
+def _check_images(spec: ModelSpec, recipe: Recipe) -> None:
+    """What can't be planned with images."""
+    if spec.vision is None:
+        raise RecipeError(
+            f"{spec.name} is planned without a vision tower, so images are no part of its batch: leave out "
+            "images"
+        )
+    towers.pictures(spec.vision, recipe)
+    tower = blueprint.tower(spec)
+    adapted = recipe.mode is not Mode.FULL and any(name in tower for name in _adapted(spec, recipe))
+    if adapted and recipe.use_reentrant:
+        raise RecipeError(
+            "adapters in a vision tower get no gradient under reentrant checkpointing, for nothing that goes "
+            "into its blocks wants one: give --no-use-reentrant, or --target-modules attention"
+        )
+
+
+def _check_tower(spec: ModelSpec, recipe: Recipe) -> None:
+    """Refuse adapters on what of a tower is no linear layer."""
+    if recipe.target_modules in TARGET_PRESETS:
+        return
+    for name, module in blueprint.tower(spec).items():
+        if module.kind in ("conv", "embedding") and targets.is_target(recipe.target_modules, name):
+            raise RecipeError(
+                f"target_modules names {name}, and adapters on the patches and positions of a tower are not "
+                "planned: leave it out, or give a regular expression that passes it by"
+            )
 
 
 def check_several(spec: ModelSpec) -> None:
@@ -198,7 +230,7 @@ def _adapted(spec: ModelSpec, recipe: Recipe) -> dict[str, tuple[int, ...]]:
 def _linear_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Full names and shapes of the linear modules of every layer, and of those outside."""
     inside = {
-        f"model.layers.{index}.{name}": module.parameters["weight"]
+        f"{blueprint.layers_of(spec)}{index}.{name}": module.parameters["weight"]
         for index in range(spec.num_hidden_layers)
         for name, module in blueprint.layer(spec, index).items()
         if module.kind == "linear"
@@ -226,8 +258,8 @@ def adapted_by_layer(spec: ModelSpec, recipe: Recipe) -> list[frozenset[str]] | 
         return None
     layers: list[set[str]] = [set() for _ in range(spec.num_hidden_layers)]
     for name in _adapted(spec, recipe):
-        if name.startswith("model.layers."):
-            index, _, module = name.removeprefix("model.layers.").partition(".")
+        if name.startswith(blueprint.layers_of(spec)):
+            index, _, module = name.removeprefix(blueprint.layers_of(spec)).partition(".")
             layers[int(index)].add(module)
     return [frozenset(names) for names in layers]
 
@@ -269,7 +301,10 @@ def _saved(spec: ModelSpec, recipe: Recipe) -> int:
         times * sum(module.count for name, module in modules.items() if _is_saved(recipe, name))
         for modules, times in blueprint.layers(spec)
     )
-    outside = {"lm_head": blueprint.outside(spec)["model.embed_tokens"], **blueprint.outside(spec)}
+    outside = {
+        "lm_head": blueprint.outside(spec)[f"{blueprint.root(spec)}.embed_tokens"],
+        **blueprint.outside(spec),
+    }
     return saved + sum(module.count for name, module in outside.items() if _is_saved(recipe, name))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from memplan import attention, families, losses, strategies
+from memplan import attention, families, losses, strategies, towers
 from memplan.asked.recipe import DTypeName, Mode, Recipe
 from memplan.asked.spec import ModelSpec
 from memplan.cuda.card import Card
@@ -173,7 +173,7 @@ def layers_to_play(spec: ModelSpec, recipe: Recipe) -> Played | Standing:
 def _copies(spec: ModelSpec, recipe: Recipe) -> bool:
     """Whether layers are tried to be copied (:mod:`memplan.predict.copied`)."""
     strategy = strategies.of(recipe)
-    if strategy is None or not strategy.copies or router_loss(spec, recipe) or uses_cache(recipe):
+    if strategy is None or not strategy.copies or router_loss(spec, recipe) or uses_cache(spec, recipe):
         return False
     first, *others = kinds(spec, recipe)
     return len(others) >= _FEWEST_COPIED and all(kind == first for kind in others)
@@ -186,7 +186,7 @@ def _rehearsed(spec: ModelSpec, recipe: Recipe) -> int:
     """How many layers tell in which order all of them are called: the first, a middle one and the last, if
     like modules are in all of them."""
     count = spec.num_hidden_layers
-    alike = len({(sparse, sharing, adapted) for sparse, _, sharing, adapted in kinds(spec, recipe)}) == 1
+    alike = len({(sparse, sharing, adapted) for sparse, _, sharing, adapted, *_ in kinds(spec, recipe)}) == 1
     return min(count, 3) if alike and not router_loss(spec, recipe) else count
 
 
@@ -194,7 +194,7 @@ def kinds(spec: ModelSpec, recipe: Recipe) -> list[Any]:
     """What tells layers apart: experts or not, which mask and rotation they are given, whose keys and values
     they have, what is adapted."""
     wanted = masks.needed(spec, recipe)
-    caches = uses_cache(recipe) and "sliding_attention" in spec.layer_types
+    caches = uses_cache(spec, recipe) and "sliding_attention" in spec.layer_types
     by_type = any(wanted.values()) or caches or families.find(spec.model_type).rotates_by_layer
     by_type |= "linear_attention" in spec.layer_types
     adapted = parameters.adapted_by_layer(spec, recipe)
@@ -204,9 +204,16 @@ def kinds(spec: ModelSpec, recipe: Recipe) -> list[Any]:
             (masks.layer_type(spec, index) if by_type else None, masks.is_rotated(spec, index)),
             spec.kv_sharing[index],
             adapted[index] if adapted else None,
+            *_deepened(spec, recipe, index),
         )
         for index in range(spec.num_hidden_layers)
     ]
+
+
+def _deepened(spec: ModelSpec, recipe: Recipe, index: int) -> tuple[int, ...]:
+    """Of a layer behind which a tower's features are added: its number."""
+    deep = recipe.images and spec.vision is not None and index < len(spec.vision.deepstack)
+    return (index,) if deep else ()
 
 
 def _trained(spec: ModelSpec, recipe: Recipe) -> list[bool]:
@@ -215,9 +222,14 @@ def _trained(spec: ModelSpec, recipe: Recipe) -> list[bool]:
     return [adapted is None or bool(adapted[index]) for index in range(spec.num_hidden_layers)]
 
 
-def uses_cache(recipe: Recipe) -> bool:
-    """Whether training fills a cache of keys and values: checkpointing and TRL's fused head turn it off."""
-    return recipe.use_cache and not recipe.gradient_checkpointing and not losses.find(recipe.loss).sft
+def uses_cache(spec: ModelSpec, recipe: Recipe) -> bool:
+    """Whether training fills a cache of keys and values: checkpointing and TRL's fused head turn it off.
+    Where the language model has a configuration of its own, the Trainer does not."""
+    return (
+        (recipe.use_cache or spec.text_cache)
+        and not recipe.gradient_checkpointing
+        and not losses.find(recipe.loss).sft
+    )
 
 
 def router_loss(spec: ModelSpec, recipe: Recipe) -> bool:
@@ -265,9 +277,13 @@ def at_rest(
     if looped:
         tape.begin(Phase.SETUP, "loop", part=Part.RESTING)
         tape.module = MODULE
-        loop = Loop(recipe, lambda name: empty((), float32, name))
+        counts = families.find(spec.model_type).counts_items
+        loop = Loop(recipe, lambda name: empty((), float32, name), counts=counts)
         tape.module = ""
     tape.begin(Phase.SETUP, "batch", part=Part.RESTING)
+    if recipe.images:
+        stays = families.find(spec.model_type).stays(recipe.batch_size)
+        model.stays.update({name: empty(shape, int64, name) for name, shape in stays.items()})
     return model, states, workspaces, loop
 
 
@@ -286,7 +302,7 @@ def _play(
     model, states, _workspaces, loop = at_rest(spec, recipe, card, played, spread, looped=looped)
     tape = state.tape
     items = None if loop is None else loop.items
-    batches = {number: batch(rows, items) for number, rows in {id(rows): rows for rows in step}.items()}
+    batches = {number: batch(spec, rows, items) for number, rows in {id(rows): rows for rows in step}.items()}
     if looped:  # lengths make each batch of a step another one, and these are all there
         _waiting = waiting(batches[id(step[0])], recipe.gradient_accumulation_steps - len(batches))
     spread = state.spread
@@ -305,6 +321,10 @@ def _play(
         loss = forward(model, batches[id(rows)], list(played.indices), copies=copies)
         lost = loss if looped else None  # the name in Trainer.training_step
         unscaled = None
+        if loop is not None and not loop.counts:
+            with category(Category.LOGITS_AND_LOSS):
+                loss = ops.scale(loss, "div")
+            lost = loss
         if (looped or recipe.gradient_accumulation_steps > 1) and (spread is None or spread.divides):
             with category(Category.LOGITS_AND_LOSS):
                 loss = ops.scale(loss, "div")
@@ -406,13 +426,19 @@ def _decoder(
     tape.module = "model"
     if family.multiplied_embedding:
         embeds = ops.scale(embeds)
-    cache: list[Tensor] | None = [] if uses_cache(recipe) else None
+    cache: list[Tensor] | None = [] if uses_cache(spec, recipe) else None
+    seen = None
+    if fed.pictures is not None:
+        held = [embeds]
+        del embeds  # the name is given what the images are in
+        seen = _see(model, held, fed, fed.pictures)
+        embeds = held.pop()
     with category(Category.ACTIVATIONS if recipe.gradient_checkpointing else Category.TEMPORARIES):
         # recomputation needs them
-        positions = fed.positions or _positions(rows.seq_len)
+        positions = fed.positions or (_positions(rows.seq_len) if seen is None else seen.positions)
         attention_masks = masks.make(spec, rows, embeds.dtype, fed.mask)
     hidden = embeds
-    tape.module = "model.rotary_emb"
+    tape.module = f"{family.root}.rotary_emb"
     with no_grad():
         rotary = (
             _rotary_tables(hidden, spec, rows.seq_len)
@@ -424,6 +450,7 @@ def _decoder(
     first_sliced = _first_sliced(spec, rows)
     shared_kv: SharedKV = {}
     per_layer_input = None
+    layer_outputs: Tensor | None = None  # a name of models that see
     copied = Copied(2 if recipe.mode is Mode.FULL else 3, model.trained) if copies else ()
     for number, (modules, index) in enumerate(zip(model.layers, played, strict=True)):
         if number in copied:
@@ -448,7 +475,7 @@ def _decoder(
             cos,
             sin,
             attention_masks[kind],
-            positions,
+            positions if seen is None else None,
             kind == "sliding_attention",
             masks.is_rotated(spec, index),
             cache,
@@ -463,10 +490,14 @@ def _decoder(
         else:
             hidden = run(modules, hidden, context)
         del cos, sin, context
+        layer_outputs = hidden if family.sees is not None else None
+        if seen is not None:
+            state.scope = None
+            hidden = seen.after(index, hidden)
     state.scope = None
     tape.begin(Phase.FORWARD, "final norm")
     hidden = model.norm(hidden) if spread is None else spread.normed(model.norm, hidden)
-    del positions
+    del positions, seen, layer_outputs
     return hidden, cache
 
 
@@ -477,6 +508,26 @@ def _first_sliced(spec: ModelSpec, recipe: Recipe) -> int | None:
     if not slices or recipe.seq_len == 1 or recipe.attn == "flash_attention_2":
         return None
     return spec.num_hidden_layers - spec.num_kv_shared_layers
+
+
+def _see(model: Model, held: list[Tensor], fed: Batch, seen: towers.Pictures) -> families.Seen:
+    """What the model makes of a batch's images before its decoder runs; ``held``: the embeddings, in whose
+    place come those with images."""
+    spec, recipe = model.spec, model.recipe
+    sees = families.find(spec.model_type).sees
+    assert sees is not None
+
+    def run(block: Any, modules: Any, hidden: Tensor, context: Any) -> Tensor:
+        if recipe.gradient_checkpointing:
+            return checkpoint(block, modules, hidden, context, reentrant=False)
+        out: Tensor = block(modules, hidden, context)
+        return out
+
+    attend = attention.of(recipe).attend
+    features = towers.find(seen.vision.kind).forward(model.tower, fed.looks, seen, attend, run)
+    found = sees(features, held, fed.ids, fed.looks, seen)
+    model.stays.update(found.stays)
+    return found
 
 
 def _positions(length: int) -> Tensor:

@@ -20,7 +20,7 @@ def by_rows(x: Tensor, rows: Tensor) -> Tensor:
 
 def by_mask(x: Tensor, mask: Tensor, count: int) -> Tensor:
     """``x[mask]`` along the mask's axes, where ``count`` of it are true."""
-    indices = _nonzero(mask, "index", count)
+    indices = nonzero(len(mask.shape), count, "index")
     out = _index(x, mask, (count, *x.shape[len(mask.shape) :]))
     del indices
     return out
@@ -51,7 +51,7 @@ def _linear_index(by: Tensor, count: int) -> Tensor:
     """``makeLinearIndex``: each axis's index modulo its size, times its stride; one sum."""
     operation = "index_put_"
     mask = by.dtype is bool_
-    indices = _nonzero(by, operation, count) if mask else by
+    indices: Any = nonzero(len(by.shape), count, operation) if mask else by
     linear: Tensor | None = None
     for _ in range(len(by.shape) if mask else 1):
         remainder = empty((count,), int64, operation)
@@ -65,10 +65,11 @@ def _linear_index(by: Tensor, count: int) -> Tensor:
     return linear
 
 
-def _nonzero(mask: Tensor, operation: str, count: int) -> Tensor:
-    """cuda/Nonzero.cu: how many, then a row of indices for each axis."""
+def nonzero(axes: int, count: int, operation: str) -> Tensor:
+    """Of a mask of which ``count`` elements are true (cuda/Nonzero.cu): how many, then a row of indices for
+    each axis."""
     counted = empty((cuda.COUNT,), uint8, operation)
-    indices = empty((cuda.nonzero(len(mask.shape), count),), uint8, operation)
+    indices = empty((cuda.nonzero(axes, count),), uint8, operation)
     del counted
     return indices
 
@@ -90,7 +91,8 @@ def masked_scatter(mask: Tensor, source: Tensor) -> Tensor:
 def _masked_scatter_backward(node: Node, grad: Tensor) -> Any:
     """``masked_select`` of the gradient: indexing by the mask."""
     operation = "masked_scatter_backward"
-    _indices = _nonzero(unpack(node.saved), operation, node.context[0])
+    mask = unpack(node.saved)
+    _indices = nonzero(len(mask.shape), node.context[0], operation)
     return (empty(node.context, grad.dtype, operation),)
 
 

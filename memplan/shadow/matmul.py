@@ -35,7 +35,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         x = clone(x)
     shape = (*x.shape[:-1], weight.shape[0])
     operation = "mm" if bias is None else "addmm"
-    if bias is not None:
+    if bias is not None and len(shape) > 2:
         # _flatten_nd_linear: a node of its own, behind which the gradients of weight and bias come first
         x = view(x, x.shape)
     if tracked(x, weight, bias):

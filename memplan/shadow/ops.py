@@ -383,6 +383,22 @@ def sum_last(x: Tensor) -> Tensor:
     return _reduce_last(x, "sum", _expand_backward, x.dtype if state.autocast is None else float32)
 
 
+def sum_over(x: Tensor, axis: int) -> Tensor:
+    """``x.sum(axis)`` of floats, which autocast makes in fp32."""
+    node = Node(_sum_over_backward, x) if tracked(x) else None
+    shape = (*x.shape[:axis], *x.shape[axis + 1 :])
+    out = empty(shape, x.dtype if state.autocast is None else float32, "sum")
+    if node is not None:
+        node.context = axis
+        attach(node, out)
+    return out
+
+
+def _sum_over_backward(node: Node, grad: Tensor) -> Any:
+    shape, axis = _input_shape(node), node.context
+    return (expanded(grad.viewed((*grad.shape[:axis], 1, *grad.shape[axis:])), shape),)
+
+
 def max_last(x: Tensor) -> Tensor:
     """``x.max(dim=-1, keepdim=True).values``, whose indices are saved."""
     node = Node(_max_backward, x) if tracked(x) else None

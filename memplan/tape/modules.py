@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-_LAYER = re.compile(r"^.*?(?:^|\.)(?:layers|h|blocks|block)\.(\d+)(?:\.|$)")
+_TOWER = r"(?!(?:.*\.)?(?:visual|vision_tower|vision_model)\.)"  # whose blocks are no layers
+_LAYER = re.compile(rf"^{_TOWER}.*?(?:^|\.)(?:layers|h|blocks|block)\.(\d+)(?:\.|$)")
 _WRAPPERS = re.compile(r"(?:\.(?:base_layer|lora_\w+|default))+$")
 
 

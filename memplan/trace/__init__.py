@@ -28,6 +28,7 @@ from memplan.trace import existing, losses, standins
 from memplan.trace.layers import Segments
 from memplan.trace.modules import as_built, base_model, count, dressed, fake_modules
 from memplan.trace.optimizers import make_optimizer, warm_up
+from memplan.trace.pictures import pictures_of, unseen
 from memplan.trace.recorder import Recorder
 from memplan.trace.recording import record
 from memplan.trace.step import make_batch, train_step
@@ -104,18 +105,22 @@ def trace_model(
 
 def _play(recorder: Recorder, model: nn.Module, recipe: Recipe, stored: bool, looped: bool) -> list[Brought]:
     optimizer = make_optimizer(model, recipe)
-    batch = make_batch(recipe)
-    warm_up(optimizer)
+    base: Any = model if recipe.mode is Mode.FULL else model.get_base_model()
+    counts = getattr(base, "accepts_loss_kwargs", True)
+    pictures = pictures_of(base, recipe)
+    batch = make_batch(recipe) if pictures is None else pictures.batch(make_batch(recipe), recorder.known)
+    warm_up(optimizer, unseen(base, recipe))
     brought = existing.note_module(recorder, model, stored=stored)
     existing.note_optimizer(recorder, optimizer)
     existing.note_workspaces(recorder)
-    loop = existing.note_loop(recorder, recipe) if looped else None
+    loop = existing.note_loop(recorder, recipe, counts=counts) if looped else None
     existing.note_batch(recorder, batch)
+    if pictures is not None:
+        existing.note_batch(recorder, pictures.after_a_step(base))
     if looped:
         existing.note_waiting(recorder, batch, recipe.gradient_accumulation_steps - 1)
     recorder.on_module = Segments(recorder)
     tiled = kinds.find(recipe.loss).tiled
-    base: Any = model if recipe.mode is Mode.FULL else model.get_base_model()
     # Nothing that a step leaves waits for the garbage collector, which would come at an arbitrary moment.
     collecting = gc.isenabled()
     gc.disable()

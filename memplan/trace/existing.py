@@ -114,8 +114,8 @@ def note_batch(recorder: Notes, batch: Any) -> None:
         recorder.born(tensor, "batch", Category.ACTIVATIONS)
 
 
-def note_loop(recorder: Notes, recipe: Recipe) -> Loop[torch.Tensor]:
-    """What a Trainer's loop names when a step begins, all but batches."""
+def note_loop(recorder: Notes, recipe: Recipe, *, counts: bool = True) -> Loop[torch.Tensor]:
+    """What a Trainer's loop names when a step begins, all but batches; ``counts`` as the loop has it."""
     recorder.begin(Phase.SETUP, "loop", part=Part.RESTING)
 
     def one(name: str) -> torch.Tensor:
@@ -124,7 +124,7 @@ def note_loop(recorder: Notes, recipe: Recipe) -> Loop[torch.Tensor]:
         return number
 
     recorder.tape.module = MODULE
-    loop = Loop(recipe, one)
+    loop = Loop(recipe, one, counts=counts)
     recorder.tape.module = ""
     return loop
 

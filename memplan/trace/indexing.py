@@ -8,6 +8,7 @@ answer for the function that indexes by it: all of it.
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
@@ -29,10 +30,11 @@ def _caller() -> str:
     return sys._getframe(4).f_code.co_name
 
 
-def nonzero(mask: Any) -> Any:
+def nonzero(mask: Any, count: int | None = None) -> Any:
     """Nonzero.cu ``nonzero_cuda_out_impl``: the count, then a row of int64 for each axis."""
     _count = workspace(cuda.COUNT)
-    return workspace(cuda.nonzero(mask.dim(), mask.numel())).view(torch.int64).view(mask.dim(), -1)
+    found = mask.numel() if count is None else count
+    return workspace(cuda.nonzero(mask.dim(), found)).view(torch.int64).view(mask.dim(), -1)
 
 
 @operator(aten.index.Tensor)
@@ -41,11 +43,14 @@ def index(recorder: Any, x: Any, indices: Any) -> Any:
     ``make_info``). Other indices are no stand-in's business: they allocate the output alone."""
     if not _is_mask(indices):
         return _index_each_axis(x, indices)
-    if _caller() not in recorder.answers:
-        return NotImplemented
     (mask,) = indices
-    _indices = nonzero(mask)
-    return torch.empty((mask.numel(), *x.shape[mask.dim() :]), dtype=x.dtype)
+    count = recorder.known.count(mask)
+    if count is None and _caller() in recorder.answers:
+        count = mask.numel()
+    if count is None:
+        return NotImplemented
+    _indices = nonzero(mask, count)
+    return torch.empty((count, *x.shape[mask.dim() :]), dtype=x.dtype)
 
 
 def _index_each_axis(x: Any, indices: Any) -> Any:
@@ -60,44 +65,78 @@ def _index_each_axis(x: Any, indices: Any) -> Any:
 
 @operator(aten.cumsum.default)
 def cumsum(recorder: Any, x: Any, dim: int, *, dtype: Any = None) -> Any:
-    """ReduceOps.cpp ``impl_func_cum_ops``, which converts what it adds up first: bools, here."""
-    if x.dtype is not torch.bool:
+    """ReduceOps.cpp ``impl_func_cum_ops``, which converts what it adds up first."""
+    result = dtype or (x.dtype if x.is_floating_point() else torch.int64)
+    if x.dtype is result:
         return NotImplemented
-    converted = x.to(dtype or torch.int64)
+    converted = x.to(result)
     return torch.empty(x.shape, dtype=converted.dtype)
+
+
+@operator(aten.repeat_interleave.Tensor)
+def repeat_interleave(recorder: Any, repeats: Any, *, output_size: int | None = None) -> Any:
+    """aten/src/ATen/native/Repeat.h ``repeat_interleave_common``: running sums, then the places."""
+    total = recorder.known.count(repeats)
+    if total is None:
+        return NotImplemented
+    _sums = torch.empty(repeats.shape, dtype=torch.int64)
+    return torch.empty((total,), dtype=repeats.dtype)
 
 
 @operator(aten.masked_scatter_backward.default)
 def masked_scatter_backward(recorder: Any, grad: Any, mask: Any, sizes: Any) -> Any:
     """``masked_select`` of the gradient (torch/csrc/autograd/FunctionsManual.cpp), which indexes by the mask
-    (IndexKernel.cpp ``masked_select_out_cuda_impl``)."""
-    _indices = nonzero(mask)
-    return torch.empty(mask.numel(), dtype=grad.dtype).view(sizes)
+    spread out (IndexKernel.cpp ``masked_select_out_cuda_impl``)."""
+    count = math.prod(sizes)
+    _indices = nonzero(grad, count)
+    return torch.empty(count, dtype=grad.dtype).view(sizes)
 
 
 @operator(aten.masked_scatter.default)
 def masked_scatter(recorder: Any, x: Any, mask: Any, source: Any) -> Any:
     """A copy (TensorAdvancedIndexing.cpp), and the places of the mask's elements (IndexKernel.cpp
-    ``masked_scatter__cuda``)."""
+    ``masked_scatter__cuda``), which is spread out first (IndexKernel.cu ``launch_masked_scatter_kernel``)."""
     out = torch.empty(x.shape, dtype=x.dtype)
     _prefix_sum = workspace(cuda.places(x.numel()))
+    _mask = mask.expand(x.shape).contiguous()
     return out
 
 
 @operator(aten.index_put_.default)
 def index_put(recorder: Any, x: Any, indices: Any, values: Any, accumulate: bool = False) -> Any:
-    """Indexing.cu ``index_put_with_sort_kernel``, which adds rows in the order of their numbers."""
-    if not accumulate or len(indices) != 1:
+    """Indexing.cu ``index_put_with_sort_kernel``, which adds rows in the order of their numbers; what is
+    put, not added, goes where the mask's indices say."""
+    if not accumulate:
+        return _put(recorder, x, indices)
+    if len(indices) != 1:
         return NotImplemented
-    linear = _linear_index(indices[0])
+    linear = _linear_index(indices[0], recorder.known.count(indices[0]))
     _values = values.contiguous()
     _sorting = [workspace(nbytes) for nbytes in cuda.sorting(linear.numel())]
     return x
 
 
-def _linear_index(given: Any) -> Any:
+@operator(aten.index_put.default)
+def index_put_apart(recorder: Any, x: Any, indices: Any, values: Any, accumulate: bool = False) -> Any:
+    """A copy, in which it is done."""
+    if accumulate:
+        return NotImplemented
+    out = torch.empty_like(x)
+    return _put(recorder, out, indices)
+
+
+def _put(recorder: Any, x: Any, indices: Any) -> Any:
+    masks = [one for one in indices if one is not None and one.dtype is torch.bool]
+    counts = [recorder.known.count(mask) for mask in masks]
+    if not masks or None in counts:
+        return NotImplemented
+    _indices = [nonzero(mask, count) for mask, count in zip(masks, counts, strict=True)]
+    return x
+
+
+def _linear_index(given: Any, count: int | None = None) -> Any:
     """``makeLinearIndex``, ``computeLinearIndex``: each axis's index modulo its size, times its stride."""
-    held = nonzero(given) if given.dtype is torch.bool else given.view(1, -1)
+    held = nonzero(given, count) if given.dtype is torch.bool else given.view(1, -1)
     linear = None
     for row in held:
         remainder = torch.empty(row.shape, dtype=torch.int64)

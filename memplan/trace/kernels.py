@@ -90,6 +90,12 @@ def grouped_matrix_product(
 # -- convolutions ----------------------------------------------------------------------------------------
 
 
+def _patches(x: Any, weight: Any, stride: Any, groups: int) -> bool:
+    """Whether it makes one row of each patch."""
+    kernel = tuple(weight.shape[2:])
+    return groups == 1 and tuple(x.shape[2:]) == kernel == tuple(stride)
+
+
 def _depthwise_1d(x: Any, weight: Any, groups: int, transposed: bool) -> bool:
     return x.dim() == 3 and not transposed and groups == x.shape[1] > 1 and weight.shape[1] == 1
 
@@ -133,7 +139,13 @@ def convolution_backward(
     groups: int,
     output_mask: Any,
 ) -> Any:
-    """``convolution_backward``, as above: copies of what lies in another order, then the gradients."""
+    """``convolution_backward``, as above: copies of what lies in another order, then the gradients. Of
+    patches that don't overlap, the bias' is a sum over rows, made last."""
+    if _patches(x, weight, stride, groups) and not transposed:
+        rows = grad.contiguous().view(grad.shape[:2])
+        for_x = torch.empty(x.shape, dtype=x.dtype) if output_mask[0] else None
+        for_weight = torch.empty(weight.shape, dtype=weight.dtype) if output_mask[1] else None
+        return for_x, for_weight, rows.sum(0) if output_mask[2] else None
     if not _depthwise_1d(x, weight, groups, transposed):
         return NotImplemented
     _straight = x.contiguous(), grad.contiguous()

@@ -60,8 +60,8 @@ def with_kernels(model: nn.Module, recipe: Recipe) -> nn.Module:
 
 
 def configuration(config: dict[str, Any]) -> tuple[Any, Any]:
-    """transformers' configuration and class of a causal language model."""
-    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, __version__
+    """transformers' configuration and class of a causal language model, or of one that sees, too."""
+    from transformers import CONFIG_MAPPING, AutoConfig, __version__
 
     try:
         settings: dict[str, Any] = _bounded(config)  # a copy, for transformers writes into nested ones too
@@ -80,9 +80,18 @@ def configuration(config: dict[str, Any]) -> tuple[Any, Any]:
         raise TraceError(
             f"transformers can't read the configuration of this {model_type}: {reason}"
         ) from error
-    if type(hf) not in AutoModelForCausalLM._model_mapping:
+    maker = _maker(hf)
+    if maker is None:
         raise TraceError(f"transformers has no causal language model of the type {model_type!r}")
-    return hf, AutoModelForCausalLM._model_mapping[type(hf)]
+    return hf, maker._model_mapping[type(hf)]
+
+
+def _maker(hf: Any) -> Any:
+    """The class of transformers that makes models of a configuration; None if none does."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    both = (AutoModelForCausalLM, AutoModelForImageTextToText)
+    return next((maker for maker in both if type(hf) in maker._model_mapping), None)
 
 
 def _bounded(value: Any, key: str = "") -> Any:
@@ -131,12 +140,12 @@ def as_built(config: dict[str, Any], recipe: Recipe) -> Recipe:
 
 
 def base_model(config: dict[str, Any], recipe: Recipe) -> nn.Module:
-    from transformers import AutoModelForCausalLM, initialization
+    from transformers import initialization
 
     hf, kind = configuration(config)
     hf.use_cache = recipe.use_cache  # as the Trainer does with what TrainingArguments say (trainer.py, 5.23)
     with initialization.no_init_weights(), _any_attention(), _few_modules():
-        model: nn.Module = AutoModelForCausalLM.from_config(
+        model: nn.Module = _maker(hf).from_config(
             hf, dtype=DTYPES[recipe.dtype], attn_implementation=attention(kind, recipe)
         )
     model.tie_weights()

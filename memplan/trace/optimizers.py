@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -87,10 +87,12 @@ def fake_safe() -> Iterator[None]:
         yield
 
 
-def warm_up(optimizer: torch.optim.Optimizer) -> None:
-    """A first step on made-up gradients, so that the states exist."""
+def warm_up(optimizer: torch.optim.Optimizer, without: Container[nn.Parameter] = ()) -> None:
+    """A first step on made-up gradients, so that the states exist, of all parameters but those that get
+    none."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            parameter.grad = torch.empty_like(parameter)
+            if parameter not in without:
+                parameter.grad = torch.empty_like(parameter)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

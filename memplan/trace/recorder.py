@@ -25,6 +25,7 @@ from memplan.errors import TraceError
 from memplan.tape import Category, Phase, Tape
 from memplan.tape.categories import Moment
 from memplan.trace.follower import Follower
+from memplan.trace.known import Known
 
 StandIn = Callable[..., Any]
 
@@ -41,6 +42,11 @@ _IN_PLACE_FORMULAS = {
 }
 _LIFT = torch.ops.aten.lift_fresh.default  # what torch.tensor(number) ends in: a tensor on the host
 _ENGINE_FRAME = autograd_graph._engine_run_backward.__code__
+
+
+def _puts(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether values are put, not added: that is ``index_put``'s own backward, which copies."""
+    return func is torch.ops.aten.index_put.default and not (len(args) > 3 and args[3])
 
 
 def _owners(tensor: torch.Tensor) -> tuple[int, int, int]:
@@ -64,7 +70,7 @@ class Recorder(Follower, TorchDispatchMode):
 
     ``standins`` replace operators whose CUDA kernels allocate otherwise, unless they return NotImplemented;
     ``card`` is what they look up; ``answers`` are values of fake tensors, by the name of the function that
-    asks for one.
+    asks for one; ``known``: values of those that have some.
     """
 
     def __init__(
@@ -78,6 +84,7 @@ class Recorder(Follower, TorchDispatchMode):
         TorchDispatchMode.__init__(self)
         self.standins = standins or {}
         self.answers = answers or {}
+        self.known = Known()
         self.paused = 0
         self.device: str | None = None  # the only kind of device that counts, if set
         self.births: list[Moment] = []  # one for each storage on the tape
@@ -192,7 +199,7 @@ class Recorder(Follower, TorchDispatchMode):
                 self.inplace_accumulations += 1
                 _ADD_INPLACE(*args)
                 return args[0]
-            if func in _IN_PLACE_FORMULAS and self._called_by_engine():
+            if func in _IN_PLACE_FORMULAS and self._called_by_engine() and not _puts(func, args):
                 func = _IN_PLACE_FORMULAS[func]
         if func is _LOCAL_SCALAR:
             return self._answer(func, args)
@@ -200,12 +207,22 @@ class Recorder(Follower, TorchDispatchMode):
         if standin is not None:
             out = self._stand_in(standin, func, args, kwargs)
             if out is not NotImplemented:
+                if self.known:
+                    self._known(func, args, kwargs, out)
                 return out
         counts = not self.paused and func is not _LIFT and self._counts(func, args, kwargs)
         out = func(*args, **kwargs)
         if counts:
             self._note(out, self._operation or plain_operation(func._schema.name))
+        if self.known:
+            self._known(func, args, kwargs, out)
         return out
+
+    def _known(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        if func is _LIFT:
+            self.known.tell(out, args[0])
+        else:
+            self.known.follow(func, args, kwargs, out)
 
     def _counts(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether what an operator returns is noted."""
@@ -247,6 +264,9 @@ class Recorder(Follower, TorchDispatchMode):
 
     def _answer(self, func: Any, args: tuple[Any, ...]) -> Any:
         """The value of a tensor without one, where we know what the function that asks would find."""
+        value = self.known.number(args[0])
+        if value is not None:
+            return value
         caller = sys._getframe(2).f_code.co_name
         if isinstance(args[0], FakeTensor):
             if caller in self.answers:

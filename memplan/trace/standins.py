@@ -64,6 +64,8 @@ def initialise_sliding_cache(layer: DynamicSlidingWindowLayer, key_states: Any, 
 
 def tensor_of(data: Any, *, device: Any = None, **options: Any) -> Any:
     """``torch.tensor``: where some tensor's device is named, what was made on the host is copied to it."""
+    if isinstance(data, list) and data and isinstance(data[0], torch.Tensor):
+        data = [one.item() for one in data]
     made = _tensor(data, device=device, **options)
     return torch.ops.aten._to_copy.default(made) if isinstance(device, torch.device) else made
 

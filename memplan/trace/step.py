@@ -79,10 +79,14 @@ def train_step(
 
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     run = forward(model, recipe, device)
-    fed = batch if loop is None else {**batch, "num_items_in_batch": loop.items}
+    counts = loop is None or loop.counts
+    if loop is not None and counts:
+        batch = {**batch, "num_items_in_batch": loop.items}
     for _ in range(recipe.gradient_accumulation_steps):
         at(Phase.FORWARD, "embedding")
-        loss = losses.find(recipe.loss).loss_of(model, run, fed)
+        loss = losses.find(recipe.loss).loss_of(model, run, batch)
+        if not counts:
+            loss = loss / recipe.gradient_accumulation_steps
         lost = None if loop is None else loss.detach()  # the name in Trainer.training_step
         if loop is not None or recipe.gradient_accumulation_steps > 1:
             loss = loss / recipe.gradient_accumulation_steps
