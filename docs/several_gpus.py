@@ -13,8 +13,9 @@ SECTION = """\
 ## Several GPUs
 
 The real engines on cards that are not there: `python benchmarks/ranks/run.py` launched the scripts of
-benchmarks/plain with accelerate {rows} times ({versions}; {engines}), on the first layers of real models, and
-the first rank ran against a NCCL that sends nothing. Tensors at the peak of a step, read off the dry run's
+benchmarks/plain with accelerate, for tensor parallel with torchrun, {rows} times ({versions}; {engines}), on
+the first layers of real models, and the first rank ran against a NCCL that sends nothing. Tensors at the peak
+of a step, read off the dry run's
 tape, are the plan's **to the byte in {tensors} of {rows}**; reserved bytes in {reserved}, within 1 % in
 {within}. The scripts are transformers' own or TRL's; worlds of {worlds}; with and without checkpointing, one
 and two passes a step. *Own defaults*: a stage as accelerate leaves it to DeepSpeed, without the settings of
@@ -30,9 +31,10 @@ bytes that a training loop keeps there.
 LEFT = """\
 What is left: of ZeRO-3, a model that is made before the engine is not loaded quite so; with parameters on the
 host, how long NCCL holds what it has sent hangs on its watchdog, and the plan has the longest, up to a tenth
-more. Of adapters under ZeRO-2 and ZeRO-3, up to 4 % of what is reserved has no name yet. Three steps are
-played where the second one reserves more than the first, as these runs have them. NCCL's own buffers lie
-beside the allocator and are not counted.
+more. Of adapters under ZeRO-2 and ZeRO-3, up to 4 % of what is reserved has no name yet; of flat parameters
+that stay gathered while two passes accumulate (`SHARD_GRAD_OP`), 2.5 %. Three steps are played where the
+second one reserves more than the first, as these runs have them. NCCL's own buffers lie beside the allocator
+and are not counted.
 """
 
 
@@ -67,6 +69,10 @@ def _row(row: dict[str, Any]) -> str:
     passes = recipe["gradient_accumulation_steps"]
     batch = f"{recipe['batch_size']} × {recipe['seq_len']}" + (f", {passes} passes" if passes > 1 else "")
     strategy = recipe["parallel"] + (f", offload {recipe['offload']}" if "offload" in recipe else "")
+    if "dp_replicate" in recipe:
+        strategy += f", {recipe['dp_replicate']} replicas"
+    if "reshard_after_forward" in recipe:
+        strategy += ", kept gathered"
     if {"overlap_comm", "reduce_bucket_size"} & recipe.keys():
         strategy += ", own defaults"
     cells = [row["model"], str(row["layers"]), recipe["mode"], strategy, str(recipe["gpus"])]

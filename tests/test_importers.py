@@ -639,6 +639,41 @@ def test_sliding_layers_need_a_window_and_one_entry_a_layer() -> None:
         read(family("Qwen3ForCausalLM", layer_types=["linear_attention"] * 7))
 
 
+def test_gemma_4_is_read_as_transformers_writes_it() -> None:
+    """``save_pretrained`` writes what layers with full attention have by layer (``per_layer_config``)."""
+    transformers = pytest.importorskip("transformers")
+    for name in ("gemma4", "gemma4_moe"):
+        small = config(name, 12)
+        written = json.loads(transformers.AutoConfig.for_model(**small).to_json_string())
+        assert written["per_layer_config"].keys() == {"05", "11"}
+        assert read(written) == read(small)
+        alike = read({**small, "per_layer_config": None})  # transformers takes it at its word
+        assert (alike.global_head_dim, alike.num_global_key_value_heads) == (alike.head_dim, None)
+
+
+@pytest.mark.parametrize(
+    "per_layer",
+    [
+        {"0": {"head_dim": 64}},
+        {"x": {"head_dim": 64}},
+        {"5": {"head_dim": 64}},
+        {"5": {"head_dim": 64}, "11": {"head_dim": 128}},
+        {"5": {"intermediate_size": 64}, "11": {"intermediate_size": 64}},
+        {"5": 64, "11": 64},
+        {"5": [], "11": []},
+    ],
+    ids=str,
+)
+def test_layers_of_gemma_4_differ_by_kind_alone(per_layer: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedArchitecture, match="says more than"):
+        read({**config("gemma4", 12), "per_layer_config": per_layer})
+
+
+def test_wide_heads_of_gemma_4_are_checked() -> None:
+    with pytest.raises(SpecError, match="head_dim is 0"):
+        read({**config("gemma4", 6), "per_layer_config": {"5": {"head_dim": 0}}})
+
+
 def test_a_router_cannot_choose_more_experts_than_there_are() -> None:
     with pytest.raises(SpecError, match=r"num_experts_per_tok \(9\) must lie between 1 and"):
         read(family("MixtralForCausalLM", num_experts_per_tok=9))

@@ -42,6 +42,15 @@ def test_every_allocation_is_the_libraries_own(family: str, batches: str, attn: 
     assert replay(planned).allocated_bytes == replay(traced).allocated_bytes
 
 
+@pytest.mark.parametrize("trainer", ["peft", "trl"])
+def test_gpt_oss_makes_its_masks_without_positions(trainer: str) -> None:
+    """So they do not tell packed sequences apart (models/gpt_oss/modeling_gpt_oss.py, ``mask_kwargs``)."""
+    recipe = Recipe(**SMALL, batches="packed", trainer=trainer)
+    spec = SPECS["gpt_oss"](2)
+    planned = write_tape(spec, resolve_recipe(spec, recipe), folded=False)
+    assert births(planned) == births(trace(config("gpt_oss", 2), recipe))
+
+
 def test_a_padded_batch_has_a_mask_that_every_layer_keeps() -> None:
     """bool [B, 1, S, S] once, and for every layer in the dtype of the queries, rows padded to 8; and keys and
     values repeated for every head (Ampere, 2 layers that keep what backward needs)."""

@@ -360,16 +360,49 @@ BAD = {
         {"distributed_type": "FSDP", "num_processes": 2, "fsdp_config": {}},
         "is of FSDP1 with no fsdp_auto_wrap_policy",
     ),
-    "FSDP1 that keeps layers": (
+    "FSDP1 that shards nothing": (
         {
             "distributed_type": "FSDP",
             "num_processes": 2,
             "fsdp_config": {
                 "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-                "fsdp_sharding_strategy": "SHARD_GRAD_OP",
+                "fsdp_sharding_strategy": "NO_SHARD",
             },
         },
-        "is of FSDP1 with fsdp_sharding_strategy SHARD_GRAD_OP",
+        "is of FSDP1 with fsdp_sharding_strategy NO_SHARD",
+    ),
+    "a mesh that is not all": (
+        {
+            "distributed_type": "FSDP",
+            "num_processes": 8,
+            "fsdp_config": {"fsdp_version": 2},
+            "parallelism_config": {
+                "parallelism_config_dp_replicate_size": 2,
+                "parallelism_config_dp_shard_size": 2,
+            },
+        },
+        "has 2 × 2 of 8 processes",
+    ),
+    "a mesh of FSDP1": (
+        {
+            "distributed_type": "FSDP",
+            "num_processes": 2,
+            "fsdp_config": {"fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP"},
+            "parallelism_config": {"parallelism_config_dp_shard_size": 2},
+        },
+        "is of FSDP2 alone",
+    ),
+    "a mesh with tensor parallelism": (
+        {
+            "distributed_type": "FSDP",
+            "num_processes": 4,
+            "fsdp_config": {"fsdp_version": 2},
+            "parallelism_config": {
+                "parallelism_config_dp_shard_size": 2,
+                "parallelism_config_tp_size": 2,
+            },
+        },
+        "spreads the run in more ways",
     ),
     "FSDP1 of parts of layers": (
         {
@@ -406,14 +439,6 @@ BAD = {
     "one GPU and four": (
         {"model_name_or_path": "x", "use_peft": True, "accelerate_config": "single_gpu", "num_processes": 4},
         "num_processes: 4 contradicts accelerate_config: single_gpu",
-    ),
-    "offloading": (
-        {
-            "distributed_type": "FSDP",
-            "num_processes": 2,
-            "fsdp_config": {"fsdp_version": 2, "fsdp_reshard_after_forward": False},
-        },
-        "is of FSDP2 with fsdp_reshard_after_forward False",
     ),
     "no count": ({"distributed_type": "MULTI_GPU", "num_processes": "two"}, "num_processes must be a whole"),
     "nothing": ("", "holds null, but a run file has keys and values"),
@@ -860,3 +885,63 @@ def test_accelerates_processes_are_those_of_all_machines(write: Write) -> None:
     assert (recipe.gpus, recipe.nodes) == (4, None)  # of how many machines was not said
     with pytest.raises(MemplanError, match="num_machines: 3 does not divide num_processes"):
         plan("llama-3.2-1b", Recipe(mode="lora"), config=write({**file, "num_machines": 3}), gpus=[])
+
+
+def _fsdp(version: int, mesh: dict[str, int] | None = None, **told: Any) -> dict[str, Any]:
+    wrapped = {"fsdp_version": version, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
+    file = {"distributed_type": "FSDP", "num_machines": 2, "num_processes": 8, "fsdp_config": wrapped | told}
+    if mesh is not None:
+        file["parallelism_config"] = {f"parallelism_config_{name}_size": size for name, size in mesh.items()}
+    return file
+
+
+@pytest.mark.parametrize(
+    ("file", "options"),
+    [
+        (_fsdp(2, {"dp_replicate": 2, "dp_shard": 4, "tp": 1}), {"dp_replicate": 2, "gpus": 8}),
+        (_fsdp(2, {"dp_shard": 8}), {"gpus": 8}),
+        (
+            _fsdp(2, {"dp_replicate": 4, "dp_shard": 4}) | {"num_processes": None},
+            {"dp_replicate": 4, "gpus": 16},
+        ),
+        (_fsdp(2, {}), {}),
+        (_fsdp(2, fsdp_reshard_after_forward="false"), {"reshard_after_forward": False}),
+        (_fsdp(2, fsdp_sharding_strategy="SHARD_GRAD_OP"), {}),  # FSDP1's
+        (_fsdp(1, fsdp_sharding_strategy="SHARD_GRAD_OP"), {"reshard_after_forward": False}),
+        (_fsdp(1, fsdp_sharding_strategy=2), {"reshard_after_forward": False}),
+        (_fsdp(1, fsdp_sharding_strategy="HYBRID_SHARD"), {"dp_replicate": 2}),
+        (_fsdp(1, fsdp_sharding_strategy="4") | {"num_machines": 1}, {}),
+        (_fsdp(1, fsdp_reshard_after_forward="SHARD_GRAD_OP"), {}),  # which the launcher's own overrules
+    ],
+)
+def test_accelerate_says_what_stays_and_how_often_the_model_is_there(
+    file: dict[str, Any], options: dict[str, Any], write: Write
+) -> None:
+    found = read(write(file)).options
+    named = ("dp_replicate", "reshard_after_forward", *(("gpus",) if "gpus" in options else ()))
+    assert {name: found[name] for name in named if name in found} == options
+
+
+def test_one_process_of_fsdp_is_not_a_plain_one(write: Write) -> None:
+    with pytest.raises(MemplanError, match="num_processes: 1 is one: FSDP on one card is not planned"):
+        read(write(_fsdp(2) | {"num_machines": 1, "num_processes": 1}))
+
+
+def test_a_file_that_gives_way_is_named(write: Write) -> None:
+    path = write(_fsdp(2))
+    for given, gpus, told in (
+        (Recipe(mode="full"), ["16xh100"], ("gpus",)),
+        (Recipe(mode="full", gpus=16), [], ("gpus",)),
+        (Recipe(mode="full", parallel="zero3"), ["8xh100"], ("parallel",)),
+        (Recipe(mode="full"), ["8xh100"], ()),
+        (Recipe(mode="full"), [], ()),
+    ):
+        found = plan("llama-3.2-1b", given, config=path, gpus=gpus).read
+        assert found is not None
+        assert [sentence.partition(":")[0] for sentence in found.left_out] == [*told], found.left_out
+
+
+def test_what_accelerate_passes_over_is_said(write: Write) -> None:
+    told = read(write(_fsdp(1, fsdp_reshard_after_forward="SHARD_GRAD_OP"))).left_out
+    assert any("whose fsdp_sharding_strategy is FULL_SHARD" in sentence for sentence in told)
+    assert not read(write(_fsdp(1, fsdp_reshard_after_forward="FULL_SHARD"))).left_out

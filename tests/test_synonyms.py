@@ -83,8 +83,8 @@ def test_what_people_type_is_ours(typed: str, ours: str) -> None:
 @pytest.mark.parametrize(
     ("typed", "complaint"),
     [
-        ("--deepspeed ds.json", "ZeRO (--gpus N"),
-        ("--fsdp", "ZeRO (--gpus N"),
+        ("--deepspeed ds.json", "tensor parallel (--gpus N"),
+        ("--fsdp", "tensor parallel (--gpus N"),
         ("--zero-stage 3", "dry-run --gpu 8xa100"),
         ("--parallel ddp,fsdp2", "takes one of them; `memplan compare MODEL --sweep parallel=ddp,fsdp2` all"),
         ("--per_device_eval_batch_size 1", "read from a trainer's file (--config FILE)"),
@@ -106,7 +106,7 @@ def test_what_people_type_is_ours(typed: str, ours: str) -> None:
         *((f"--mode {mode}", "preference training") for mode in ("dpo", "ORPO", "kto", "grpo", "ppo", "rm")),
         ("--stage dpo", "--stage dpo: preference training is not planned yet; `memplan dry-run"),
         ("--rl simpo", "preference training"),
-        ("--mode fsdp", "ZeRO (--gpus N"),
+        ("--mode fsdp", "tensor parallel (--gpus N"),
         ("--mode half", "choose from 'full', 'lora', 'qlora'"),
         ("--maximize seq-len", "it is one of `memplan fit`"),
         ("fits", "unexpected argument 'fits'"),

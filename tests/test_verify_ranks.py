@@ -80,6 +80,21 @@ def test_every_rank_of_fsdp2_takes_what_the_plan_of_that_rank_says(measured: Mea
         assert one.evidence.real
 
 
+def test_replicas_whose_layers_stay_gathered_take_what_the_plan_says(tmp_path: Path) -> None:
+    """Two replicas of two shards; gloo's groups of each are their own."""
+    job = job_of(
+        tmp_path, mode="full", parallel="fsdp2", gpus=4, dp_replicate=2, autocast=True, seq_len=16,
+        reshard_after_forward=False,
+    )  # fmt: skip
+    measured = run_job(job)
+    assert measured.outcome.kind == "trained", measured.outcome.why
+    found = compare(measured)
+    assert [one.allocated.error for one in found.ranks] == [0, 0, 0, 0]
+    most, least, *again = (one.allocated.measured for one in found.ranks)
+    assert [most, least] == again
+    assert most > least  # 500 rows of embeddings and 499
+
+
 def test_a_file_has_every_rank(measured: Measurement, tmp_path: Path) -> None:
     from memplan.verify.measurement import write
 
@@ -250,3 +265,26 @@ def test_what_has_no_plan_here_is_said_of_a_trainer_of_several(kind: str) -> Non
     )
     with pytest.raises(MemplanError, match=r"FSDP1 is not planned|DeepSpeed is not measured"):
         _spread(args, type(kind, (), {})())
+
+
+@pytest.mark.parametrize("stays", [False, True])
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_what_a_model_is_divided_by_is_read_off_it(replicas: int, stays: bool) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    try:
+        shape = (2, 2) if replicas == 2 else (4,)
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "shards")[-len(shape) :])
+        model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
+        fully_shard(model[0], mesh=mesh, reshard_after_forward=not stays)
+        fully_shard(model[2], mesh=mesh, reshard_after_forward=False)
+        fully_shard(model, mesh=mesh)
+        told = _spread(SimpleNamespace(world_size=4, device="cpu"), model)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert told["parallel"] == "fsdp2"
+    assert told.get("dp_replicate") == (2 if replicas == 2 else None)
+    assert told.get("reshard_after_forward") is (False if stays else None)

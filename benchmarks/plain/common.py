@@ -44,13 +44,14 @@ def options(dtype: str | None = "bfloat16") -> argparse.Namespace:
     parser.add_argument("--no-double-quant", dest="double_quant", action="store_false")
     parser.add_argument("--no-prepare", dest="prepare", action="store_false")
     parser.add_argument("--open", action="store_true", help="prepare without gradient checkpointing")
-    for name in ("checkpointing", "bf16", "fp16", "dora", "liger", "save"):
+    for name in ("checkpointing", "bf16", "fp16", "dora", "liger", "save", "tp"):
         parser.add_argument(f"--{name}", action="store_true")
     return parser.parse_args()
 
 
 def load(asked: argparse.Namespace, kind: Any = AutoModelForCausalLM) -> Any:
-    """The model of a ``kind`` as a script loads it: 4-bit ones onto the card, others onto the host."""
+    """The model of a ``kind`` as a script loads it: 4-bit ones onto the card, others onto the host; with
+    ``--tp`` a part of it onto each card."""
     if asked.history:
         torch.cuda.memory._record_memory_history(max_entries=10_000_000, stacks="python")
     quantised = {"quantization_config": quantisation(asked)} if asked.mode == "qlora" else {}
@@ -60,7 +61,17 @@ def load(asked: argparse.Namespace, kind: Any = AutoModelForCausalLM) -> Any:
         attn_implementation=asked.attention,
         device_map=asked.device_map,
         **quantised,
+        **divided(asked),
     )
+
+
+def divided(asked: argparse.Namespace) -> dict[str, Any]:
+    """Tensor parallel, on as many cards as there are processes."""
+    if not asked.tp:
+        return {}
+    from transformers.distributed import DistributedConfig
+
+    return {"distributed_config": DistributedConfig(tp_plan="auto")}
 
 
 def quantisation(asked: argparse.Namespace) -> Any:

@@ -3,7 +3,7 @@ TRL. Knows nothing of memplan."""
 
 from __future__ import annotations
 
-from common import STEPS, Peaks, lora, options, quantisation, rows
+from common import STEPS, Peaks, divided, lora, options, quantisation, rows
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
@@ -11,6 +11,7 @@ asked = options(dtype=None)
 peaks = Peaks(asked)
 data = Dataset.from_list([{"input_ids": row["input_ids"]} for row in rows(asked)])
 steps = STEPS if asked.lengths is None or asked.packing else len(data) // (asked.batch * asked.accumulate)
+typed = {} if asked.dtype is None else {"dtype": asked.dtype}
 trainer = SFTTrainer(
     model=asked.model,
     args=SFTConfig(
@@ -21,7 +22,7 @@ trainer = SFTTrainer(
         max_length=asked.length,
         per_device_train_batch_size=asked.batch,
         gradient_accumulation_steps=asked.accumulate,
-        model_init_kwargs=None if asked.dtype is None else {"dtype": asked.dtype},
+        model_init_kwargs={**typed, **divided(asked)} or None,
         report_to="none",
         save_strategy="steps" if asked.save else "no",
         save_steps=2,

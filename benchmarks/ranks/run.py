@@ -6,9 +6,10 @@
     python benchmarks/ranks/run.py --predictions       the plan's side of each row anew
 
 Needs the environment of benchmarks/dry_gpu/README.md, with DeepSpeed for the cases of ZeRO. The scripts are
-benchmarks/plain's, which import nothing of memplan's, launched by accelerate. Models are real ones with fewer
-layers. Tensors at the peak are read off the dry run's tape of a step, reserved bytes off its report. Exit
-status 1 if a case's tensors are not the plan's, or its reserved bytes more than 1 % from it.
+benchmarks/plain's, which import nothing of memplan's, launched by accelerate or by torchrun.
+Models are real ones with fewer layers. Tensors at the peak are read off the dry run's tape of a step, what is
+reserved off its report. Exit status 1 if a case's tensors are not the plan's, or its reserved bytes more than
+1 % from it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from memplan.tape import replay
 from memplan.tape.file import load
 from memplan.verify.job import cut
 
-ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 SCRIPTS = ROOT / "benchmarks" / "plain"
 RESULTS = ROOT / "data" / "ranks.json"
 GPU = "a100"
@@ -51,6 +53,7 @@ FLAT = [
     "--fsdp_sharding_strategy", "FULL_SHARD", "--fsdp_cpu_ram_efficient_loading", "false",
 ]  # fmt: skip
 ZERO = ("zero2", "zero3")
+COLWISE = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # which PEFT can adapt under tensor parallel
 
 
 def _by_file(name: str) -> list[str]:
@@ -76,6 +79,10 @@ FLAT_WAYS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "fsdp offload": (
         [*FLAT, "--fsdp_backward_prefetch", "BACKWARD_PRE", "--fsdp_offload_params", "true"],
         {"parallel": "fsdp", "backward_prefetch": "backward_pre", "offload": "both"},
+    ),
+    "fsdp kept": (
+        [*FLAT, "--fsdp_sharding_strategy", "SHARD_GRAD_OP", "--fsdp_backward_prefetch", "BACKWARD_PRE"],
+        {"parallel": "fsdp", "backward_prefetch": "backward_pre", "reshard_after_forward": False},
     ),
 }
 # other ways of DeepSpeed: how they are launched, and the same as a recipe
@@ -103,11 +110,26 @@ OTHERWISE: dict[str, tuple[list[str], dict[str, Any]]] = {
         [*ENGINES["fsdp2"], "--fsdp_offload_params", "true"], {"parallel": "fsdp2", "offload": "both"}
     ),
 }  # fmt: skip
+# FSDP2's layers stay gathered up to their backward, or the model is there several times
+WAYS: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "fsdp2 kept": (
+        [*ENGINES["fsdp2"], "--fsdp_reshard_after_forward", "false"],
+        {"parallel": "fsdp2", "reshard_after_forward": False},
+    ),
+    "fsdp hybrid": (
+        [*FLAT, "--fsdp_sharding_strategy", "HYBRID_SHARD", "--fsdp_backward_prefetch", "BACKWARD_PRE"],
+        {"parallel": "fsdp", "backward_prefetch": "backward_pre", "dp_replicate": 2},
+    ),
+    **{
+        f"hsdp {replicas}": (ENGINES["fsdp2"], {"parallel": "fsdp2", "dp_replicate": replicas})
+        for replicas in (2, 4)
+    },
+}
 LAUNCHED = {
     **ENGINES,
     **{name: _by_file(name) for name in ZERO},
     **{name: engine for name, (engine, _) in OTHERWISE.items()},
-    **{name: engine for name, (engine, _) in FLAT_WAYS.items()},
+    **{name: engine for name, (engine, _) in (*FLAT_WAYS.items(), *WAYS.items())},
 }
 _FIGURES = ("tensors", "reserved", "host")
 SCRIPT = {"peft": "hf_trainer.py", "trl": "trl_guide.py"}
@@ -117,6 +139,18 @@ FAMILIES = {
     "qwen2.5-1.5b": 3,  # biases, tied
     "qwen3-4b": 2,  # norms of queries and keys
     "qwen3-30b-a3b": 2,  # experts
+}
+EXPERTS = ("qwen3-30b-a3b", "mixtral-8x7b")
+# whose heads tensor parallel divides, among so many
+DIVIDED = {
+    "llama-3.2-1b": (3, (4, 8, 2)),
+    "llama-3.1-8b": (2, (8, 4, 2)),
+    "qwen2.5-1.5b": (3, (2,)),
+    "qwen3-4b": (2, (4, 2, 8)),
+    "mistral-7b": (2, (2, 8, 4)),
+    "qwen3-30b-a3b": (2, (4, 2)),
+    "mixtral-8x7b": (2, (8, 4)),
+    "gemma-2-2b": (4, (2, 4)),  # whose embedding is scaled; by TRL, which leaves it its eager attention
 }
 # whose modules ZeRO-3 gathers for otherwise
 ALSO = {"olmo-2-1b": 3, "mistral-7b": 2, "phi-3-mini-4k": 3, "gemma-3-1b": 7}
@@ -135,10 +169,22 @@ class Case(NamedTuple):
 
     @property
     def launched(self) -> list[str]:
-        """By accelerate, on as many cards as its recipe has."""
-        engine = LAUNCHED[self.engine]
-        count = str(self.recipe["gpus"])
-        return ["accelerate", "launch", "--num_processes", count, *engine, "--mixed_precision", "bf16"]
+        """By accelerate, or by torchrun, on as many cards as its recipe has."""
+        count = self.recipe["gpus"]
+        if self.engine == "tp":  # which no launcher has to know of
+            return ["torchrun", "--nproc-per-node", str(count), "--"]
+        engine = [*LAUNCHED[self.engine]]
+        if self.engine.startswith("hsdp"):
+            replicas = self.recipe["dp_replicate"]
+            engine += ["--use_parallelism_config", "--parallelism_config_dp_replicate_size", str(replicas)]
+            engine += ["--parallelism_config_dp_shard_size", str(count // replicas)]
+        return ["accelerate", "launch", "--num_processes", str(count), *engine, "--mixed_precision", "bf16"]
+
+
+def _environment(case: Case) -> dict[str, str]:
+    """Threads bring experts onto the card in no fixed order."""
+    threads = case.engine == "tp" and case.model in EXPERTS
+    return {"HF_DEACTIVATE_ASYNC_LOAD": "1"} if threads else {}
 
 
 def cases() -> Iterator[Case]:
@@ -178,7 +224,7 @@ def cases() -> Iterator[Case]:
     for engine, (_, recipe) in OTHERWISE.items():
         for mode in ("full", "lora", "full", "qlora"):
             if mode == "qlora" and recipe["parallel"] in ("zero3", "fsdp2"):
-                continue  # 4-bit weights, which are not divided or not offloaded
+                continue  # 4-bit weights, which are not divided; of FSDP2 further down
             model = ("llama-3.2-1b", "qwen3-4b", "qwen2.5-1.5b", "llama-3.1-8b")[(turn + turn // 4) % 4]
             trainer = ("peft", "trl")[(turn + turn // 2) % 2]
             if engine == "fsdp2 offload" and mode == "lora":
@@ -205,12 +251,39 @@ def cases() -> Iterator[Case]:
             world = (8, 64, 3)[turn % 3]
             yield _case(model, FAMILIES[model], mode, engine, trainer, turn // 3 % 2, turn, world)
             turn += 1
+    turn = 0
+    for model, (layers, counts) in DIVIDED.items():
+        for mode in ("full", "lora"):
+            for trainer in ("trl",) if model == "gemma-2-2b" else SCRIPT:
+                for variant in range(2):
+                    world = counts[turn % len(counts)]
+                    yield _case(model, layers, mode, "tp", trainer, variant, turn, world)
+                    turn += 1
+    turn = 0
+    for engine, worlds in (
+        ("hsdp 2", (4, 8)), ("hsdp 4", (16, 12)), ("fsdp2 kept", (8, 3)), ("fsdp kept", (4, 3)),
+        ("fsdp hybrid", (4, 16)),
+    ):  # fmt: skip
+        for mode in ("full", "lora", "qlora"):
+            if mode == "qlora" and engine == "fsdp kept":
+                continue  # PyTorch stops
+            for variant in range(2):
+                model = ("llama-3.2-1b", "qwen3-4b", "qwen2.5-1.5b", "llama-3.1-8b")[(turn + turn // 4) % 4]
+                trainer = ("peft", "trl")[(turn + turn // 4) % 2]
+                world = worlds[(turn + turn // 2) % 2]
+                yield _case(model, FAMILIES[model], mode, engine, trainer, variant, turn, world)
+                turn += 1
+    for mode in ("lora", "qlora"):  # tied embeddings, without which TRL gathers what NCCL can't send
+        yield _case("llama-3.2-1b", 3, mode, "fsdp2 offload", "trl", 0, 2, 4)
+    for turn, model in enumerate(("qwen3-4b", "llama-3.1-8b", "qwen2.5-1.5b")):
+        world = (8, 3, 2)[turn]
+        yield _case(model, FAMILIES[model], "qlora", "fsdp2 offload", "peft", turn % 2, turn + 2, world)
 
 
 def _case(
     model: str, layers: int, mode: str, engine: str, trainer: str, variant: int, turn: int, world: int
 ) -> Case:
-    _, spread = {**OTHERWISE, **FLAT_WAYS}.get(engine, ([], {"parallel": engine}))
+    _, spread = {**OTHERWISE, **FLAT_WAYS, **WAYS}.get(engine, ([], {"parallel": engine}))
     parallel = spread["parallel"]
     length = (1024, 777, 2048)[turn % 3]
     batch = 1 + (turn % 4 == 3)
@@ -226,13 +299,19 @@ def _case(
     if mode != "full":
         recipe |= {"r": 8, "lora_alpha": 16}
         given += ["--r", "8"]
-        if model == "qwen3-30b-a3b":
+        if parallel == "tp":
+            chosen = COLWISE[: 3 if model in EXPERTS else None]
+            recipe["target_modules"] = list(chosen)
+            given += ["--targets", *chosen]
+        elif model == "qwen3-30b-a3b":
             recipe["target_modules"] = "attention"
             given += ["--targets", "q_proj", "k_proj", "v_proj", "o_proj"]
         if parallel == "zero3" and trainer == "peft":
             # the script makes the model before TrainingArguments, so that zero.Init has not made it and the
             # engine casts adapters, too
             recipe["adapter_dtype"] = "bfloat16"
+    if parallel == "tp":
+        given.append("--tp")
     if mode == "qlora":
         given += ["--storage", "bfloat16"]
         if parallel == "fsdp" and trainer == "peft":  # which lays no float32 norms beside 16-bit weights
@@ -268,11 +347,13 @@ def emulated(case: Case, folder: Path) -> dict[str, Any]:
         _memplan("stub", case.model, str(checkpoint), "--layers", str(case.layers))
     tape = folder / "step.json.gz"
     script = [str(SCRIPTS / case.script), str(checkpoint), "--out", str(out / "peaks.json"), *case.arguments]
+    if case.engine == "fsdp hybrid":
+        script = [str(HERE / "machines.py"), str(case.recipe["gpus"] // 2), *script]
     out.mkdir(exist_ok=True)
     told = json.loads(
         _memplan(
             "dry-run", "--gpu", f"{case.recipe['gpus']}x{GPU}", "--tape", str(tape), "--json", "--",
-            *case.launched, *script,
+            *case.launched, *script, **_environment(case),
         )
     )  # fmt: skip
     read = load(tape)
@@ -285,8 +366,8 @@ def emulated(case: Case, folder: Path) -> dict[str, Any]:
     }
 
 
-def _memplan(*arguments: str) -> str:
-    environment = {**os.environ, **QUIET, "PYTHONPATH": str(ROOT)}
+def _memplan(*arguments: str, **given: str) -> str:
+    environment = {**os.environ, **QUIET, **given, "PYTHONPATH": str(ROOT)}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     ran = subprocess.run(
         [sys.executable, "-m", "memplan", *arguments], env=environment, capture_output=True, text=True

@@ -566,7 +566,8 @@ class Recipe(BaseModel):
                 "`--use_deepspeed` are DDP's. `fsdp2`: `--use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy "
                 "TRANSFORMER_BASED_WRAP --fsdp_reshard_after_forward true`. `zero1`, `zero2`, `zero3`: "
                 "DeepSpeed's, with `overlap_comm` and with sizes of buckets as transformers' own examples "
-                "have them (500,000,000 elements; those of ZeRO-3 `auto`)."
+                "have them (500,000,000 elements; those of ZeRO-3 `auto`). `tp`: transformers' own tensor "
+                'parallel, `from_pretrained(..., tp_plan="auto")` under `torchrun`.'
             ),
         ),
     ] = None
@@ -589,6 +590,32 @@ class Recipe(BaseModel):
             source="One. What a GPU takes goes by how many share the step, in however many machines.",
         ),
     ] = Field(default=None, ge=1, le=4096)
+    dp_replicate: Annotated[
+        int | None,
+        of_step(
+            help="of FSDP: how many times the model is there, each divided over its share of the GPUs (HSDP)",
+            default="once",
+            metavar="N",
+            phrase=lambda r: f"{r.dp_replicate} replicas × {r.shards} shards" if r.dp_replicate else None,
+            source=(
+                "accelerate, `parallelism_config.py`, `ParallelismConfig`: `dp_replicate_size` is 1, and "
+                "`dp_shard_size` all GPUs. Of FSDP1's `HYBRID_SHARD` it is the number of machines."
+            ),
+        ),
+    ] = Field(default=None, ge=1, le=4096)
+    reshard_after_forward: Annotated[
+        bool | None,
+        of_step(
+            help="FSDP's: let go of a layer's gathered parameters until its backward (off: SHARD_GRAD_OP)",
+            default="on",
+            phrase=lambda r: (
+                None
+                if r.reshard_after_forward is None
+                else _switched("reshard_after_forward", r.reshard_after_forward)
+            ),
+            source="accelerate, `utils/dataclasses.py`: `FSDP_RESHARD_AFTER_FORWARD` is true.",
+        ),
+    ] = None
     offload: Annotated[
         Offload | None,
         of_step(
@@ -775,19 +802,18 @@ class Recipe(BaseModel):
         for name in _OF_FSDP1:
             if getattr(self, name) is not None and parallel != "fsdp":
                 raise ValueError(f"{name} is FSDP1's: use --parallel fsdp, or leave it out")
+        if self.reshard_after_forward is not None and not by_fsdp:
+            raise ValueError("reshard_after_forward is FSDP's: use --parallel fsdp2, or leave it out")
+        if self.dp_replicate is not None:
+            self._check_replicas(parallel)
         if parallel == "fsdp":
             self._check_flat()
+        if parallel == "tp":
+            self._check_divided()
         if by_fsdp and self.offload is Offload.OPTIMIZER:
             raise ValueError("FSDP offloads parameters and the optimizer together: use --offload both")
         if not sharded:
             return
-        if self.offload is not None and self.mode is Mode.LORA and self.trainer == "trl":
-            raise ValueError(
-                "TRL's SFTTrainer (1.16) fails with adapters whose base FSDP2 keeps on the host: it gathers "
-                "what NCCL can't send; use --trainer peft, or leave out --offload"
-            )
-        if self.offload is not None and self.mode is Mode.QLORA:
-            raise ValueError("FSDP2 with 4-bit weights on the host is not planned: leave out --offload")
         for name, rest, why in _NOT_SHARDED:
             if getattr(self, name) not in rest:
                 raise ValueError(f"{why}: leave {name} out, or use --parallel ddp")
@@ -805,9 +831,47 @@ class Recipe(BaseModel):
                 "two dtypes and not planned: use --autocast"
             )
 
+    def _check_replicas(self, parallel: str | None) -> None:
+        """HSDP: what a world of so many GPUs divides into."""
+        if parallel not in ("fsdp", "fsdp2"):
+            raise ValueError("dp_replicate is FSDP's: use --parallel fsdp2, or leave it out")
+        assert self.dp_replicate is not None
+        if self.gpus == 1:  # how many is not said
+            return
+        if self.gpus % self.dp_replicate:
+            raise ValueError(f"{self.gpus} GPUs are not as many in each of {self.dp_replicate} replicas")
+        if self.shards == 1:
+            raise ValueError(
+                f"{self.dp_replicate} replicas on {self.gpus} GPUs have nothing to shard: use --parallel ddp"
+            )
+
     def _check_flat(self) -> None:
         """What FSDP1 was compared with PyTorch's in."""
+        if self.reshard_after_forward is False and self.mode is Mode.QLORA:
+            raise ValueError(
+                "FSDP1 (torch 2.13) stops in backward where 4-bit weights stay gathered after forward, "
+                "for it takes them for changed: use --reshard-after-forward, or --parallel fsdp2"
+            )
+        if self.reshard_after_forward is False and self.offload is not None:
+            raise ValueError(
+                "FSDP1 that keeps layers gathered and offloads them is not planned: use "
+                "--reshard-after-forward"
+            )
         self._check_compared("FSDP1", _FLAT_AS_COMPARED)
+
+    def _check_divided(self) -> None:
+        """What tensor parallel was compared with transformers' in."""
+        if self.mode is Mode.QLORA:
+            raise ValueError(
+                "PEFT (0.21) can't adapt 4-bit weights that tensor parallel divides, which qlora has, the "
+                "mode unless another is said: use --mode full or lora, or --parallel fsdp2"
+            )
+        if self.optimizer not in _DIVIDED_OPTIMIZERS:
+            raise ValueError(
+                f"{self.optimizer} can't update parameters that tensor parallel divides (DTensors): use "
+                f"{', '.join(_DIVIDED_OPTIMIZERS)}"
+            )
+        self._check_compared("tensor parallel", _DIVIDED_AS_COMPARED)
 
     def _check_zero(self) -> None:
         """What ZeRO was compared with DeepSpeed in."""
@@ -949,6 +1013,11 @@ class Recipe(BaseModel):
         return self.gpus // (self.nodes or 1)
 
     @property
+    def shards(self) -> int:
+        """GPUs that each have a part of one model."""
+        return self.gpus // (self.dp_replicate or 1)
+
+    @property
     def adapter(self) -> str:
         """The file in :mod:`memplan.adapters`."""
         return "dora" if self.use_dora else "lora"
@@ -1001,7 +1070,11 @@ _OF_ZERO3 = ("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"
 _OF_ZERO = ("offload", "overlap_comm", "reduce_bucket_size", *_OF_ZERO3)
 _OF_FSDP1 = ("backward_prefetch", "forward_prefetch")
 # fields that say nothing of one GPU
-OF_SEVERAL = ("parallel", "nodes", "shard_dtype", "reduce_dtype", *_OF_FSDP1, *_OF_ZERO)
+OF_SEVERAL = (
+    *("parallel", "nodes", "dp_replicate", "reshard_after_forward", "shard_dtype", "reduce_dtype"),
+    *_OF_FSDP1,
+    *_OF_ZERO,
+)
 _Compared = tuple[tuple[str, tuple[Any, ...]], ...]
 _AS_COMPARED: _Compared = (
     ("optimizer", ("adamw_torch_fused",)),
@@ -1019,6 +1092,8 @@ _FLAT_AS_COMPARED: _Compared = (
     ("loss", ("standard", "shifted", "chunked")),
     ("use_reentrant", (None, False)),
 )
+_DIVIDED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
+_DIVIDED_AS_COMPARED: _Compared = tuple(of for of in _AS_COMPARED if of[0] != "optimizer")
 _SHARDED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 _NOT_SHARDED = (
     ("kernels", (Kernels.STOCK,), "memplan's kernels multiply by whole 4-bit weights, which FSDP2 shards"),

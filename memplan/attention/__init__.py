@@ -26,7 +26,7 @@ class Attention:
 
     attend: Attend
     masked: Callable[[bool, Batches], bool]
-    mask: Callable[[tuple[int, int], DType, bool, bool, Batches], Tensor | None]
+    mask: Callable[[tuple[int, int], DType, bool, bool, Batches | None], Tensor | None]
     fused: bool = True
     package: bool = False
 

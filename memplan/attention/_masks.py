@@ -6,9 +6,9 @@ from memplan.asked.recipe import Batches
 from memplan.shadow.tensor import Tensor, bool_, empty, int64
 
 
-def boolean(shape: tuple[int, int], local: bool, batches: Batches) -> Tensor:
+def boolean(shape: tuple[int, int], local: bool, batches: Batches | None) -> Tensor:
     """sdpa_mask without vmap: ``and_masks`` of the pattern and the padding, by broadcasting; of packed
-    batches of the sequences and the pattern."""
+    batches of the sequences and the pattern; of None, rows that are told neither, the pattern alone."""
     if batches is Batches.PACKED:
         return _packed(shape[1], local)
     batch, length = shape
@@ -19,6 +19,8 @@ def boolean(shape: tuple[int, int], local: bool, batches: Batches) -> Tensor:
         _positions(length),
         _positions(length),
     ]
+    if batches is None:
+        return _window(square) if local else empty(square, bool_, "le")
     result = empty((), bool_, "new_ones")
     pattern = _window(square) if local else empty(square, bool_, "le")
     result = _and(result, pattern, square)

@@ -33,7 +33,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, 
     return attn_output, attn_weights
 
 
-def _mask(shape: tuple[int, int], dtype: DType, local: bool, bites: bool, batches: Batches) -> Tensor:
+def _mask(shape: tuple[int, int], dtype: DType, local: bool, bites: bool, batches: Batches | None) -> Tensor:
     """eager_mask: zero where attended, the dtype's minimum elsewhere."""
     mask = boolean(shape, local, batches)
     zero = empty((), dtype, "zeros")

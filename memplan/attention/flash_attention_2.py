@@ -43,7 +43,7 @@ def _is_packed_sequence(position_ids: Tensor, batch: int) -> None:
     del total, expected, answer
 
 
-def _mask(shape: tuple[int, int], dtype: DType, local: bool, bites: bool, batches: Batches) -> None:
+def _mask(shape: tuple[int, int], dtype: DType, local: bool, bites: bool, batches: Batches | None) -> None:
     """flash_attention_mask: ``attention_mask.all()``."""
     every = empty((), bool_, "all")
     del every

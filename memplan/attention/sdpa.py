@@ -30,9 +30,12 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, 
     return ops.contiguous(ops.transpose(out, 1, 2)), None
 
 
-def _mask(shape: tuple[int, int], dtype: DType, local: bool, bites: bool, batches: Batches) -> Tensor | None:
+def _mask(
+    shape: tuple[int, int], dtype: DType, local: bool, bites: bool, batches: Batches | None
+) -> Tensor | None:
     if not _masked(bites, batches):
-        _all_ones(shape)
+        if batches is not None:
+            _all_ones(shape)
         return None
     if batches is Batches.PADDED and not bites:
         for _ in range(2):  # also whether only what is to come is masked
@@ -40,8 +43,8 @@ def _mask(shape: tuple[int, int], dtype: DType, local: bool, bites: bool, batche
     return boolean(shape, local, batches)
 
 
-def _masked(bites: bool, batches: Batches) -> bool:
-    return bites or batches is not Batches.FULL
+def _masked(bites: bool, batches: Batches | None) -> bool:
+    return bites or batches in (Batches.PADDED, Batches.PACKED)
 
 
 def _all_ones(shape: tuple[int, int]) -> None:

@@ -186,8 +186,12 @@ def _host_memory(text: str) -> int:
 def check_host(answer: Plan, arguments: argparse.Namespace) -> None:
     """Raise MemplanError if what the processes of a node keep on its host does not fit there."""
     sentence = beyond_host(answer, arguments)
+    if sentence is not None and getattr(arguments, "how_many", False):
+        sentence = f"of the fewest GPUs that are enough, {sentence}"
     if sentence is not None:
         raise MemplanError(sentence)
+    if arguments.host_memory is not None and not answer.host_bytes:
+        remark_with_answer("nothing of this run is offloaded: --host-memory bounds only what is advised")
 
 
 def beyond_host(answer: Plan, arguments: argparse.Namespace) -> str | None:
@@ -342,11 +346,21 @@ def _add_option(group: argparse._ActionsContainer, name: str, option: Option) ->
 
 def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The recipe's options that were given, by field; ``gpus`` in all. Raises UsageError."""
+    return in_all(typed_options(arguments))
+
+
+def typed_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The same with ``gpus`` as they are typed, which are those of each node. Raises UsageError."""
     given = vars(arguments)
     options = {field: given[field] for field in Recipe.model_fields if field in given}
     count = together(given.get("gpu") or (), options.get("gpus"))
     if count is not None:
         options = {"gpus": count, **options}
+    return options
+
+
+def in_all(options: dict[str, Any]) -> dict[str, Any]:
+    """Typed options with ``gpus`` in all. Raises UsageError."""
     if options.get("nodes") is None:
         return options
     if "gpus" not in options:

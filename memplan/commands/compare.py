@@ -20,10 +20,11 @@ from memplan.commands.arguments import (
     add_verbose,
     applicable,
     beyond_host,
-    given_options,
+    in_all,
     modes,
     parse,
     possible,
+    typed_options,
 )
 from memplan.commands.synonyms import length
 from memplan.errors import MemplanError, shown
@@ -104,14 +105,14 @@ def run(arguments: argparse.Namespace) -> int:
 
         named = possible(named, resolve(opened(arguments.model[0], arguments.config)[0]).spec)
     points = list(product(arguments.model, named or [""], *(values for _, values in swept)))
-    options = given_options(arguments)
+    options = typed_options(arguments)
     recipes = []
     for _, mode, *values in points:
         own: dict[str, Any] = {**options, **({"mode": mode} if mode else {})}
         for name, value in zip((name for name, _ in swept), values, strict=True):
             own |= _read(name, value)
         told = str(own.pop("mode"))
-        recipes.append(Recipe(mode=told, **applicable(own, told)))
+        recipes.append(Recipe(mode=told, **applicable(in_all(own), told)))
     if options.get("kernels") == "memplan":  # the cards on which they run, for all modes alike
         arguments.gpu = [card.name for card in able(Recipe(kernels="memplan"), arguments.gpu)]
     plans = [
@@ -191,7 +192,7 @@ def _recipe_parser() -> Parser:
 
 def _read(name: str, value: str) -> dict[str, Any]:
     """An option's value as a field of the recipe. Raises UsageError."""
-    return given_options(parse(_recipe_parser(), [f"--{name.replace('_', '-')}={value}"], quiet=True))
+    return typed_options(parse(_recipe_parser(), [f"--{name.replace('_', '-')}={value}"], quiet=True))
 
 
 def _show(plans: list[Plan], arguments: argparse.Namespace, by_mode: bool) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from memplan.commands.arguments import (
     Parser,
@@ -95,11 +95,13 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("--maximize looks for one length or batch, --lengths plays many: ask one of them")
     if arguments.how_many and arguments.maximize is not None:
         raise UsageError("--how-many and --maximize each look for a number: ask one of them")
-    by = None
+    by = replicas = None
     if arguments.how_many and recipe.gpus == 1:
-        by = recipe.parallel or _strategy_of(arguments)
+        said = _said(arguments)
+        by = recipe.parallel or said.get("parallel")
+        replicas = recipe.dp_replicate or (said.get("dp_replicate") if recipe.parallel is None else None)
     if by is not None:  # on how many is yet to be found
-        recipe = Recipe(**{**recipe.model_dump(exclude_unset=True), "gpus": 2})
+        recipe = Recipe(**{**recipe.model_dump(exclude_unset=True), "gpus": 2 * (replicas or 1)})
     asked = ask(arguments.model, recipe, arguments.gpu, arguments.config, lengths)
     if not asked.named and (asked.recipe.gpus == 1 or by is not None):
         raise UsageError("the following arguments are required: --gpu (see memplan fit --help)")
@@ -141,13 +143,12 @@ def run(arguments: argparse.Namespace) -> int:
     return STATUS_FITS if fits else STATUS_DOES_NOT_FIT
 
 
-def _strategy_of(arguments: argparse.Namespace) -> str | None:
-    """The way of sharing a step that a file says, whatever number of GPUs it says beside."""
+def _said(arguments: argparse.Namespace) -> Mapping[str, Any]:
+    """The recipe's options that a file says, whatever number of GPUs it says among them."""
     from memplan.planning.study import opened
 
     _, read = opened(arguments.model, arguments.config)
-    said: str | None = None if read is None else read.options.get("parallel")
-    return said
+    return {} if read is None else read.options
 
 
 def _evaluated(answer: Plan) -> tuple[Fit, ...]:

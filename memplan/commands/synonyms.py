@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from memplan.asked.gpus import together
 from memplan.errors import MemplanError, shown
 
 # Ours, and what else it is called: TRL, PEFT and transformers, axolotl, LLaMA-Factory, Unsloth, torchtune,
@@ -46,8 +47,14 @@ NAMES: dict[str, str] = {
     "gpu": "card gpu-type gpu-name",
     "gpus": "num-gpus n-gpus n-gpu gpus-per-node num-gpus-per-node nproc-per-node",
     "nodes": "num-nodes nnodes n-nodes num-machines",
+    "dp-replicate": "replicate replicas dp-replicate-size parallelism-config-dp-replicate-size "
+    "data-parallel-replicate-degree",
+    "reshard-after-forward": "fsdp-reshard-after-forward",
 }
 _IN_ALL = ("num-processes", "world-size")  # GPUs of all nodes
+_IN_SHARDS = (  # GPUs that divide one model between them
+    "dp-shard", "dp-shard-size", "parallelism-config-dp-shard-size", "data-parallel-shard-degree",
+)  # fmt: skip
 
 # Those without a value of their own, or with true or false: what stands for them, with and without "no".
 SWITCHES: dict[str, tuple[str, str]] = {
@@ -135,8 +142,9 @@ VALUES: dict[str, dict[str, str]] = {
 }  # fmt: skip
 
 _OTHERWISE = (
-    "of several GPUs memplan plans DDP, FSDP and ZeRO (--gpus N --parallel ddp, fsdp, fsdp2, zero1, "
-    "zero2 or zero3; --offload optimizer or both; --config FILE for DeepSpeed's file or accelerate's); "
+    "of several GPUs memplan plans DDP, FSDP, ZeRO and tensor parallel (--gpus N --parallel ddp, fsdp, "
+    "fsdp2, zero1, zero2, zero3 or tp; --offload optimizer or both; --config FILE for DeepSpeed's file or "
+    "accelerate's); "
     "`memplan dry-run --gpu 8xa100 -- COMMAND` runs any such program on cards that are not there"
 )
 _NOT_PLANNED = {
@@ -259,6 +267,7 @@ class _Reader:
         self.unquantised: str | None = None  # what says that the base is not in 4 bits
         self.halves: set[str] = set()  # which of bf16 and fp16 are on
         self.in_all: tuple[str, str] | None = None  # GPUs of all nodes: as typed, and how many
+        self.in_shards: tuple[str, str] | None = None  # those that divide a model
 
     def read(self) -> Reading:
         while self.rest:
@@ -272,6 +281,7 @@ class _Reader:
                 self.reading.words.append(word)
         self._settle_mode()
         self._settle_nodes()
+        self._settle_shards()
         return self.reading
 
     def _option(self, word: str) -> None:
@@ -282,6 +292,8 @@ class _Reader:
             self._ours(typed, typed if typed in self.actions else f"--{name}", given)
         elif typed.startswith("--") and name in _IN_ALL and "--gpus" in self.actions:
             self.in_all = typed, given or self._take_value() or ""
+        elif typed.startswith("--") and name in _IN_SHARDS and "--dp-replicate" in self.actions:
+            self.in_shards = typed, given or self._take_value() or ""
         elif typed.startswith("--") and name.removeprefix("no-") in SWITCHES:
             self._switch(typed, name, given)
         elif (ours := _OURS.get(name if typed.startswith("--") else typed)) and f"--{ours}" in self.actions:
@@ -434,8 +446,7 @@ class _Reader:
         if self.in_all is None:
             return
         typed, told = self.in_all
-        named = [word.removeprefix("--nodes=") for word in self.reading.words if word.startswith("--nodes=")]
-        nodes = int(named[-1]) if named and named[-1].isdecimal() and len(named[-1]) < 5 else 1
+        nodes = self._number("--nodes") or 1
         each = told
         if nodes > 1 and told.isdecimal() and len(told) < 10:
             if int(told) % nodes:
@@ -443,6 +454,36 @@ class _Reader:
             each = str(int(told) // nodes)
         self.reading.words.append(f"--gpus={each}")
         self._echo(typed, told, f"--gpus {each}" + (f" on each of {nodes} nodes" if nodes > 1 else ""))
+
+    def _settle_shards(self) -> None:
+        """GPUs that divide a model, as how many times it is there, or as how many GPUs each node has."""
+        if self.in_shards is None:
+            return
+        typed, told = self.in_shards
+        if not told.isdecimal() or not 0 < int(told[:5]) < 5000:
+            raise Unplanned(f"{typed} takes a whole number of GPUs, not {shown(told)}")
+        shards, nodes, replicas = int(told), self._number("--nodes") or 1, self._number("--dp-replicate")
+        named = [word.partition("=")[2] for word in self.reading.words if word.startswith("--gpu=")]
+        each = self._number("--gpus") or (together(named) if named else None)
+        if each is None:
+            every = shards * (replicas or 1)
+            if every % nodes:
+                raise Unplanned(f"{every} GPUs are not as many on each of {nodes} nodes")
+            self.reading.words.append(f"--gpus={every // nodes}")
+            self._echo(typed, told, f"--gpus {every // nodes}")
+            return
+        every = each * nodes
+        if every % shards or replicas not in (None, every // shards):
+            times = "" if replicas is None else f" times {replicas} replicas"
+            raise Unplanned(f"{typed} {told}{times} does not make {every} GPUs")
+        if every > shards and replicas is None:
+            self.reading.words.append(f"--dp-replicate={every // shards}")
+        self._echo(typed, told, f"--dp-replicate {every // shards} of {every} GPUs")
+
+    def _number(self, option: str) -> int | None:
+        """What was said of an option that takes a small number."""
+        said = [word.partition("=")[2] for word in self.reading.words if word.startswith(f"{option}=")]
+        return int(said[-1]) if said and said[-1].isdecimal() and len(said[-1]) < 5 else None
 
     def _echo(self, typed: str, value: str | None, ours: str) -> None:
         self.reading.echoed.append(f"{typed}{'' if value is None else f' {value}'} is {ours}")

@@ -95,7 +95,7 @@ def traced(
         remark(f"warning: {warning}")
     with tracing(layers(found.config)) as progress:
         plan, tape = trace_plan(found, recipe, gpus=gpus, progress=progress, looped=looped)
-    return plan.model_copy(update={"read": read_from(read)}), tape
+    return plan.model_copy(update={"read": read_from(read, plan.recipe)}), tape
 
 
 def answer(plan: Plan, tape: Tape | None, arguments: argparse.Namespace, options: dict[str, Any]) -> None:

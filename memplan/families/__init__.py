@@ -68,6 +68,7 @@ class Family:
     multiplied_embedding: bool = False  # or by a number, after what hooks the embedding
     rotates_by_layer: bool = False  # each kind of layer has its rotary embedding
     makes_both_masks: bool = False  # for full and for sliding attention, whichever its layers have
+    masks_of_positions: bool = True  # its masks see positions, which keep packed sequences apart
     # PEFT's all-linear means the experts, too (peft/utils/transformers_weight_conversion.py)
     adapts_experts: bool = False
     root: str = "model"

@@ -40,12 +40,43 @@ def _more(fields: Fields, layers: int) -> dict[str, Any]:
                 f"{shown(fields.name)} is a Gemma 4 with {what} ({key} is {shown(fields.get(key))}), which "
                 "memplan doesn't predict; add --trace to have its own code traced"
             )
-    shared = fields.flag("attention_k_eq_v")
     return {
-        "global_head_dim": fields.size("global_head_dim"),
-        "num_global_key_value_heads": fields.size_or_none("num_global_key_value_heads") if shared else None,
-        "attention_k_eq_v": shared,
+        **_wide(fields, layers),
+        "attention_k_eq_v": fields.flag("attention_k_eq_v"),
         **(_experts(fields, layers) if fields.flag("enable_moe_block") else {}),
+    }
+
+
+def _wide(fields: Fields, layers: int) -> dict[str, Any]:
+    """Heads of layers with full attention. ``per_layer_config`` has them by layer in a file that transformers
+    5.23 wrote, and counts alone where it is there (``Gemma4TextConfig.__post_init__``)."""
+    if "per_layer_config" not in fields.config:
+        heads = fields.size_or_none("num_global_key_value_heads")
+        return {
+            "global_head_dim": fields.size("global_head_dim"),
+            "num_global_key_value_heads": heads if fields.flag("attention_k_eq_v") else None,
+        }
+    digits = len(str(layers - 1))
+    listed = {key.zfill(digits): entry for key, entry in fields.nested("per_layer_config").items()}
+    _, kinds = _layers(fields, layers)
+    full = [str(layer).zfill(digits) for layer, kind in enumerate(kinds) if kind == FULL]
+    entries = [listed.get(layer, {}) for layer in full]
+    first = entries[0]
+    if (
+        not listed.keys() <= set(full)
+        or any(entry != first for entry in entries)
+        or not isinstance(first, dict)
+        or not first.keys() <= {"head_dim", "num_key_value_heads"}
+    ):
+        raise UnsupportedArchitecture(
+            f"{shown(fields.name)} is a Gemma 4 whose per_layer_config says more than that layers with full "
+            "attention have heads of their own, which memplan doesn't predict; add --trace to have its own "
+            "code traced"
+        )
+    wide = fields.inside(first, {"head_dim": fields.get("head_dim"), "num_key_value_heads": None})
+    return {
+        "global_head_dim": wide.size("head_dim"),
+        "num_global_key_value_heads": wide.size_or_none("num_key_value_heads"),
     }
 
 
@@ -202,6 +233,7 @@ FAMILY = Family(
             "global_head_dim": 512,
             "num_global_key_value_heads": None,
             "attention_k_eq_v": False,
+            "per_layer_config": None,
             "hidden_size_per_layer_input": 256,
             "num_kv_shared_layers": 0,
             "enable_moe_block": False,

@@ -197,6 +197,7 @@ FAMILY = Family(
     cos_sin=_cos_sin,
     attention=_attention_of,
     makes_both_masks=True,
+    masks_of_positions=False,
     several=False,
     float16=False,
 )

@@ -200,7 +200,8 @@ def _candidates(model_type: str | None) -> Iterator[tuple[str, Family]]:
 
 
 def _refuse_variants(fields: Fields) -> None:
-    """Switches that change what a training step allocates and that no predicted plan knows."""
+    """Switches that change what a training step allocates and that no predicted plan knows, but of a family
+    that reads them itself."""
     for key, what in (
         ("is_encoder_decoder", "an encoder-decoder model"),
         ("use_bidirectional_attention", "a model with bidirectional attention"),
@@ -208,6 +209,8 @@ def _refuse_variants(fields: Fields) -> None:
         ("router_jitter_noise", "a model with router noise"),
         ("per_layer_config", "a model whose layers differ in size"),
     ):
+        if key in fields.defaults:
+            continue
         if fields.config.get(key) not in (None, False, 0, "vision"):  # of images alone
             raise UnsupportedArchitecture(
                 f"{shown(fields.name)} is {what} ({key} is {shown(fields.config[key])}), which memplan "

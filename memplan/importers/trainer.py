@@ -82,7 +82,23 @@ def _spread(args: Any, model: Any) -> dict[str, Any]:
         away = str(next(model.parameters()).device).partition(":")[0] == "cpu"
         if away and str(args.device).partition(":")[0] != "cpu":
             options["offload"] = "both"
+        options |= _divided(model)
     return options
+
+
+def _divided(model: Any) -> dict[str, Any]:
+    """Over how many processes, and whether what is gathered goes after forward: that of the last norm and of
+    the model itself never does (torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py, 2.13)."""
+    found: dict[str, Any] = {}
+    mesh = next(model.parameters()).device_mesh
+    if mesh.ndim > 1:
+        found["dp_replicate"] = mesh.size(0)
+    states = [one._get_fsdp_state() for one in model.modules() if hasattr(one, "_get_fsdp_state")]
+    told = [state for state in states if not state._auto_reshard_after_forward]  # which is the model itself
+    groups = [group for state in told for group in state._fsdp_param_groups]
+    if all(group.post_forward_mesh_info is None for group in groups):
+        found["reshard_after_forward"] = False
+    return found
 
 
 def _adapter(model: Any, base: Any) -> dict[str, Any]:

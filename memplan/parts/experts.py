@@ -85,6 +85,8 @@ def experts_forward(
     gate_up, down = weights["gate_up_proj"], weights["down_proj"]
     if isinstance(gate_up, Tensor):
         state.tape.module = "mlp.experts"
+        if state.spread is not None:
+            gate_up, down = state.spread.stacked(gate_up), state.spread.stacked(down)
         return grouped(lambda: gate_up, lambda: down, hidden_states, top_k_index, top_k_weights, spec)
     down_factors = down.activate()
     gate_up_factors = gate_up.activate()

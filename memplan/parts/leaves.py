@@ -99,7 +99,7 @@ class Embedding:
         shape = (*ids.shape, weight.shape[1])
         out = empty(shape, weight.dtype, "embedding")
         if ops.tracked(weight):
-            node = Node(_embedding_backward, weight)
+            node = Node(embedding_backward, weight)
             node.saved = ids
             node.context = weight.shape
             attach(node, out)
@@ -111,7 +111,7 @@ class Embedding:
         return out
 
 
-def _embedding_backward(node: Node, grad: Tensor) -> Any:
+def embedding_backward(node: Node, grad: Tensor) -> Any:
     """``embedding_dense_backward_cuda``."""
     operation = "embedding_dense_backward"
     entries, width = node.context

@@ -244,18 +244,20 @@ def plan_of(study: Prediction) -> Plan:
         ),
         ParameterCounts(total=base + adapters, trainable=trainable),
     )
-    return answer.model_copy(update={"read": read_from(asked.read)})
+    return answer.model_copy(update={"read": read_from(asked.read, asked.given)})
 
 
 def _unpacked(spec: ModelSpec, recipe: Recipe) -> str | None:
     """What loading makes of MXFP4, and of experts that come one by one. In 4 bits none of its threads run."""
-    from memplan import families
+    from memplan import families, strategies
 
+    strategy = strategies.of(recipe)
+    onto_card = recipe.device_map or (strategy is not None and strategy.part is not None)
     merged = any(spec.sparse_layers) and families.find(spec.model_type).apart is not None
     told = []
     if spec.mxfp4:
         told.append(f"its experts come in MXFP4, and loading makes {recipe.dtype.value} of them")
-    if (spec.mxfp4 or merged) and recipe.device_map and recipe.mode is not Mode.QLORA:
+    if (spec.mxfp4 or merged) and onto_card and recipe.mode is not Mode.QLORA:
         told.append(
             "reserved is that of HF_DEACTIVATE_ASYNC_LOAD=1, for else threads bring its experts in no fixed "
             "order, which may reserve more"

@@ -156,16 +156,21 @@ def _why(config: str | Path) -> str:
     return f": it {'is the configuration of a model' if known else 'has no key of one'}"
 
 
-def read_from(read: Reading | None) -> ReadFrom | None:
-    """What a plan says of the file."""
+def read_from(read: Reading | None, given: Recipe) -> ReadFrom | None:
+    """What a plan of the recipe says of the file."""
     if read is None:
         return None
+    overruled = [
+        f"{name}: {read.name} says {read.options[name]}, and {getattr(given, name)} is planned, as asked"
+        for name in ("gpus", "parallel")
+        if read.options.get(name) is not None and getattr(given, name) not in (None, read.options[name])
+    ]
     return ReadFrom(
         file=read.name,
         kind=read.kind,
         understood=dict(read.understood),
         ignored=read.ignored,
-        left_out=read.left_out,
+        left_out=(*read.left_out, *overruled),
     )
 
 

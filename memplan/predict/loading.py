@@ -57,6 +57,9 @@ def loading(spec: ModelSpec, recipe: Recipe, step: Tape, capacity: int | None = 
     """
     shapes = blueprint.named_shapes(spec)
     strategy = strategies.of(recipe)
+    if strategy is not None and strategy.part is not None:
+        shapes = {name: strategy.part(name, shape, recipe.gpus) for name, shape in shapes.items()}
+        recipe = recipe.model_copy(update={"device_map": "cuda"})  # a device, as transformers gives itself
     if strategy is not None and strategy.load is not None:
         if weights.of(recipe) is None:
             return _spread(strategy, spec, shapes, recipe, step, capacity)
@@ -108,7 +111,7 @@ def _spread(
     itemsize = strategy.itemsize or _ITEMSIZE[recipe.dtype]
     whole: dict[int | str, int] = {n: count * itemsize for n, count in known.items() if n not in there}
     for number, name, nbytes in resting:
-        share = nbytes * recipe.gpus
+        share = nbytes * recipe.shards
         count = known.get(name, 0)
         exact = next((count * size for size in (4, 2) if 0 <= share - count * size < share // 8), share)
         whole[number] = exact if ".lora_" not in name else share

@@ -39,18 +39,28 @@ def _bites(spec: ModelSpec, recipe: Recipe) -> dict[str, bool]:
 def make(spec: ModelSpec, recipe: Recipe, dtype: DType, padding: Tensor | None) -> dict[str, Tensor | None]:
     """The masks of a batch [B, S], of a recipe as it is fed: bool [B, 1, S, S] for SDPA, ``dtype`` for
     eager. ``padding``: the batch's own mask [B, S], if it has one."""
-    shape = (recipe.batch_size, recipe.seq_len)
     state.tape.module = "model"
     masks: dict[str, Tensor | None] = {}
     for kind, bites in _bites(spec, recipe).items():
-        packed = recipe.batches is Batches.PACKED
-        told = _sequence_indices(shape[1]) if packed else empty(shape, bool_, "_to_copy")
-        make_one = attention.of(recipe).mask
-        masks[kind] = make_one(shape, dtype, kind == "sliding_attention", bites, recipe.batches)
-        del told
+        masks[kind] = _mask(spec, recipe, dtype, kind == "sliding_attention", bites)
     if "linear_attention" in spec.layer_types:
         masks["linear_attention"] = _recurrent(padding, recipe.batches)
     return masks
+
+
+def _mask(spec: ModelSpec, recipe: Recipe, dtype: DType, local: bool, bites: bool) -> Tensor | None:
+    shape = (recipe.batch_size, recipe.seq_len)
+    batches: Batches | None = recipe.batches
+    told = None
+    if batches is not Batches.PACKED:
+        told = empty(shape, bool_, "_to_copy")
+    elif families.find(spec.model_type).masks_of_positions:
+        told = _sequence_indices(shape[1])
+    else:
+        batches = None
+    mask = attention.of(recipe).mask(shape, dtype, local, bites, batches)
+    del told
+    return mask
 
 
 def _recurrent(padding: Tensor | None, batches: Batches) -> Tensor | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from memplan import adapters, families, optimizers, stacks, towers
+from memplan import adapters, families, optimizers, stacks, strategies, towers
 from memplan.asked.options import TARGET_PRESETS
 from memplan.asked.recipe import ZERO, Batches, DTypeName, Mode, QuantType, Recipe
 from memplan.asked.spec import ModelSpec
@@ -34,6 +34,13 @@ def resolve_recipe(spec: ModelSpec, recipe: Recipe) -> Recipe:
             f"Liger-Kernel has no fused loss for {spec.architecture} that runs with transformers 5.23: use "
             "the standard loss"
         )
+    away = resolved.parallel == "fsdp2" and resolved.offload is not None and resolved.mode is not Mode.FULL
+    if away and resolved.loss == "chunked" and not spec.tie_word_embeddings:
+        raise RecipeError(
+            "TRL's fused loss (1.16) fails with adapters whose base FSDP2 keeps on the host, but where the "
+            "output layer is the embedding: it gathers what NCCL can't send; use --trainer peft, or leave "
+            "out --offload"
+        )
     if resolved.parallel == "zero3" and spec.model_type == "mixtral":
         # its router comes before its experts, which is the order in which their gradients are summed
         raise RecipeError("Mixtral under ZeRO-3 is not planned: use --parallel zero2 or fsdp2")
@@ -47,6 +54,9 @@ def resolve_recipe(spec: ModelSpec, recipe: Recipe) -> Recipe:
         _check_experts(spec, resolved)
         _check_tower(spec, resolved)
         targets.check(resolved, _adapted(spec, resolved), _linear_shapes(spec), _names(spec))
+    strategy = strategies.of(resolved)
+    if strategy is not None and strategy.check is not None:
+        strategy.check(spec, resolved, () if resolved.mode is Mode.FULL else _adapted(spec, resolved))
     return resolved
 
 

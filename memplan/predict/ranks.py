@@ -22,9 +22,9 @@ def alike(spec: ModelSpec, recipe: Recipe) -> list[tuple[int, int]]:
         for experts, outputs, _ in (shape for shape in shapes if len(shape) == 3):
             rows |= {outputs, experts * recipe.r, 2 * experts * recipe.r}
     kinds: dict[tuple[int, ...], list[int]] = {}
-    for rank in range(world):
-        kinds.setdefault(tuple(_share(count, world, rank) for count in sorted(rows)), []).append(rank)
-    return [(ranks[0], len(ranks)) for ranks in kinds.values()]
+    for rank in range(recipe.shards):
+        kinds.setdefault(tuple(_share(count, recipe.shards, rank) for count in sorted(rows)), []).append(rank)
+    return [(ranks[0], len(ranks) * world // recipe.shards) for ranks in kinds.values()]
 
 
 def _share(rows: int, world: int, rank: int) -> int:

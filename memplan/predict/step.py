@@ -352,7 +352,9 @@ def _play(
         if clips and (spread is None or not spread.clip(loop)):
             update.clip(model.trainable, loop)
         tape.begin(Phase.OPTIMIZER, "step", part=Part.UPDATE)
+        held = [] if spread is None else spread.stepping()
         update.step(model.trainable, recipe, states)
+        del held
         if loop is not None:
             loop.updated()
         update.zero_grad(model.trainable)

@@ -57,6 +57,8 @@ def at_a_glance(plan: Plan, glances: Iterable[tuple[Gpu, Verdict]]) -> list[Line
     cards = [(gpu.name, verdict, gpu.visible_bytes) for gpu, verdict in glances]
     peak = gib(plan.peak.allocated_bytes)
     each = "" if plan.recipe.gpus == 1 else f" on each of {plan.recipe.gpus} GPUs"
+    if each and any(verdict != "does not fit" for _, verdict, _ in cards):  # as what is reserved has it
+        each = f" and {gib(plan.allocator.reserved_bytes)} reserved{each}"
     if not cards:
         return [Line(f"{peak} GiB at the peak{each}")]
     told = _together(cards)

@@ -17,8 +17,6 @@ _ALONE = ("NO", "no")
 _SHARDED: dict[int, dict[str, tuple[Any, ...]]] = {
     1: {
         "fsdp_auto_wrap_policy": ("TRANSFORMER_BASED_WRAP",),
-        "fsdp_sharding_strategy": ("FULL_SHARD", "1", 1, None),
-        "fsdp_reshard_after_forward": ("FULL_SHARD", "1", 1, True, None),
         "fsdp_use_orig_params": (True, None),
         "fsdp_sync_module_states": (True, None),
         "fsdp_activation_checkpointing": (False, None),
@@ -26,11 +24,12 @@ _SHARDED: dict[int, dict[str, tuple[Any, ...]]] = {
     },
     2: {
         "fsdp_auto_wrap_policy": ("TRANSFORMER_BASED_WRAP", None),
-        "fsdp_reshard_after_forward": (True, None),
         "fsdp_activation_checkpointing": (False, None),
         "fsdp_ignored_modules": (None, ""),
     },
 }
+# `utils/constants.py`, FSDP_SHARDING_STRATEGY: names, or numbers from 1 on
+_STRATEGIES = ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "HYBRID_SHARD_ZERO2")
 _WRAPPED = ("DecoderLayer", "Block")  # how classes of whole layers are called
 _STORING = words("fsdp_state_dict_type fsdp_min_num_params")
 
@@ -49,7 +48,7 @@ def _read(keys: Keys) -> None:
         keys.refuse("distributed_type", "spreads the run in a way that memplan does not plan yet")
     own = {"FSDP": "fsdp_config", "DEEPSPEED": "deepspeed_config"}
     if keys.value("parallelism_config"):
-        keys.refuse("parallelism_config", "spreads the run in more ways, which memplan does not plan yet")
+        _mesh(keys)
     others = [key for of, key in own.items() if of != kind]
     keys.refuse_any(dict.fromkeys(others, "is not planned yet"))
     keys.refuse_any({"use_cpu": "trains on the processor, whose memory memplan does not plan"})
@@ -94,7 +93,10 @@ def _sharded(keys: Keys) -> None:
             keys.refuse("fsdp_config", f"wraps {shown(name)}, and memplan plans decoder layers as units")
     _of_several(keys, "fsdp" if version == 1 else "fsdp2")
     several = "parallel" in keys.options
+    if not several:
+        keys.refuse("num_processes", "is one: FSDP on one card is not planned")
     ahead, behind = told.flag("fsdp_forward_prefetch"), _prefetch(told)
+    _resharded(keys, told, version)
     if version == 1 and several:
         keys.put("backward_prefetch", behind)
         if ahead:
@@ -106,6 +108,68 @@ def _sharded(keys: Keys) -> None:
     if told.flag("fsdp_cpu_ram_efficient_loading"):
         keys.leave_out(ON_THE_FIRST_RANK)
     told.finish(_STORING | set(_SHARDED[1]))
+
+
+def _resharded(keys: Keys, told: Keys, version: int) -> None:
+    """What stays gathered after forward: FSDP2's is true or false, FSDP1's a strategy by name or number, for
+    the launcher always says one (`utils/dataclasses.py`, `FullyShardedDataParallelPlugin.__post_init__`)."""
+    several = "parallel" in keys.options
+    after = told.value("fsdp_reshard_after_forward")
+    if version == 2:
+        told.value("fsdp_sharding_strategy")  # passed over
+        if after is not None and not told.flag("fsdp_reshard_after_forward") and several:
+            keys.put("reshard_after_forward", False)
+        return
+    given = told.value("fsdp_sharding_strategy")
+    name = "FULL_SHARD" if given is None else str(given).upper()
+    if name.isdecimal() and 0 < int(name[:2]) <= len(_STRATEGIES):
+        name = _STRATEGIES[int(name[:2]) - 1]
+    if name not in ("FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD"):
+        said = f"fsdp_sharding_strategy {printable(str(given)[:60])}"
+        keys.refuse("fsdp_config", f"is of FSDP1 with {said}, which memplan does not plan yet")
+    if name == "SHARD_GRAD_OP" and several:
+        keys.put("reshard_after_forward", False)
+    if name == "HYBRID_SHARD" and several:
+        keys.put("dp_replicate", keys.options.get("nodes"))  # on one machine all share a model
+    if after is not None and str(after).upper() not in (name, "TRUE"):
+        keys.leave_out(
+            "fsdp_reshard_after_forward: accelerate passes it over of FSDP1, whose fsdp_sharding_strategy "
+            f"is {name}"
+        )
+
+
+def _mesh(keys: Keys) -> None:
+    """`parallelism_config.py`: how many times the model is there, and over how many each is divided."""
+    told = keys.within("parallelism_config", keys.mapping("parallelism_config"))
+    sizes = {
+        name: told.whole(f"parallelism_config_{name}_size") or 1
+        for name in ("dp_replicate", "dp_shard", "tp", "cp", "sp")
+    }
+    if max(sizes["tp"], sizes["cp"], sizes["sp"]) > 1:
+        keys.refuse("parallelism_config", "spreads the run in more ways, which memplan does not plan yet")
+    if keys.options.get("parallel") != "fsdp2":
+        keys.refuse("parallelism_config", "is of FSDP2 alone (fsdp_version: 2)", instead=False)
+    count = keys.options.get("gpus")
+    replicas, shards = sizes["dp_replicate"], sizes["dp_shard"]
+    if count is not None and replicas * shards != count:
+        keys.refuse(
+            "parallelism_config",
+            f"has {replicas} × {shards} of {count} processes, and accelerate wants all of them",
+            instead=False,
+        )
+    keys.put("gpus", replicas * shards)
+    if replicas > 1:
+        keys.put("dp_replicate", replicas)
+    told.finish(_OF_MESHES)
+
+
+_OF_MESHES = words(
+    """
+    parallelism_config_cp_backend parallelism_config_cp_comm_strategy parallelism_config_sp_backend
+    parallelism_config_sp_seq_length parallelism_config_sp_seq_length_is_variable
+    parallelism_config_sp_attn_implementation
+    """
+)
 
 
 def _prefetch(told: Keys) -> str | None:

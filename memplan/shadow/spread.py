@@ -85,6 +85,10 @@ class Spread:
         that it is given by position, if any."""
         return run(x, *rest)
 
+    def stacked(self, weights: Tensor) -> Tensor:
+        """A parameter that all experts of a layer share, as they compute with it."""
+        return weights
+
     def before(self) -> None:
         """The model's forward begins."""
 
@@ -140,6 +144,10 @@ class Spread:
     def norm(self, stacked: Tensor) -> Tensor:
         """The stacked norms of what this rank has of the gradients, as norms of all of them."""
         return stacked
+
+    def stepping(self) -> list[Tensor]:
+        """Write what the optimizer's step takes beside what it does on one GPU, for as long as it runs."""
+        return []
 
     def played(self, tape: Tape) -> None:
         """The step has been played: write anew what rests and follows from it."""

@@ -6,13 +6,14 @@ backward. What is played is one rank's part of one step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from memplan import rooms, weights
 from memplan.asked.recipe import Recipe
+from memplan.asked.spec import ModelSpec
 from memplan.shadow.spread import Spread
-from memplan.shadow.tensor import Tensor
+from memplan.shadow.tensor import Shape, Tensor
 from memplan.tape import Tape
 from memplan.weights import LoadStep, Temporary
 
@@ -50,8 +51,12 @@ class Strategy:
 
     ``load``: the steps by which what rests comes onto the card once the model is made, None if as on one GPU;
     ``itemsize``: of what comes, where it is cast before. ``wrap``: what follows, of the tape of a step; what
-    it does not drop goes after the first step. ``rehearses``: whether a run's first step is another one than
-    those behind it, of a recipe.
+    it does not drop goes after the first step. ``part``: of a model that is loaded straight onto the card in
+    parts, the shape that this rank has of a parameter, by its full name, its shape and the world.
+    ``rehearses``: whether a run's first step is another one than those behind it, of a recipe.
+
+    ``worlds``: those that can share a model's step, where not every number of ranks can; ``check``: raises
+    RecipeError where a (resolved) recipe does not suit a model, with the full names of what is adapted.
     """
 
     spread: Callable[[Recipe, int | None], Spread]
@@ -59,6 +64,9 @@ class Strategy:
     flat: bool = False
     load: Callable[[Recipe, Coming], Iterator[LoadStep]] | None = None
     wrap: Callable[[Recipe, Tape, Temporary], Iterator[LoadStep]] | None = None
+    part: Callable[[str, Shape, int], Shape] | None = None
+    worlds: Callable[[ModelSpec], list[int]] | None = None
+    check: Callable[[ModelSpec, Recipe, Iterable[str]], None] | None = None
     folds: bool = True
     copies: bool = False
     units: int = 3
@@ -68,9 +76,12 @@ class Strategy:
 
 def of(recipe: Recipe) -> Strategy | None:
     """The recipe's. Raises UnknownName."""
-    if recipe.parallel is None:
-        return None
-    strategy: Strategy = rooms.thing("strategies", recipe.parallel, "STRATEGY", "strategy")
+    return None if recipe.parallel is None else find(recipe.parallel)
+
+
+def find(name: str) -> Strategy:
+    """The strategy of that name. Raises UnknownName."""
+    strategy: Strategy = rooms.thing("strategies", name, "STRATEGY", "strategy")
     return strategy
 
 

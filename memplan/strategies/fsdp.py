@@ -1,7 +1,7 @@
-"""FSDP1 as accelerate sets it up: ``FullyShardedDataParallel`` with ``FULL_SHARD`` and ``use_orig_params`` on
-each decoder layer and on the model (torch/distributed/fsdp, 2.13: ``_flat_param.py``, ``_runtime_utils.py``;
-accelerate 1.15 ``Accelerator.prepare_model``). With adapters PEFT's policy makes each of their matrices a
-unit of its own (peft/utils/other.py, ``fsdp_auto_wrap_policy``).
+"""FSDP1 as accelerate sets it up: ``FullyShardedDataParallel`` with ``use_orig_params`` and ``FULL_SHARD``,
+``SHARD_GRAD_OP`` or ``HYBRID_SHARD`` on each decoder layer and on the model (torch/distributed/fsdp, 2.13:
+``_flat_param.py``, ``_runtime_utils.py``; accelerate 1.15 ``Accelerator.prepare_model``). With adapters
+PEFT's policy makes each of their matrices a unit of its own (peft/utils/other.py, ``fsdp_auto_wrap_policy``).
 
 The parameters of a unit are one flat tensor, of which each rank keeps a part, and what belongs to no layer is
 the model's own unit, embedding, norm and output layer together. Before a unit runs, its part is cast on a
@@ -9,6 +9,9 @@ stream of its own, gathered on another, and the parameters are views of what was
 layer has run and comes again for its backward; the model's own stays from the first forward to the last
 backward. When the gradients of all of a unit's parameters are there, they are laid end to end and summed over
 the ranks, and this rank's part is what the optimizer finds. It stays until the next step's forward.
+
+With ``SHARD_GRAD_OP`` what was gathered goes only when gradients have been summed. With ``HYBRID_SHARD`` the
+ranks of a machine share a model, and what they have summed is summed over the machines on another stream.
 """
 
 from __future__ import annotations
@@ -49,7 +52,7 @@ from memplan.tape import Category, Phase, rounded
 from memplan.tape import Part as Does
 from memplan.weights import LoadStep
 
-_CASTING, _GATHERING, _REDUCING = 1, 2, 3  # streams
+_CASTING, _GATHERING, _REDUCING, _REPLICATING = 1, 2, 3, 4  # streams
 _ALIGNED = 16  # bytes: _get_aligned_numel
 
 
@@ -85,6 +88,8 @@ class Unit:
     grad: Tensor | None = None  # of what rests
     came: Tensor | None = None  # the part, from the host
     there: bool = False
+    viewed: bool = False  # parameters are views of what is gathered, and not of the part
+    prefetched: bool = False
     entered: bool = False
     place: int | None = None  # in the order in which they ran
 
@@ -116,12 +121,14 @@ class Fsdp(Hosted):
     shards = True
 
     def __init__(self, recipe: Recipe, rank: int | None = None) -> None:
-        super().__init__(recipe.gpus, rank)
+        super().__init__(recipe.shards, rank and rank % recipe.shards)
+        self.replicates = recipe.gpus > recipe.shards
         self.chosen = rank is not None
         self.mixed = recipe.autocast
         self.prefetch = recipe.backward_prefetch
         self.ahead = bool(recipe.forward_prefetch)
         self.away = recipe.offload is not None  # CPUOffload: parts, gradients and states on the host
+        self.stays = recipe.reshard_after_forward is False  # SHARD_GRAD_OP
         self.order: list[Unit] = []  # in which they run, as the first step has recorded it
         self.adapted = recipe.mode is not Mode.FULL
         self.root: Unit | None = None
@@ -178,7 +185,7 @@ class Fsdp(Hosted):
     def resting(self, parameter: Tensor) -> DType:
         """That of its part, unless it is gathered ahead of its turn."""
         found = self.of.get(id(parameter))
-        return parameter.dtype if found is None or found[0].there else found[0].resting
+        return parameter.dtype if found is None or found[0].viewed else found[0].resting
 
     def optimized(self, groups: list[Group]) -> list[Group]:
         """This rank's part of each unit, and what it has of each parameter."""
@@ -258,10 +265,20 @@ class Fsdp(Hosted):
     # -- gathering ---------------------------------------------------------------------------------------
 
     def unshard(self, unit: Unit) -> None:
-        """``_unshard``; in forward parameters are made views of what is there (``_use_unsharded_views``)."""
-        if unit.there:
-            return
+        """``_unshard``; in forward parameters are made views of what is there (``_use_unsharded_views``). A
+        part that is cast comes from the host in any case (``pre_unshard``)."""
         state.tape.module = "fsdp"
+        if not unit.there or (self.away and unit.resting is not unit.computing):
+            self._gather(unit)
+        unit.viewed = True
+        if unit.flat is not None and state.grad:
+            with stream(_GATHERING):
+                views = Node(self._laid, unit.flat)
+            views.context = unit
+            for parameter in unit.parameters:
+                attach(views, parameter.whole)
+
+    def _gather(self, unit: Unit) -> None:
         with category(Category.COMMUNICATION):
             narrow = came = None
             with stream(_CASTING):
@@ -273,23 +290,25 @@ class Fsdp(Hosted):
                 came = None
             else:
                 unit.came = came  # parameters are views of it until they are the part's again
-            with stream(_GATHERING):
-                unit.block.resize(unit.numel * unit.computing.itemsize, "all_gather")
+            if not unit.there:
+                with stream(_GATHERING):
+                    unit.block.resize(unit.numel * unit.computing.itemsize, "all_gather")
             del narrow, came
         unit.there = True
-        if unit.flat is not None and state.grad:
-            with stream(_GATHERING):
-                views = Node(self._laid, unit.flat)
-            views.context = unit
-            for parameter in unit.parameters:
-                attach(views, parameter.whole)
 
-    def reshard(self, unit: Unit) -> None:
-        """What was gathered goes."""
-        if unit.there:
+    def reshard(self, unit: Unit, *, forward: bool = False) -> None:
+        """What was gathered goes, unless it stays up to a backward whose gradients are summed
+        (``_should_free_in_backward``)."""
+        unit.prefetched = False
+        unit.viewed = self.stays and forward
+        if unit.there and not (self.stays and (forward or not self.last)):
             unit.came = None
             unit.block.resize(0)
             unit.there = False
+
+    def _fetch(self, unit: Unit) -> None:
+        if not unit.prefetched:
+            self.unshard(unit)
 
     # -- forward -----------------------------------------------------------------------------------------
 
@@ -317,11 +336,11 @@ class Fsdp(Hosted):
         if again and unit.entered:
             return run(x, *rest)  # type: ignore[no-any-return]
         module = state.tape.module
-        self.unshard(unit) if again else self._enter(unit)
+        self._fetch(unit) if again else self._enter(unit)
         state.tape.module = module
         x = ops.to(x, unit.computing)
         out: Tensor = run(x, *rest)
-        self.reshard(unit)
+        self.reshard(unit, forward=True)
         if not again:
             self._left(unit, out)
         return out
@@ -337,12 +356,18 @@ class Fsdp(Hosted):
 
     def _enter(self, unit: Unit) -> None:
         """``_pre_forward_unshard``."""
-        self.unshard(unit)
+        self._fetch(unit)
         if self.ahead:
             behind = self.order.index(unit) + 1
             for following in self.order[behind : behind + 1]:
                 if following.place is None:
-                    self.unshard(following)
+                    self._ahead(following)
+
+    def _ahead(self, unit: Unit) -> None:
+        """``_prefetch_handle``."""
+        if not unit.prefetched:
+            self.unshard(unit)
+            unit.prefetched = True
 
     def after(self, loss: Any, logits: Tensor | None) -> tuple[Any, Tensor | None]:
         """The model's own unit has run last."""
@@ -361,7 +386,7 @@ class Fsdp(Hosted):
             if not unit.trainable:
                 self._let_go_with(hidden, unit)
             out = run(modules, hidden, context)
-            self.reshard(unit)
+            self.reshard(unit, forward=True)
             self._left(unit, out)
             return out
 
@@ -395,13 +420,13 @@ class Fsdp(Hosted):
         if unit.entered:
             return
         unit.entered = True
-        self.unshard(unit)
+        self._fetch(unit)
         if self.prefetch is BackwardPrefetch.PRE:
             self._prefetch(unit)
 
     def _prefetch(self, unit: Unit) -> None:
         if unit.place:
-            self.unshard(self.ran[unit.place - 1])
+            self._ahead(self.ran[unit.place - 1])
 
     def _laid(self, node: Node, grads: Any) -> Any:
         """The backward of the views, which are pieces of one split: ``split_with_sizes_backward``."""
@@ -428,7 +453,9 @@ class Fsdp(Hosted):
         laid, node.grad = node.grad, None
         with stream(_REDUCING), category(Category.COMMUNICATION):
             summed = empty((unit.numel // self.world,), unit.computing, "reduce_scatter")
-            if unit.resting is not unit.computing:
+        last = _REPLICATING if self.replicates else _REDUCING
+        if unit.resting is not unit.computing:
+            with stream(last), category(Category.COMMUNICATION):
                 summed = empty((unit.numel // self.world,), unit.resting, "_to_copy")
         assert summed.storage is not None
         state.tape.categories[summed.storage.index] = Category.GRADIENTS
@@ -565,9 +592,9 @@ def _load(recipe: Recipe, coming: Coming) -> Iterator[LoadStep]:
             sent = [*_FREQUENCIES, *sent]  # buffers, which come first, are of their dtype then
         yield from coalesced(sent, temporary)
         rests, loaded = _itemsizes(recipe, name)
-        number, kept = parts.get(name, (None, sum(sent) // recipe.gpus // loaded * rests))
+        number, kept = parts.get(name, (None, sum(sent) // recipe.shards // loaded * rests))
         held.append(kept)
-        take, laid = temporary(kept // rests * loaded * recipe.gpus)
+        take, laid = temporary(kept // rests * loaded * recipe.shards)
         yield take
         if number is not None and rests == loaded:
             yield "alloc", number
@@ -585,7 +612,8 @@ def _load(recipe: Recipe, coming: Coming) -> Iterator[LoadStep]:
     sizes = [(_itemsizes(recipe, name)[0], kept) for (name, _), kept in zip(made, held, strict=True)]
     for rests, kept in (*sizes[-1:], *sizes[:-1]):
         narrow = kept // rests * 2
-        for size in (*([narrow, narrow * recipe.gpus] if recipe.autocast else ()), kept * recipe.gpus):
+        whole = [narrow, narrow * recipe.shards] if recipe.autocast else []
+        for size in (*whole, kept * recipe.shards):
             take, number = temporary(size)
             yield take
             yield "drop", number

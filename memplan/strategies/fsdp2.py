@@ -7,7 +7,11 @@ stream of their own, gathered there, copied out into tensors that the model comp
 run; in backward they come again, a layer ahead. Its gradients are laid end to end, and what this rank keeps
 of their sum is what the optimizer finds; of a step of several passes each rank keeps whole gradients up to
 the last one (accelerate's ``no_sync``). The last norm and the output layer stay until their backward is over,
-and with them the embedding where it is the output layer's weight.
+and with them the embedding where it is the output layer's weight; without ``reshard_after_forward`` all do.
+
+Of several replicas (a mesh of two dimensions, HSDP) the GPUs of each divide the model. What they have summed
+is summed over the replicas on a stream of its own, in its place; it is kept to the end of backward beside
+what it is cast to (``AllReduceState``).
 """
 
 from __future__ import annotations
@@ -41,7 +45,7 @@ from memplan.strategies._host import Hosted
 from memplan.tape import Category, Phase
 from memplan.weights import LoadStep
 
-_GATHERING, _REDUCING = 1, 2  # streams
+_GATHERING, _REDUCING, _REPLICATING = 1, 2, 3  # streams
 
 
 @dataclass(slots=True)
@@ -96,6 +100,7 @@ class Group:
     entered: bool = False
     left: bool = False
     place: int | None = None  # in the order in which they ran
+    summed: Tensor | None = None  # _all_reduce_state
 
 
 class Fsdp2(Hosted):
@@ -108,8 +113,9 @@ class Fsdp2(Hosted):
     shards = True
 
     def __init__(self, recipe: Recipe, rank: int | None = None, *, by_itself: bool = False) -> None:
-        super().__init__(recipe.gpus, rank)
+        super().__init__(recipe.shards, rank and rank % recipe.shards)
         self.by_itself = by_itself
+        self.replicates = recipe.gpus > recipe.shards
         mixed = recipe.autocast
         narrow = DTYPES[recipe.dtype.value] if recipe.dtype is DTypeName.FLOAT16 else bfloat16
         wide = DTYPES[recipe.shard_dtype.value] if recipe.shard_dtype else float32
@@ -118,7 +124,8 @@ class Fsdp2(Hosted):
         self.computing = narrow if mixed else None
         self.reducing = DTYPES[recipe.reduce_dtype.value] if recipe.reduce_dtype else self.computing
         self.adapted = recipe.mode is not Mode.FULL  # accelerate finds no norm in PEFT's model
-        self.root, self.embedding, self.tail = Group(True), Group(), Group(True)
+        self.stays = recipe.reshard_after_forward is False
+        self.root, self.embedding, self.tail = Group(True), Group(self.stays), Group(True)
         self.layers: list[Group] = []
         self.group = self.root
         self.by_whole: dict[int, Parameter] = {}
@@ -132,7 +139,7 @@ class Fsdp2(Hosted):
     def begin(self, part: Part) -> None:
         """The unit that what is made belongs to."""
         if isinstance(part, int):
-            self.group = Group()
+            self.group = Group(self.stays)
             self.layers.append(self.group)
         elif self.by_itself or (part == NORM and self.adapted):
             self.group = self.root
@@ -398,9 +405,10 @@ class Fsdp2(Hosted):
         last = grads[-1]
         while grads:
             grads.pop()
-        with stream(_REDUCING):
-            with category(Category.COMMUNICATION):
-                summed = empty((count,), dtype, "reduce_scatter")
+        with stream(_REDUCING), category(Category.COMMUNICATION):
+            summed = empty((count,), dtype, "reduce_scatter")
+        group.summed = summed if self.replicates else None
+        with stream(_REPLICATING if self.replicates else _REDUCING):
             resting = parameters[0].shard.dtype
             if resting is not dtype:
                 summed = empty((count,), resting, "_to_copy")
@@ -432,7 +440,7 @@ class Fsdp2(Hosted):
             for group in (self.root, self.embedding, *self.layers, self.tail):
                 if not group.reduced:
                     self._reduce(group)
-                group.gathered = None
+                group.gathered = group.summed = None
                 group.reduced = group.entered = group.left = False
                 group.place = None
         self.ran.clear()
@@ -485,28 +493,32 @@ def _load(recipe: Recipe, coming: Coming) -> Iterator[LoadStep]:
     units: dict[str, list[tuple[int | str, str]]] = {}
     for number, name, _ in coming.resting:
         units.setdefault(_unit(name), []).append((number, name))
-    for one in whole if recipe.offload is not None else ():
-        if isinstance(one, str):
-            units.setdefault(_unit(one), []).append((one, one))
+    away = [one for one in whole if isinstance(one, str)] if recipe.offload is not None else []
+    there = {name: sum(coming.sizes[one] for one in of) for name, of in coming.lying.items()}
+    if recipe.offload is not None:  # 4-bit weights, and what lies beside them
+        away += there
+    for name in away:
+        units.setdefault(_unit(name), []).append((name, name))
     # what is trained is upcast before, which shards that rest here tell
     wide = recipe.offload is not None and recipe.mode is Mode.FULL and recipe.autocast
     wider = 4 // DTYPES[recipe.dtype.value].itemsize if wide and recipe.shard_dtype is None else 1
     held: list[int] = []
     for unit in sorted(units, key=lambda unit: (not unit.startswith("model.layers."), "norm" not in unit)):
         came: list[int] = []
-        there = held if unit in ("model.embed_tokens", "lm_head") else came
+        kept = held if unit in ("model.embed_tokens", "lm_head") else came
         for name in dict.fromkeys(name for _, name in units[unit]):  # several may be called alike
             held += coming.lying.get(name, ())
         for one, _ in units[unit]:
             if one in whole:
                 take, temporarily = temporary(whole[one] * wider)
                 yield take
-                there.append(temporarily)
+                kept.append(temporarily)
         for one, _ in units[unit]:
             if isinstance(one, int):
                 yield "alloc", one
                 continue
-            take, shard = temporary(-(-whole[one] * wider // recipe.gpus))  # on its way to the host
+            nbytes = whole[one] * wider if one in whole else there[one]
+            take, shard = temporary(-(-nbytes // recipe.shards))  # on its way to the host
             yield take
             yield "drop", shard
         for number in came:

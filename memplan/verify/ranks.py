@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from memplan.verify.job import Job
 
 MOST_ON_A_HOST = 8  # processes; each has the libraries, which are half a GiB, and the model
-_THEIRS = ("ACCELERATE_", "FSDP_")  # a shell's own settings, which are not the recipe's
+# a shell's own settings, which are not the recipe's
+_THEIRS = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")
 
 
 def rank_here(recipe: Recipe) -> int:
@@ -75,9 +76,15 @@ def environment(job: Job, inherited: Mapping[str, str], rank: int, port: int) ->
             "ACCELERATE_USE_FSDP": "true",
             "FSDP_VERSION": "2",
             "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-            "FSDP_RESHARD_AFTER_FORWARD": "true",
+            "FSDP_RESHARD_AFTER_FORWARD": str(recipe.reshard_after_forward is not False).lower(),
             "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
             "FSDP_OFFLOAD_PARAMS": str(recipe.offload is not None).lower(),
+        }
+    if recipe.gpus > recipe.shards:
+        found |= {
+            "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+            "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": str(recipe.dp_replicate),
+            "PARALLELISM_CONFIG_DP_SHARD_SIZE": str(recipe.shards),
         }
     if job.device == "cpu":
         # it would call it cpu:0, which is another device than cpu: each batch would be copied
