@@ -72,6 +72,8 @@ LAYERS = {
     "olmo-2-1b": 2,
     "mixtral-8x7b": 2,
     "qwen3-30b-a3b": 2,
+    "glm-4.7-flash": 3,  # the first is dense
+    "deepseek-v2-lite": 3,
 }
 
 # Values of each factor. A value of several options is a dict; None stands for "does not apply".
