@@ -86,6 +86,8 @@ LAYERS = {
     "glm-4.5-air": 2,  # a dense one, a mixture
     "stablelm-2-1.6b": 2,
     "qwen1.5-moe-a2.7b": 2,
+    "glm-4.7-flash": 3,  # the first is dense
+    "deepseek-v2-lite": 3,
 }
 
 # Values of each factor. A value of several options is a dict; None stands for "does not apply".

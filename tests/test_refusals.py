@@ -72,7 +72,7 @@ def test_a_spec_of_an_unknown_family() -> None:
 @pytest.mark.parametrize(
     ("config", "answers"),
     [
-        ({"architectures": ["Glm4MoeLiteForCausalLM"]}, "--trace` traces its own code;"),
+        ({"architectures": ["OlmoeForCausalLM"]}, "--trace` traces its own code;"),
         ({"architectures": ["QWenLMHeadModel"], "auto_map": {"AutoConfig": "x.Y"}}, "dry-run -- COMMAND`"),
         ({"architectures": ["Qwen2VLForConditionalGeneration"]}, ": `memplan dry-run -- COMMAND`"),
         ({"architectures": ["Foo"], "vision_config": {"depth": 2}}, ": `memplan dry-run -- COMMAND`"),
