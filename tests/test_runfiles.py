@@ -148,6 +148,17 @@ def test_checkpointing_that_is_turned_off_needs_no_kind(write: Write) -> None:
     assert ask(path, Recipe(gradient_checkpointing=False)).recipe.use_reentrant is None
 
 
+def test_a_length_that_cuts_nothing_is_told(write: Write) -> None:
+    assert any("max_length: null" in sentence for sentence in read(write(TRL, max_length=None)).left_out)
+    for given in ({}, {"max_length": 512}, {"max_length": None, "max_seq_length": 512}):
+        assert not any("max_length" in sentence for sentence in read(write(TRL, **given)).left_out)
+
+
+def test_a_name_of_another_type_is_the_one_that_is_wrong(write: Write) -> None:
+    with pytest.raises(MemplanError, match="must be a list of names, and one of them is 3"):
+        read(write(TRL, lora_target_modules=["q_proj", 3]))
+
+
 def test_a_model_beside_a_file_is_the_one_that_is_planned(write: Write) -> None:
     path = write(QLORA, base_model="somebody/unknown")
     answer = plan("llama-3.2-1b", config=path)
@@ -180,6 +191,9 @@ def test_trl_loads_in_float32_unless_told_otherwise(write: Write) -> None:
     assert read(write(TRL)).recipe().dtype.value == "float32"
     assert read(write(TRL, dtype="bfloat16")).recipe().dtype.value == "bfloat16"
     assert read(write(TRL, model_init_kwargs={"dtype": "bfloat16"})).recipe().dtype.value == "bfloat16"
+    assert read(write(TRL, model_init_kwargs='{"dtype": "bfloat16"}')).recipe().dtype.value == "bfloat16"
+    with pytest.raises(MemplanError, match="model_init_kwargs must be keys and values"):
+        read(write(TRL, model_init_kwargs='{"dtype": '))
 
 
 def test_an_sft_config_says_nothing_of_the_model(write: Write) -> None:

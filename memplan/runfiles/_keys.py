@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Collection, Mapping
 from difflib import get_close_matches
@@ -133,15 +134,26 @@ class Keys:
             return ()
         if isinstance(value, str):
             value = value.split(",")
-        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+        if not isinstance(value, list):
             self.wrong(key, "a list of names")
+        for one in value:
+            if not isinstance(one, str):
+                raise MemplanError(
+                    f"{self.name}: {key} must be a list of names, and one of them is {shown(one)}"
+                )
         return tuple(one.strip() for one in value if one.strip())
 
     def mapping(self, key: str) -> Mapping[str, Any]:
-        """Keys and values of its own."""
+        """Keys and values of its own; also as JSON in a text, which trainers read too (transformers 5.23,
+        ``TrainingArguments._VALID_DICT_FIELDS``)."""
         value = self.value(key)
         if value is None:
             return {}
+        if isinstance(value, str) and value.startswith("{"):
+            try:
+                value = json.loads(value)
+            except (ValueError, RecursionError):
+                self.wrong(key, "keys and values")
         if not isinstance(value, dict):
             self.wrong(key, "keys and values")
         return value

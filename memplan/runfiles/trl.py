@@ -64,6 +64,8 @@ def _read(keys: Keys) -> None:
     keys.put("seq_len", keys.whole("max_length"))
     if not keys.given("max_length"):
         keys.put("seq_len", keys.whole("max_seq_length"))  # its name before TRL 0.20
+    if "max_length" in keys.keys and "seq_len" not in keys.options:
+        keys.leave_out("max_length: null cuts nothing: give by --seq-len how many tokens the longest has")
     arguments(keys)
     checkpointing(keys)
     _precision(keys)
