@@ -101,10 +101,11 @@ class _Context(NamedTuple):
     cos: Tensor
     sin: Tensor
     cu_seqlens: Tensor
-    # what attention reads of a decoder's
+    # what attention and checkpointing read of a decoder's
     spec: Plain = PLAIN
     mask: None = None
     causal: bool = False
+    per_layer_input: None = None
 
 
 def _forward(m: Leaves, fed: dict[str, Tensor], seen: Pictures, attend: Look, run: Run) -> Features:

@@ -65,9 +65,10 @@ def _index_each_axis(x: Any, indices: Any) -> Any:
 
 @operator(aten.cumsum.default)
 def cumsum(recorder: Any, x: Any, dim: int, *, dtype: Any = None) -> Any:
-    """ReduceOps.cpp ``impl_func_cum_ops``, which converts what it adds up first."""
-    result = dtype or (x.dtype if x.is_floating_point() else torch.int64)
-    if x.dtype is result:
+    """ReduceOps.cpp ``impl_func_cum_ops``, which converts what it adds up first. The counts of experts'
+    tokens are floats on a CPU alone (``grouped_mm_experts_forward``)."""
+    result = dtype or torch.int64
+    if x.is_floating_point() or x.dtype is result:
         return NotImplemented
     converted = x.to(result)
     return torch.empty(x.shape, dtype=converted.dtype)
