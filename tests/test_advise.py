@@ -184,3 +184,16 @@ def test_what_fits_comes_before_what_is_tight() -> None:
     assert verdicts == sorted(verdicts, key=["fits", "tight", "does not fit"].index)
     cheaper = next(change for change in changes if change.verdict == "tight")
     assert cheaper.title == "fused linear cross entropy"  # which was told first once
+
+
+def test_advice_for_a_run_that_evaluates_is_what_fit_says_of_it(memplan: Run) -> None:
+    asked = ["fit", "llama-70b", "--mode", "qlora", "--gpu", "48GB", "--eval", "--json"]
+    first = json.loads(memplan(*asked, "--seq-len", "3500").out)
+    (advice,) = first["advice"]
+    assert advice["changes"]
+    for change in advice["changes"]:
+        if change["verdict"] == "does not fit":
+            continue
+        again = json.loads(memplan(*asked, "--seq-len", "3500", *change["command"].split()).out)
+        assert again["fits"][0]["verdict"] == change["verdict"]
+        assert again["fits"][0]["needed_bytes"] == change["needed_bytes"]

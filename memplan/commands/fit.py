@@ -133,7 +133,10 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             of_longest = study if lengths is None else Prediction(replace(asked, lengths=None))
             answer = answer.telling(
-                advice=tuple(advise(of_longest, gpu.name, arguments.host_memory) for gpu in asked.gpus)
+                advice=tuple(
+                    advise(of_longest, gpu.name, arguments.host_memory, evaluates=arguments.eval)
+                    for gpu in asked.gpus
+                )
             )
         except MemplanError as error:
             if arguments.advise:

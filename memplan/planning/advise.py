@@ -327,9 +327,10 @@ IDEAS = (
 )
 
 
-def advise(study: Prediction, gpu: str, host: int | None = None) -> Advice:
+def advise(study: Prediction, gpu: str, host: int | None = None, *, evaluates: bool = False) -> Advice:
     """What would make the recipe that is asked about fit on the card called ``gpu``, or what it leaves room
-    for. ``host``: bytes of the host's memory, beyond which nothing is offloaded.
+    for. ``host``: bytes of the host's memory, beyond which nothing is offloaded; ``evaluates``: with an
+    evaluation in the run.
 
     Raises MemplanError if the recipe can't be had on that card, or pricing changes of it takes too long.
     """
@@ -339,7 +340,7 @@ def advise(study: Prediction, gpu: str, host: int | None = None) -> Advice:
     recipe = study.asked.given
     file = _file(study)
     _check_size(study)
-    pricer = _Pricer(study, card, host)
+    pricer = _Pricer(study, card, host, evaluates=evaluates)
     asked = study.recipe
     if pricer.verdict(recipe) != "does not fit":
         return Advice(gpu=card.name, room=tuple(_room(recipe, pricer, file)))
@@ -414,8 +415,10 @@ def _check_size(study: Prediction) -> None:
 class _Pricer:
     """Plans recipes (as asked, not resolved), each once."""
 
-    def __init__(self, study: Prediction, gpu: Gpu, host: int | None = None) -> None:
-        self.study, self.gpu, self.host = study, gpu, host
+    def __init__(
+        self, study: Prediction, gpu: Gpu, host: int | None = None, *, evaluates: bool = False
+    ) -> None:
+        self.study, self.gpu, self.host, self.evaluates = study, gpu, host, evaluates
         self._known: dict[Recipe, Peaks] = {}
         self._allocated: dict[Recipe, int] = {}
         self._fits: dict[Recipe, tuple[Verdict, int | None]] = {}
@@ -470,7 +473,8 @@ class _Pricer:
             if self.allocated(recipe) > peaks.room:
                 self._fits[recipe] = "does not fit", None
             else:
-                fit = judge(self.gpu, self.study.run(peaks.card, peaks.recipe))
+                run = self.study.with_evaluation if self.evaluates else self.study.run
+                fit = judge(self.gpu, run(peaks.card, peaks.recipe))
                 self._fits[recipe] = fit.verdict, fit.needed_bytes
         return self._fits[recipe]
 

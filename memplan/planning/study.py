@@ -15,7 +15,7 @@ from memplan.asked.lengths import Lengths
 from memplan.asked.recipe import Recipe
 from memplan.asked.spec import ModelSpec
 from memplan.cuda.card import Card
-from memplan.device.fit import Evaluated, Fit, Run, Verdict, glance, judge, recast_bytes
+from memplan.device.fit import Fit, Run, Verdict, glance, judge, recast_bytes
 from memplan.errors import MemplanError, RecipeError, shown
 from memplan.planning import cards, predicted
 from memplan.planning.modes import in_its_mode
@@ -378,7 +378,7 @@ class Prediction(Study):
     def evaluation(self) -> Evaluation | None:
         """What the Trainer's default evaluation takes: it is made in batches of 8 unless told otherwise, as a
         trainer's file may."""
-        batch = self._evaluated_in
+        batch = self._evaluated_in(self.recipe)
         if not batch:
             return None
         peak, one = (replay(predicted.evaluation(self.asked.spec, self.recipe, size)) for size in (batch, 1))
@@ -390,12 +390,11 @@ class Prediction(Study):
             with_one_bytes=one.allocated_bytes,
         )
 
-    @property
-    def _evaluated_in(self) -> int:
+    def _evaluated_in(self, recipe: Recipe) -> int:
         """Sequences in a batch of an evaluation; 0 where none is made, or where nobody has compared one:
         under ZeRO-3, which gathers ahead by what training has recorded, and FSDP1, which lets go of gradients
         then."""
-        if self.recipe.parallel in ("zero3", "fsdp"):
+        if recipe.parallel in ("zero3", "fsdp"):
             return 0
         read = self.asked.read
         return DEFAULT_BATCH if read is None or read.evaluates is None else read.evaluates
@@ -433,11 +432,16 @@ class Prediction(Study):
         fits = (judge(gpu, self._longer(card), explain=gpu.name in possible) for gpu, card in asked)
         return found.model_copy(update={"fits": tuple(fits)})
 
-    def _longer(self, card: Card | None) -> Evaluated:
-        tape = partial(
-            predicted.evaluation, self.asked.spec, self.recipe, self._evaluated_in, card=card, folded=False
-        )
-        return self.run(card).with_evaluation(tape)
+    def _longer(self, card: Card | None) -> Run:
+        return self.with_evaluation(card, self.recipe)
+
+    def with_evaluation(self, card: Card | None, recipe: Recipe) -> Run:
+        """The whole run of a recipe (resolved), with an evaluation in it, if there is one to be had."""
+        batch = self._evaluated_in(recipe)
+        if not batch:
+            return self.run(card, recipe)
+        tape = partial(predicted.evaluation, self.asked.spec, recipe, batch, card=card, folded=False)
+        return self.run(card, recipe).with_evaluation(tape)
 
 
 def _not_loaded(_capacity: int | None) -> None:

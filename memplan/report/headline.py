@@ -146,7 +146,10 @@ def accumulating(plan: Plan, fits: Sequence[Fit] = ()) -> str | None:
 
 def _each(gpu: str, count: int, article: str = "") -> str:
     """The card; of several that share a step, each."""
-    return f"{article}{short_card(gpu)}" if count == 1 else f"each of {count} {short_card(gpu)}"
+    card = short_card(gpu)
+    if count == 1:
+        return f"{article}{card}"
+    return f"each of {count} {card}s" if card.endswith(" card") else f"each of {count} {card}"
 
 
 def _verdict(fit: Fit, each: int) -> str:
