@@ -201,7 +201,7 @@ def test_a_sweep_goes_through_every_value(memplan: Run) -> None:
         (("r=" + ",".join(map(str, range(1, 3001))),) * 3, "27,000,000,000 plans"),
         (("r=1.." + "9" * 5000,), "--r"),
         (("mode=lora,qlora", "--modes", "full"), "say the same"),
-        (("deepspeed=a,b",), "DDP, FSDP and ZeRO"),
+        (("deepspeed=a,b",), "DDP, FSDP, ZeRO and tensor parallel"),
     ],
 )
 def test_a_sweep_that_makes_no_sense(memplan: Run, sweep: tuple[str, ...], complaint: str) -> None:

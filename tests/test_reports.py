@@ -27,6 +27,9 @@ INCOMPARABLE = {
     "foundation-model-stack/fms-acceleration, scripts/benchmarks/refs/a100_80gb.csv, accelerated-peft-bnb": [
         ""
     ],
+    "axolotl-ai-cloud/axolotl, docs/expert_quantization.qmd, examples/glm4.7-flash/qlora.yaml": [
+        "experts in 16 bits"
+    ],
     "hiyouga/LlamaFactory#4026": ["as it was configured"],
 }
 
