@@ -1,5 +1,5 @@
-"""Writes the docs that are made from code and results: cli.md, claims.md, accuracy.md, kernels.md,
-dry-run.md, files.md, trainers.md, the table in recipe.md and the four schemas.
+"""Writes the docs that are made from code and results: cli.md, claims.md, accuracy.md, architectures.md,
+kernels.md, dry-run.md, files.md, trainers.md, the table in recipe.md and the four schemas.
 
 Run it after a change of options or of the plan's records; tests/test_docs.py fails while they are behind.
 """
@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import accuracy
+import architectures
 import claims
 import dry_runs
 import files
@@ -80,6 +81,7 @@ def schema(record: type[BaseModel]) -> str:
 PAGES: dict[str, Callable[[], str]] = {
     "accuracy.md": accuracy.page,
     "answers.schema.json": json_answers.page,
+    "architectures.md": architectures.page,
     "cli.md": command_line,
     "claims.md": claims.page,
     "dry-run.md": dry_runs.page,

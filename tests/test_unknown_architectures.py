@@ -6,15 +6,19 @@ switched on.
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
+from functools import cache
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+from programs import load
 
-from memplan import libraries
+from memplan import families, libraries
 from memplan.asked.recipe import Recipe
 from memplan.errors import TraceError, UnsupportedArchitecture
 from memplan.importers.hf import spec_from_config
@@ -100,7 +104,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
 # Steps token by token in Python, which the tracer has to follow: short sequences keep the tests fast.
 _SEQUENTIAL = ("mamba", "jamba", "recurrent_gemma")
 
-PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "architectures.md"
 MODES = ("full", "lora", "qlora")
 ROW = re.compile(r"^\| [^|]+ \| `(\w+)` \| (yes|no) \| (yes|no) \| (yes|no) \| ([^|]*) \|$", re.MULTILINE)
 TOLD = {
@@ -144,6 +149,23 @@ def test_the_page_says_which_can_be_traced(model_type: str, mode: str) -> None:
     assert replay(tape).allocated_bytes > sum(static_bytes(tape).values())
     assert 0 < found.trainable <= found.parameters
     assert (found.trainable == found.parameters) is (mode == "full")
+
+
+@cache
+def benchmark() -> ModuleType:
+    return load("benchmarks_architectures", ROOT / "benchmarks" / "architectures.py")
+
+
+def test_every_model_type_of_transformers_was_asked_about() -> None:
+    rows = json.loads((ROOT / "data" / "architectures.json").read_text(encoding="utf-8"))["types"]
+    assert [row["model_type"] for row in rows] == benchmark().types()
+    assert {row["model_type"] for row in rows if row.get("predicted")} == set(families.names())
+
+
+@pytest.mark.parametrize("model_type", ["apertus", "ctrl", "bert", "t5"])
+def test_what_was_answered_is_so(model_type: str) -> None:
+    rows = json.loads((ROOT / "data" / "architectures.json").read_text(encoding="utf-8"))["types"]
+    assert benchmark().answer(model_type) == next(row for row in rows if row["model_type"] == model_type)
 
 
 @pytest.mark.parametrize(
