@@ -100,7 +100,7 @@ def test_the_first_line_answers_a_first_question(
 def test_several_cards_share_a_step(memplan: Callable[..., Outcome]) -> None:
     outcome = memplan("llama70b", "--mode", "QLoRA", "--gpu", "2x24GB", "--parallel", "fsdp2")
     assert outcome.status == 0
-    assert outcome.out.startswith("Each of 2 24 GB card: does not fit, ")
+    assert outcome.out.startswith("Each of 2 24 GB cards: does not fit, ")
 
 
 @pytest.mark.parametrize("question", [text for text in QUESTIONS if text.startswith("fit ")])
