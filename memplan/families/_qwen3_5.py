@@ -16,7 +16,7 @@ from memplan.parts.module import Modules, head_norms, linear, widths
 from memplan.parts.norms import GemmaNorm, RMSNorm
 from memplan.parts.rotary import rope, tables
 from memplan.shadow import ops
-from memplan.shadow.tensor import Tensor, empty, float32, state
+from memplan.shadow.tensor import Tensor, state
 
 DEFAULTS: Mapping[str, Any] = {
     **COMMON,
@@ -79,24 +79,6 @@ def attention_modules(spec: ModelSpec) -> Modules:
 
 def norm(name: str, weight: Tensor) -> RMSNorm:
     return (GatedNorm if name == "linear_attn.norm" else GemmaNorm)(name, weight)
-
-
-def cos_sin(spec: ModelSpec, length: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """``Qwen3_5TextRotaryEmbedding.forward``: of a text's three grids, which are all alike, one table is put
-    together."""
-    batch, width = hidden.shape[0], int(spec.head_dim * spec.partial_rotary_factor)
-    grids = (3, batch, length)
-    positions = empty((*grids, 1), float32, "_to_copy")
-    freqs = empty((*grids, width // 2), float32, "mul")
-    del positions
-    cos = ops.scale(ops.pointwise("cos", freqs))
-    sin = ops.scale(ops.pointwise("sin", freqs))
-    sin = empty((batch, length, width), float32, "cat")
-    cos = empty((batch, length, width), float32, "cat")
-    cos_out = ops.to(cos, hidden.dtype)
-    sin_out = ops.to(sin, hidden.dtype)
-    del freqs
-    return cos_out, sin_out
 
 
 def _rotate(q: Tensor, k: Tensor, context: Context) -> tuple[Tensor, Tensor]:

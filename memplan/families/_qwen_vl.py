@@ -3,7 +3,6 @@ card of where its images lie, and their rotary tables (transformers 5.23, models
 
 from __future__ import annotations
 
-from memplan.asked.spec import ModelSpec
 from memplan.shadow import ops
 from memplan.shadow.images import Mask, masked_scatter
 from memplan.shadow.indexing import by_mask, nonzero
@@ -14,23 +13,6 @@ from memplan.towers import Grid, Pictures
 def stays(sequences: int) -> dict[str, Shape]:
     """``rope_deltas``, until there are new ones."""
     return {"rope_deltas": (sequences, 1)}
-
-
-def cos_sin(spec: ModelSpec, length: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """The rotary embedding's forward: tables for time, rows and columns [3, B, S, D / 2], columns of which
-    are put together. B sequences of S tokens, D a head's size."""
-    batch, width = hidden.shape[0], spec.head_dim
-    position = empty((3, batch, length, 1), float32, "_to_copy")
-    freqs = empty((3, batch, length, width // 2), float32, "mul")
-    del position
-    cos = ops.scale(ops.pointwise("cos", freqs))
-    sin = ops.scale(ops.pointwise("sin", freqs))
-    sin = empty((batch, length, width), float32, "cat")
-    cos = empty((batch, length, width), float32, "cat")
-    cos_out = ops.to(cos, hidden.dtype)
-    sin_out = ops.to(sin, hidden.dtype)
-    del freqs
-    return cos_out, sin_out
 
 
 def placed(held: list[Tensor], tokens: Tensor, seen: Pictures) -> tuple[Mask, Tensor]:

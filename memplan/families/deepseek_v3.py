@@ -7,22 +7,15 @@ from typing import Any
 
 from memplan.asked.fields import Fields
 from memplan.families import Family
-from memplan.families._latent import DEFAULTS, layer, modules
-from memplan.parts import deepseek_moe, latent
+from memplan.families._latent import DEFAULTS, layer, modules, read
+from memplan.parts import deepseek_moe
 from memplan.parts.config import COMMON, Config, full
 from memplan.parts.experts import one_by_one
 
 
 def _more(fields: Fields, layers: int) -> dict[str, Any]:
     dense = fields.size("first_k_dense_replace", least=0)
-    found = deepseek_moe.numbers(fields, deepseek_moe.from_the(dense, layers))
-    return {
-        **found,
-        **latent.sizes(fields),
-        **deepseek_moe.groups(fields, found["num_experts"], 2),
-        "norm_topk_prob": fields.flag("norm_topk_prob"),
-        "rope_interleave": fields.flag("rope_interleave"),
-    }
+    return read(fields, deepseek_moe.from_the(dense, layers))
 
 
 FAMILY = Family(

@@ -8,26 +8,20 @@ from typing import Any
 from memplan.asked.fields import Fields
 from memplan.errors import shown
 from memplan.families import Family
-from memplan.families._latent import DEFAULTS, layer, modules
-from memplan.parts import deepseek_moe, latent
+from memplan.families._latent import DEFAULTS, layer, modules, read
+from memplan.parts import deepseek_moe
 from memplan.parts.config import COMMON, Config, full
 from memplan.parts.experts import one_by_one
 
 
 def _more(fields: Fields, layers: int) -> dict[str, Any]:
-    found = deepseek_moe.numbers(fields, _sparse(fields, layers))
+    found = read(fields, _sparse(fields, layers))
     for key, right in (("head_dim", fields.size("qk_rope_head_dim")), ("partial_rotary_factor", 1.0)):
         said = fields.inside(fields.nested("rope_parameters"), {key: fields.config.get(key)}).config.get(key)
         said = fields.config.get(key) if said is None else said
         if said not in (None, right):
             fields.fail(f"{key} is {shown(said)}, but its rotated part is all of qk_rope_head_dim ({right})")
-    return {
-        **found,
-        **latent.sizes(fields),
-        **deepseek_moe.groups(fields, found["num_experts"], 2),
-        "norm_topk_prob": fields.flag("norm_topk_prob"),
-        "rope_interleave": fields.flag("rope_interleave"),
-    }
+    return found
 
 
 def _sparse(fields: Fields, layers: int) -> tuple[bool, ...]:

@@ -14,6 +14,7 @@ from memplan.parts.context import Context, Leaves
 from memplan.parts.experts import by_softmax, capture, experts_forward, gate_forward, one_by_one
 from memplan.parts.layer import act
 from memplan.parts.module import Modules, experts, linear, norms
+from memplan.parts.rotary import of_three_grids
 from memplan.shadow import ops
 from memplan.shadow.tensor import Tensor, state
 
@@ -98,7 +99,7 @@ FAMILY = Family(
     linear_modules=_linear_modules,
     layer=_qwen3_5.layer(_mlp),
     norm=_qwen3_5.norm,
-    cos_sin=_qwen3_5.cos_sin,
+    cos_sin=of_three_grids,
     several=False,
     liger=False,  # it imports Qwen3_5MoeCausalLMOutputWithPast
     apart=one_by_one,

@@ -10,6 +10,7 @@ from memplan.parts.config import Config
 from memplan.parts.layer import mlp
 from memplan.parts.module import Modules, norms
 from memplan.parts.module import mlp as mlp_modules
+from memplan.parts.rotary import of_three_grids
 
 
 def _modules(spec: ModelSpec, sparse: bool) -> Modules:
@@ -35,6 +36,6 @@ FAMILY = Family(
     linear_modules=_linear_modules,
     layer=_qwen3_5.layer(mlp),
     norm=_qwen3_5.norm,
-    cos_sin=_qwen3_5.cos_sin,
+    cos_sin=of_three_grids,
     several=False,
 )

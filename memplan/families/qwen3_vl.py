@@ -8,6 +8,7 @@ from memplan.families import Family, Seen, _qwen_vl
 from memplan.parts.config import COMMON, Config, full
 from memplan.parts.layer import llama_like, project_and_norm_heads
 from memplan.parts.module import Modules, attention, head_norms, mlp, norms
+from memplan.parts.rotary import of_three_grids
 from memplan.shadow import ops
 from memplan.shadow.images import Mask, join, put_rows_
 from memplan.shadow.indexing import by_mask
@@ -59,7 +60,7 @@ FAMILY = Family(
     ),
     modules=_modules,
     layer=llama_like(project_and_norm_heads),
-    cos_sin=_qwen_vl.cos_sin,
+    cos_sin=of_three_grids,
     root="model.language_model",
     sees=_sees,
     stays=_qwen_vl.stays,

@@ -103,8 +103,12 @@ class Embedding:
             node.saved = ids
             node.context = weight.shape
             attach(node, out)
+        return self.finished(out)
+
+    def finished(self, out: Tensor) -> Tensor:
+        """What was looked up, multiplied and hooked."""
         if self.scale is not None:
-            scale = ops.to(self.scale, weight.dtype)
+            scale = ops.to(self.scale, self.weight.dtype)
             out = ops.mul(out, scale) if out.requires_grad else ops.pointwise("mul", out)
         if self.requires_grad_hook and out.node is None:
             require_grad(out, parameter=False)

@@ -31,6 +31,24 @@ def cos_sin(spec: ModelSpec, length: int, hidden: Tensor, *, cast: bool = True) 
     return cos_out, sin_out
 
 
+def of_three_grids(spec: ModelSpec, length: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """``Qwen3VLTextRotaryEmbedding.forward``, and that of Qwen3.5: tables for time, rows and columns
+    [3, B, S, D / 2], columns of which are put together in one; those of a text are all alike."""
+    batch, width = hidden.shape[0], int(spec.head_dim * spec.partial_rotary_factor)
+    grids = (3, batch, length)
+    positions = empty((*grids, 1), float32, "_to_copy")
+    freqs = empty((*grids, width // 2), float32, "mul")
+    del positions
+    cos = ops.scale(ops.pointwise("cos", freqs))
+    sin = ops.scale(ops.pointwise("sin", freqs))
+    sin = empty((batch, length, width), float32, "cat")
+    cos = empty((batch, length, width), float32, "cat")
+    cos_out = ops.to(cos, hidden.dtype)
+    sin_out = ops.to(sin, hidden.dtype)
+    del freqs
+    return cos_out, sin_out
+
+
 def _choose_frequencies(width: int) -> None:
     """longrope's table for short or long sequences (modeling_rope_utils.py, longrope_frequency_update)."""
     longest = empty((), int64, "max")

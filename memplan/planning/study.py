@@ -425,18 +425,20 @@ class Prediction(Study):
         asked = [
             (gpu, card)
             for gpu, card in self.cards
-            if (higher if card is None else self._longer(card).free.reserved > self.run(card).free.reserved)
+            if (
+                higher
+                if card is None
+                else self.with_evaluation(card).free.reserved > self.run(card).free.reserved
+            )
         ]
         # where a step does not fit, an evaluation after it is not played to its end
         possible = {fit.gpu for fit in self.fits if fit.verdict != "does not fit"} if asked else ()
-        fits = (judge(gpu, self._longer(card), explain=gpu.name in possible) for gpu, card in asked)
+        fits = (judge(gpu, self.with_evaluation(card), explain=gpu.name in possible) for gpu, card in asked)
         return found.model_copy(update={"fits": tuple(fits)})
 
-    def _longer(self, card: Card | None) -> Run:
-        return self.with_evaluation(card, self.recipe)
-
-    def with_evaluation(self, card: Card | None, recipe: Recipe) -> Run:
-        """The whole run of a recipe (resolved), with an evaluation in it, if there is one to be had."""
+    def with_evaluation(self, card: Card | None = None, recipe: Recipe | None = None) -> Run:
+        """As :meth:`run`, with an evaluation in it, if there is one to be had."""
+        recipe = recipe or self.recipe
         batch = self._evaluated_in(recipe)
         if not batch:
             return self.run(card, recipe)

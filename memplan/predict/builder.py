@@ -218,7 +218,6 @@ class Builder:
         embedding = self.embedding(name, outside[name].parameters["weight"], hook)
         # of a module to save, which came first
         original = self.buffers[before] if is_saved(recipe.modules_to_save, name) else embedding.weight
-        tables = [embedding.weight, *(one for one in self.tables if one is not embedding.weight)]
         close(None)
         layers, trained = [], []
         for index, repeat in played.repeats:
@@ -251,7 +250,7 @@ class Builder:
         else:
             head = self.module("lm_head", outside["lm_head"], "lm_head")
         close(None)
-        tables += [one for one in self.tables if not any(one is other for other in tables)]
+        tables = sorted(self.tables, key=lambda one: one is not embedding.weight)
         return Model(
             spec, recipe, layers, others, embedding, tables, norm, head, self.buffers, groups, trained, tower
         )

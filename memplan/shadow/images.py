@@ -4,7 +4,7 @@ FunctionsManual.cpp (torch 2.13)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from memplan.shadow import ops
 from memplan.shadow.autograd import Node, attach, save, split_sum, unpack
 from memplan.shadow.indexing import nonzero
 from memplan.shadow.matmul import autocast
-from memplan.shadow.tensor import Tensor, bool_, empty, normalized, state, strides_of, uint8
+from memplan.shadow.tensor import Shape, Tensor, bool_, empty, normalized, state, strides_of, uint8
 
 # -- patches ----------------------------------------------------------------------------------------------
 
@@ -66,14 +66,7 @@ def _patches_backward(node: Node, grad: Tensor) -> Any:
 
 def unbind(x: Tensor) -> list[Tensor]:
     """``x.unbind(0)``: views, whose gradients are stacked."""
-    shape, strides = x.shape[1:], strides_of(x)[1:]
-    parts = [x.viewed(shape, normalized(shape, strides)) for _ in range(x.shape[0])]
-    if ops.tracked(x):
-        node = Node(_unbind_backward, x)
-        node.context = x.shape
-        for part in parts:
-            attach(node, part)
-    return parts
+    return _views(x, x.shape[1:], strides_of(x)[1:], x.shape[0], _unbind_backward)
 
 
 def _unbind_backward(node: Node, grads: Any) -> Any:
@@ -88,10 +81,14 @@ def split(x: Tensor, axis: int, count: int) -> list[Tensor]:
     """``torch.split`` into ``count`` equal parts: views, whose gradients are laid together, even of one."""
     size = list(x.shape)
     size[axis] //= count
-    shape = tuple(size)
-    parts = [x.viewed(shape, normalized(shape, strides_of(x))) for _ in range(count)]
+    return _views(x, tuple(size), strides_of(x), count, _split_backward)
+
+
+def _views(x: Tensor, shape: Shape, strides: Shape, count: int, backward: Callable[..., Any]) -> list[Tensor]:
+    """Parts of one shape, of one node."""
+    parts = [x.viewed(shape, normalized(shape, strides)) for _ in range(count)]
     if ops.tracked(x):
-        node = Node(_split_backward, x)
+        node = Node(backward, x)
         node.context = x.shape
         for part in parts:
             attach(node, part)

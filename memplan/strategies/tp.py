@@ -150,12 +150,8 @@ class Tp(Spread):
             node.saved = ids
             node.context = (weight.shape[0] * self.world, weight.shape[1]) if self.tied else weight.shape
             attach(node, out)
-        if embedding.scale is not None:  # Gemma's multiplies what it has looked up
-            scale = ops.to(embedding.scale, weight.dtype)
-            out = ops.mul(out, scale) if node is not None else ops.pointwise("mul", out)
+        out = embedding.finished(out)
         del partial
-        if node is None and embedding.requires_grad_hook:
-            require_grad(out, parameter=False)
         return out
 
     def head(self, head: Any) -> Any:
